@@ -1,0 +1,163 @@
+"""Statistics of the transitional activations, from one streamed pass over calibration windows.
+
+The transitional activation of a module is what its output projection reads: the concatenated head
+outputs before `o_proj`, and `silu(gate(x)) * up(x)` before `down_proj`. Only sums over tokens are
+kept, so memory does not grow with the number of calibration tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaForCausalLM
+
+from transact_core.corpora import Windows
+from transact_core.errors import Progress, silent
+
+MODULES = ("mha", "mlp")
+SUMS = ("sum", "sum_of_squares", "max_abs")
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class ModuleStatistics:
+    """Per-channel sums over calibration tokens, each of shape (layers, width), float64 on the CPU."""
+
+    sum: torch.Tensor
+    sum_of_squares: torch.Tensor
+    max_abs: torch.Tensor
+    tokens: int
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """`sqrt(Σ a²)` over tokens: TransAct's channel score."""
+        return self.sum_of_squares.sqrt()
+
+    @property
+    def rms(self) -> torch.Tensor:
+        """Root mean square over tokens: the norm made independent of how many there were."""
+        return (self.sum_of_squares / self.tokens).sqrt()
+
+    @property
+    def layer_rms(self) -> torch.Tensor:
+        """Root mean square over tokens and channels, shape (layers,)."""
+        return (self.sum_of_squares.mean(dim=1) / self.tokens).sqrt()
+
+
+@dataclass(frozen=True)
+class ActivationStatistics:
+    mha: ModuleStatistics
+    mlp: ModuleStatistics
+
+    @property
+    def tokens(self) -> int:
+        return self.mha.tokens
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """The sums by name, as `from_tensors` takes them."""
+        return {
+            f"{module}.{name}": getattr(getattr(self, module), name)
+            for module in MODULES
+            for name in SUMS
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor], tokens: int) -> "ActivationStatistics":
+        return cls(
+            **{
+                module: ModuleStatistics(
+                    **{name: tensors[f"{module}.{name}"] for name in SUMS}, tokens=tokens
+                )
+                for module in MODULES
+            }
+        )
+
+
+def batches(windows: Windows, device: torch.device) -> Iterator[torch.Tensor]:
+    """Windows in batches of about `BATCH_TOKENS` tokens, shape (batch, sequence_length)."""
+    yield from windows.ids.to(device).split(max(1, BATCH_TOKENS // windows.sequence_length))
+
+
+def transitional_inputs(model: LlamaForCausalLM, layer: int) -> dict[str, torch.nn.Module]:
+    """The two projections whose inputs are a layer's transitional activations."""
+    decoder = model.model.layers[layer]
+    return {"mha": decoder.self_attn.o_proj, "mlp": decoder.mlp.down_proj}
+
+
+@torch.inference_mode()
+def collect(
+    model: LlamaForCausalLM, windows: Windows, progress: Progress = silent
+) -> ActivationStatistics:
+    """Runs the model without its LM head over the windows and sums up what passes its waists."""
+    layers = len(model.model.layers)
+    sums = {module: _Sums(model, module, layers) for module in MODULES}
+    with _watching(model, sums):
+        for done, batch in enumerate(split := list(batches(windows, model.device))):
+            progress("Measuring activations", done, len(split))
+            model.model(batch, use_cache=False)
+    progress("Measuring activations", len(split), len(split))
+    return ActivationStatistics(
+        **{name: total.finish(windows.tokens) for name, total in sums.items()}
+    )
+
+
+class _Sums:
+    """Running sums of one kind of module over all layers."""
+
+    def __init__(self, model: LlamaForCausalLM, module: str, layers: int) -> None:
+        width = transitional_inputs(model, 0)[module].in_features
+        # float64 is not to be had on every accelerator, and a batch's own sum is short enough for
+        # float32: the long sum is kept on the CPU.
+        self.sum, self.sum_of_squares, self.max_abs = torch.zeros(
+            3, layers, width, dtype=torch.float64
+        )
+
+    def add(self, layer: int, activation: torch.Tensor) -> None:
+        flat = activation.reshape(-1, activation.shape[-1]).float()
+        self.sum[layer] += flat.sum(dim=0).cpu()
+        self.sum_of_squares[layer] += flat.square().sum(dim=0).cpu()
+        torch.maximum(
+            self.max_abs[layer], flat.abs().amax(dim=0).cpu().double(), out=self.max_abs[layer]
+        )
+
+    def finish(self, tokens: int) -> ModuleStatistics:
+        return ModuleStatistics(
+            sum=self.sum, sum_of_squares=self.sum_of_squares, max_abs=self.max_abs, tokens=tokens
+        )
+
+
+@contextmanager
+def _watching(model: LlamaForCausalLM, sums: dict[str, _Sums]) -> Iterator[None]:
+    handles = []
+    for layer in range(len(model.model.layers)):
+        for module, projection in transitional_inputs(model, layer).items():
+
+            def add(_, inputs, layer=layer, total=sums[module]):
+                total.add(layer, inputs[0])
+
+            handles.append(projection.register_forward_pre_hook(add))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def energy_shares(statistics: ModuleStatistics) -> torch.Tensor:
+    """Energy `Σ a²` of each layer's channels as cumulated shares, largest channel first.
+
+    Shape (layers, width); the last column is 1. A layer without any energy has zeros.
+    """
+    ordered = statistics.sum_of_squares.sort(dim=1, descending=True).values.cumsum(dim=1)
+    return ordered / ordered[:, -1:].clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def channels_holding(statistics: ModuleStatistics, share: float = 0.9) -> torch.Tensor:
+    """How many of a layer's channels hold `share` of its energy, as a share of its width.
+
+    Shape (layers,), values in (0, 1].
+    """
+    shares = energy_shares(statistics)
+    needed = (shares < share).sum(dim=1) + 1
+    return needed.clamp_max(shares.shape[1]) / shares.shape[1]

@@ -1,0 +1,379 @@
+"""The command line: `python -m transact_core COMMAND`.
+
+Results go to stdout, progress and logs to stderr. What the user can mend is one line on stderr and
+exit status 2.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import NoReturn
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from transact_core import corpora, export
+from transact_core.activations import collect
+from transact_core.errors import Progress, TransActError
+from transact_core.evaluation import evaluate
+from transact_core.files import require_free_output
+from transact_core.footprint import footprint
+from transact_core.importance import IMPORTANCES, score
+from transact_core.models import LoadedModel, dtype_name, load_model
+from transact_core.plan import GRANULARITIES, parse_ratio
+from transact_core.recovery import RECOVERIES
+from transact_core.sweep import Bench, Choices, compress, model_report, sweep
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise TransActError(message[0].upper() + message[1:] + "; see --help.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        chosen = _parser().parse_args(arguments)
+        chosen.run(chosen)
+    except TransActError as error:
+        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except torch.OutOfMemoryError:
+        print("Error: the GPU's memory is used up; use --device cpu.", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was left half-written.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+# --- arguments -------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m transact_core", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    prune = commands.add_parser("prune", help="cut a model and write the checkpoint folder")
+    _add_model(prune)
+    prune.add_argument("--mha-ratio", required=True, metavar="R", help="0 to under 1")
+    prune.add_argument("--mlp-ratio", required=True, metavar="R", help="0 to under 1")
+    prune.add_argument("--output", required=True, type=Path, metavar="DIR")
+    _add_choices(prune)
+    _add_texts(prune)
+    prune.add_argument("--json", action="store_true", help="print what report.json holds")
+    prune.set_defaults(run=_prune)
+
+    apply = commands.add_parser("apply", help="carry out a compression.json")
+    apply.add_argument("compression", type=Path, metavar="compression.json")
+    apply.add_argument("--output", required=True, type=Path, metavar="DIR")
+    apply.add_argument("--model", metavar="M", help="where the model is on this machine")
+    apply.add_argument("--calibration", metavar="SOURCE")
+    apply.add_argument("--evaluation", metavar="SOURCE")
+    apply.add_argument("--json", action="store_true", help="print what report.json holds")
+    apply.set_defaults(run=_apply)
+
+    measure = commands.add_parser("evaluate", help="measure perplexity")
+    _add_model(measure)
+    _add_evaluation(measure)
+    measure.add_argument("--json", action="store_true", help="print JSON")
+    measure.set_defaults(run=_evaluate)
+
+    analyze = commands.add_parser("analyze", help="score every head and channel")
+    _add_model(analyze)
+    analyze.add_argument("--output", required=True, type=Path, metavar="FILE.parquet")
+    analyze.add_argument("--importance", default="activation", choices=list(IMPORTANCES))
+    _add_calibration(analyze)
+    analyze.add_argument("--sequence-length", type=_positive, default=512, metavar="L")
+    analyze.set_defaults(run=_analyze)
+
+    points = commands.add_parser("sweep", help="measure a grid of ratios")
+    _add_model(points)
+    points.add_argument("--mha-ratio", required=True, metavar="R,R,…")
+    points.add_argument("--mlp-ratio", required=True, metavar="R,R,…")
+    points.add_argument("--output", required=True, type=Path, metavar="FILE.csv")
+    _add_choices(points)
+    _add_texts(points)
+    points.set_defaults(run=_sweep)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="M", help="builtin, a folder, a .gguf file or a hub id"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
+    parser.add_argument(
+        "--dtype", default="auto", help="auto (float32 on a CPU, bfloat16 on a GPU) or a dtype"
+    )
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    defaults = Choices()
+    parser.add_argument("--granularity", default=defaults.granularity, choices=GRANULARITIES)
+    parser.add_argument("--importance", default=defaults.importance, choices=list(IMPORTANCES))
+    parser.add_argument("--recovery", default=defaults.recovery, choices=RECOVERIES)
+    parser.add_argument("--steps", type=_positive, default=1, choices=[1])
+    parser.add_argument("--multiple-of", type=_positive, default=defaults.multiple_of, metavar="N")
+    parser.add_argument("--save-dtype", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    _add_calibration(parser)
+    _add_evaluation(parser)
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--calibration", default=corpora.BUILTIN, metavar="SOURCE")
+    parser.add_argument("--calibration-tokens", type=_positive, default=8192, metavar="N")
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--evaluation", default=corpora.BUILTIN, metavar="SOURCE")
+    parser.add_argument("--evaluation-tokens", type=_positive, default=4096, metavar="N")
+    parser.add_argument("--sequence-length", type=_positive, default=512, metavar="L")
+
+
+# --- commands --------------------------------------------------------------------------------
+
+
+def _prune(chosen: argparse.Namespace) -> None:
+    mha_ratio = parse_ratio(chosen.mha_ratio, "--mha-ratio")
+    mlp_ratio = parse_ratio(chosen.mlp_ratio, "--mlp-ratio")
+    require_free_output(chosen.output)
+    with _Bar() as progress:
+        bench = _bench(chosen, progress)
+        bench.statistics(progress)
+        plan = bench.plan(mha_ratio, mlp_ratio, _choices(chosen))
+        compression = export.describe_compression(bench, plan, chosen.recovery, chosen.seed)
+        _carry_out(bench, compression, chosen, progress)
+
+
+def _apply(chosen: argparse.Namespace) -> None:
+    compression = export.read_compression(chosen.compression)
+    require_free_output(chosen.output)
+    for sentence in export.version_warnings(compression):
+        _warn(sentence)
+    environment = compression.environment
+    # Sums are split among threads, so the last bits depend on their number.
+    torch.set_num_threads(environment.threads)
+    torch.manual_seed(compression.seed)
+    device = environment.device
+    if device == "cuda" and not torch.cuda.is_available():
+        _warn("this compression was made on a GPU and none is here; the last bits will differ.")
+        device = "cpu"
+    with _Bar() as progress:
+        loaded = load_model(
+            chosen.model or compression.model.source, device, environment.dtype, progress
+        )
+        export.require_same_model(compression, loaded)
+        compression.plan.check(loaded.architecture)
+        calibration = corpora.read_corpus(chosen.calibration or compression.calibration.source)
+        evaluation = corpora.read_corpus(chosen.evaluation or compression.evaluation.source)
+        windows = corpora.calibration_and_evaluation(
+            calibration,
+            evaluation,
+            loaded.tokenizer,
+            loaded.architecture.vocab_size,
+            compression.calibration.tokens,
+            compression.evaluation.tokens,
+            compression.sequence_length,
+            progress,
+        )
+        export.require_same_text("calibration", compression.calibration, windows[0])
+        export.require_same_text("evaluation", compression.evaluation, windows[1])
+        bench = Bench(loaded, *windows, save_dtype=compression.save_dtype)
+        _carry_out(bench, compression, chosen, progress)
+
+
+def _carry_out(
+    bench: Bench,
+    compression: export.Compression,
+    chosen: argparse.Namespace,
+    progress: Progress,
+) -> None:
+    model, measurement = compress(bench, compression.plan, compression.recovery, progress)
+    progress("Writing the checkpoint", 0, 1)
+    export.write_checkpoint(chosen.output, model, bench, measurement, compression)
+    progress("Writing the checkpoint", 1, 1)
+    result = export.report(bench, measurement)
+    print(json.dumps(result, indent=1) if chosen.json else _table(result, chosen.output))
+
+
+def _evaluate(chosen: argparse.Namespace) -> None:
+    with _Bar() as progress:
+        loaded = _load(chosen, progress)
+        windows = corpora.evaluation_windows(
+            corpora.read_corpus(chosen.evaluation),
+            loaded.tokenizer,
+            loaded.architecture.vocab_size,
+            chosen.evaluation_tokens,
+            chosen.sequence_length,
+        )
+        _warn_all(windows.notices)
+        measured = evaluate(loaded.model, windows, progress)
+    cost = footprint(loaded.architecture, dtype_name(loaded.source_dtype))
+    result = {
+        "model": model_report(cost, measured.perplexity),
+        "evaluation": export.evaluation_report(windows, measured),
+    }
+    if chosen.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print(
+            f"Perplexity {measured.perplexity:.4f} over {measured.scored_tokens:,} scored tokens "
+            f"of {corpora.describe(windows.source)}"
+        )
+
+
+def _analyze(chosen: argparse.Namespace) -> None:
+    _require_new_file(chosen.output)
+    with _Bar() as progress:
+        loaded = _load(chosen, progress)
+        windows = corpora.evaluation_windows(
+            corpora.read_corpus(chosen.calibration),
+            loaded.tokenizer,
+            loaded.architecture.vocab_size,
+            chosen.calibration_tokens,
+            chosen.sequence_length,
+        )
+        _warn_all(windows.notices)
+        statistics = collect(loaded.model, windows, progress)
+    frame = score(chosen.importance, statistics, loaded.architecture).to_frame(chosen.importance)
+    _write_file(chosen.output, lambda path: frame.to_parquet(path, index=False))
+    print(f"{len(frame):,} scores in {chosen.output}")
+
+
+def _sweep(chosen: argparse.Namespace) -> None:
+    pairs = list(
+        product(
+            [parse_ratio(ratio, "--mha-ratio") for ratio in chosen.mha_ratio.split(",")],
+            [parse_ratio(ratio, "--mlp-ratio") for ratio in chosen.mlp_ratio.split(",")],
+        )
+    )
+    _require_new_file(chosen.output)
+    rows = []
+    with _Bar() as progress:
+        bench = _bench(chosen, progress)
+        for measurement in sweep(bench, pairs, _choices(chosen), progress):
+            rows.append(measurement.row())
+            frame = pd.DataFrame(rows)
+            _write_file(chosen.output, lambda path, frame=frame: frame.to_csv(path, index=False))
+    print(f"{len(rows)} points in {chosen.output}")
+
+
+# --- pieces ----------------------------------------------------------------------------------
+
+
+class _Bar:
+    """Progress as one bar a stage on stderr, with time left."""
+
+    def __enter__(self) -> Progress:
+        self._bar: tqdm | None = None
+        self._stage = ""
+        return self._show
+
+    def _show(self, stage: str, done: int, total: int) -> None:
+        if self._bar is None or (stage, total) != (self._stage, self._bar.total):
+            self._close()
+            self._stage = stage
+            self._bar = tqdm(total=total, desc=stage, file=sys.stderr, mininterval=0.5)
+        self._bar.update(done - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+
+def _load(chosen: argparse.Namespace, progress: Progress) -> LoadedModel:
+    loaded = load_model(chosen.model, chosen.device, chosen.dtype, progress)
+    _warn_all(loaded.notices)
+    return loaded
+
+
+def _bench(chosen: argparse.Namespace, progress: Progress) -> Bench:
+    torch.manual_seed(chosen.seed)
+    # Texts are read first: a wrong name is found before a large model is loaded.
+    calibration = corpora.read_corpus(chosen.calibration)
+    evaluation = corpora.read_corpus(chosen.evaluation)
+    loaded = _load(chosen, progress)
+    windows = corpora.calibration_and_evaluation(
+        calibration,
+        evaluation,
+        loaded.tokenizer,
+        loaded.architecture.vocab_size,
+        chosen.calibration_tokens,
+        chosen.evaluation_tokens,
+        chosen.sequence_length,
+        progress,
+    )
+    _warn_all(windows[0].notices + windows[1].notices)
+    return Bench(loaded, *windows, save_dtype=chosen.save_dtype)
+
+
+def _choices(chosen: argparse.Namespace) -> Choices:
+    return Choices(
+        **{field.name: getattr(chosen, field.name) for field in dataclasses.fields(Choices)}
+    )
+
+
+def _warn(sentence: str) -> None:
+    tqdm.write(f"Warning: {sentence}", file=sys.stderr)
+
+
+def _warn_all(sentences: Sequence[str]) -> None:
+    for sentence in dict.fromkeys(sentences):
+        _warn(sentence)
+
+
+def _require_new_file(path: Path) -> None:
+    if path.exists():
+        raise TransActError(f"The output {path} exists; name a new file.")
+    if not path.absolute().parent.is_dir():
+        raise TransActError(f"The folder of {path} does not exist.")
+
+
+def _write_file(path: Path, write) -> None:
+    """Writes beside the file and renames, so that readers never see a part of it."""
+    handle, staging = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
+    os.close(handle)
+    try:
+        write(staging)
+        os.replace(staging, path)
+    except OSError as error:
+        raise TransActError(f"{path} was not written: {error.strerror}.") from None
+    finally:
+        Path(staging).unlink(missing_ok=True)
+
+
+def _table(result: dict[str, dict], output: Path) -> str:
+    dense, pruned = result["dense"], result["pruned"]
+    lines = [f"{'':24}{'dense':>16}{'pruned':>16}{'ratio':>9}"]
+    for key, before in dense.items():
+        after = pruned[key]
+        digits = 4 if key == "perplexity" else 0
+        lines.append(f"{key:24}{before:>16,.{digits}f}{after:>16,.{digits}f}{after / before:>9.3f}")
+    return "\n".join([*lines, f"Written to {output}"])

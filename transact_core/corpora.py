@@ -1,0 +1,295 @@
+"""Text to windows of token ids, so that calibration and evaluation never see the same tokens.
+
+A corpus is one string with a fingerprint. It is tokenised once, with the tokenizer's own special
+tokens, and cut into windows of one length; what does not fill a window is dropped.
+"""
+
+import json
+import pydoc_data.topics
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from transact_core.errors import Progress, TransActError, silent
+from transact_core.files import sha256_of_text
+
+BUILTIN = "builtin"
+MAX_CHARACTERS = 16_000_000
+"""Longer texts are read this far: some millions of tokens, more than any measurement here takes."""
+TEXT_COLUMNS = ("text", "content", "document")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One text, where it came from and its fingerprint."""
+
+    source: str
+    text: str = field(repr=False)
+    sha256: str
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of token ids taken from one corpus.
+
+    `ids` has shape (windows, sequence_length). `tokens` counts what is fed to the model.
+    """
+
+    source: str
+    sha256: str
+    ids: torch.Tensor = field(repr=False)
+    notices: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.numel()
+
+    @property
+    def sequence_length(self) -> int:
+        return self.ids.shape[1]
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+
+def read_corpus(source: str) -> Corpus:
+    """Reads `builtin`, a `.txt`, `.jsonl` or `.parquet` file, or `hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]]`.
+
+    Rows of a table are joined by blank lines. At most `MAX_CHARACTERS` are read.
+
+    Raises:
+        TransActError: the source is missing, empty, binary or holds no text.
+    """
+    source = source.strip()
+    if source == BUILTIN:
+        text = _builtin_text()
+    elif source.startswith("hub:"):
+        text = _hub_text(source)
+    else:
+        text = _file_text(Path(source).expanduser())
+    return corpus_from_text(source, text)
+
+
+def corpus_from_text(source: str, text: str) -> Corpus:
+    """A corpus from a string already in memory, such as an uploaded file's."""
+    notices: tuple[str, ...] = ()
+    if len(text) >= MAX_CHARACTERS:
+        text = text[:MAX_CHARACTERS]
+        notices = (f"Only the first {MAX_CHARACTERS:,} characters of {source} are used.",)
+    if not text.strip():
+        raise TransActError(f"The text {source} is empty.")
+    return Corpus(source=source, text=text, sha256=sha256_of_text(text), notices=notices)
+
+
+def describe(source: str) -> str:
+    """A source in words fit for a report."""
+    if source == BUILTIN:
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return f"Python {version}'s own reference (pydoc_data.topics)"
+    return source
+
+
+def _builtin_text() -> str:
+    topics = pydoc_data.topics.topics
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _file_text(path: Path) -> str:
+    readers = {".txt": _plain_text, ".md": _plain_text, ".jsonl": _json_lines, ".parquet": _parquet}
+    if not path.is_file():
+        raise TransActError(
+            f"There is no text at {str(path)!r}: name a .txt, .jsonl or .parquet file, "
+            f"hub:DATASET or {BUILTIN!r}."
+        )
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise TransActError(
+            f"{path} is none of .txt, .jsonl and .parquet; save the text as one of these."
+        )
+    return reader(path)
+
+
+def _plain_text(path: Path) -> str:
+    with path.open("rb") as file:
+        raw = file.read(4 * MAX_CHARACTERS)
+    if b"\0" in raw:
+        raise TransActError(f"{path} is a binary file, not text.")
+    try:
+        return raw.decode("utf-8")[:MAX_CHARACTERS]
+    except UnicodeDecodeError as error:
+        if error.start > len(raw) - 4:
+            return raw[: error.start].decode("utf-8")[:MAX_CHARACTERS]
+        raise TransActError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8."
+        ) from None
+
+
+def _json_lines(path: Path) -> str:
+    def rows() -> Iterator[str]:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    raise TransActError(f"Line {number} of {path} is not JSON.") from None
+                if isinstance(row, str):
+                    yield row
+                elif isinstance(row, dict):
+                    yield str(row[_text_column(row, str(path))])
+                else:
+                    raise TransActError(f"Line {number} of {path} is neither text nor an object.")
+
+    return _join(rows())
+
+
+def _parquet(path: Path) -> str:
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        column = _text_column(file.schema_arrow.names, str(path))
+        rows = (
+            str(value)
+            for batch in file.iter_batches(columns=[column])
+            for value in batch.column(0).to_pylist()
+            if value is not None
+        )
+        return _join(rows)
+    except (pyarrow.ArrowException, OSError):
+        raise TransActError(f"{path} is truncated, corrupt or not a Parquet file.") from None
+
+
+def _hub_text(source: str) -> str:
+    # Importing datasets takes over a second and most runs never need it.
+    from datasets import load_dataset
+
+    parts = [*source.removeprefix("hub:").split(":"), "", "", ""]
+    name, config, split, column = parts[:4]
+    if not name or len(parts) > 7:
+        raise TransActError(f"{source!r} is not of the form hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]].")
+    try:
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
+        return _join(str(row[column] if column else row[_text_column(row, name)]) for row in rows)
+    except TransActError:
+        raise
+    except KeyError:
+        raise TransActError(f"The dataset {name} has no column {column!r}.") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TransActError(
+            f"The dataset {name} could not be read from the hub ({reason}); check its name, config "
+            "and split and the network, or name a text file."
+        ) from None
+
+
+def _text_column(names: Iterable[str], where: str) -> str:
+    names = list(names)
+    for name in TEXT_COLUMNS:
+        if name in names:
+            return name
+    raise TransActError(
+        f"{where} has no column named {', '.join(TEXT_COLUMNS)}; it has {', '.join(names)}."
+    )
+
+
+def _join(rows: Iterable[str]) -> str:
+    pieces, length = [], 0
+    for row in rows:
+        pieces.append(row)
+        length += len(row) + 2
+        if length > MAX_CHARACTERS:
+            break
+    return "\n\n".join(pieces)
+
+
+def tokenise(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
+    """The whole corpus as one row of token ids, with the tokenizer's own special tokens.
+
+    Raises:
+        TransActError: the tokenizer makes ids that the model has no embedding for.
+    """
+    ids = tokenizer(corpus.text, return_tensors="pt", verbose=False)["input_ids"][0]
+    if ids.numel() and int(ids.max()) >= vocab_size:
+        raise TransActError(
+            f"The tokenizer makes the id {int(ids.max())} and the model's vocabulary ends at "
+            f"{vocab_size - 1}: tokenizer and model do not belong together."
+        )
+    return ids
+
+
+def calibration_and_evaluation(
+    calibration: Corpus,
+    evaluation: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    calibration_tokens: int,
+    evaluation_tokens: int,
+    sequence_length: int,
+    progress: Progress = silent,
+) -> tuple[Windows, Windows]:
+    """Calibration and evaluation windows; from one text, evaluation has the beginning.
+
+    Raises:
+        TransActError: a text is shorter than the windows it must fill.
+    """
+    if sequence_length < 2:
+        raise TransActError("The sequence length must be at least 2 tokens.")
+    progress("Tokenising the text", 0, 2)
+    evaluation_ids = tokenise(evaluation, tokenizer, vocab_size)
+    evaluation_windows = _windows(evaluation, evaluation_ids, evaluation_tokens, sequence_length)
+    progress("Tokenising the text", 1, 2)
+    if calibration.sha256 == evaluation.sha256:
+        calibration_ids = evaluation_ids[evaluation_windows.tokens :]
+    else:
+        calibration_ids = tokenise(calibration, tokenizer, vocab_size)
+    calibration_windows = _windows(
+        calibration, calibration_ids, calibration_tokens, sequence_length
+    )
+    progress("Tokenising the text", 2, 2)
+    return calibration_windows, evaluation_windows
+
+
+def evaluation_windows(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    tokens: int,
+    sequence_length: int,
+) -> Windows:
+    """Evaluation windows alone."""
+    return _windows(corpus, tokenise(corpus, tokenizer, vocab_size), tokens, sequence_length)
+
+
+def _windows(corpus: Corpus, ids: torch.Tensor, tokens: int, sequence_length: int) -> Windows:
+    if tokens < sequence_length:
+        raise TransActError(
+            f"{tokens:,} tokens are fewer than one window of {sequence_length:,}; "
+            "ask for more tokens or a shorter sequence length."
+        )
+    if ids.numel() < sequence_length:
+        raise TransActError(
+            f"The text {corpus.source} gives {ids.numel():,} tokens here, fewer than one window of "
+            f"{sequence_length:,}; choose a longer text, fewer evaluation tokens or a shorter "
+            "sequence length."
+        )
+    notices = corpus.notices
+    if ids.numel() < tokens:
+        notices = (
+            *notices,
+            f"The text {corpus.source} gives {ids.numel():,} tokens where {tokens:,} were asked "
+            "for; all of them are used.",
+        )
+    count = min(tokens, ids.numel()) // sequence_length
+    return Windows(
+        source=corpus.source,
+        sha256=corpus.sha256,
+        ids=ids[: count * sequence_length].reshape(count, sequence_length),
+        notices=notices,
+    )

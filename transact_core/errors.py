@@ -1,0 +1,19 @@
+"""Errors that are the user's to read, and how long work reports on itself and is called off."""
+
+from collections.abc import Callable
+
+
+class TransActError(Exception):
+    """What was wrong and what to do about it, in one sentence fit to be shown as it is."""
+
+
+class Cancelled(Exception):
+    """Raised by a progress callback to stop the work that called it."""
+
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(stage, done, total)``; may raise :class:`Cancelled`."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""

@@ -1,0 +1,306 @@
+"""What leaves: the checkpoint folder, `compression.json`, `report.json`, the model card.
+
+`compression.json` holds choices, not matrices: the repaired weights are computed again from the
+calibration text, which is why the text's fingerprint and the number of threads belong in it.
+"""
+
+import json
+import platform
+import re
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from transformers import LlamaForCausalLM
+
+from transact_core import __version__
+from transact_core.corpora import Windows, describe
+from transact_core.errors import TransActError
+from transact_core.evaluation import Evaluation
+from transact_core.files import require_disk_space, require_free_output, staged_folder
+from transact_core.models import LoadedModel, dtype_name
+from transact_core.plan import Data, PruningPlan
+from transact_core.recovery import require_recovery
+from transact_core.surgery import cast
+from transact_core.sweep import Bench, Measurement, model_report
+
+SCHEMA_VERSION = 1
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class ModelReference(Data):
+    source: str
+    weight_files: dict[str, Sha256]
+
+
+class TextReference(Data):
+    source: str
+    sha256: Sha256
+    tokens: Annotated[int, Field(ge=2)]
+
+
+class Environment(Data):
+    """What the last bits of a result depend on."""
+
+    device: str
+    dtype: Literal["float32", "float16", "bfloat16"]
+    threads: Annotated[int, Field(ge=1)]
+    cpu_capability: str
+    packages: dict[str, str]
+
+
+class Compression(Data):
+    """`compression.json`: all that is needed to make a pruned model again."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: ModelReference
+    plan: PruningPlan
+    recovery: Literal["least-squares", "none"]
+    steps: Literal[1] = 1
+    calibration: TextReference
+    evaluation: TextReference
+    sequence_length: Annotated[int, Field(ge=2)]
+    save_dtype: Literal["float32", "float16", "bfloat16"]
+    seed: int = 0
+    environment: Environment
+
+    def to_json(self) -> str:
+        """Indented, with each list of indices on one line."""
+        indented = self.model_dump_json(indent=1)
+        return re.sub(r"\[[\d,\s]+\]", lambda found: "".join(found[0].split()), indented) + "\n"
+
+
+def describe_compression(
+    bench: Bench, plan: PruningPlan, recovery: str, seed: int = 0
+) -> Compression:
+    """The compression that `sweep.compress` carries out with these arguments, as data."""
+    require_recovery(recovery)
+    loaded = bench.loaded
+    return Compression(
+        model=ModelReference(source=loaded.source, weight_files=loaded.weight_files),
+        plan=plan,
+        recovery=recovery,
+        calibration=_text_reference(bench.calibration),
+        evaluation=_text_reference(bench.evaluation),
+        sequence_length=bench.evaluation.sequence_length,
+        save_dtype=bench.save_dtype,
+        seed=seed,
+        environment=Environment(
+            device=loaded.device.type,
+            dtype=dtype_name(loaded.dtype),
+            threads=torch.get_num_threads(),
+            cpu_capability=torch.backends.cpu.get_cpu_capability(),
+            packages=package_versions(),
+        ),
+    )
+
+
+def _text_reference(windows: Windows) -> TextReference:
+    return TextReference(source=windows.source, sha256=windows.sha256, tokens=windows.tokens)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions that results depend on, local build tags such as `+cpu` included."""
+    return {
+        "python": platform.python_version(),
+        "transact_core": __version__,
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def read_compression(path: Path) -> Compression:
+    """Reads and checks a `compression.json`.
+
+    Raises:
+        TransActError: not readable, not JSON, or a field is missing, unknown or contradictory;
+            the sentence names it.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError):
+        raise TransActError(f"{path} cannot be read.") from None
+    return parse_compression(text, str(path))
+
+
+def parse_compression(text: str, where: str = "compression.json") -> Compression:
+    """Like `read_compression`, from a string."""
+    try:
+        return Compression.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name = ".".join(str(part) for part in first["loc"]) or "the file"
+        reason = first["msg"].rstrip(".")
+        if first["type"] == "extra_forbidden":
+            reason = "this field is not known to this version"
+        raise TransActError(f"{where} cannot be used: {name}: {reason}.") from None
+
+
+def require_same_model(compression: Compression, loaded: LoadedModel) -> None:
+    """Refuses a model whose weight files are not those that were pruned.
+
+    Files are told apart by their contents; where they lie and what they are called may differ.
+    """
+    if sorted(compression.model.weight_files.values()) != sorted(loaded.weight_files.values()):
+        raise TransActError(
+            f"The weights of {loaded.source} are not those that this compression was made for "
+            f"({compression.model.source}): their SHA-256 differ; name the right model by --model."
+        )
+
+
+def require_same_text(kind: str, reference: TextReference, windows: Windows) -> None:
+    """Refuses a text that is not the one recorded, or one too short to be."""
+    if reference.sha256 != windows.sha256 or reference.tokens != windows.tokens:
+        raise TransActError(
+            f"The {kind} text {windows.source} is not the one this compression was made with "
+            f"({describe(reference.source)}, SHA-256 {reference.sha256[:12]}…); "
+            f"name the right one by --{kind}."
+        )
+
+
+def version_warnings(compression: Compression) -> list[str]:
+    """One sentence for each package whose version is not the recorded one."""
+    here = package_versions()
+    return [
+        f"{package} is {here.get(package, 'absent')} here and was {recorded} when this was made; "
+        "the last bits may differ."
+        for package, recorded in compression.environment.packages.items()
+        if here.get(package) != recorded
+    ]
+
+
+def report(bench: Bench, measurement: Measurement) -> dict[str, dict]:
+    """What `report.json` holds."""
+    return {
+        "dense": model_report(bench.dense_footprint, bench.dense().perplexity),
+        "pruned": model_report(measurement.footprint, measurement.perplexity),
+        "evaluation": evaluation_report(bench.evaluation, measurement.evaluation),
+    }
+
+
+def evaluation_report(windows: Windows, evaluation: Evaluation) -> dict[str, str | int]:
+    """`evaluation` of `report.json`."""
+    return {
+        "source": windows.source,
+        "sha256": windows.sha256,
+        "tokens": windows.tokens,
+        "scored_tokens": evaluation.scored_tokens,
+        "sequence_length": windows.sequence_length,
+    }
+
+
+def write_checkpoint(
+    output: Path,
+    model: LlamaForCausalLM,
+    bench: Bench,
+    measurement: Measurement,
+    compression: Compression,
+) -> None:
+    """Writes the output folder, whole or not at all.
+
+    Raises:
+        TransActError: the folder is not empty, cannot be written, or the disk is too full.
+    """
+    require_free_output(output)
+    require_disk_space(output, measurement.footprint.weight_bytes + 50_000_000)
+    stored = cast(model, getattr(torch, compression.save_dtype)).cpu()
+    # Published configurations that name a temperature without `do_sample` load, but transformers
+    # refuses to save them.
+    try:
+        stored.generation_config.validate(strict=True)
+    except ValueError:
+        stored.generation_config.do_sample = True
+    result = report(bench, measurement)
+    with staged_folder(output) as folder:
+        stored.save_pretrained(folder)
+        bench.loaded.tokenizer.save_pretrained(folder)
+        (folder / "compression.json").write_text(compression.to_json())
+        (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+        (folder / "README.md").write_text(model_card(bench.loaded.name, compression, result))
+
+
+def reproduce_command(compression: Compression, output: str = "out") -> str:
+    """The command line that makes this compression again from its ratios."""
+    plan = compression.plan
+    options = {
+        "--model": compression.model.source,
+        "--mha-ratio": plan.mha_ratio,
+        "--mlp-ratio": plan.mlp_ratio,
+        "--granularity": plan.granularity,
+        "--importance": plan.importance,
+        "--recovery": compression.recovery,
+        "--multiple-of": plan.multiple_of,
+        "--calibration": compression.calibration.source,
+        "--calibration-tokens": compression.calibration.tokens,
+        "--evaluation": compression.evaluation.source,
+        "--evaluation-tokens": compression.evaluation.tokens,
+        "--sequence-length": compression.sequence_length,
+        "--save-dtype": compression.save_dtype,
+        "--output": output,
+    }
+    words = [word for name, value in options.items() for word in (name, str(value))]
+    return shlex.join(["python", "-m", "transact_core", "prune", *words])
+
+
+def apply_command(output: str = "out", file: str = "compression.json") -> str:
+    """The command line that carries out a downloaded `compression.json`."""
+    return shlex.join(["python", "-m", "transact_core", "apply", file, "--output", output])
+
+
+def model_card(name: str, compression: Compression, result: dict[str, dict]) -> str:
+    """The output folder's README.md."""
+    dense, pruned = result["dense"], result["pruned"]
+
+    def row(label: str, key: str, scale: float = 1, digits: int = 0) -> str:
+        before, after = dense[key] / scale, pruned[key] / scale
+        return f"| {label} | {before:,.{digits}f} | {after:,.{digits}f} | {after / before:.1%} |"
+
+    plan, evaluation = compression.plan, result["evaluation"]
+    rows = "\n".join(
+        [
+            row("Parameters (M)", "parameters", 1e6, 1),
+            row("Weights (MB)", "weight_bytes", 1e6, 1),
+            row("KV cache per token (kB)", "kv_bytes_per_token", 1e3, 1),
+            row(f"FLOPs per token at {dense['context_length']} (M)", "flops_per_token", 1e6),
+            row("Attention width", "mha_width"),
+            row("MLP width", "mlp_width"),
+            row("Perplexity", "perplexity", 1, 2),
+        ]
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [pruned, transact]
+---
+
+# {name}, pruned
+
+{name} with width removed inside its attention and MLP modules. It is a stock `LlamaForCausalLM`:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+| | dense | pruned | pruned / dense |
+| --- | ---: | ---: | ---: |
+{rows}
+
+Perplexity: {evaluation["scored_tokens"]:,} scored tokens of {describe(evaluation["source"])}
+(SHA-256 `{evaluation["sha256"]}`), windows of {evaluation["sequence_length"]} tokens, each scored
+alone. It says nothing about other texts or about tasks.
+
+Cut: `mha_ratio` {plan.mha_ratio:g}, `mlp_ratio` {plan.mlp_ratio:g}, granularity
+`{plan.granularity}`, importance `{plan.importance}`, recovery `{compression.recovery}`, calibrated
+on {compression.calibration.tokens:,} tokens of {describe(compression.calibration.source)}. All
+choices are in `compression.json`; `{apply_command()}` makes this folder again.
+
+Method: Shen et al., *Pruning Large Language Models to Intra-module Low-rank Architecture with
+Transitional Activations*, Findings of ACL 2024, arXiv 2407.05690. The terms of the dense model's
+licence hold for this one.
+"""

