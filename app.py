@@ -1,0 +1,157 @@
+"""The TransAct workbench: page configuration, navigation and the sidebar."""
+
+import streamlit as st
+import torch
+
+from pages.shared.workbench import Request, keep_upload, visit, workbench
+from transact_core import corpora
+from transact_core.models import BUILTIN, BUILTIN_NAME
+
+MODEL_KINDS = {
+    "Built-in": ("", ""),
+    "Local folder": ("Checkpoint folder", "/path/to/checkpoint"),
+    "GGUF file": ("GGUF file", "/path/to/model.gguf"),
+    "Hub id": ("Hub id", "owner/name"),
+}
+TEXT_KINDS = ("Built-in", "Uploaded file", "Hub dataset")
+
+
+def choose_model() -> str:
+    kind = st.selectbox("Model", list(MODEL_KINDS), key="model_kind", persist_state="session")
+    if kind == "Built-in":
+        st.caption(f"{BUILTIN_NAME}, installed with the app")
+        return BUILTIN
+    label, example = MODEL_KINDS[kind]
+    return st.text_input(label, key=f"model_{kind}", placeholder=example, persist_state="session")
+
+
+def choose_text(name: str) -> str:
+    kind = st.selectbox(f"{name} text", TEXT_KINDS, key=f"{name}_kind", persist_state="session")
+    if kind == "Built-in":
+        return corpora.BUILTIN
+    if kind == "Hub dataset":
+        dataset = st.text_input(
+            f"{name} dataset",
+            placeholder="DATASET:CONFIG:SPLIT:COLUMN",
+            help="As `wikitext:wikitext-2-raw-v1:test`; all but the dataset may be left out.",
+            key=f"{name}_dataset",
+            persist_state="session",
+        )
+        return f"hub:{dataset}" if dataset else ""
+    file = st.file_uploader(
+        f"{name} file", type=["txt", "md", "jsonl", "parquet"], key=f"{name}_file"
+    )
+    if file is not None:
+        st.session_state[f"{name}_path"] = keep_upload(file.name, file.getvalue())
+    return st.session_state.get(f"{name}_path", "")
+
+
+def choose_request() -> Request:
+    defaults = Request()
+    model = choose_model()
+    calibration = choose_text("Calibration")
+    evaluation = choose_text("Evaluation")
+    if calibration == evaluation:
+        st.caption("Of one text, evaluation takes the beginning and calibration what follows.")
+    with st.expander("How much, and on what"):
+        calibration_tokens = st.number_input(
+            "Calibration tokens",
+            64,
+            10_000_000,
+            defaults.calibration_tokens,
+            1024,
+            key="calibration_tokens",
+            persist_state="session",
+        )
+        evaluation_tokens = st.number_input(
+            "Evaluation tokens",
+            64,
+            10_000_000,
+            defaults.evaluation_tokens,
+            1024,
+            key="evaluation_tokens",
+            persist_state="session",
+        )
+        sequence_length = st.number_input(
+            "Sequence length",
+            16,
+            131_072,
+            defaults.sequence_length,
+            128,
+            key="sequence_length",
+            persist_state="session",
+        )
+        devices = ["auto", "cpu"]
+        if torch.cuda.is_available():
+            devices += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        device = st.selectbox("Device", devices, key="device", persist_state="session")
+        dtype = st.selectbox(
+            "Dtype",
+            ["auto", "float32", "bfloat16", "float16"],
+            key="dtype",
+            help="auto computes in float32 on a CPU and in bfloat16 on a GPU.",
+            persist_state="session",
+        )
+    return Request(
+        model=model.strip(),
+        device=device,
+        dtype=dtype,
+        calibration=calibration,
+        evaluation=evaluation,
+        calibration_tokens=int(calibration_tokens),
+        evaluation_tokens=int(evaluation_tokens),
+        sequence_length=int(sequence_length),
+    )
+
+
+def sidebar() -> None:
+    """The request as the widgets have it is opened only when its button is pressed."""
+    mine = visit()
+    chosen = choose_request()
+    complete = chosen.model and chosen.calibration and chosen.evaluation
+    changed = chosen != mine.request
+    if st.button(
+        "Load",
+        type="primary" if changed and complete else "secondary",
+        width="stretch",
+        disabled=not (changed and complete),
+    ):
+        mine.request = chosen
+        st.rerun()
+    if changed:
+        st.caption(
+            "Press **Load** to use these choices." if complete else "Name the model and the texts."
+        )
+    opened = workbench().open(mine.request).bench.result
+    if opened is not None:
+        shape, loaded = opened.loaded.architecture, opened.loaded
+        st.divider()
+        with st.container(gap="xxsmall"):
+            st.text(loaded.name)
+            st.caption(
+                f"{shape.parameters / 1e6:,.1f} M parameters · {shape.num_hidden_layers} layers · "
+                f"hidden {shape.hidden_size:,} · {shape.num_attention_heads} heads over "
+                f"{shape.num_key_value_heads} KV heads of {shape.head_dim} · MLP "
+                f"{shape.intermediate_size:,} · computing in {str(loaded.dtype)[6:]} on "
+                f"{loaded.device}"
+            )
+        for notice in dict.fromkeys(
+            loaded.notices + opened.calibration.notices + opened.evaluation.notices
+        ):
+            st.warning(notice)
+
+
+st.set_page_config(page_title="TransAct workbench", page_icon="assets/icon.svg", layout="wide")
+st.logo("assets/logo.svg", size="large", icon_image="assets/icon.svg")
+page = st.navigation(
+    [
+        st.Page("pages/activations.py", title="Activations", icon=":material/show_chart:"),
+        st.Page("pages/importance.py", title="Importance", icon=":material/grid_on:"),
+        st.Page("pages/compress.py", title="Compress", icon=":material/compress:"),
+        st.Page("pages/perplexity.py", title="Perplexity", icon=":material/trending_up:"),
+        st.Page("pages/export.py", title="Export", icon=":material/download:"),
+    ]
+)
+with st.sidebar:
+    sidebar()
+page.run()

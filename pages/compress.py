@@ -1,0 +1,168 @@
+"""Two sliders, what they mean at once, and the real cut behind a button."""
+
+import numpy as np
+import streamlit as st
+
+from pages.shared import charts
+from pages.shared.jobs import DONE
+from pages.shared.progress import dense_perplexity, require_bench, show_job
+from pages.shared.workbench import Cut, find_point, start_cut, visit
+from transact_core.plan import GRANULARITIES, PruningPlan, head_counts
+from transact_core.recovery import RECOVERIES
+from transact_core.surgery import head_rows
+from transact_core.sweep import Bench, Measurement
+
+GRANULARITY_HELP = (
+    "`query-heads` takes the same number of queries from every group and leaves the KV cache; "
+    "`kv-groups` takes whole groups, and the KV cache shrinks with them."
+)
+RECOVERY_HELP = (
+    "`least-squares` fits `o_proj` and `down_proj` anew on the calibration text, without training; "
+    "`none` leaves the bare cut."
+)
+
+
+def choose(bench: Bench) -> tuple[PruningPlan, Cut]:
+    left, right, options = st.columns([3, 3, 2], gap="large")
+    mha = left.slider(
+        "MHA ratio: share of the attention width removed", 0, 95, 33, 1, format="%d%%",
+        key="mha", bind="query-params",
+    )  # fmt: skip
+    mlp = right.slider(
+        "MLP ratio: share of the MLP width removed", 0, 95, 30, 1, format="%d%%",
+        key="mlp", bind="query-params",
+    )  # fmt: skip
+    granularity = options.selectbox(
+        "Granularity", GRANULARITIES, key="granularity", bind="query-params", help=GRANULARITY_HELP
+    )
+    recovery = options.selectbox(
+        "Recovery", RECOVERIES, key="recovery", bind="query-params", help=RECOVERY_HELP
+    )
+    cut = visit().cut = Cut(mha / 100, mlp / 100, granularity, recovery)
+    plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices)
+    shape = bench.loaded.architecture
+    counts = ", ".join(str(count) for count in head_counts(shape, granularity))
+    left.caption(
+        f"**{plan.num_attention_heads} of {shape.num_attention_heads}** query heads stay, over "
+        f"{plan.num_key_value_heads} of {shape.num_key_value_heads} KV heads. "
+        f"Possible here: {counts}."
+    )
+    right.caption(
+        f"**{plan.intermediate_size:,} of {shape.intermediate_size:,}** channels stay "
+        "in each layer."
+    )
+    return plan, cut
+
+
+def show_footprint(bench: Bench, plan: PruningPlan) -> None:
+    dense, pruned = bench.dense_footprint, bench.footprint(plan)
+    rows = (
+        ("Parameters", dense.parameters, pruned.parameters, 1e6, "M"),
+        ("Weights", dense.weight_bytes, pruned.weight_bytes, 1e6, "MB"),
+        ("KV cache/token", dense.kv_bytes_per_token, pruned.kv_bytes_per_token, 1e3, "kB"),
+        ("FLOPs/token", dense.flops_per_token, pruned.flops_per_token, 1e6, "M"),
+        ("MHA width", dense.mha_width, pruned.mha_width, 1, ""),
+        ("MLP width", dense.mlp_width, pruned.mlp_width, 1, ""),
+    )
+    for column, (label, before, after, scale, unit) in zip(
+        st.columns(len(rows)), rows, strict=True
+    ):
+        digits = 1 if scale > 1 and after < 100 * scale else 0
+        change = after / before - 1
+        column.metric(
+            label,
+            f"{after / scale:,.{digits}f} {unit}".strip(),
+            f"{change:.1%}" if change else "unchanged",
+            delta_color="inverse" if change else "off",
+            delta_arrow="auto" if change else "off",
+            help=f"Exactly {after:,}, of the dense model's {before:,}"
+            + (f"; attention at {dense.context_length:,} tokens." if "FLOP" in label else "."),
+            border=True,
+        )
+
+
+def energy_shares(bench: Bench, plan: PruningPlan) -> dict[str, np.ndarray]:
+    statistics, head_dim = bench.statistics(), bench.loaded.architecture.head_dim
+    kept = {
+        "mha": [head_rows(layer.kept_heads, head_dim) for layer in plan.layers],
+        "mlp": [list(layer.kept_channels) for layer in plan.layers],
+    }
+    shares = {}
+    for module, indices in kept.items():
+        energy = getattr(statistics, module).sum_of_squares
+        shares[module] = np.array(
+            [
+                (row[columns].sum() / row.sum().clamp_min(1e-300)).item()
+                for row, columns in zip(energy, indices, strict=True)
+            ]
+        )
+    return shares
+
+
+def show_plan(bench: Bench, plan: PruningPlan) -> None:
+    shape = bench.loaded.architecture
+    removed = shape.num_attention_heads - plan.num_attention_heads
+    left, right = st.columns([2, 3])
+    with left:
+        st.plotly_chart(
+            charts.head_map(
+                bench.scores(plan.importance).heads.numpy(),
+                plan,
+                f"{removed} of {shape.num_attention_heads} heads go in each layer (×)",
+                height=660,
+            ),
+            key="plan-heads",
+        )
+    with right:
+        st.plotly_chart(charts.energy_kept(energy_shares(bench, plan)), key="plan-energy")
+        st.plotly_chart(charts.kept_channels(plan, shape.intermediate_size), key="plan-channels")
+    st.caption(
+        "Energy is `Σ a²` over the calibration tokens. It says which units are quiet, not what "
+        "their loss costs: that is measured by the button above."
+    )
+
+
+def show_point(point: Measurement, dense: float) -> None:
+    with st.container(border=True):
+        figures = st.columns(4)
+        figures[0].metric("Perplexity, measured", f"{point.perplexity:.2f}")
+        figures[1].metric("Of the dense model's", f"{point.perplexity / dense:.2f} ×")
+        figures[2].metric(
+            "Δ NLL a token",
+            f"{point.delta_nll:.3f} ± {point.delta_nll_se:.3f}",
+            help="Mean per-token difference from the dense model in nats, with its standard "
+            "error over evaluation windows.",
+        )
+        figures[3].metric("Took", f"{point.seconds:.0f} s")
+        if point.fits:
+            with st.expander("What least squares did in each layer"):
+                st.plotly_chart(charts.layer_fits(point.fits), key="fits")
+
+
+@st.fragment
+def workbench_view(bench: Bench) -> None:
+    plan, cut = choose(bench)
+    show_footprint(bench, plan)
+    point = find_point(plan, cut.recovery)
+    dense = dense_perplexity("dense")
+    busy = show_job("cut")
+    if point is not None and dense is not None:
+        show_point(point, dense)
+    elif not busy:
+        nothing = not plan.cuts_anything(bench.loaded.architecture)
+        if st.button(
+            "Prune and measure perplexity", type="primary", icon=":material/content_cut:",
+            disabled=nothing,
+            help="Nothing is cut at these ratios." if nothing else
+            f"Cuts the model, repairs it, and measures on {bench.evaluation.tokens:,} tokens.",
+        ):  # fmt: skip
+            start_cut(bench, plan, cut.recovery)
+            st.rerun()
+    show_plan(bench, plan)
+
+
+st.title("Compress")
+st.caption("Move a slider: everything below follows at once. The address keeps the positions.")
+if (job := visit().job) is not None and job.state == DONE:
+    visit().job = None
+workbench_view(require_bench())

@@ -1,0 +1,92 @@
+"""Take a cut away: its configuration, its checkpoint, the command that makes it again."""
+
+from pathlib import Path
+
+import streamlit as st
+
+from pages.shared.jobs import DONE
+from pages.shared.progress import require_bench, show_job
+from pages.shared.workbench import Cut, find_point, points, start_export, visit
+from transact_core.export import apply_command, describe_compression, reproduce_command
+from transact_core.sweep import Bench
+
+
+def choose_cut(bench: Bench) -> Cut:
+    """The cut at the sliders, or one of those measured in this session."""
+    cuts = [visit().cut]
+    cuts += [
+        Cut(point.plan.mha_ratio, point.plan.mlp_ratio, point.plan.granularity, point.recovery)
+        for point in reversed(points())
+    ]
+    cuts = list(dict.fromkeys(cuts))
+
+    def describe(cut: Cut) -> str:
+        plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices)
+        point = find_point(plan, cut.recovery)
+        return (
+            f"MHA {cut.mha_ratio:.0%}, MLP {cut.mlp_ratio:.0%} · {cut.granularity} · "
+            f"{cut.recovery} · "
+            + (f"perplexity {point.perplexity:.2f}" if point else "not measured yet")
+            + (" · at the sliders" if cut == cuts[0] else "")
+        )
+
+    return st.selectbox("Cut", cuts, format_func=describe)
+
+
+def show_configuration(bench: Bench, cut: Cut) -> None:
+    st.subheader("Configuration")
+    st.write(
+        "`compression.json` holds every choice: which heads and channels stay, the texts and the "
+        "weights by their fingerprints. It makes the checkpoint again, on this machine bit for bit."
+    )
+    plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices)
+    compression = describe_compression(bench, plan, cut.recovery)
+    st.download_button(
+        "compression.json", compression.to_json(), "compression.json", "application/json",
+        icon=":material/download:", type="primary", on_click="ignore",
+    )  # fmt: skip
+    st.write("With the file:")
+    st.code(apply_command(), language="bash")
+    st.write("Without it, from the ratios:")
+    st.code(reproduce_command(compression), language="bash", wrap_lines=True)
+    if not plan.cuts_anything(bench.loaded.architecture):
+        st.info("Nothing is cut at these ratios: this is the dense model.")
+
+
+def write_checkpoint(bench: Bench, cut: Cut) -> None:
+    st.subheader("Checkpoint")
+    plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices)
+    size = bench.footprint(plan).weight_bytes
+    st.write(
+        f"A folder of {size / 1e6:,.0f} MB that stock `transformers` loads, with the tokenizer, "
+        "`compression.json`, `report.json` and a model card."
+    )
+    name = f"{bench.loaded.name}-mha{cut.mha_ratio * 100:.0f}-mlp{cut.mlp_ratio * 100:.0f}"
+    folder = st.text_input(
+        "Folder on the machine that runs this app", str(Path.home() / "transact" / name),
+        key=f"folder-{name}", help="New or empty; it appears whole or not at all.",
+    )  # fmt: skip
+    busy = show_job("export")
+    mine = visit()
+    if mine.job and mine.job.state == DONE and isinstance(mine.job.result, Path):
+        st.success(f"Written to {mine.job.result}", icon=":material/check_circle:")
+        st.code(
+            "from transformers import AutoModelForCausalLM\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{mine.job.result}")',
+            language="python",
+        )
+    if not busy and st.button("Write the checkpoint", type="primary", disabled=not folder.strip()):
+        start_export(bench, cut, Path(folder.strip()).expanduser())
+        st.rerun()
+    if find_point(plan, cut.recovery) is None:
+        st.caption("This cut is not measured yet; writing it measures it too.")
+
+
+st.title("Export")
+bench = require_bench()
+cut = choose_cut(bench)
+left, right = st.columns(2, gap="large")
+with left:
+    show_configuration(bench, cut)
+with right:
+    write_checkpoint(bench, cut)

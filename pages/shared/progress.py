@@ -1,0 +1,80 @@
+"""A job on the page: what it is doing, how long it will take, a button to stop it."""
+
+import streamlit as st
+
+from pages.shared.jobs import CANCELLED, DONE, FAILED, QUEUED, Job
+from pages.shared.workbench import Opening, visit, workbench
+from transact_core.sweep import Bench
+
+
+def seconds_in_words(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min"
+
+
+@st.fragment(run_every=0.5)
+def watch(job: Job, key: str) -> None:
+    """Follows a job until it ends, then draws the whole page again."""
+    if job.finished:
+        st.rerun()
+    with st.container(border=True):
+        line, button = st.columns([6, 1], vertical_alignment="center")
+        if button.button("Cancel", key=f"cancel-{key}", width="stretch"):
+            job.cancel()
+        ahead = workbench().queue.ahead_of(job)
+        if job.state == QUEUED:
+            waiting = "next in line" if ahead <= 1 else f"{ahead} jobs ahead"
+            line.progress(0.0, f"**{job.title}** · waiting, {waiting}")
+        else:
+            left = job.seconds_left
+            text = f"**{job.title}**"
+            if job.stage != job.title:
+                text += f" · {job.stage or 'starting'}"
+            if left is not None:
+                text += f" · about {seconds_in_words(left)} left in this step"
+            line.progress(job.fraction, text)
+
+
+def show_job(key: str) -> bool:
+    """Shows this session's own job where there is one; True while it is unfinished."""
+    job = visit().job
+    if job is None:
+        return False
+    if not job.finished:
+        watch(job, key)
+        return True
+    if job.state == FAILED:
+        st.error(f"{job.title} failed. {job.error}", icon=":material/error:")
+    if job.state == CANCELLED:
+        st.info(f"{job.title} was cancelled. What was measured before is kept.")
+    return False
+
+
+def require_bench() -> Bench:
+    """The bench of this session's request; until it is open, its progress instead of the page."""
+    opening: Opening = workbench().open(visit().request)
+    job = opening.bench
+    if not job.finished:
+        st.caption("The first opening converts the built-in model once; later ones take seconds.")
+        watch(job, "opening")
+        st.stop()
+    if job.state != DONE:
+        st.error(job.error or "The loading was cancelled.", icon=":material/error:")
+        st.caption("Change the model or the text in the sidebar, or try again.")
+        if st.button("Try again", type="primary"):
+            workbench().open(visit().request)
+            st.rerun()
+        st.stop()
+    return job.result
+
+
+def dense_perplexity(key: str) -> float | None:
+    """The dense model's perplexity, or its progress and None while it is being measured."""
+    opening = workbench().open(visit().request)
+    if not opening.dense.finished:
+        watch(opening.dense, key)
+        return None
+    if opening.dense.state != DONE:
+        return None
+    return opening.bench.result.dense().perplexity
