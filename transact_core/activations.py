@@ -22,7 +22,7 @@ BATCH_TOKENS = 2048
 
 @dataclass(frozen=True)
 class ModuleStatistics:
-    """Per-channel sums over calibration tokens, each of shape (layers, width), float64 on the CPU."""
+    """Per-channel sums over calibration tokens: shape (layers, width), float64, on the CPU."""
 
     sum: torch.Tensor
     sum_of_squares: torch.Tensor

@@ -70,7 +70,9 @@ def staged_folder(final: Path) -> Iterator[Path]:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
         if filled := _disk_trouble(error):
-            raise TransActError(f"{final} was not written: {filled}; nothing was left behind.")
+            raise TransActError(
+                f"{final} was not written: {filled}; nothing was left behind."
+            ) from None
         raise
 
 
@@ -89,7 +91,7 @@ def _disk_trouble(error: BaseException) -> str | None:
     }
     for number, sentence in words.items():
         same_number = isinstance(error, OSError) and error.errno == number
-        if same_number or f"os error {number}" in str(error):
+        if same_number or f"(os error {number})" in str(error):
             return sentence
     return None
 

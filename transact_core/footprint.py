@@ -27,7 +27,7 @@ class Footprint:
 def footprint(
     architecture: Architecture, dtype: str, context_length: int = CONTEXT_LENGTH
 ) -> Footprint:
-    """The footprint of weights and KV cache stored as `dtype` (`float32`, `float16`, `bfloat16`)."""
+    """The footprint with weights and KV cache stored as `dtype`, by its name in torch."""
     bytes_each = DTYPE_BYTES[dtype]
     multiply_adds = architecture.vocab_size * architecture.hidden_size
     matrices = (shape for shape in architecture.layer_tensors().values() if len(shape) == 2)

@@ -29,7 +29,7 @@ class Scores:
     """Of the MLP's channels, shape (layers, intermediate_size)."""
 
     def to_frame(self, importance: str) -> pd.DataFrame:
-        """One row a unit: layer, module (mha|mlp), unit (head|channel), index, importance, score."""
+        """One row a unit: layer, module, unit (head or channel), index, importance, score."""
         blocks = (
             ("mha", "head", self.heads),
             ("mha", "channel", self.head_channels),

@@ -199,10 +199,8 @@ def estimate_memory(
     needed = architecture.parameters * dtype.itemsize
     if gguf:
         needed = architecture.parameters * (4 + dtype.itemsize)
-    if device.type == "cuda":
-        available = torch.cuda.mem_get_info(device)[0]
-    else:
-        available = _available_memory()
+    on_gpu = device.type == "cuda"
+    available = torch.cuda.mem_get_info(device)[0] if on_gpu else _available_memory()
     return MemoryEstimate(needed=needed, available=available, device=str(device))
 
 
@@ -252,7 +250,9 @@ def inspect_folder(folder: Path) -> tuple[Architecture, list[Path]]:
         shapes_expected = architecture.tensors()
     except Exception as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise TransActError(f"{folder / 'config.json'} is not a valid configuration: {reason}")
+        raise TransActError(
+            f"{folder / 'config.json'} is not a valid configuration: {reason}"
+        ) from None
     files = _safetensors_files(folder)
     shapes = _stored_shapes(files)
     for name, shape in shapes_expected:

@@ -10,6 +10,7 @@ transformers: `LlamaConfig` refuses a `num_attention_heads` that does not divide
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -125,7 +126,7 @@ class PruningPlan(Data):
 
 
 def _check_indices(what: str, kept: tuple[int, ...], width: int, dense_width: int) -> None:
-    if any(after <= before for before, after in zip(kept, kept[1:], strict=False)):
+    if any(after <= before for before, after in pairwise(kept)):
         raise TransActError(f"The {what} are not in ascending order without repeats.")
     if kept and kept[-1] >= dense_width:
         raise TransActError(

@@ -18,11 +18,11 @@ from transact_core.corpora import Windows
 from transact_core.errors import Progress, TransActError, silent
 
 RECOVERIES = ("least-squares", "none")
-RIDGES = (1e-2, 1e-1, 3e-1, 1.0, 3.0)
+RIDGES = (1e-3, 1e-2, 1e-1)
 """Tried on held-out windows; relative to the mean energy of a kept channel."""
 HELD_OUT_SHARE = 1 / 8
-DRIFT_CORRECTED = {"mha": 0.0, "mlp": 0.5}
-"""How much of the residual stream's drift a module is asked to correct."""
+DRIFT_CORRECTED = 0.5
+"""How much of the residual stream's drift each module is asked to correct."""
 
 
 def require_recovery(name: str) -> None:
@@ -114,7 +114,7 @@ class _Streams:
         fit = None
         if cut:
             drift = self.hidden[0].float() - self.hidden[1].float()
-            target = wanted.float() + DRIFT_CORRECTED[module] * drift
+            target = wanted.float() + DRIFT_CORRECTED * drift
             fit = self._repair(projection, inputs, target)
             written = projection(inputs)
         self.hidden = [self.hidden[0] + wanted, self.hidden[1] + written]
