@@ -62,7 +62,8 @@ class Windows:
 def read_corpus(source: str) -> Corpus:
     """Reads `builtin`, a `.txt`, `.jsonl` or `.parquet` file, or a hub dataset.
 
-    A hub dataset is named `hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]]`, its split `train` by default. Rows of a table are joined by blank lines. At most `MAX_CHARACTERS` are read.
+    A hub dataset is named `hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]]`, its split `train` by default.
+    Rows of a table are joined by blank lines. At most `MAX_CHARACTERS` are read.
 
     Raises:
         TransActError: the source is missing, empty, binary or holds no text.

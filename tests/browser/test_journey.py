@@ -84,7 +84,7 @@ def test_journey(page: Page, address: str, tmp_path: Path):
     series = page.locator(CHART).evaluate(
         "chart => chart.data.map(trace => [trace.name, Array.from(trace.y.bdata ? [] : trace.y)])"
     )
-    points = {name: values for name, values in series}
+    points = dict(series)
     assert points["MLP only, least-squares"] == [pytest.approx(perplexity, abs=0.006)]
     assert points["dense"][0] < perplexity
     expect_no_exception(page)
