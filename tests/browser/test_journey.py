@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +97,7 @@ def test_journey(page: Page, address: str, tmp_path: Path):
     assert (plan["mha_ratio"], plan["mlp_ratio"]) == (0.0, 0.31)
 
     written = tmp_path / "from-the-browser"
-    folder = page.get_by_label(re.compile("Folder on the machine"))
+    folder = page.get_by_role("textbox", name="Folder on the machine")
     folder.fill(str(written))
     folder.press("Enter")
     page.get_by_role("button", name="Write the checkpoint").click()

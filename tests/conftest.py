@@ -1,0 +1,164 @@
+"""Small random LLaMA models of every kind the engine takes, and a tokenizer to go with them."""
+
+import copy
+import os
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from transact_core import corpora
+from transact_core.architecture import Architecture
+from transact_core.models import LoadedModel
+from transact_core.sweep import Bench
+
+VOCAB_SIZE = 320
+KINDS = {
+    "mha": {"num_key_value_heads": 6},
+    "gqa": {"num_key_value_heads": 3},
+    "gqa-tied": {"num_key_value_heads": 3, "tie_word_embeddings": True},
+    "mha-biased": {"num_key_value_heads": 6, "attention_bias": True, "mlp_bias": True},
+    "gqa-biased-tied": {
+        "num_key_value_heads": 3,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "wide-heads": {"num_key_value_heads": 3, "head_dim": 16},
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Keeps what the tests measure out of the user's cache; the converted built-in model stays."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("TRANSACT_CACHE")
+    os.environ["TRANSACT_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["TRANSACT_CACHE"]
+    else:
+        os.environ["TRANSACT_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator([corpora.read_corpus("builtin").text[:20_000]], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+def make_model(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 48,
+            "intermediate_size": 40,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "head_dim": 8,
+            "max_position_embeddings": 256,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 1,
+            "initializer_range": 0.2,
+            **changes,
+        }
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_(std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(params=KINDS)
+def model(request) -> LlamaForCausalLM:
+    return make_model(**KINDS[request.param])
+
+
+@pytest.fixture
+def gqa_model() -> LlamaForCausalLM:
+    return make_model(**KINDS["gqa"])
+
+
+def loaded_from(model: LlamaForCausalLM, tokenizer) -> LoadedModel:
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        architecture=Architecture.from_config(model.config),
+        source="a/model",
+        weight_files={"model.safetensors": "0" * 64},
+        source_dtype=model.dtype,
+    )
+
+
+def windows_for(tokenizer, calibration_tokens=1024, evaluation_tokens=256, sequence_length=32):
+    text = corpora.read_corpus("builtin")
+    return corpora.calibration_and_evaluation(
+        corpora.corpus_from_text("builtin", text.text[:30_000]),
+        corpora.corpus_from_text("builtin", text.text[:30_000]),
+        tokenizer,
+        VOCAB_SIZE,
+        calibration_tokens,
+        evaluation_tokens,
+        sequence_length,
+    )
+
+
+@pytest.fixture
+def windows(tokenizer):
+    return windows_for(tokenizer)
+
+
+def bench_of(model: LlamaForCausalLM, tokenizer, windows) -> Bench:
+    return Bench(loaded_from(model, tokenizer), *windows)
+
+
+@pytest.fixture
+def bench(model, tokenizer, windows) -> Bench:
+    return bench_of(model, tokenizer, windows)
+
+
+@pytest.fixture
+def gqa_bench(gqa_model, tokenizer, windows) -> Bench:
+    return bench_of(gqa_model, tokenizer, windows)
+
+
+@pytest.fixture
+def checkpoint(gqa_model, tokenizer, tmp_path):
+    """A checkpoint folder as any tool would have written it."""
+    folder = tmp_path / "checkpoint"
+    gqa_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(corpora.read_corpus("builtin").text[:30_000])
+    return path
+
+
+def snapshot(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+def same_weights(model: LlamaForCausalLM, before: dict[str, torch.Tensor]) -> bool:
+    now = model.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in now)

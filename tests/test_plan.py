@@ -1,0 +1,181 @@
+import dataclasses
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transact_core.architecture import Architecture
+from transact_core.errors import TransActError
+from transact_core.importance import Scores
+from transact_core.plan import (
+    GRANULARITIES,
+    PruningPlan,
+    head_counts,
+    kept_groups,
+    make_plan,
+    parse_ratio,
+    widths,
+)
+
+ratios = st.floats(0, 1, exclude_max=True).map(lambda ratio: round(ratio, 3)).filter(
+    lambda ratio: ratio < 1
+)  # fmt: skip
+
+
+@st.composite
+def architectures(draw) -> Architecture:
+    groups, queries = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    heads, head_dim = groups * queries, 2 * draw(st.integers(1, 4))
+    return Architecture(
+        hidden_size=heads * draw(st.integers(1, 8)),
+        intermediate_size=draw(st.integers(1, 70)),
+        num_hidden_layers=draw(st.integers(1, 3)),
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        vocab_size=11,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+    )
+
+
+@st.composite
+def plans(draw) -> tuple[Architecture, Scores, PruningPlan]:
+    shape = draw(architectures())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+
+    def random(width: int) -> torch.Tensor:
+        return torch.rand(shape.num_hidden_layers, width, generator=generator, dtype=torch.float64)
+
+    scores = Scores(
+        heads=random(shape.num_attention_heads),
+        head_channels=random(shape.mha_width),
+        channels=random(shape.intermediate_size),
+    )
+    plan = make_plan(
+        shape, scores, "activation", draw(ratios), draw(ratios),
+        draw(st.sampled_from(GRANULARITIES)), draw(st.integers(1, 9)),
+    )  # fmt: skip
+    return shape, scores, plan
+
+
+@given(plans())
+def test_a_plan_fits_its_architecture_and_round_trips(made):
+    shape, _, plan = made
+    plan.check(shape)
+    assert PruningPlan.model_validate_json(plan.model_dump_json()) == plan
+
+
+@given(plans())
+def test_the_best_channels_stay(made):
+    _, scores, plan = made
+    for row, layer in zip(scores.channels, plan.layers, strict=True):
+        gone = sorted(set(range(len(row))) - set(layer.kept_channels))
+        if gone:
+            assert row[gone].max() <= row[list(layer.kept_channels)].min()
+
+
+@given(plans())
+def test_the_best_heads_of_each_group_stay_or_the_best_groups(made):
+    shape, scores, plan = made
+    queries = shape.queries_per_group
+    for row, layer in zip(scores.heads, plan.layers, strict=True):
+        groups = kept_groups(layer.kept_heads, shape)
+        if len(groups) < shape.num_key_value_heads:
+            means = row.unflatten(0, (-1, queries)).mean(1)
+            gone = sorted(set(range(shape.num_key_value_heads)) - set(groups))
+            assert means[gone].max() <= means[list(groups)].min()
+        else:
+            for group in groups:
+                members = range(group * queries, (group + 1) * queries)
+                kept = [head for head in members if head in layer.kept_heads]
+                gone = [head for head in members if head not in layer.kept_heads]
+                assert not gone or row[gone].max() <= row[kept].min()
+
+
+@given(architectures(), ratios, ratios, st.sampled_from(GRANULARITIES), st.integers(1, 9))
+def test_widths_are_the_nearest_that_stock_transformers_loads(
+    shape, mha_ratio, mlp_ratio, granularity, multiple_of
+):
+    taken = widths(shape, mha_ratio, mlp_ratio, granularity, multiple_of)
+    assert shape.hidden_size % taken.num_attention_heads == 0
+    assert taken.num_attention_heads % taken.num_key_value_heads == 0
+    for name, ratio, dense, allowed in (
+        ("num_attention_heads", mha_ratio, shape.num_attention_heads,
+         head_counts(shape, granularity)),
+        ("intermediate_size", mlp_ratio, shape.intermediate_size,
+         [width for width in range(1, shape.intermediate_size + 1) if width % multiple_of == 0]
+         or [shape.intermediate_size]),
+    ):  # fmt: skip
+        got, wanted = getattr(taken, name), dense * (1 - Fraction(str(ratio)))
+        if ratio == 0:
+            assert got == dense
+        else:
+            assert got in allowed
+            distance = abs(got - wanted)
+            assert all(
+                abs(other - wanted) > distance or (abs(other - wanted) == distance and other <= got)
+                for other in allowed
+            )
+
+
+@given(architectures(), ratios, ratios, st.sampled_from(GRANULARITIES))
+def test_a_larger_ratio_never_leaves_more(shape, one, other, granularity):
+    small, large = sorted((one, other))
+    gentle = widths(shape, small, small, granularity)
+    hard = widths(shape, large, large, granularity)
+    assert hard.num_attention_heads <= gentle.num_attention_heads
+    assert hard.num_key_value_heads <= gentle.num_key_value_heads
+    assert hard.intermediate_size <= gentle.intermediate_size
+
+
+def test_a_tie_takes_the_wider():
+    shape = Architecture(40, 5, 1, 8, 8, 4, 11, False, False, False)
+    assert widths(shape, 0, 0.5, "query-heads").intermediate_size == 3
+    # 6 and 4 of 8 heads are as near, but 6 does not divide 40.
+    assert head_counts(shape, "query-heads") == [1, 2, 4, 5, 8]
+
+
+@pytest.mark.parametrize("text", ["abc", "", "nan", "inf", "-0.1", "1", "1.5", "0.3.3"])
+def test_a_ratio_that_is_none_is_refused(text):
+    with pytest.raises(TransActError, match="--mha-ratio"):
+        parse_ratio(text, "--mha-ratio")
+
+
+SHAPE = Architecture(48, 10, 2, 6, 3, 8, 11, False, False, False)
+
+
+@pytest.fixture
+def plan() -> PruningPlan:
+    scores = Scores(torch.rand(2, 6), torch.rand(2, 48), torch.rand(2, 10))
+    return make_plan(SHAPE, scores, "activation", 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "complaint"),
+    [
+        ({"kept_channels": (0, 1, 2, 3, 10)}, "out of range"),
+        ({"kept_channels": (0, 1, 2, 3)}, "where the plan's width is 5"),
+        ({"kept_channels": (1, 0, 2, 3, 4)}, "ascending"),
+        ({"kept_channels": (0, 0, 2, 3, 4)}, "ascending"),
+        ({"kept_heads": (0, 2, 6)}, "out of range"),
+        ({"kept_heads": (0, 1, 4)}, "groups"),
+    ],
+)
+def test_choices_that_do_not_fit_are_refused(plan, layer, complaint):
+    layers = (plan.layers[0].model_copy(update=layer), plan.layers[1])
+    with pytest.raises(TransActError, match=complaint):
+        plan.model_copy(update={"layers": layers}).check(SHAPE)
+
+
+def test_widths_that_contradict_the_ratios_are_refused(plan):
+    with pytest.raises(TransActError, match="contradict"):
+        plan.model_copy(update={"intermediate_size": 6}).check(SHAPE)
+
+
+def test_a_plan_of_another_depth_is_refused(plan):
+    with pytest.raises(TransActError, match="layers"):
+        plan.check(dataclasses.replace(SHAPE, num_hidden_layers=3))
