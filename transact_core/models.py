@@ -140,7 +140,7 @@ def load_model(
     progress("Finding the model", 0, 3)
     if source == BUILTIN:
         path = builtin_gguf()
-    elif (path := Path(source).expanduser()).exists():
+    elif source and (path := Path(source).expanduser()).exists():
         pass
     elif _is_hub_id(source):
         path = _download(source)

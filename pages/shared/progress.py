@@ -63,7 +63,7 @@ def require_bench() -> Bench:
         st.error(job.error or "The loading was cancelled.", icon=":material/error:")
         st.caption("Change the model or the text in the sidebar, or try again.")
         if st.button("Try again", type="primary"):
-            workbench().open(visit().request)
+            workbench().reopen(visit().request)
             st.rerun()
         st.stop()
     return job.result

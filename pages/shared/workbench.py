@@ -83,7 +83,7 @@ class Workbench:
     def open(self, request: Request) -> Opening:
         """The jobs that open this request; sessions that ask for the same share them."""
         opening = self._openings.get(request)
-        if opening is None or (opening.bench.finished and opening.bench.state != DONE):
+        if opening is None:
             bench = self.queue.submit(
                 "Opening the model", lambda report: self._bench(request, report)
             )
@@ -98,6 +98,11 @@ class Workbench:
         while len(self._openings) > BENCHES_KEPT:
             self._openings.popitem(last=False)
         return opening
+
+    def reopen(self, request: Request) -> Opening:
+        """Opens anew what failed or was cancelled, at the visitor's wish."""
+        self._openings.pop(request, None)
+        return self.open(request)
 
     def _bench(self, request: Request, report: Progress) -> Bench:
         calibration = corpora.read_corpus(request.calibration)

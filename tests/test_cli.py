@@ -1,0 +1,210 @@
+import json
+import os
+
+import pandas as pd
+import pytest
+
+from tests.conftest import make_model
+from transact_core.cli import main
+
+TOKENS = ["--calibration-tokens", "512", "--sequence-length", "32"]
+TEXTS = [*TOKENS, "--evaluation-tokens", "128"]
+
+
+@pytest.fixture
+def prune(checkpoint, text_file, tmp_path):
+    """Runs `prune`; gives the exit status and the output folder."""
+
+    def run(output="out", mha="0.5", mlp="0.3", *options):
+        texts = ["--calibration", str(text_file), "--evaluation", str(text_file), *TEXTS]
+        ratios = ["--mha-ratio", mha, "--mlp-ratio", mlp]
+        folder = tmp_path / output
+        chosen = ["--model", str(checkpoint), *ratios, "--output", str(folder), *texts]
+        return main(["prune", *chosen, *options]), folder
+
+    return run
+
+
+def refused(capsys, complaint):
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = [line for line in printed.err.splitlines() if line.startswith("Error:")]
+    assert len(lines) == 1
+    assert complaint in lines[0]
+    assert "Traceback" not in printed.err
+    assert "usage:" not in printed.err
+
+
+def test_apply_makes_the_same_bytes(prune, tmp_path, capsys):
+    status, made = prune()
+    assert status == 0
+    capsys.readouterr()
+    again = tmp_path / "again"
+    assert main(["apply", str(made / "compression.json"), "--output", str(again), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((again / "report.json").read_text())
+    for name in ("model.safetensors", "config.json", "report.json", "compression.json"):
+        assert (made / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_an_output_can_be_cut_again(prune, text_file, tmp_path):
+    _, made = prune()
+    again = ["--mha-ratio", "0", "--mlp-ratio", "0.5", "--output", str(tmp_path / "again")]
+    texts = ["--calibration", str(text_file), "--evaluation", str(text_file), *TEXTS]
+    assert main(["prune", "--model", str(made), *again, *texts]) == 0
+    first = json.loads((made / "report.json").read_text())
+    second = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert second["dense"] == first["pruned"]
+    assert second["pruned"]["mlp_width"] == first["pruned"]["mlp_width"] // 2
+
+
+def test_options_change_the_cut(prune):
+    _, made = prune("out", "0.4", "0.3", "--granularity", "kv-groups", "--multiple-of", "8",
+                    "--recovery", "none", "--save-dtype", "bfloat16")  # fmt: skip
+    plan = json.loads((made / "compression.json").read_text())["plan"]
+    assert (plan["num_key_value_heads"], plan["intermediate_size"]) == (2, 32)
+    assert json.loads((made / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_evaluate_measures_what_the_report_says(prune, text_file, capsys):
+    _, made = prune()
+    capsys.readouterr()
+    texts = ["--evaluation", str(text_file), "--evaluation-tokens", "128"]
+    length = ["--sequence-length", "32", "--json"]
+    assert main(["evaluate", "--model", str(made), *texts, *length]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    report = json.loads((made / "report.json").read_text())
+    assert measured["model"] == report["pruned"]
+    assert measured["evaluation"] == report["evaluation"]
+
+
+def test_analyze_writes_a_row_for_every_unit(checkpoint, text_file, tmp_path):
+    output = tmp_path / "scores.parquet"
+    texts = ["--calibration", str(text_file), *TOKENS]
+    assert main(["analyze", "--model", str(checkpoint), "--output", str(output), *texts]) == 0
+    frame = pd.read_parquet(output)
+    assert list(frame.columns) == ["layer", "module", "unit", "index", "importance", "score"]
+    assert len(frame.query("module == 'mlp' and unit == 'channel'")) == 3 * 40
+    assert len(frame.query("module == 'mha' and unit == 'head'")) == 3 * 6
+
+
+def test_sweep_writes_a_row_for_every_pair(checkpoint, text_file, tmp_path):
+    output = tmp_path / "points.csv"
+    texts = ["--calibration", str(text_file), "--evaluation", str(text_file), *TEXTS]
+    grid = ["--mha-ratio", "0,0.5", "--mlp-ratio", "0,0.25,0.5", "--recovery", "none"]
+    assert main(["sweep", "--model", str(checkpoint), *grid, "--output", str(output), *texts]) == 0
+    frame = pd.read_csv(output)
+    assert len(frame) == 6
+    assert frame.delta_nll[0] == 0
+    assert os.listdir(tmp_path).count("points.csv") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"mha": "1"}, "outside [0, 1)"),
+        ({"mlp": "-0.5"}, "outside [0, 1)"),
+        ({"mlp": "half"}, "is not a number"),
+        ({"mha": "nan"}, "outside [0, 1)"),
+    ],
+)
+def test_ratios_that_are_none_are_refused(prune, capsys, changes, complaint):
+    status, folder = prune(**changes)
+    assert status == 2
+    refused(capsys, complaint)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--granularity", "atoms"], "invalid choice: 'atoms'"),
+        (["--calibration-tokens", "many"], "invalid"),
+        (["--calibration-tokens", "0"], "not a positive number"),
+        (["--steps", "3"], "invalid choice: 3"),
+        (["--nonsense"], "nrecognized arguments: --nonsense"),
+        (["--evaluation", "no/such.txt"], "There is no text at"),
+        (["--sequence-length", "100000"], "fewer than one window"),
+        (["--model", "no/such/model/here"], "There is no model at"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(prune, capsys, options, complaint):
+    status, folder = prune("out", "0.5", "0.3", *options)
+    assert status == 2
+    refused(capsys, complaint)
+    assert not folder.exists()
+
+
+def test_an_output_that_holds_something_is_refused_and_kept(prune, capsys, tmp_path):
+    mine = tmp_path / "out" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("precious")
+    assert prune()[0] == 2
+    refused(capsys, "is not empty")
+    assert mine.read_text() == "precious"
+    assert os.listdir(mine.parent) == ["mine.txt"]
+
+
+def edited(made, tmp_path, change):
+    stored = json.loads((made / "compression.json").read_text())
+    change(stored)
+    path = tmp_path / "edited.json"
+    path.write_text(json.dumps(stored))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda stored: stored.update(colour="blue"), "colour"),
+        (lambda stored: stored["plan"]["layers"][1].update(kept_channels=list(range(13, 41))),
+         "out of range"),
+        (lambda stored: stored["plan"]["layers"].pop(), "layers"),
+        (lambda stored: stored["plan"].update(mlp_ratio=0.6), "contradict"),
+        (lambda stored: stored["model"].update(weight_files={"model.safetensors": "f" * 64}),
+         "SHA-256 differ"),
+        (lambda stored: stored["calibration"].update(sha256="f" * 64), "calibration text"),
+        (lambda stored: stored["evaluation"].update(tokens=10**6), "calibration text"),
+    ],
+)  # fmt: skip
+def test_a_compression_that_does_not_fit_is_refused(prune, capsys, tmp_path, change, complaint):
+    _, made = prune()
+    capsys.readouterr()
+    output = tmp_path / "again"
+    assert main(["apply", edited(made, tmp_path, change), "--output", str(output)]) == 2
+    refused(capsys, complaint)
+    assert not output.exists()
+
+
+def test_apply_takes_the_model_and_the_texts_from_elsewhere(prune, checkpoint, text_file, tmp_path):
+    _, made = prune()
+    elsewhere = checkpoint.rename(tmp_path / "moved")
+    text = text_file.rename(tmp_path / "moved.txt")
+    places = ["--model", str(elsewhere), "--calibration", str(text), "--evaluation", str(text)]
+    again = tmp_path / "again"
+    compression = str(made / "compression.json")
+    assert main(["apply", compression, "--output", str(again), *places]) == 0
+    assert (again / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+
+
+def test_apply_refuses_another_model(prune, tmp_path, tokenizer, capsys):
+    _, made = prune()
+    other = tmp_path / "other"
+    make_model(num_key_value_heads=3, initializer_range=0.1).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    capsys.readouterr()
+    output = tmp_path / "again"
+    command = ["apply", str(made / "compression.json"), "--output", str(output)]
+    assert main([*command, "--model", str(other)]) == 2
+    refused(capsys, "SHA-256 differ")
+    assert not output.exists()
+
+
+def test_an_interruption_leaves_nothing(prune, tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transact_core.export.model_card", interrupt)
+    status, folder = prune()
+    assert status == 130
+    assert not folder.exists()
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".out")]

@@ -1,0 +1,173 @@
+import errno
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import same_weights, snapshot
+from transact_core.errors import TransActError
+from transact_core.export import (
+    describe_compression,
+    parse_compression,
+    reproduce_command,
+    require_same_model,
+    version_warnings,
+    write_checkpoint,
+)
+from transact_core.sweep import Choices, compress
+
+
+@pytest.fixture
+def cut(gqa_bench):
+    plan = gqa_bench.plan(0.5, 0.3, Choices())
+    model, measurement = compress(gqa_bench, plan, "least-squares")
+    return model, measurement, describe_compression(gqa_bench, plan, "least-squares")
+
+
+def test_the_folder_is_whole_and_stock_loads_it(gqa_bench, cut, tmp_path):
+    model, measurement, compression = cut
+    dense = snapshot(gqa_bench.loaded.model)
+    output = tmp_path / "out"
+    write_checkpoint(output, model, gqa_bench, measurement, compression)
+    names = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"}
+    assert names | {"compression.json", "report.json", "README.md"} <= set(os.listdir(output))
+    assert same_weights(AutoModelForCausalLM.from_pretrained(output), snapshot(model))
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer("fish")["input_ids"] == gqa_bench.loaded.tokenizer("fish")["input_ids"]
+    assert parse_compression((output / "compression.json").read_text()) == compression
+    assert same_weights(gqa_bench.loaded.model, dense)
+
+    report = json.loads((output / "report.json").read_text())
+    assert set(report) == {"dense", "pruned", "evaluation"}
+    fields = {
+        "parameters", "perplexity", "mha_width", "mlp_width", "kv_bytes_per_token",
+        "flops_per_token", "context_length", "weight_bytes",
+    }  # fmt: skip
+    assert set(report["dense"]) == set(report["pruned"]) == fields
+    assert report["pruned"]["perplexity"] == measurement.perplexity
+    assert report["dense"]["perplexity"] == gqa_bench.dense().perplexity
+    assert report["pruned"]["parameters"] == sum(weight.numel() for weight in model.parameters())
+    assert report["evaluation"] == {
+        "source": "builtin",
+        "sha256": gqa_bench.evaluation.sha256,
+        "tokens": 256,
+        "scored_tokens": 8 * 31,
+        "sequence_length": 32,
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_are_stored_as_asked_and_measured_as_stored(gqa_bench, tmp_path, dtype):
+    gqa_bench.save_dtype = dtype
+    plan = gqa_bench.plan(0.5, 0.3, Choices())
+    model, measurement = compress(gqa_bench, plan, "none")
+    compression = describe_compression(gqa_bench, plan, "none")
+    write_checkpoint(tmp_path / "out", model, gqa_bench, measurement, compression)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {getattr(torch, dtype)}
+    assert measurement.footprint.weight_bytes == sum(each.nbytes for each in stored.values())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert same_weights(again, snapshot(model))
+
+
+def test_ratios_of_zero_give_the_dense_weights(gqa_bench):
+    plan = gqa_bench.plan(0, 0, Choices())
+    model, measurement = compress(gqa_bench, plan, "least-squares")
+    assert same_weights(model, snapshot(gqa_bench.loaded.model))
+    assert measurement.fits == ()
+    assert (measurement.delta_nll, measurement.delta_nll_se) == (0, 0)
+
+
+def test_a_disk_that_fills_up_leaves_nothing(gqa_bench, cut, tmp_path, monkeypatch):
+    def fill_up(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(gqa_bench.loaded.tokenizer), "save_pretrained", fill_up)
+    model, measurement, compression = cut
+    with pytest.raises(TransActError, match="the disk is full"):
+        write_checkpoint(tmp_path / "out", model, gqa_bench, measurement, compression)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting needs root")
+def test_a_disk_that_really_fills_up_leaves_nothing(gqa_bench, cut, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=64k tmpfs {disk} 2>/dev/null"):
+        pytest.skip("a file system cannot be mounted here")
+    try:
+        # The check beforehand would refuse at once; the write itself must survive too.
+        monkeypatch.setattr("transact_core.export.require_disk_space", lambda *_: None)
+        model, measurement, compression = cut
+        with pytest.raises(TransActError, match="the disk is full"):
+            write_checkpoint(disk / "out", model, gqa_bench, measurement, compression)
+        assert os.listdir(disk) == []
+    finally:
+        os.system(f"umount {disk}")
+
+
+def test_a_generation_config_that_cannot_be_saved_is_mended(gqa_bench, cut, tmp_path):
+    model, measurement, compression = cut
+    model.generation_config.temperature = 0.6
+    write_checkpoint(tmp_path / "out", model, gqa_bench, measurement, compression)
+    stored = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (stored["temperature"], stored["do_sample"]) == (0.6, True)
+
+
+def test_a_compression_round_trips(cut):
+    compression = cut[2]
+    assert parse_compression(compression.to_json()) == compression
+    assert version_warnings(compression) == []
+    older = compression.environment.model_copy(update={"packages": {"torch": "1.0"}})
+    assert "torch" in version_warnings(compression.model_copy(update={"environment": older}))[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        (("colour",), "blue", "colour: this field is not known"),
+        (("plan", "colour"), "blue", "plan.colour: this field is not known"),
+        (("plan", "mha_ratio"), 1.0, "plan.mha_ratio"),
+        (("plan", "granularity"), "atoms", "plan.granularity"),
+        (("plan", "layers", 0, "kept_heads"), [-1], "plan.layers.0.kept_heads.0"),
+        (("recovery",), "magic", "recovery"),
+        (("schema_version",), 99, "schema_version"),
+        (("calibration", "sha256"), "abc", "calibration.sha256"),
+        (("environment", "threads"), 0, "environment.threads"),
+    ],
+)
+def test_fields_that_are_unknown_or_wrong_are_refused_by_name(cut, path, value, complaint):
+    stored = json.loads(cut[2].to_json())
+    inner = stored
+    for part in path[:-1]:
+        inner = inner[part]
+    inner[path[-1]] = value
+    with pytest.raises(TransActError, match=complaint):
+        parse_compression(json.dumps(stored))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 1}'])
+def test_what_is_no_compression_is_refused(text):
+    with pytest.raises(TransActError, match="cannot be used"):
+        parse_compression(text)
+
+
+def test_another_model_is_refused(cut, gqa_bench):
+    require_same_model(cut[2], gqa_bench.loaded)
+    other = cut[2].model.model_copy(update={"weight_files": {"model.safetensors": "1" * 64}})
+    with pytest.raises(TransActError, match="SHA-256 differ"):
+        require_same_model(cut[2].model_copy(update={"model": other}), gqa_bench.loaded)
+
+
+def test_the_command_names_every_choice(cut):
+    command = reproduce_command(cut[2])
+    for words in (
+        "--mha-ratio 0.5", "--mlp-ratio 0.3", "--granularity query-heads",
+        "--recovery least-squares", "--calibration-tokens 1024", "--evaluation-tokens 256",
+        "--sequence-length 32", "--save-dtype float32",
+    ):  # fmt: skip
+        assert words in command
