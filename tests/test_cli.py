@@ -163,7 +163,7 @@ def edited(made, tmp_path, change):
         (lambda stored: stored["model"].update(weight_files={"model.safetensors": "f" * 64}),
          "SHA-256 differ"),
         (lambda stored: stored["calibration"].update(sha256="f" * 64), "calibration text"),
-        (lambda stored: stored["evaluation"].update(tokens=10**6), "calibration text"),
+        (lambda stored: stored["evaluation"].update(tokens=10**6), "fewer than one window"),
     ],
 )  # fmt: skip
 def test_a_compression_that_does_not_fit_is_refused(prune, capsys, tmp_path, change, complaint):
