@@ -1,0 +1,111 @@
+"""Which widths are removed, and which methods are asked to remove them.
+
+The methods of the engine are read off its own registries, so that whatever is registered there
+gets its rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from benchmarks.baselines import BASELINES
+from transact_core.architecture import Architecture
+from transact_core.importance import IMPORTANCES
+from transact_core.plan import GRANULARITIES, Widths, widths
+from transact_core.recovery import RECOVERIES
+from transact_core.sweep import Choices
+
+PUBLISHED = "TransAct as published"
+DENSE = "dense"
+KEEPS_KV_CACHE = ("query-heads",)
+"""Granularities that leave the KV cache as it is, where queries are grouped."""
+CHOOSES_ITSELF = "auto"
+
+
+@dataclass(frozen=True)
+class Cut:
+    name: str
+    mha_ratio: float
+    mlp_ratio: float
+    narrows_kv_cache: bool = False
+
+    @property
+    def granularity(self) -> str:
+        """The simplest one that makes this cut."""
+        return "kv-groups" if self.narrows_kv_cache else "query-heads"
+
+    def target(self, architecture: Architecture) -> Widths:
+        """The widths that every method is asked for."""
+        return widths(architecture, self.mha_ratio, self.mlp_ratio, self.granularity)
+
+
+THIRD = 1 / 3
+UNCUT = Cut("nothing", 0, 0)
+CUTS = (
+    Cut("20 % of the MLP", 0, 0.2),
+    Cut("30 % of the MLP", 0, 0.3),
+    Cut("50 % of the MLP", 0, 0.5),
+    Cut("a third of the query heads", THIRD, 0),
+    Cut("two thirds of the query heads", 2 * THIRD, 0),
+    Cut("a third of the KV cache", THIRD, 0, narrows_kv_cache=True),
+    Cut("a third of the query heads and 30 % of the MLP", THIRD, 0.3),
+)
+QUICK_CUTS = ("30 % of the MLP", "a third of the query heads", "a third of the KV cache")
+QUICK_IMPORTANCES = ("activation", "activation-weight")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cut by one method; `choices` is None where the method is not the engine's."""
+
+    cut: Cut
+    method: str
+    choices: Choices | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.cut.name, self.method
+
+    @property
+    def name(self) -> str:
+        return f"{self.cut.name}: {self.method}"
+
+
+def rows(quick: bool = False) -> list[Row]:
+    """Every row of the table, the dense model first; `quick` keeps a representative few."""
+    found = [Row(UNCUT, DENSE)]
+    for cut in CUTS:
+        if quick and cut.name not in QUICK_CUTS:
+            continue
+        found.append(Row(cut, PUBLISHED))
+        found += [Row(cut, name) for name, other in BASELINES.items() if other.offers(cut)]
+        found += [
+            Row(cut, _method(choices, cut), choices)
+            for choices in _engine_choices(cut)
+            if not quick or choices.importance in QUICK_IMPORTANCES
+        ]
+    return found
+
+
+def _engine_choices(cut: Cut) -> Iterator[Choices]:
+    """Each importance with each recovery; where the granularity is free, each that fits the cut."""
+    for granularity in _granularities(cut):
+        for importance in IMPORTANCES:
+            for recovery in RECOVERIES:
+                yield Choices(granularity=granularity, importance=importance, recovery=recovery)
+
+
+def _granularities(cut: Cut) -> list[str]:
+    if cut.narrows_kv_cache:
+        others = (*KEEPS_KV_CACHE, CHOOSES_ITSELF)
+        return [granularity for granularity in GRANULARITIES if granularity not in others]
+    chosen = [cut.granularity]
+    if cut.mha_ratio and CHOOSES_ITSELF in GRANULARITIES:
+        chosen.append(CHOOSES_ITSELF)
+    return chosen
+
+
+def _method(choices: Choices, cut: Cut) -> str:
+    words = [choices.importance, choices.recovery]
+    if choices.granularity != "query-heads" and cut.mha_ratio:
+        words.insert(0, choices.granularity)
+    return f"ours: {', '.join(words)}"
