@@ -2,20 +2,23 @@ PYTHON ?= python3
 PORT ?= 8501
 TORCH_INDEX_URL ?=
 PYTEST_ARGS ?=
+BENCHMARK_ARGS ?= --output outputs/benchmark.csv --markdown outputs/benchmark.md --resume
 
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 SETUP := $(VENV)/.setup
 SETUP_DEV := $(VENV)/.setup-dev
+SETUP_BENCHMARK := $(VENV)/.setup-benchmark
 
 .DEFAULT_GOAL := help
-.PHONY: help setup app test lint format clean distclean
+.PHONY: help setup app test benchmark lint format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON)  PORT=$(PORT)  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  PYTEST_ARGS=$(PYTEST_ARGS)"
+	@echo "           BENCHMARK_ARGS=$(BENCHMARK_ARGS)"
 
 setup: $(SETUP) ## install the app and the built-in model into .venv
 	@echo "Ready: make app"
@@ -29,6 +32,9 @@ test: $(SETUP_DEV) ## check the code and run the tests (PYTEST_ARGS="-k name")
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+benchmark: $(SETUP_BENCHMARK) ## compare with other libraries; takes hours (BENCHMARK_ARGS="--help")
+	$(PY) -m benchmarks.table $(BENCHMARK_ARGS)
 
 lint: $(SETUP_DEV) ## check the code alone
 	$(PY) -m ruff check .
@@ -63,4 +69,9 @@ endif
 
 $(SETUP_DEV): requirements-dev.txt $(SETUP)
 	$(PIP) install -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+# Without dependencies: what these need is installed, and a resolver could exchange it.
+$(SETUP_BENCHMARK): benchmarks/requirements.txt $(SETUP)
+	$(PIP) install --no-deps -r benchmarks/requirements.txt -c constraints.txt
 	@touch $@
