@@ -1,28 +1,129 @@
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.conftest import bench_of, make_model, same_weights, snapshot, windows_for
 from transact_core import recovery
+from transact_core.activations import transitional_inputs
+from transact_core.corpora import Windows
 from transact_core.errors import TransActError
-from transact_core.recovery import _Moments, least_squares, require_recovery
+from transact_core.recovery import _cross_validated, _Moments, recover, require_recovery
 from transact_core.surgery import prune
 from transact_core.sweep import Choices
 
 
-def test_the_solution_is_that_of_plain_least_squares():
+def random_moments(windows: int, inputs: int = 12, outputs: int = 5):
+    """Moments of random data, and the data with each token's weight multiplied in."""
+    x, y = torch.randn(windows, 50, inputs), torch.randn(windows, 50, outputs)
+    weights = torch.rand(windows, 50) + 0.5
+    root = weights.sqrt()[..., None]
+    return _Moments.of(x, y, y, weights), (x * root).flatten(0, 1), (y * root).flatten(0, 1)
+
+
+def test_the_solution_is_that_of_weighted_least_squares():
     torch.manual_seed(0)
-    inputs, missing = torch.randn(4, 50, 12), torch.randn(4, 50, 5)
-    moments = _Moments.of(inputs, missing)
-    expected = torch.linalg.lstsq(inputs.flatten(0, 1), missing.flatten(0, 1)).solution
+    moments, x, y = random_moments(4)
+    expected = torch.linalg.lstsq(x, y).solution
     torch.testing.assert_close(moments.solve(1e-9).float(), expected, rtol=1e-4, atol=1e-5)
-    left = missing.flatten(0, 1) - inputs.flatten(0, 1) @ expected
-    assert moments.error(expected.double()) == pytest.approx(left.square().sum().item(), rel=1e-4)
+    left = (y - x @ expected).square().sum().item()
+    assert moments.error(expected.double()) == pytest.approx(left, rel=1e-4)
+    assert moments.scale == pytest.approx(y.square().sum().item(), rel=1e-5)
 
 
 def test_a_strong_ridge_keeps_the_bare_cut():
     torch.manual_seed(0)
-    moments = _Moments.of(torch.randn(2, 50, 12), torch.randn(2, 50, 5))
-    assert moments.solve(1e12).abs().max() < 1e-9
+    assert random_moments(2)[0].solve(1e12).abs().max() < 1e-9
+
+
+def test_every_fold_is_judged_by_what_the_others_taught():
+    torch.manual_seed(0)
+    parts = [random_moments(2) for _ in range(3)]
+    ridges = (1e-9, 10.0)
+    chosen = _cross_validated([part[0] for part in parts], ridges, 0)
+    errors = dict.fromkeys(ridges, 0.0)
+    for held_out, (_, x, y) in enumerate(parts):
+        seen = [part for number, part in enumerate(parts) if number != held_out]
+        features = torch.cat([part[1] for part in seen]).double()
+        wanted = torch.cat([part[2] for part in seen]).double()
+        energy = features.square().sum(dim=0)
+        for ridge in ridges:
+            damped = features.T @ features + ridge * torch.diag(energy + 1e-3 * energy.mean())
+            change = torch.linalg.solve(damped, features.T @ wanted)
+            errors[ridge] += (y - (x.double() @ change)).square().sum().item()
+    assert chosen.ridge == min(errors, key=errors.get) == 10.0
+    assert chosen.error == pytest.approx(errors[10.0], rel=1e-5)
+
+
+def test_one_window_cannot_be_judged_and_keeps_the_bare_cut(gqa_bench):
+    dense, windows = gqa_bench.loaded.model, gqa_bench.calibration
+    plan = gqa_bench.plan(0.5, 0.4, Choices())
+    pruned = prune(dense, plan)
+    one = Windows(windows.source, windows.sha256, windows.ids[:1])
+    fits = recover(dense, pruned, one, "least-squares").fits
+    assert all(fit.ridge is None for fit in fits)
+    assert same_weights(pruned, snapshot(prune(dense, plan)))
+
+
+def test_a_bias_is_the_weighted_mean_of_what_was_cut(bench, tmp_path):
+    dense, windows = bench.loaded.model, bench.calibration
+    plan = bench.plan(0.5, 0.4, Choices())
+    pruned = prune(dense, plan, with_biases=True)
+    fits = recover(dense, pruned, windows, "bias").fits
+    assert {fit.ridge for fit in fits} <= {0.0, None}
+
+    # The first module sees the same stream in both models; its own bias comes on top.
+    before = prune(dense, plan, with_biases=True)
+    layer, cut = dense.model.layers[0], before.model.layers[0]
+    total, weight_sum = 0, 0
+    for window in windows.ids:
+        hidden = dense.model.embed_tokens(window[None])
+        rotary = dense.model.rotary_emb(hidden, torch.arange(len(window))[None])
+        normed = layer.input_layernorm(hidden)
+        whole = layer.self_attn(normed, position_embeddings=rotary)[0][0]
+        bare = cut.self_attn(normed, position_embeddings=rotary)[0][0]
+        for token in range(len(window)):
+            weight = 1 / (hidden[0, token] + whole[token]).square().mean()
+            total, weight_sum = total + weight * (whole - bare)[token], weight_sum + weight
+    changed = pruned.model.layers[0].self_attn.o_proj.bias - cut.self_attn.o_proj.bias
+    if fits[0].ridge is not None:
+        torch.testing.assert_close(changed, total / weight_sum, rtol=1e-3, atol=1e-5)
+
+    cost = bench.footprint(plan, "bias")
+    assert cost.parameters == sum(weight.numel() for weight in pruned.parameters())
+    pruned.save_pretrained(tmp_path)
+    ids = windows.ids[:2]
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(stock(ids).logits, pruned(ids).logits)
+
+
+def test_errors_told_are_those_on_windows_no_fit_has_seen(gqa_bench):
+    """The first module's error again, from its folds, with nothing but matrix algebra."""
+    dense, windows = gqa_bench.loaded.model, gqa_bench.calibration
+    pruned = prune(dense, gqa_bench.plan(0.5, 0, Choices()))
+    bare = prune(dense, gqa_bench.plan(0.5, 0, Choices()))
+    fit = recover(dense, pruned, windows, "least-squares").fits[0]
+    hidden = dense.model.embed_tokens(windows.ids)
+    rotary = dense.model.rotary_emb(hidden, torch.arange(windows.sequence_length)[None])
+    seen = []
+    projection = transitional_inputs(bare, 0)["mha"]
+    handle = projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    normed = dense.model.layers[0].input_layernorm(hidden)
+    written = bare.model.layers[0].self_attn(normed, position_embeddings=rotary)[0]
+    handle.remove()
+    wanted = dense.model.layers[0].self_attn(normed, position_embeddings=rotary)[0]
+    root = (hidden + wanted).square().mean(-1, keepdim=True).rsqrt().double()
+    x, y = seen[0].double() * root, (wanted - written).double() * root
+    left = 0.0
+    for fold in torch.arange(len(windows)).tensor_split(recovery.FOLDS):
+        others = torch.tensor([n for n in range(len(windows)) if n not in fold.tolist()])
+        features, missing = x[others].flatten(0, 1), y[others].flatten(0, 1)
+        energy = features.square().sum(dim=0)
+        damped = features.T @ features + fit.ridge * torch.diag(energy + 1e-3 * energy.mean())
+        change = torch.linalg.solve(damped, features.T @ missing)
+        left += (y[fold] - x[fold] @ change).square().sum().item()
+    scale = (wanted.double() * root).square().sum().item()
+    assert fit.recovered_error == pytest.approx(left / scale, rel=1e-4)
+    assert fit.bare_error == pytest.approx(y.square().sum().item() / scale, rel=1e-4)
 
 
 def test_the_repair_lowers_the_error_and_touches_only_the_cut_projections(bench):
@@ -30,7 +131,7 @@ def test_the_repair_lowers_the_error_and_touches_only_the_cut_projections(bench)
     before = snapshot(dense)
     plan = bench.plan(0.5, 0.4, Choices())
     bare, repaired = prune(dense, plan), prune(dense, plan)
-    fits = least_squares(dense, repaired, bench.calibration)
+    fits = recover(dense, repaired, bench.calibration, "least-squares").fits
     assert same_weights(dense, before)
     assert [(fit.layer, fit.module) for fit in fits] == [
         (layer, module) for layer in range(3) for module in ("mha", "mlp")
@@ -50,7 +151,7 @@ def test_the_repair_lowers_the_error_and_touches_only_the_cut_projections(bench)
 def test_a_module_that_is_not_cut_is_not_repaired(gqa_bench, ratios, module):
     dense = gqa_bench.loaded.model
     pruned = prune(dense, gqa_bench.plan(*ratios, Choices()))
-    fits = least_squares(dense, pruned, gqa_bench.calibration)
+    fits = recover(dense, pruned, gqa_bench.calibration, "least-squares").fits
     assert {fit.module for fit in fits} == {module}
     other = {"mha": "mlp.down_proj", "mlp": "self_attn.o_proj"}[module]
     for mine, theirs in zip(pruned.model.layers, dense.model.layers, strict=True):
@@ -74,7 +175,7 @@ def test_duplicated_channels_are_removed_without_loss(tokenizer):
     pruned = prune(model, plan.model_copy(update={"layers": layers}))
     ids = windows[1].ids[:2]
     bare = (pruned(ids).logits - model(ids).logits).square().mean()
-    fits = least_squares(model, pruned, windows[0])
+    fits = recover(model, pruned, windows[0], "least-squares").fits
     repaired = (pruned(ids).logits - model(ids).logits).square().mean()
     assert max(fit.recovered_error for fit in fits) < 0.05
     assert repaired < 0.05 * bare
@@ -85,7 +186,7 @@ def test_no_repair_is_kept_that_is_worse_on_held_out_windows(gqa_bench, monkeypa
     dense = gqa_bench.loaded.model
     plan = gqa_bench.plan(0.5, 0.4, Choices())
     pruned = prune(dense, plan)
-    fits = least_squares(dense, pruned, gqa_bench.calibration)
+    fits = recover(dense, pruned, gqa_bench.calibration, "least-squares").fits
     assert all(fit.ridge is None for fit in fits)
     assert same_weights(pruned, snapshot(prune(dense, plan)))
 
@@ -94,7 +195,7 @@ def test_two_runs_give_the_same_bits(gqa_bench):
     dense, plan = gqa_bench.loaded.model, gqa_bench.plan(0.5, 0.4, Choices())
     twice = [prune(dense, plan), prune(dense, plan)]
     for pruned in twice:
-        least_squares(dense, pruned, gqa_bench.calibration)
+        recover(dense, pruned, gqa_bench.calibration, "least-squares")
     assert same_weights(twice[0], snapshot(twice[1]))
 
 

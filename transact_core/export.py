@@ -23,7 +23,7 @@ from transact_core.evaluation import Evaluation
 from transact_core.files import require_disk_space, require_free_output, staged_folder
 from transact_core.models import LoadedModel, dtype_name
 from transact_core.plan import Data, PruningPlan
-from transact_core.recovery import require_recovery
+from transact_core.recovery import RecoveryName, require_recovery
 from transact_core.surgery import cast
 from transact_core.sweep import Bench, Measurement, model_report
 
@@ -59,7 +59,7 @@ class Compression(Data):
     schema_version: Literal[1] = SCHEMA_VERSION
     model: ModelReference
     plan: PruningPlan
-    recovery: Literal["least-squares", "none"]
+    recovery: RecoveryName
     steps: Literal[1] = 1
     calibration: TextReference
     evaluation: TextReference

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,7 +21,7 @@ from transact_core.errors import TransActError
 from transact_core.importance import Scores
 
 Granularity = Literal["query-heads", "kv-groups"]
-GRANULARITIES: tuple[Granularity, ...] = ("query-heads", "kv-groups")
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 Ratio = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Index = Annotated[int, Field(ge=0)]
 
@@ -79,6 +79,15 @@ class PruningPlan(Data):
 
     def cuts_anything(self, architecture: Architecture) -> bool:
         return self.cuts_mha(architecture) or self.cuts_mlp(architecture)
+
+    def applied_to(self, architecture: Architecture, with_biases: bool = False) -> Architecture:
+        """What the cut leaves; `with_biases` as `surgery.prune` takes it."""
+        return replace(
+            self.widths.applied_to(architecture),
+            attention_bias=architecture.attention_bias
+            or (with_biases and self.cuts_mha(architecture)),
+            mlp_bias=architecture.mlp_bias or (with_biases and self.cuts_mlp(architecture)),
+        )
 
     def check(self, architecture: Architecture) -> None:
         """Refuses a plan that this architecture cannot be cut by.

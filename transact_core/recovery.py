@@ -1,13 +1,22 @@
-"""Closed-form repair of o_proj and down_proj after the cut; no training.
+"""Closed-form repair after the cut; no training.
 
-Layer by layer, two streams run over the calibration windows: the dense model's residual stream and
-that of the model as pruned so far. After each cut module its output projection is fitted anew, so
-that what is left of the transitional activation reproduces what the dense module wrote, plus part
-of what the pruned stream has drifted since. Each later layer sees the repaired ones before it.
+Layer by layer, the residual stream of the model as pruned so far runs over the calibration windows.
+At each cut module the dense module is asked what it would have written on that same stream, and the
+pruned one is repaired to write it too: by a bias (the mean of what went missing) or by fitting its
+output projection anew (`least-squares`). Each later layer sees the repaired ones before it.
+
+What a repair has seen it flatters, and a stream made of flattered layers hides from later layers
+what awaits them on other text. So the windows are dealt into folds, and each fold's stream runs
+through repairs that were fitted on the other folds only: every error, every choice of a ridge and
+every later layer is judged on text that the repairs before it have not seen. What is written into
+the model is then fitted on all windows.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -17,12 +26,12 @@ from transact_core.activations import transitional_inputs
 from transact_core.corpora import Windows
 from transact_core.errors import Progress, TransActError, silent
 
-RECOVERIES = ("least-squares", "none")
-RIDGES = (1e-3, 1e-2, 1e-1)
-"""Tried on held-out windows; relative to the mean energy of a kept channel."""
-HELD_OUT_SHARE = 1 / 8
-DRIFT_CORRECTED = 0.5
-"""How much of the residual stream's drift each module is asked to correct."""
+RecoveryName = Literal["least-squares", "bias", "none"]
+RECOVERIES: tuple[RecoveryName, ...] = get_args(RecoveryName)
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Relative to each kept channel's own energy, so that loud and quiet channels shrink alike."""
+FOLDS = 4
+BATCH_WINDOWS = 4
 
 
 def require_recovery(name: str) -> None:
@@ -33,10 +42,10 @@ def require_recovery(name: str) -> None:
 
 @dataclass(frozen=True)
 class LayerFit:
-    """Relative squared error of one module's output on held-out calibration windows.
+    """Relative squared error of what one module writes, on windows that no fit of it has seen.
 
-    1 means as bad as writing nothing. `ridge` is None where the bare cut was kept because no
-    repair did better on the held-out windows.
+    1 means as bad as writing nothing. `ridge` is None where the bare cut was kept because no repair
+    did better, and 0 for a bias.
     """
 
     layer: int
@@ -46,151 +55,225 @@ class LayerFit:
     ridge: float | None
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """What a repair did."""
+
+    fits: tuple[LayerFit, ...]
+    hidden: torch.Tensor = field(repr=False)
+    """The last residual stream, each window through repairs that have not seen it: shape
+    (windows, sequence_length, hidden_size)."""
+
+
 @torch.no_grad()
-def least_squares(
+def recover(
     dense: LlamaForCausalLM,
     pruned: LlamaForCausalLM,
     windows: Windows,
+    recovery: str,
     progress: Progress = silent,
-) -> list[LayerFit]:
+) -> Recovery:
     """Repairs the cut modules of `pruned` in place; the dense model is only read.
 
     `pruned` must come from `surgery.prune` on `dense`: its cut projections are its own. Memory is
-    two residual streams and one layer's activations over the calibration windows. Ridge and the
-    choice between repair and bare cut are made on the last windows, which no fit has seen; the
-    chosen repair is then fitted on all of them.
+    one residual stream and one layer's activations over the calibration windows. With a single
+    window nothing can be held out, and every module keeps its bare cut.
+
+    Raises:
+        TransActError: the recovery is not known, or a module writes values that are not finite.
     """
-    streams = _Streams(dense, pruned, windows)
+    require_recovery(recovery)
+    stream = _Stream(dense, pruned, windows, recovery)
     fits = []
     layers = len(pruned.model.layers)
     for number in range(layers):
         progress("Repairing layers", number, layers)
-        for module, repair in (("mha", streams.attention), ("mlp", streams.mlp)):
-            if fit := repair(number):
-                fits.append(LayerFit(number, module, *fit))
+        for module in ("mha", "mlp"):
+            if fit := stream.advance(number, module):
+                fits.append(fit)
     progress("Repairing layers", layers, layers)
-    return fits
+    return Recovery(fits=tuple(fits), hidden=stream.hidden)
 
 
-class _Streams:
-    """The residual streams of the dense and of the pruned model, advanced module by module."""
+class _Stream:
+    """The residual stream of the model as pruned so far, advanced module by module."""
 
-    def __init__(self, dense: LlamaForCausalLM, pruned: LlamaForCausalLM, windows: Windows) -> None:
-        self.models = (dense, pruned)
+    def __init__(
+        self, dense: LlamaForCausalLM, pruned: LlamaForCausalLM, windows: Windows, recovery: str
+    ) -> None:
+        self.dense, self.pruned, self.recovery = dense, pruned, recovery
         ids = windows.ids.to(dense.device)
-        embedded = dense.model.embed_tokens(ids)
-        self.hidden = [embedded, embedded]
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        self.rotary = dense.model.rotary_emb(embedded, positions)
-        self.held_out = max(1, round(len(ids) * HELD_OUT_SHARE)) if len(ids) > 1 else 0
+        self.hidden = dense.model.embed_tokens(ids)
+        self.positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        self.folds = torch.arange(len(windows)).tensor_split(min(FOLDS, len(windows)))
+        self.ridges = RIDGES if recovery == "least-squares" else (0.0,)
+        self.nearby = len(self.ridges) // 2
+        """Where the search for the next module's ridge begins: at the last one chosen."""
 
-    def attention(self, number: int) -> tuple[float, float, float | None] | None:
-        def run(model: LlamaForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
-            layer = model.model.layers[number]
-            normed = layer.input_layernorm(hidden)
-            return layer.self_attn(normed, position_embeddings=self.rotary)[0]
-
-        return self._advance(number, "mha", run)
-
-    def mlp(self, number: int) -> tuple[float, float, float | None] | None:
-        def run(model: LlamaForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
-            layer = model.model.layers[number]
-            return layer.mlp(layer.post_attention_layernorm(hidden))
-
-        return self._advance(number, "mlp", run)
-
-    def _advance(
-        self,
-        number: int,
-        module: str,
-        run: Callable[[LlamaForCausalLM, torch.Tensor], torch.Tensor],
-    ) -> tuple[float, float, float | None] | None:
-        dense, pruned = self.models
-        dense_projection = transitional_inputs(dense, number)[module]
-        projection = transitional_inputs(pruned, number)[module]
-        wanted, _ = self._run(run, dense, self.hidden[0], None)
-        cut = projection.in_features < dense_projection.in_features
-        written, inputs = self._run(run, pruned, self.hidden[1], projection if cut else None)
+    def advance(self, number: int, module: str) -> LayerFit | None:
+        """Carries the stream past one module, repaired where it is cut."""
+        projection = transitional_inputs(self.pruned, number)[module]
+        cut = projection.weight is not transitional_inputs(self.dense, number)[module].weight
+        written, inputs = self._run(self.pruned, number, module)
         fit = None
-        if cut:
-            drift = self.hidden[0].float() - self.hidden[1].float()
-            target = wanted.float() + DRIFT_CORRECTED * drift
-            fit = self._repair(projection, inputs, target)
-            written = projection(inputs)
-        self.hidden = [self.hidden[0] + wanted, self.hidden[1] + written]
+        if cut and self.recovery != "none":
+            wanted, _ = self._run(self.dense, number, module)
+            fit = self._repair(projection, inputs, written, wanted, number, module)
+        self.hidden = self.hidden + written
         return fit
 
-    def _run(
+    def _repair(
         self,
-        run: Callable[[LlamaForCausalLM, torch.Tensor], torch.Tensor],
-        model: LlamaForCausalLM,
-        hidden: torch.Tensor,
-        watched: nn.Linear | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        projection: nn.Linear,
+        inputs: torch.Tensor,
+        written: torch.Tensor,
+        wanted: torch.Tensor,
+        number: int,
+        module: str,
+    ) -> LayerFit:
+        """Changes the projection, and `written` to what the folds' own repairs write."""
+        if not torch.isfinite(wanted).all():
+            raise TransActError(
+                f"The {module.upper()} of layer {number} writes values that are not finite; "
+                "compute in float32, or mend the checkpoint."
+            )
+        features = inputs if self.recovery == "least-squares" else torch.ones_like(inputs[..., :1])
+        # RMSNorm divides by this next: an error counts relative to the stream it disturbs, and the
+        # few tokens of enormous norm do not drown all others.
+        weights = (self.hidden + wanted).float().square().mean(dim=-1).reciprocal()
+        missing = wanted.float() - written.float()
+        folds = [
+            _Moments.of(features[fold], missing[fold], wanted[fold], weights[fold])
+            for fold in self.folds
+        ]
+        scale = sum(fold.scale for fold in folds) or 1.0
+        bare = sum(fold.energy for fold in folds)
+        chosen = _cross_validated(folds, self.ridges, self.nearby)
+        if chosen is None or not chosen.error < bare:
+            return LayerFit(number, module, bare / scale, bare / scale, None)
+        self.nearby = self.ridges.index(chosen.ridge)
+        for fold, change in zip(self.folds, chosen.changes, strict=True):
+            written[fold] += (features[fold].float() @ change.float()).to(written.dtype)
+        change = reduce(add, folds).solve(chosen.ridge)
+        if self.recovery == "least-squares":
+            changed = projection.weight.double() + change.T
+            projection.weight = _frozen(changed.to(projection.weight.dtype))
+        else:
+            changed = projection.bias.double() + change[0]
+            projection.bias = _frozen(changed.to(projection.bias.dtype))
+        return LayerFit(number, module, bare / scale, chosen.error / scale, chosen.ridge)
+
+    def _run(
+        self, model: LlamaForCausalLM, number: int, module: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a module writes on the stream, and the transitional activation it writes from."""
+        layer = model.model.layers[number]
         seen: list[torch.Tensor] = []
-        hook = watched and watched.register_forward_pre_hook(
+        hook = transitional_inputs(model, number)[module].register_forward_pre_hook(
             lambda _, inputs: seen.append(inputs[0])
         )
+        rotary = model.model.rotary_emb(self.hidden, self.positions)
         try:
-            outputs = torch.cat([run(model, window) for window in hidden.split(4)])
+            outputs = [
+                layer.self_attn(layer.input_layernorm(batch), position_embeddings=rotary)[0]
+                if module == "mha"
+                else layer.mlp(layer.post_attention_layernorm(batch))
+                for batch in self.hidden.split(BATCH_WINDOWS)
+            ]
         finally:
-            if hook:
-                hook.remove()
-        return outputs, torch.cat(seen) if seen else None
+            hook.remove()
+        return torch.cat(outputs), torch.cat(seen)
 
-    def _repair(
-        self, projection: nn.Linear, inputs: torch.Tensor, target: torch.Tensor
-    ) -> tuple[float, float, float | None]:
-        missing = target - projection(inputs).float()
-        fitted = slice(None, len(inputs) - self.held_out)
-        held_out = slice(len(inputs) - self.held_out, None)
-        seen = _Moments.of(inputs[fitted], missing[fitted])
-        unseen = _Moments.of(inputs[held_out], missing[held_out])
-        scale = target[held_out].double().square().sum().item() or 1.0
-        corrections = {ridge: seen.solve(ridge) for ridge in RIDGES}
-        errors = {ridge: unseen.error(change) for ridge, change in corrections.items()}
-        best = min(errors, key=errors.get)
-        bare = unseen.energy
-        if not errors[best] < bare:
-            return bare / scale, bare / scale, None
-        change = (seen + unseen).solve(best)
-        repaired = projection.weight.double() + change.T
-        projection.weight = nn.Parameter(repaired.to(projection.weight.dtype), requires_grad=False)
-        return bare / scale, errors[best] / scale, best
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 @dataclass(frozen=True)
 class _Moments:
-    """Second moments of a projection's inputs and of what its output lacks, in float64."""
+    """Weighted second moments of a repair's features and of what the output lacks, in float64."""
 
     gram: torch.Tensor
     cross: torch.Tensor
     energy: float
+    """Of what is missing."""
+    scale: float
+    """Of what was wanted."""
 
     @classmethod
-    def of(cls, inputs: torch.Tensor, missing: torch.Tensor) -> "_Moments":
-        x = inputs.reshape(-1, inputs.shape[-1]).float()
-        y = missing.reshape(-1, missing.shape[-1]).float()
-        return cls((x.T @ x).double(), (x.T @ y).double(), y.double().square().sum().item())
+    def of(
+        cls,
+        features: torch.Tensor,
+        missing: torch.Tensor,
+        wanted: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> "_Moments":
+        """From (windows, sequence_length, width) each, and a weight for each token."""
+        root = weights.flatten().sqrt()[:, None]
+        x, y, whole = (each.flatten(0, 1).float() * root for each in (features, missing, wanted))
+        return cls(
+            (x.T @ x).double(),
+            (x.T @ y).double(),
+            y.double().square().sum().item(),
+            whole.double().square().sum().item(),
+        )
 
     def __add__(self, other: "_Moments") -> "_Moments":
         return _Moments(
-            self.gram + other.gram, self.cross + other.cross, self.energy + other.energy
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.energy + other.energy,
+            self.scale + other.scale,
         )
 
     def solve(self, ridge: float) -> torch.Tensor:
-        """The change of the weights, transposed, that leaves least missing under this ridge.
+        """The change, shape (features, outputs), that leaves least missing under this ridge.
 
         The ridge pulls towards the bare cut, not towards zero: without data nothing changes.
+        NaN where the system cannot be solved.
         """
         diagonal = self.gram.diagonal()
-        strength = ridge * diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
-        damped = self.gram + strength * torch.eye(
-            len(diagonal), dtype=diagonal.dtype, device=diagonal.device
-        )
-        return torch.cholesky_solve(self.cross, torch.linalg.cholesky(damped))
+        floor = diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
+        damped = self.gram + torch.diag(ridge * (diagonal + 1e-3 * floor))
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed.item():
+            return torch.full_like(self.cross, torch.nan)
+        return torch.cholesky_solve(self.cross, factor)
 
     def error(self, change: torch.Tensor) -> float:
-        """Energy of what is missing once the weights are changed."""
+        """Energy of what is still missing once the change is made."""
         explained = 2 * (change * self.cross).sum() - (change * (self.gram @ change)).sum()
         return self.energy - explained.item()
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    ridge: float
+    error: float
+    """Sum over folds of the energy that the other folds' change leaves missing."""
+    changes: Sequence[torch.Tensor]
+
+
+def _cross_validated(
+    folds: Sequence[_Moments], ridges: Sequence[float], start: int
+) -> _Chosen | None:
+    """The best ridge by cross-validation, downhill from `start`; None where none can be judged."""
+    if len(folds) < 2:
+        return None
+    others = [reduce(add, folds[:fold] + folds[fold + 1 :]) for fold in range(len(folds))]
+
+    def tried(number: int) -> _Chosen:
+        changes = [seen.solve(ridges[number]) for seen in others]
+        error = sum(
+            unseen.error(change) for unseen, change in zip(folds, changes, strict=True)
+        )  # fmt: skip
+        return _Chosen(ridges[number], error, changes)
+
+    best, position = tried(start), start
+    for step in (1, -1):
+        while 0 <= position + step < len(ridges):
+            neighbour = tried(position + step)
+            if not neighbour.error < best.error:
+                break
+            best, position = neighbour, position + step
+    return best

@@ -5,25 +5,33 @@ that was zero. Untouched tensors are shared with the dense model, which is never
 """
 
 import copy
+import dataclasses
 
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from transact_core.architecture import Architecture
-from transact_core.plan import LayerPlan, PruningPlan, Widths, kept_groups
+from transact_core.plan import LayerPlan, PruningPlan, kept_groups
 
 
 @torch.no_grad()
-def prune(model: LlamaForCausalLM, plan: PruningPlan) -> LlamaForCausalLM:
+def prune(
+    model: LlamaForCausalLM, plan: PruningPlan, with_biases: bool = False
+) -> LlamaForCausalLM:
     """Cuts every layer as the plan says; the result shares what it does not change.
+
+    `with_biases` gives the cut modules the biases that a repair by bias writes into. Stock
+    configurations know biases for all projections of a module or for none, so those of the others
+    are zeros.
 
     Raises:
         TransActError: the plan does not fit the model.
     """
     architecture = Architecture.from_config(model.config)
     plan.check(architecture)
-    pruned = _empty_like(model, plan.widths)
+    cut = plan.applied_to(architecture, with_biases)
+    pruned = _empty_like(model, cut)
     tensors = dict(model.state_dict(keep_vars=True))
     for number, layer in enumerate(plan.layers):
         prefix = f"model.layers.{number}."
@@ -34,20 +42,18 @@ def prune(model: LlamaForCausalLM, plan: PruningPlan) -> LlamaForCausalLM:
             )
         if plan.cuts_mlp(architecture):
             tensors |= _prefixed(mlp, cut_mlp(_under(tensors, mlp), layer))
+        for name, shape in cut.layer_tensors().items():
+            if name.endswith(".bias") and prefix + name not in tensors:
+                weight = tensors[prefix + name.removesuffix("bias") + "weight"]
+                tensors[prefix + name] = nn.Parameter(weight.new_zeros(shape))
     return _filled(pruned, tensors)
 
 
 @torch.no_grad()
 def cast(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
     """The model with its weights in another dtype; what has that dtype already is shared."""
-    architecture = Architecture.from_config(model.config)
-    widths = Widths(
-        architecture.num_attention_heads,
-        architecture.num_key_value_heads,
-        architecture.intermediate_size,
-    )
     tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    return _filled(_empty_like(model, widths), tensors)
+    return _filled(_empty_like(model, Architecture.from_config(model.config)), tensors)
 
 
 def _filled(empty: LlamaForCausalLM, tensors: dict[str, torch.Tensor]) -> LlamaForCausalLM:
@@ -56,13 +62,11 @@ def _filled(empty: LlamaForCausalLM, tensors: dict[str, torch.Tensor]) -> LlamaF
     return empty.eval().requires_grad_(False)
 
 
-def _empty_like(model: LlamaForCausalLM, widths: Widths) -> LlamaForCausalLM:
+def _empty_like(model: LlamaForCausalLM, architecture: Architecture) -> LlamaForCausalLM:
     config = copy.deepcopy(model.config)
-    config.num_attention_heads = widths.num_attention_heads
-    config.num_key_value_heads = widths.num_key_value_heads
-    config.intermediate_size = widths.intermediate_size
-    # Implied by the two above where it is absent, so it must be written out once they change.
-    config.head_dim = model.config.head_dim
+    # head_dim is implied by the other widths where it is absent, so it is written out too.
+    for name, value in dataclasses.asdict(architecture).items():
+        setattr(config, name, value)
     with torch.device("meta"):
         pruned = LlamaForCausalLM(config)
     # Its buffers are no part of the state dict, and head_dim has not changed.

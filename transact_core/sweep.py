@@ -20,7 +20,7 @@ from transact_core.footprint import Footprint, footprint
 from transact_core.importance import Scores, score
 from transact_core.models import LoadedModel, dtype_name, resolve_dtype
 from transact_core.plan import Granularity, PruningPlan, make_plan
-from transact_core.recovery import LayerFit, least_squares, require_recovery
+from transact_core.recovery import LayerFit, recover, require_recovery
 from transact_core.store import remembered, sha256_of_tokens
 from transact_core.surgery import prune, round_weights
 
@@ -110,9 +110,10 @@ class Bench:
         """Of the model as it is stored."""
         return footprint(self.loaded.architecture, dtype_name(self.loaded.source_dtype))
 
-    def footprint(self, plan: PruningPlan) -> Footprint:
+    def footprint(self, plan: PruningPlan, recovery: str = Choices.recovery) -> Footprint:
         """Of a cut as it would be saved."""
-        return footprint(plan.widths.applied_to(self.loaded.architecture), self.save_dtype)
+        cut = plan.applied_to(self.loaded.architecture, with_biases=recovery == "bias")
+        return footprint(cut, self.save_dtype)
 
 
 @dataclass(frozen=True)
@@ -162,22 +163,22 @@ def compress(
     require_recovery(recovery)
     dense = bench.dense(progress)
     start = time.perf_counter()
-    architecture = bench.loaded.architecture
-    model = prune(bench.loaded.model, plan)
-    fits: list[LayerFit] = []
-    if recovery == "least-squares" and plan.cuts_anything(architecture):
-        fits = least_squares(bench.loaded.model, model, bench.calibration, progress)
+    dense_model = bench.loaded.model
+    model = prune(dense_model, plan, with_biases=recovery == "bias")
+    fits: tuple[LayerFit, ...] = ()
+    if recovery != "none" and plan.cuts_anything(bench.loaded.architecture):
+        fits = recover(dense_model, model, bench.calibration, recovery, progress).fits
     round_weights(model, resolve_dtype(bench.save_dtype, bench.loaded.device))
     evaluation = evaluate(model, bench.evaluation, progress)
     delta_nll, delta_nll_se = paired_difference(evaluation, dense)
     return model, Measurement(
         plan=plan,
         recovery=recovery,
-        footprint=bench.footprint(plan),
+        footprint=bench.footprint(plan, recovery),
         evaluation=evaluation,
         delta_nll=delta_nll,
         delta_nll_se=delta_nll_se,
-        fits=tuple(fits),
+        fits=fits,
         seconds=time.perf_counter() - start,
     )
 
