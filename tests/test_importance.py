@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from conftest import make_model, same_weights, snapshot
 from torch.nn import functional
 
+from tests.conftest import make_model, same_weights, snapshot
 from transact_core.activations import collect
 from transact_core.architecture import Architecture
 from transact_core.corpora import Windows
