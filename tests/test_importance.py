@@ -143,7 +143,9 @@ def test_fluctuation_equals_its_formula(evidence):
                 assert got[number, j].item() == pytest.approx(variance * column, rel=1e-3)
         for head in range(shape.num_attention_heads):
             mine = scores.head_channels[number, head * shape.head_dim :][: shape.head_dim]
-            assert scores.heads[number, head].item() == pytest.approx(sum(mine.tolist()))
+            assert scores.heads[number, head].item() == pytest.approx(
+                sum(mine.tolist()) / shape.head_dim
+            )
 
 
 def test_taylor_equals_its_formula(evidence):

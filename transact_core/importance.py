@@ -206,16 +206,16 @@ def fluctuation(evidence: Evidence) -> Scores:
     """`s_j = Σ_tokens (a_j − mean a_j)² / (tokens − 1) · ‖W_j‖²`: what a bias could not replace.
 
     a is the transitional activation and W_j column j of the output projection. A head's score is
-    the sum of its channels', as in the source and unlike TransAct's: variances add up where
-    channels are independent. The source goes on to standardise scores over layers, which changes
-    no order within one. Source: An et al. 2024, FLAP (arXiv 2312.11983), weighted input feature
-    variance.
+    the mean of its channels', as in the source, without TransAct's share for the maximum: these
+    are energies, and what the channels of a head write adds up. The source then standardises, so
+    that it can compare layers and modules; that changes no order within one. Source: An et al.
+    2024, FLAP (arXiv 2312.11983), weighted input feature variance.
     """
     mha, mlp = (
         _variance(getattr(evidence.statistics, module)) * evidence.column_norms(module).square()
         for module in MODULES
     )
-    heads = mha.unflatten(-1, (-1, evidence.architecture.head_dim)).sum(dim=-1)
+    heads = mha.unflatten(-1, (-1, evidence.architecture.head_dim)).mean(dim=-1)
     return Scores(heads=heads, head_channels=mha, channels=mlp)
 
 
