@@ -8,7 +8,7 @@ from tests.conftest import make_model, same_weights, snapshot
 from transact_core.activations import collect
 from transact_core.architecture import Architecture
 from transact_core.corpora import Windows
-from transact_core.errors import TransActError
+from transact_core.errors import Cancelled, TransActError
 from transact_core.importance import IMPORTANCES, Evidence, Scores, head_scores, register, score
 from transact_core.plan import make_plan
 from transact_core.sweep import Bench
@@ -338,3 +338,27 @@ def test_half_precision_is_scored_like_single(gqa_model, few):
 def test_statistics_are_those_of_the_activations_module(gqa_bench):
     alone = collect(gqa_bench.loaded.model, gqa_bench.calibration)
     assert torch.equal(gqa_bench.statistics().mlp.norm, alone.mlp.norm)
+
+
+def test_a_gradient_pass_never_shows_in_the_model(gqa_model, few):
+    own = {name: id(weight) for name, weight in gqa_model.named_parameters()}
+    seen = []
+
+    def look(*_):
+        seen.append({name: id(weight) for name, weight in gqa_model.named_parameters()} == own)
+
+    shape = Architecture.from_config(gqa_model.config)
+    score("taylor", Evidence(gqa_model, few, shape, progress=look))
+    assert len(seen) == len(few) + 1
+    assert all(seen)
+
+
+def test_progress_can_stop_every_measurement(gqa_model, few):
+    def stop(stage, done, total):
+        if done == 1 or done == total:
+            raise Cancelled
+
+    shape = Architecture.from_config(gqa_model.config)
+    for name in ("activation", "taylor", "reconstruction"):
+        with pytest.raises(Cancelled):
+            score(name, Evidence(gqa_model, few, shape, progress=stop))

@@ -87,7 +87,8 @@ def transitional_inputs(model: LlamaForCausalLM, layer: int) -> dict[str, torch.
 
 def require_finite(values: torch.Tensor, layer: int, module: str) -> None:
     """Refuses a transitional activation, or sums of one, that no score could be made of."""
-    if not values.isfinite().all():
+    # One number to look at instead of one a value; float16 alone could not hold the sum.
+    if not values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).isfinite():
         raise TransActError(
             f"The transitional activation of the {module} of layer {layer} is NaN or infinite; "
             "compute in float32, and if it stays so the weights are damaged."

@@ -121,17 +121,10 @@ class Evidence:
 
     def column_norms(self, module: str) -> torch.Tensor:
         """L2 norm of each column of a module's output projection, (layers, width), float64."""
-        return torch.stack(
-            [
-                transitional_inputs(self.model, number)[module]
-                .weight.detach()
-                .float()
-                .norm(dim=0)
-                .cpu()
-                .double()
-                for number in range(self.architecture.num_hidden_layers)
-            ]
-        )
+        layers = range(self.architecture.num_hidden_layers)
+        projections = [transitional_inputs(self.model, number)[module] for number in layers]
+        norms = [projection.weight.detach().float().norm(dim=0) for projection in projections]
+        return torch.stack(norms).cpu().double()
 
 
 Importance = Callable[[Evidence], Scores]

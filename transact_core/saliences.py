@@ -1,8 +1,10 @@
 """First-order saliences: how much the loss would change, to first order, were a weight zero.
 
-The only pass that goes backwards. It runs the model on aliases of its weights, so the model itself
-is never asked for a gradient.
+The only pass that goes backwards. It runs a copy of the model's modules on aliases of its weights:
+the model itself is never asked for a gradient, and whoever else uses it is not disturbed.
 """
+
+import copy
 
 import torch
 from torch.func import functional_call
@@ -27,8 +29,8 @@ def channel_sums(matrices: tuple[torch.Tensor, ...], architecture: Architecture)
     Takes a matrix for each of a module's `PROJECTIONS`, gives shape (width of its waist,), float64
     on the CPU. Under grouped queries a row of K or V serves one channel of every query head that
     reads it, and each has an equal share of it. So what the channels of a group add up to is what
-    goes with the group, every weight counted once; and between heads of one group, none of which
-    takes the row along when it goes alone, the shares are equal and decide nothing.
+    goes with the group, every weight counted once; and the heads of one group, none of which takes
+    the row along when it goes alone, have the same share of it.
     """
     *readers, writer = matrices
     total = writer.sum(dim=0).cpu().double()
@@ -73,11 +75,12 @@ def collect_saliences(
             PROJECTIONS[module], projection_weights(model, number, module), strict=True
         )
     }
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
     gradients: dict[str, torch.Tensor] = {}
     for done, window in enumerate(windows.ids.to(model.device)):
         progress("Measuring gradients", done, len(windows))
         with torch.enable_grad():
-            output = functional_call(model, leaves, (window[None],), {"use_cache": False})
+            output = functional_call(twin, leaves, (window[None],), {"use_cache": False})
             logits = output.logits[0, :-1].float()
             loss = functional.cross_entropy(logits, window[1:], reduction="sum")
             found = torch.autograd.grad(loss, list(leaves.values()))
