@@ -5,7 +5,7 @@ import torch
 
 from transact_core.activations import ActivationStatistics, channels_holding, collect, energy_shares
 from transact_core.corpora import Windows
-from transact_core.importance import IMPORTANCES, score
+from transact_core.importance import IMPORTANCES
 
 
 def by_hand(model, windows):
@@ -63,7 +63,7 @@ def test_sums_equal_a_token_by_token_reference(model, few):
 
 def test_activation_score_equals_its_formula(bench):
     statistics, shape = bench.statistics(), bench.loaded.architecture
-    scores = score("activation", statistics, shape)
+    scores = bench.scores("activation")
     norms = statistics.mha.sum_of_squares.sqrt()
     for layer in range(shape.num_hidden_layers):
         for head in range(shape.num_attention_heads):

@@ -6,6 +6,7 @@ import pytest
 
 from tests.conftest import make_model
 from transact_core.cli import main
+from transact_core.importance import IMPORTANCES
 
 TOKENS = ["--calibration-tokens", "512", "--sequence-length", "32"]
 TEXTS = [*TOKENS, "--evaluation-tokens", "128"]
@@ -75,6 +76,32 @@ def test_evaluate_measures_what_the_report_says(prune, text_file, capsys):
     report = json.loads((made / "report.json").read_text())
     assert measured["model"] == report["pruned"]
     assert measured["evaluation"] == report["evaluation"]
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_analyze_knows_every_importance_and_its_seed(importance, checkpoint, text_file, tmp_path):
+    frames = []
+    for name, seed in (("one", "1"), ("same", "1"), ("other", "2")):
+        output = tmp_path / f"{name}.parquet"
+        chosen = ["--importance", importance, "--seed", seed, "--output", str(output)]
+        texts = ["--calibration", str(text_file), *TOKENS]
+        assert main(["analyze", "--model", str(checkpoint), *chosen, *texts]) == 0
+        frames.append(pd.read_parquet(output))
+    one, same, other = frames
+    assert set(one.importance) == {importance}
+    assert one.score.notna().all()
+    assert one.equals(same)
+    assert one.equals(other) == (importance != "random")
+
+
+def test_the_seed_of_prune_reaches_random(prune):
+    kept = []
+    for output, seed in (("one", "1"), ("same", "1"), ("other", "2")):
+        options = ["--importance", "random", "--recovery", "none", "--seed", seed]
+        status, folder = prune(output, "0.5", "0.3", *options)
+        assert status == 0
+        kept.append(json.loads((folder / "compression.json").read_text())["plan"]["layers"])
+    assert kept[0] == kept[1] != kept[2]
 
 
 def test_analyze_writes_a_row_for_every_unit(checkpoint, text_file, tmp_path):

@@ -16,13 +16,13 @@ def test_points_are_those_of_single_cuts(gqa_bench):
 
 def test_one_calibration_pass_serves_every_position(gqa_bench, monkeypatch):
     list(sweep(gqa_bench, [(0.5, 0.5)], Choices(recovery="none")))
-    monkeypatch.setattr("transact_core.sweep.collect", None)
+    monkeypatch.setattr("transact_core.importance.collect", None)
     list(sweep(gqa_bench, [(0.3, 0.1), (0.2, 0.7)], Choices(recovery="none")))
 
 
 def test_a_second_process_finds_what_the_first_measured(gqa_bench, monkeypatch):
     first = gqa_bench.statistics(), gqa_bench.dense()
-    monkeypatch.setattr("transact_core.sweep.collect", None)
+    monkeypatch.setattr("transact_core.importance.collect", None)
     monkeypatch.setattr("transact_core.sweep.evaluate", None)
     again = Bench(gqa_bench.loaded, gqa_bench.calibration, gqa_bench.evaluation)
     assert again.statistics().mlp.norm.equal(first[0].mlp.norm)

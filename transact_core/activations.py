@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from transact_core.corpora import Windows
-from transact_core.errors import Progress, silent
+from transact_core.errors import Progress, TransActError, silent
 
 MODULES = ("mha", "mlp")
 SUMS = ("sum", "sum_of_squares", "max_abs")
@@ -85,11 +85,25 @@ def transitional_inputs(model: LlamaForCausalLM, layer: int) -> dict[str, torch.
     return {"mha": decoder.self_attn.o_proj, "mlp": decoder.mlp.down_proj}
 
 
+def require_finite(values: torch.Tensor, layer: int, module: str) -> None:
+    """Refuses a transitional activation, or sums of one, that no score could be made of."""
+    # One number to look at instead of one a value; float16 alone could not hold the sum.
+    if not values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).isfinite():
+        raise TransActError(
+            f"The transitional activation of the {module} of layer {layer} is NaN or infinite; "
+            "compute in float32, and if it stays so the weights are damaged."
+        )
+
+
 @torch.inference_mode()
 def collect(
     model: LlamaForCausalLM, windows: Windows, progress: Progress = silent
 ) -> ActivationStatistics:
-    """Runs the model without its LM head over the windows and sums up what passes its waists."""
+    """Runs the model without its LM head over the windows and sums up what passes its waists.
+
+    Raises:
+        TransActError: a transitional activation is NaN or infinite.
+    """
     layers = len(model.model.layers)
     sums = {module: _Sums(model, module, layers) for module in MODULES}
     with _watching(model, sums):
@@ -106,6 +120,7 @@ class _Sums:
     """Running sums of one kind of module over all layers."""
 
     def __init__(self, model: LlamaForCausalLM, module: str, layers: int) -> None:
+        self.module = module
         width = transitional_inputs(model, 0)[module].in_features
         # float64 is not to be had on every accelerator, and a batch's own sum is short enough for
         # float32: the long sum is kept on the CPU.
@@ -117,6 +132,7 @@ class _Sums:
         flat = activation.reshape(-1, activation.shape[-1]).float()
         self.sum[layer] += flat.sum(dim=0).cpu()
         self.sum_of_squares[layer] += flat.square().sum(dim=0).cpu()
+        require_finite(self.sum_of_squares[layer], layer, self.module)
         torch.maximum(
             self.max_abs[layer], flat.abs().amax(dim=0).cpu().double(), out=self.max_abs[layer]
         )

@@ -21,12 +21,11 @@ import torch
 from tqdm import tqdm
 
 from transact_core import corpora, export
-from transact_core.activations import collect
 from transact_core.errors import Progress, TransActError
 from transact_core.evaluation import evaluate
 from transact_core.files import require_free_output
 from transact_core.footprint import footprint
-from transact_core.importance import IMPORTANCES, score
+from transact_core.importance import IMPORTANCES, Evidence, score
 from transact_core.models import LoadedModel, dtype_name, load_model
 from transact_core.plan import GRANULARITIES, parse_ratio
 from transact_core.recovery import RECOVERIES
@@ -97,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--importance", default="activation", choices=list(IMPORTANCES))
     _add_calibration(analyze)
     analyze.add_argument("--sequence-length", type=_positive, default=512, metavar="L")
+    analyze.add_argument("--seed", type=int, default=0)
     analyze.set_defaults(run=_analyze)
 
     points = commands.add_parser("sweep", help="measure a grid of ratios")
@@ -163,7 +163,7 @@ def _prune(chosen: argparse.Namespace) -> None:
     require_free_output(chosen.output)
     with _Bar() as progress:
         bench = _bench(chosen, progress)
-        bench.statistics(progress)
+        bench.scores(chosen.importance, progress)
         plan = bench.plan(mha_ratio, mlp_ratio, _choices(chosen))
         compression = export.describe_compression(bench, plan, chosen.recovery, chosen.seed)
         _carry_out(bench, compression, chosen, progress)
@@ -258,8 +258,8 @@ def _analyze(chosen: argparse.Namespace) -> None:
             chosen.sequence_length,
         )
         _warn_all(windows.notices)
-        statistics = collect(loaded.model, windows, progress)
-    frame = score(chosen.importance, statistics, loaded.architecture).to_frame(chosen.importance)
+        evidence = Evidence(loaded.model, windows, loaded.architecture, chosen.seed, progress)
+        frame = score(chosen.importance, evidence).to_frame(chosen.importance)
     _write_file(chosen.output, lambda path: frame.to_parquet(path, index=False))
     print(f"{len(frame):,} scores in {chosen.output}")
 
@@ -331,7 +331,7 @@ def _bench(chosen: argparse.Namespace, progress: Progress) -> Bench:
         progress,
     )
     _warn_all(windows[0].notices + windows[1].notices)
-    return Bench(loaded, *windows, save_dtype=chosen.save_dtype)
+    return Bench(loaded, *windows, save_dtype=chosen.save_dtype, seed=chosen.seed)
 
 
 def _choices(chosen: argparse.Namespace) -> Choices:

@@ -5,23 +5,23 @@ of the calibration pass and the dense model's own losses.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
 import torch
 from transformers import LlamaForCausalLM
 
-from transact_core.activations import ActivationStatistics, collect
+from transact_core.activations import ActivationStatistics
 from transact_core.corpora import Windows
 from transact_core.errors import Progress, silent
 from transact_core.evaluation import Evaluation, evaluate, paired_difference
 from transact_core.footprint import Footprint, footprint
-from transact_core.importance import Scores, score
+from transact_core.importance import Evidence, Scores, score
 from transact_core.models import LoadedModel, dtype_name, resolve_dtype
 from transact_core.plan import Granularity, PruningPlan, make_plan
 from transact_core.recovery import LayerFit, recover, require_recovery
-from transact_core.store import remembered, sha256_of_tokens
+from transact_core.store import Tensors, remembered, sha256_of_tokens
 from transact_core.surgery import prune, round_weights
 
 
@@ -44,6 +44,7 @@ class Bench:
         calibration: Windows,
         evaluation: Windows,
         save_dtype: str | None = None,
+        seed: int = 0,
     ) -> None:
         self.loaded = loaded
         self.calibration = calibration
@@ -51,19 +52,40 @@ class Bench:
         self.save_dtype = dtype_name(
             loaded.source_dtype if save_dtype is None else resolve_dtype(save_dtype, loaded.device)
         )
-        self._statistics: ActivationStatistics | None = None
+        self.seed = seed
+        self._measured: dict[str, Tensors] = {}
         self._dense: Evaluation | None = None
         self._scores: dict[str, Scores] = {}
 
     def statistics(self, progress: Progress = silent) -> ActivationStatistics:
         """The statistics of the calibration windows; measured at the first call."""
-        if self._statistics is None:
-            tensors = remembered(
-                {"measured": "activations", **self._determined_by(self.calibration)},
-                lambda: collect(self.loaded.model, self.calibration, progress).to_tensors(),
-            )
-            self._statistics = ActivationStatistics.from_tensors(tensors, self.calibration.tokens)
-        return self._statistics
+        return self._evidence(progress).statistics
+
+    def scores(self, importance: str, progress: Progress = silent) -> Scores:
+        """Scores from the calibration windows; what they need is measured at the first call.
+
+        Raises:
+            TransActError: the importance is not known, or what it measures is NaN or infinite.
+        """
+        if importance not in self._scores:
+            self._scores[importance] = score(importance, self._evidence(progress))
+        return self._scores[importance]
+
+    def _evidence(self, progress: Progress) -> Evidence:
+        return Evidence(
+            self.loaded.model,
+            self.calibration,
+            self.loaded.architecture,
+            self.seed,
+            progress,
+            self._remember,
+        )
+
+    def _remember(self, what: str, measure: Callable[[], Tensors]) -> Tensors:
+        if what not in self._measured:
+            key = {"measured": what, **self._determined_by(self.calibration)}
+            self._measured[what] = remembered(key, measure)
+        return self._measured[what]
 
     def dense(self, progress: Progress = silent) -> Evaluation:
         """The dense model's losses; measured at the first call."""
@@ -86,13 +108,6 @@ class Bench:
             "device": loaded.device.type,
             "dtype": dtype_name(loaded.dtype),
         }
-
-    def scores(self, importance: str) -> Scores:
-        if importance not in self._scores:
-            self._scores[importance] = score(
-                importance, self.statistics(), self.loaded.architecture
-            )
-        return self._scores[importance]
 
     def plan(self, mha_ratio: float, mlp_ratio: float, choices: Choices) -> PruningPlan:
         return make_plan(
@@ -191,7 +206,7 @@ def sweep(
 ) -> Iterator[Measurement]:
     """Measures pairs of (mha_ratio, mlp_ratio) one after the other."""
     require_recovery(choices.recovery)
-    bench.statistics(progress)
+    bench.scores(choices.importance, progress)
     bench.dense(progress)
     pairs = list(ratios)
     for number, (mha_ratio, mlp_ratio) in enumerate(pairs, start=1):

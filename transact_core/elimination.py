@@ -1,0 +1,214 @@
+"""Which channels a module can do without, if what is left may be refitted by least squares.
+
+Backward elimination: from the whole module, remove the channel (or head) whose loss costs least
+after the output projection has been refitted to make up for it, refit, and go on until nothing is
+left. The order nests, so one elimination serves every width. This is the optimal brain surgeon's
+criterion on the output projection's own layer-wise problem.
+
+With X the transitional activations (a row a token), W the output projection's weight and
+H = XᵀX + damping, the error of replacing W by W' is `tr((W − W') H (W − W')ᵀ)`. With P = H⁻¹ over
+what is alive, the least error that removing a set J adds, and what it leaves, are
+
+    cost(J) = tr(W_J (P_JJ)⁻¹ W_Jᵀ),   W ← W − W_J (P_JJ)⁻¹ P_J,   P ← P − P_Jᵀ (P_JJ)⁻¹ P_J.
+
+A token's row is divided by the root mean square of the residual stream after the module, which is
+what the next RMSNorm divides it by: an error matters relative to the stream it is added to, and a
+few tokens of enormous norm would otherwise decide alone.
+
+Sources: Hassibi & Stork 1993, Second order derivatives for network pruning: optimal brain surgeon;
+Frantar & Alistarh 2022, Optimal brain compression (arXiv 2208.11580); Kurtic, Frantar & Alistarh
+2023, ZipLM (arXiv 2302.04089), structured removal.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from transformers import LlamaForCausalLM
+
+from transact_core.activations import MODULES, transitional_inputs
+from transact_core.corpora import Windows
+from transact_core.errors import Progress, silent
+from transact_core.streams import Stream, second_moments
+
+RIDGE = 1e-2
+"""Damping of each channel relative to its own energy."""
+FLOOR = 1e-5
+"""Damping of each channel relative to the mean energy, so that a dead channel has some."""
+BLOCK_SHARE = 1 / 64
+"""At most this share of what is alive is removed between two updates of everything else."""
+
+Removal = tuple[torch.Tensor, torch.Tensor]
+"""Units in the order of their removal (int64), and what each cost then (float64), on the CPU."""
+
+
+@torch.no_grad()
+def eliminate(
+    model: LlamaForCausalLM, windows: Windows, progress: Progress = silent
+) -> dict[str, torch.Tensor]:
+    """Eliminates every layer's heads, attention channels and MLP channels.
+
+    Gives float64 tensors on the CPU, larger for what goes later: `heads`, shape (layers,
+    num_attention_heads), the cost of a head when its turn came, made to rise strictly along the
+    order; `head_channels`, (layers, num_attention_heads × head_dim), and `channels`, (layers,
+    intermediate_size), positions in the order from 0.
+
+    Costs one pass without the LM head, the second moments, and two factorisations a layer. Memory
+    beside the hidden states of all windows is one module's: about two float64 matrices of the
+    width of its waist.
+
+    Raises:
+        TransActError: a transitional activation is NaN or infinite.
+    """
+    head_dim = model.model.layers[0].self_attn.head_dim
+    rows: dict[str, list[torch.Tensor]] = {"heads": [], "head_channels": [], "channels": []}
+    layers = len(model.model.layers)
+    stream = Stream(model, windows)
+    for number in range(layers):
+        progress("Eliminating channels", number, layers)
+        for module in MODULES:
+            projection = transitional_inputs(model, number)[module]
+            weighted = weighted_rows(stream, number, module, model.config.rms_norm_eps)
+            # The second moments are handed over unnamed, so that they can be freed when inverted.
+            scale, inverse = damped_inverse(second_moments(weighted, projection.in_features))
+            columns = projection.weight.to(scale.device).double() * scale
+            if module == "mha":
+                rows["heads"].append(_rising(*eliminate_heads(inverse, columns, head_dim)))
+            order, _ = eliminate_channels(inverse, columns)
+            rows["head_channels" if module == "mha" else "channels"].append(_positions(order))
+            del inverse, columns
+    progress("Eliminating channels", layers, layers)
+    return {name: torch.stack(each) for name, each in rows.items()}
+
+
+def weighted_rows(stream: Stream, number: int, module: str, eps: float) -> Iterator[torch.Tensor]:
+    """Rows of X a batch at a time, each over the root mean square of the stream it is added to.
+
+    Shape (tokens, width), float32; moves the stream past the module. `eps` is the RMSNorm's.
+    """
+    for transitional, residual in stream.advance(number, module):
+        weight = (residual.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+        yield (transitional.float() * weight).flatten(0, -2)
+
+
+def damped_inverse(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of the damped second moments, in units in which every channel has energy 1.
+
+    With D the diagonal of H = gram + damping, gives `scale = √D`, shape (width,), and
+    `(D^-½ H D^-½)⁻¹`, shape (width, width), both float64; columns of W are to be multiplied by
+    `scale`, and then every formula above holds, costs included. These units keep the inverse's
+    entries near 1, which is what allows float32 later.
+    """
+    # Not every accelerator has float64.
+    device = gram.device if gram.device.type == "cuda" else torch.device("cpu")
+    damped = gram.to(device).double()
+    del gram
+    energy = damped.diagonal().clone()
+    damping = RIDGE * energy + FLOOR * (energy.mean() if energy.any() else 1.0)
+    damped.diagonal().add_(damping)
+    scale = (energy + damping).sqrt()
+    damped.div_(scale).div_(scale[:, None])
+    factor = torch.linalg.cholesky(damped)
+    del damped
+    return scale, torch.cholesky_inverse(factor)
+
+
+def eliminate_channels(inverse: torch.Tensor, columns: torch.Tensor) -> Removal:
+    """Backward elimination of single channels.
+
+    Takes P, shape (width, width), and W, shape (hidden_size, width), in the units of
+    `damped_inverse`. Between two updates of all of P and W, at most `BLOCK_SHARE` of the living
+    channels go, one by one and with exact costs, chosen among the twice as many that were cheapest
+    when the block began: of two channels that stand in for each other, both cheap, only one goes.
+    Updates are in float32.
+    """
+    # Copies even where nothing is converted: they are written to.
+    inverse, columns = inverse.to(torch.float32, copy=True), columns.to(torch.float32, copy=True)
+    names = torch.arange(len(inverse))
+    gone = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
+    order, costs = [], []
+    alive = len(inverse)
+    while alive:
+        taken, paid = _cheapest(inverse, columns, gone, max(1, int(alive * BLOCK_SHARE)))
+        order.append(names[taken.cpu()])
+        costs.append(paid)
+        alive -= len(taken)
+        gain = torch.linalg.solve(inverse[taken][:, taken], inverse[taken])
+        columns.addmm_(columns[:, taken], gain, alpha=-1)
+        inverse.addmm_(inverse[:, taken], gain, alpha=-1)
+        gone[taken] = True
+        # What is gone stays in place for a while: moving the living costs as much as an update.
+        if alive and len(gone) - alive >= len(gone) / 8:
+            kept = (~gone).nonzero().flatten()
+            inverse, columns = inverse[kept][:, kept], columns[:, kept]
+            names, gone = names[kept.cpu()], gone[kept]
+    return torch.cat(order), torch.cat(costs)
+
+
+def _cheapest(
+    inverse: torch.Tensor, columns: torch.Tensor, gone: torch.Tensor, count: int
+) -> Removal:
+    """The next `count` channels to go, in their order, and their costs."""
+    tiny = torch.finfo(inverse.dtype).tiny
+    cost = columns.square().sum(dim=0) / inverse.diagonal().clamp_min(tiny)
+    ranked = cost.masked_fill(gone, math.inf).argsort(stable=True)
+    if count == 1:
+        return ranked[:1], cost[ranked[:1]].double().cpu()
+    candidates = ranked[: 2 * count]
+    p = inverse[candidates][:, candidates].cpu().double()
+    w = columns[:, candidates].cpu().double()
+    # Costs need no more of W than its columns' inner products.
+    products = w.T @ w
+    closed = torch.zeros(len(candidates), dtype=torch.float64)
+    taken, paid = [], []
+    for _ in range(count):
+        cost = products.diagonal() / p.diagonal().clamp_min(tiny) + closed
+        best = int(cost.argmin())
+        taken.append(best)
+        paid.append(cost[best].clamp_min(0))
+        closed[best] = math.inf
+        step = p[best] / p[best, best]
+        half = products[best] - products[best, best] / 2 * step
+        products.addr_(half, step, alpha=-1).addr_(step, half, alpha=-1)
+        p.addr_(p[:, best].clone(), step, alpha=-1)
+    return candidates[torch.tensor(taken, device=candidates.device)], torch.stack(paid)
+
+
+def eliminate_heads(inverse: torch.Tensor, columns: torch.Tensor, head_dim: int) -> Removal:
+    """Backward elimination of whole heads, one at a time, in the dtype of what is given.
+
+    Takes P and W as `eliminate_channels` does; a head is `head_dim` neighbouring channels.
+    """
+    names = list(range(len(inverse) // head_dim))
+    order, costs = [], []
+    while names:
+        blocks = inverse.unflatten(0, (-1, head_dim)).unflatten(2, (-1, head_dim))
+        blocks = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        written = columns.T.unflatten(0, (-1, head_dim))
+        cost = (written * torch.linalg.solve(blocks, written)).sum(dim=(1, 2))
+        best = int(cost.argmin())
+        order.append(names.pop(best))
+        costs.append(cost[best].double().cpu())
+        taken = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
+        taken[best * head_dim : (best + 1) * head_dim] = True
+        kept = ~taken
+        gain = torch.linalg.solve(inverse[taken][:, taken], inverse[taken][:, kept])
+        columns = columns[:, kept] - columns[:, taken] @ gain
+        inverse = inverse[kept][:, kept] - inverse[kept][:, taken] @ gain
+    return torch.tensor(order), torch.stack(costs)
+
+
+def _positions(order: torch.Tensor) -> torch.Tensor:
+    positions = torch.empty(len(order), dtype=torch.float64)
+    positions[order] = torch.arange(len(order), dtype=torch.float64)
+    return positions
+
+
+def _rising(order: torch.Tensor, costs: torch.Tensor) -> torch.Tensor:
+    """Costs by unit, each raised above all that were removed before it."""
+    scores = torch.empty_like(costs)
+    last = -math.inf
+    for unit, cost in zip(order.tolist(), costs.tolist(), strict=True):
+        last = max(cost, math.nextafter(last, math.inf))
+        scores[unit] = last
+    return scores

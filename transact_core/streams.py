@@ -1,0 +1,125 @@
+"""The residual stream of all calibration windows, run layer by layer instead of window by window.
+
+What is measured here needs more room for one layer than a whole layer's weights take, so only one
+layer is looked at at a time: the hidden states of every window wait before it, pass through one of
+its modules, and wait again. Memory is those hidden states and what the caller keeps of one module.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from transact_core.activations import BATCH_TOKENS, require_finite
+from transact_core.corpora import Windows
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of the rotary embedding, each of shape (1, sequence_length, head_dim)."""
+GRAM_BLOCKS = 6
+
+
+def run_attention(
+    layer: nn.Module, hidden: torch.Tensor, rotary: Rotary
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the attention of a decoder layer writes to the residual stream, and its waist.
+
+    `hidden` is the residual stream before the layer, shape (batch, sequence_length, hidden_size);
+    every window attends causally to itself. Gives (output, transitional): the output without the
+    residual, shaped like `hidden`, and the input of `o_proj`, shape (batch, sequence_length,
+    num_attention_heads × head_dim).
+    """
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+    query, key, value = (
+        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    query, key = apply_rotary_pos_emb(query, key, *rotary)
+    groups = attention.num_key_value_groups
+    heads = functional.scaled_dot_product_attention(
+        query,
+        key.repeat_interleave(groups, dim=1),
+        value.repeat_interleave(groups, dim=1),
+        is_causal=True,
+        scale=attention.scaling,
+    )
+    transitional = heads.transpose(1, 2).flatten(2)
+    return attention.o_proj(transitional), transitional
+
+
+def run_mlp(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the MLP of a decoder layer writes to the residual stream, and its waist.
+
+    `hidden` is the residual stream after the layer's attention, shape (batch, sequence_length,
+    hidden_size). Gives (output, transitional): the output without the residual, shaped like
+    `hidden`, and the input of `down_proj`, shape (batch, sequence_length, intermediate_size).
+    """
+    mlp = layer.mlp
+    normed = layer.post_attention_layernorm(hidden)
+    transitional = mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+    return mlp.down_proj(transitional), transitional
+
+
+class Stream:
+    """Hidden states of all windows, shape (windows, sequence_length, hidden_size).
+
+    They stand before the first layer and are moved on, module by module and in place, by
+    `advance`. The model is only read.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: LlamaForCausalLM, windows: Windows) -> None:
+        ids = windows.ids.to(model.device)
+        self.layers = model.model.layers
+        self.hidden = model.model.embed_tokens(ids)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        self.rotary: Rotary = model.model.rotary_emb(self.hidden, positions)
+        self._windows_a_batch = max(1, BATCH_TOKENS // windows.sequence_length)
+
+    @torch.no_grad()
+    def advance(self, number: int, module: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Passes every window through one module of layer `number`, a batch at a time.
+
+        Gives (transitional, residual) of each batch: the module's waist and the residual stream
+        after the module, a view that the next module will overwrite. The stream has moved on once
+        all batches are taken; the layers' modules come in the order of the model, "mha" first.
+
+        Raises:
+            TransActError: a transitional activation is NaN or infinite.
+        """
+        layer = self.layers[number]
+        for hidden in self.hidden.split(self._windows_a_batch):
+            if module == "mha":
+                output, transitional = run_attention(layer, hidden, self.rotary)
+            else:
+                output, transitional = run_mlp(layer, hidden)
+            require_finite(transitional, number, module)
+            hidden += output
+            yield transitional, hidden
+
+
+@torch.no_grad()
+def second_moments(rows: Iterable[torch.Tensor], width: int) -> torch.Tensor:
+    """`XᵀX` of all the rows, shape (width, width), float32, on the device of the rows.
+
+    `rows` gives matrices of shape (tokens, width) one after the other. Only the upper block
+    triangle is multiplied out, which saves nearly half of the work; the rest is its mirror.
+    """
+    gram: torch.Tensor | None = None
+    edges = [width * block // GRAM_BLOCKS for block in range(GRAM_BLOCKS + 1)]
+    blocks = [(start, end) for start, end in pairwise(edges) if start < end]
+    for batch in rows:
+        x = batch.float()
+        if gram is None:
+            gram = torch.zeros(width, width, device=x.device)
+        for start, end in blocks:
+            gram[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
+    if gram is None:
+        return torch.zeros(width, width)
+    for start, end in blocks:
+        gram[end:, start:end] = gram[start:end, end:].T
+    return gram
