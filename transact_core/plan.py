@@ -19,8 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from transact_core.architecture import Architecture
 from transact_core.errors import TransActError
 from transact_core.importance import Scores
+from transact_core.rotary import PairEffects
 
-Granularity = Literal["query-heads", "kv-groups"]
+Granularity = Literal["query-heads", "kv-groups", "head-dims"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 Ratio = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Index = Annotated[int, Field(ge=0)]
@@ -39,6 +40,8 @@ class Widths:
     num_attention_heads: int
     num_key_value_heads: int
     intermediate_size: int
+    head_dim: int | None = None
+    """None is the dense model's."""
 
     def applied_to(self, architecture: Architecture) -> Architecture:
         return replace(
@@ -46,14 +49,19 @@ class Widths:
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads,
             intermediate_size=self.intermediate_size,
+            head_dim=self.head_dim or architecture.head_dim,
         )
 
 
 class LayerPlan(Data):
-    """Ascending indices of what one layer keeps."""
+    """Ascending indices of what one layer keeps; for narrower heads also which dims of them."""
 
     kept_heads: tuple[Index, ...]
     kept_channels: tuple[Index, ...]
+    slot_pairs: tuple[tuple[Index, ...], ...] = ()
+    """For each key-value head the rotary pair of queries and keys that goes into each slot."""
+    value_dims: tuple[tuple[Index, ...], ...] = ()
+    """For each key-value head the dims of its values that stay, ascending."""
 
 
 class PruningPlan(Data):
@@ -65,14 +73,23 @@ class PruningPlan(Data):
     num_attention_heads: Annotated[int, Field(ge=1)]
     num_key_value_heads: Annotated[int, Field(ge=1)]
     intermediate_size: Annotated[int, Field(ge=1)]
+    head_dim: Annotated[int, Field(ge=2)] | None = None
+    """None is the dense model's."""
+    slots: tuple[Index, ...] = ()
+    """The rotary pairs whose frequencies narrower heads share, ascending."""
     layers: tuple[LayerPlan, ...]
 
     @property
     def widths(self) -> Widths:
-        return Widths(self.num_attention_heads, self.num_key_value_heads, self.intermediate_size)
+        return Widths(
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.intermediate_size,
+            self.head_dim,
+        )
 
     def cuts_mha(self, architecture: Architecture) -> bool:
-        return self.num_attention_heads < architecture.num_attention_heads
+        return self.widths.applied_to(architecture).mha_width < architecture.mha_width
 
     def cuts_mlp(self, architecture: Architecture) -> bool:
         return self.intermediate_size < architecture.intermediate_size
@@ -108,7 +125,10 @@ class PruningPlan(Data):
                 f"The plan has {len(self.layers)} layers and the model has "
                 f"{architecture.num_hidden_layers}."
             )
+        if self.head_dim:
+            _check_indices("slots", self.slots, self.head_dim // 2, architecture.head_dim // 2)
         for number, layer in enumerate(self.layers):
+            self._check_dims(number, layer, architecture)
             _check_indices(
                 f"kept_heads of layer {number}",
                 layer.kept_heads,
@@ -132,6 +152,25 @@ class PruningPlan(Data):
                     f"{sorted(queries)} queries, where every layer needs "
                     f"{self.num_key_value_heads} groups of one size."
                 )
+
+    def _check_dims(self, number: int, layer: LayerPlan, architecture: Architecture) -> None:
+        groups = architecture.num_key_value_heads if self.head_dim else 0
+        pairs, width = (self.head_dim or 0) // 2, self.head_dim or 0
+        for name, rows in (("slot_pairs", layer.slot_pairs), ("value_dims", layer.value_dims)):
+            if len(rows) != groups:
+                raise TransActError(
+                    f"The {name} of layer {number} are for {len(rows)} key-value heads, "
+                    f"where {groups} are narrowed."
+                )
+        for row in layer.slot_pairs:
+            _check_indices(
+                f"slot_pairs of layer {number}",
+                tuple(sorted(row)),
+                pairs,
+                architecture.head_dim // 2,
+            )
+        for row in layer.value_dims:
+            _check_indices(f"value_dims of layer {number}", row, width, architecture.head_dim)
 
 
 def _check_indices(what: str, kept: tuple[int, ...], width: int, dense_width: int) -> None:
@@ -194,16 +233,29 @@ def widths(
 ) -> Widths:
     """The widths nearest to what the ratios ask for, the wider one on a tie."""
     heads = architecture.num_attention_heads
-    if mha_ratio:
-        heads = _nearest(heads, mha_ratio, head_counts(architecture, granularity))
     groups = architecture.num_key_value_heads
-    if not (granularity == "query-heads" and architecture.queries_per_group > 1):
-        groups = heads // architecture.queries_per_group
+    head_dim = None
+    if granularity == "head-dims":
+        head_dim = _narrower_head_dim(architecture, mha_ratio, multiple_of)
+    elif mha_ratio:
+        heads = _nearest(heads, mha_ratio, head_counts(architecture, granularity))
+        if granularity == "kv-groups" or architecture.queries_per_group == 1:
+            groups = heads // architecture.queries_per_group
     channels = architecture.intermediate_size
     if mlp_ratio:
         multiples = list(range(multiple_of, channels + 1, multiple_of))
         channels = _nearest(channels, mlp_ratio, multiples or [channels])
-    return Widths(heads, groups, channels)
+    return Widths(heads, groups, channels, head_dim)
+
+
+def _narrower_head_dim(
+    architecture: Architecture, mha_ratio: float, multiple_of: int
+) -> int | None:
+    """The nearest even multiple of `multiple_of`, or None where that is the dense head_dim."""
+    dense, step = architecture.head_dim, math.lcm(2, multiple_of)
+    multiples = list(range(step, dense + 1, step)) or [dense]
+    nearest = _nearest(dense, mha_ratio, multiples) if mha_ratio else dense
+    return nearest if nearest < dense else None
 
 
 def _nearest(dense: int, ratio: float, allowed: list[int]) -> int:
@@ -220,23 +272,31 @@ def make_plan(
     mlp_ratio: float,
     granularity: Granularity = "query-heads",
     multiple_of: int = 1,
+    pairs: PairEffects | None = None,
 ) -> PruningPlan:
-    """Keeps the best-scored heads and channels: the same widths everywhere, own indices per layer.
+    """Keeps the best-scored units: the same widths everywhere, own indices in each layer.
 
+    `pairs` is needed where `head-dims` makes the heads narrower: queries and keys keep the rotary
+    pairs of most effect on attention, whatever the importance, and values their best-scored dims.
     Of equal scores the unit with the lower index is kept.
     """
     target = widths(architecture, mha_ratio, mlp_ratio, granularity, multiple_of)
-    grouped = scores.heads.unflatten(1, (architecture.num_key_value_heads, -1))
-    if target.num_key_value_heads == architecture.num_key_value_heads:
-        queries = target.num_attention_heads // target.num_key_value_heads
-        kept = torch.zeros_like(grouped, dtype=torch.bool)
-        kept.scatter_(2, _best(grouped, queries), True)
-    else:
-        groups = _best(grouped.mean(dim=2), target.num_key_value_heads)
-        kept = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter_(1, groups, True)
-        kept = kept.unsqueeze(2).expand_as(grouped)
-    heads = kept.flatten(1)
+    heads = _kept_heads(scores.heads, target, architecture)
     channels = _best(scores.channels, target.intermediate_size).sort(dim=1).values
+    slots: tuple[int, ...] = ()
+    dims = [{} for _ in range(architecture.num_hidden_layers)]
+    if target.head_dim:
+        slots = pairs.slots(target.head_dim // 2)
+        by_group = scores.head_channels.unflatten(
+            1, (architecture.num_key_value_heads, -1, architecture.head_dim)
+        ).mean(dim=2)
+        values = _best(by_group, target.head_dim).sort(dim=2).values
+        dims = [
+            {"slot_pairs": layer_pairs, "value_dims": layer_values}
+            for layer_pairs, layer_values in zip(
+                pairs.assign(slots).tolist(), values.tolist(), strict=True
+            )
+        ]
     return PruningPlan(
         mha_ratio=mha_ratio,
         mlp_ratio=mlp_ratio,
@@ -246,14 +306,31 @@ def make_plan(
         num_attention_heads=target.num_attention_heads,
         num_key_value_heads=target.num_key_value_heads,
         intermediate_size=target.intermediate_size,
+        head_dim=target.head_dim,
+        slots=slots,
         layers=tuple(
             LayerPlan(
-                kept_heads=tuple(layer_heads.nonzero().flatten().tolist()),
-                kept_channels=tuple(layer_channels.tolist()),
+                kept_heads=layer_heads.nonzero().flatten().tolist(),
+                kept_channels=layer_channels.tolist(),
+                **layer_dims,
             )
-            for layer_heads, layer_channels in zip(heads, channels, strict=True)
+            for layer_heads, layer_channels, layer_dims in zip(heads, channels, dims, strict=True)
         ),
     )
+
+
+def _kept_heads(scores: torch.Tensor, target: Widths, architecture: Architecture) -> torch.Tensor:
+    """Which heads stay, shape (layers, num_attention_heads), bool."""
+    grouped = scores.unflatten(1, (architecture.num_key_value_heads, -1))
+    if target.num_key_value_heads == architecture.num_key_value_heads:
+        queries = target.num_attention_heads // target.num_key_value_heads
+        kept = torch.zeros_like(grouped, dtype=torch.bool)
+        kept.scatter_(2, _best(grouped, queries), True)
+    else:
+        groups = _best(grouped.mean(dim=2), target.num_key_value_heads)
+        kept = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter_(1, groups, True)
+        kept = kept.unsqueeze(2).expand_as(grouped)
+    return kept.flatten(1)
 
 
 def _best(scores: torch.Tensor, count: int) -> torch.Tensor:

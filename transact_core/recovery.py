@@ -25,6 +25,7 @@ from transformers import LlamaForCausalLM
 from transact_core.activations import transitional_inputs
 from transact_core.corpora import Windows
 from transact_core.errors import Progress, TransActError, silent
+from transact_core.streams import run_attention, run_mlp
 
 RecoveryName = Literal["least-squares", "bias", "none"]
 RECOVERIES: tuple[RecoveryName, ...] = get_args(RecoveryName)
@@ -168,21 +169,13 @@ class _Stream:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What a module writes on the stream, and the transitional activation it writes from."""
         layer = model.model.layers[number]
-        seen: list[torch.Tensor] = []
-        hook = transitional_inputs(model, number)[module].register_forward_pre_hook(
-            lambda _, inputs: seen.append(inputs[0])
-        )
         rotary = model.model.rotary_emb(self.hidden, self.positions)
-        try:
-            outputs = [
-                layer.self_attn(layer.input_layernorm(batch), position_embeddings=rotary)[0]
-                if module == "mha"
-                else layer.mlp(layer.post_attention_layernorm(batch))
-                for batch in self.hidden.split(BATCH_WINDOWS)
-            ]
-        finally:
-            hook.remove()
-        return torch.cat(outputs), torch.cat(seen)
+        parts = [
+            run_attention(layer, batch, rotary) if module == "mha" else run_mlp(layer, batch)
+            for batch in self.hidden.split(BATCH_WINDOWS)
+        ]
+        written, inputs = zip(*parts, strict=True)
+        return torch.cat(written), torch.cat(inputs)
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

@@ -1,10 +1,10 @@
-"""Rotary pairs of the attention heads: what each is worth, and which frequencies a narrower head has.
+"""Rotary pairs of the attention heads: what each is worth, and which frequencies narrow heads keep.
 
 Dims *i* and *i + head_dim / 2* of queries and keys turn together by one frequency; they can only go
-together. A stock model has one set of frequencies for all its heads, so a narrower one offers *slots*
-of frequencies that all heads share, and each key-value head puts pairs of its own into them. A pair
-in a slot of another frequency is still worth something: pairs of low frequency hardly turn within a
-context and stand in for each other.
+together. A stock model has one set of frequencies for all its heads, so a narrower one offers
+*slots* of frequencies that all heads share, and each key-value head puts pairs of its own into
+them. A pair in a slot of another frequency is still worth something: pairs of low frequency hardly
+turn within a context and stand in for each other.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from transact_core.corpora import Windows
 from transact_core.errors import Progress, TransActError, silent
-from transact_core.streams import Stream, queries_and_keys
+from transact_core.streams import Stream, queries_keys_values
 
 EXACT_KINDS = ("default", "llama3", "linear", "yarn")
 QUERY_STRIDE = 16
@@ -105,10 +106,8 @@ def _attention_of_some(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scaled rotated queries of every 16th token, rotated keys, attention weights; float32."""
     layer = stream.layers[number]
-    query, key = (
-        each.float() for each in queries_and_keys(layer.self_attn, layer.input_layernorm(hidden),
-                                                  stream.rotary)
-    )  # fmt: skip
+    query, key, _ = queries_keys_values(layer.self_attn, layer.input_layernorm(hidden))
+    query, key = (each.float() for each in apply_rotary_pos_emb(query, key, *stream.rotary))
     length = hidden.shape[1]
     places = torch.arange(min(QUERY_STRIDE, length) - 1, length, QUERY_STRIDE, device=hidden.device)
     query = query[:, :, places] * layer.self_attn.scaling

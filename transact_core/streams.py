@@ -33,11 +33,7 @@ def run_attention(
     num_attention_heads × head_dim).
     """
     attention = layer.self_attn
-    normed = layer.input_layernorm(hidden)
-    query, key, value = (
-        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    query, key, value = queries_keys_values(attention, layer.input_layernorm(hidden))
     query, key = apply_rotary_pos_emb(query, key, *rotary)
     groups = attention.num_key_value_groups
     heads = functional.scaled_dot_product_attention(
@@ -49,6 +45,14 @@ def run_attention(
     )
     transitional = heads.transpose(1, 2).flatten(2)
     return attention.o_proj(transitional), transitional
+
+
+def queries_keys_values(attention: nn.Module, normed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values before rotation, each (batch, heads, sequence_length, head_dim)."""
+    return tuple(
+        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
 
 
 def run_mlp(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +84,10 @@ class Stream:
         self.rotary: Rotary = model.model.rotary_emb(self.hidden, positions)
         self._windows_a_batch = max(1, BATCH_TOKENS // windows.sequence_length)
 
+    def batches(self) -> Iterator[torch.Tensor]:
+        """The hidden states as they stand, a few windows at a time."""
+        yield from self.hidden.split(self._windows_a_batch)
+
     @torch.no_grad()
     def advance(self, number: int, module: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Passes every window through one module of layer `number`, a batch at a time.
@@ -92,7 +100,7 @@ class Stream:
             TransActError: a transitional activation is NaN or infinite.
         """
         layer = self.layers[number]
-        for hidden in self.hidden.split(self._windows_a_batch):
+        for hidden in self.batches():
             if module == "mha":
                 output, transitional = run_attention(layer, hidden, self.rotary)
             else:

@@ -6,13 +6,16 @@ that was zero. Untouched tensors are shared with the dense model, which is never
 
 import copy
 import dataclasses
+import math
 
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from transact_core.architecture import Architecture
 from transact_core.plan import LayerPlan, PruningPlan, kept_groups
+from transact_core.rotary import narrowed_rope, require_exact_rope
 
 
 @torch.no_grad()
@@ -31,15 +34,19 @@ def prune(
     architecture = Architecture.from_config(model.config)
     plan.check(architecture)
     cut = plan.applied_to(architecture, with_biases)
-    pruned = _empty_like(model, cut)
+    pruned = _empty_like(model, cut, plan.slots)
     tensors = dict(model.state_dict(keep_vars=True))
     for number, layer in enumerate(plan.layers):
         prefix = f"model.layers.{number}."
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         if plan.cuts_mha(architecture):
-            tensors |= _prefixed(
-                attention, cut_attention(_under(tensors, attention), layer, architecture)
+            parts = _under(tensors, attention)
+            cut_tensors = (
+                narrow_attention(parts, layer, architecture)
+                if plan.head_dim
+                else cut_attention(parts, layer, architecture)
             )
+            tensors |= _prefixed(attention, cut_tensors)
         if plan.cuts_mlp(architecture):
             tensors |= _prefixed(mlp, cut_mlp(_under(tensors, mlp), layer))
         for name, shape in cut.layer_tensors().items():
@@ -62,15 +69,23 @@ def _filled(empty: LlamaForCausalLM, tensors: dict[str, torch.Tensor]) -> LlamaF
     return empty.eval().requires_grad_(False)
 
 
-def _empty_like(model: LlamaForCausalLM, architecture: Architecture) -> LlamaForCausalLM:
+def _empty_like(
+    model: LlamaForCausalLM, architecture: Architecture, slots: tuple[int, ...] = ()
+) -> LlamaForCausalLM:
     config = copy.deepcopy(model.config)
     # head_dim is implied by the other widths where it is absent, so it is written out too.
     for name, value in dataclasses.asdict(architecture).items():
         setattr(config, name, value)
+    # Its buffers are no part of the state dict, so it comes from outside the meta device.
+    rotary = model.model.rotary_emb
+    if slots:
+        require_exact_rope(config)
+        frequencies = rotary.inv_freq[list(slots)]
+        config.rope_parameters = narrowed_rope(config, frequencies, rotary.attention_scaling)
+        rotary = LlamaRotaryEmbedding(config, device=rotary.inv_freq.device)
     with torch.device("meta"):
         pruned = LlamaForCausalLM(config)
-    # Its buffers are no part of the state dict, and head_dim has not changed.
-    pruned.model.rotary_emb = model.model.rotary_emb
+    pruned.model.rotary_emb = rotary
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned
 
@@ -99,6 +114,35 @@ def cut_attention(
     for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
         cut |= _select_rows(tensors, name, rows)
     return cut
+
+
+def narrow_attention(
+    tensors: dict[str, torch.Tensor], layer: LayerPlan, architecture: Architecture
+) -> dict[str, torch.Tensor]:
+    """Keeps, in every head, the rotary pairs of Q and K in their slots and the dims of V and O.
+
+    Attention divides by the root of head_dim, so queries are scaled by what that changes.
+    """
+    queries_per_group = architecture.queries_per_group
+    pairs = torch.tensor(layer.slot_pairs)
+    rotated = torch.cat([pairs, pairs + architecture.head_dim // 2], dim=1)
+    values = torch.tensor(layer.value_dims)
+    scale = math.sqrt(rotated.shape[1] / architecture.head_dim)
+
+    def rows(dims: torch.Tensor, repeats: int = 1) -> torch.Tensor:
+        """Row numbers of these dims of each head; one row of dims a key-value head."""
+        dims = dims.repeat_interleave(repeats, dim=0)
+        starts = torch.arange(len(dims))[:, None] * architecture.head_dim
+        return (starts + dims).flatten().to(tensors["q_proj.weight"].device)
+
+    columns = rows(values, queries_per_group)
+    queries = _select_rows(tensors, "q_proj", rows(rotated, queries_per_group))
+    return {
+        "o_proj.weight": tensors["o_proj.weight"][:, columns],
+        **{name: tensor * scale for name, tensor in queries.items()},
+        **_select_rows(tensors, "k_proj", rows(rotated)),
+        **_select_rows(tensors, "v_proj", rows(values)),
+    }
 
 
 def cut_mlp(tensors: dict[str, torch.Tensor], layer: LayerPlan) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from transact_core.importance import Evidence, Scores, score
 from transact_core.models import LoadedModel, dtype_name, resolve_dtype
 from transact_core.plan import Granularity, PruningPlan, make_plan
 from transact_core.recovery import LayerFit, recover, require_recovery
+from transact_core.rotary import PairEffects, measure_pairs, require_exact_rope
 from transact_core.store import Tensors, remembered, sha256_of_tokens
 from transact_core.surgery import prune, round_weights
 
@@ -109,15 +110,28 @@ class Bench:
             "dtype": dtype_name(loaded.dtype),
         }
 
-    def plan(self, mha_ratio: float, mlp_ratio: float, choices: Choices) -> PruningPlan:
+    def pairs(self, progress: Progress = silent) -> PairEffects:
+        """The rotary pairs' effects on attention; measured at the first call."""
+        require_exact_rope(self.loaded.model.config)
+        tensors = self._remember(
+            "rotary pairs",
+            lambda: measure_pairs(self.loaded.model, self.calibration, progress).to_tensors(),
+        )
+        return PairEffects(**tensors)
+
+    def plan(
+        self, mha_ratio: float, mlp_ratio: float, choices: Choices, progress: Progress = silent
+    ) -> PruningPlan:
+        """What these ratios and choices keep; measures what the choice of units needs."""
         return make_plan(
             self.loaded.architecture,
-            self.scores(choices.importance),
+            self.scores(choices.importance, progress),
             choices.importance,
             mha_ratio,
             mlp_ratio,
             choices.granularity,
             choices.multiple_of,
+            self.pairs(progress) if choices.granularity == "head-dims" else None,
         )
 
     @cached_property

@@ -1,0 +1,300 @@
+"""Queries, keys and values of narrower heads, fitted to what the dense heads did.
+
+Selecting rotary pairs and value dims is the bare cut. Here every head gets better ones, in closed
+form and from the calibration text:
+
+*Queries and keys.* With A (head_dim' × head_dim) for each query head and B for each key-value
+head, the logit `q · R(Δ) k` becomes `A q · R'(Δ) B k`, where R turns by the dense frequencies and
+R' by those of the shared slots. It is linear in A and linear in B, so the two are fitted in turn by
+least squares on sampled pairs of a query and keys. Only differences between keys count, since the
+softmax does not see what all keys share; keys are drawn as attention draws them, and some more
+evenly, so that a key that nobody looks at does not become loud.
+
+*Values.* Value to output is linear inside a head, so any basis of the head's outputs will do: the
+one that loses least of what the output projection writes, shared by the heads of a group. It is
+the truncated singular value decomposition in the metric of the activations (Wang et al. 2024,
+SVD-LLM, arXiv 2403.07378), with one right side for all heads of the group.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from transact_core.plan import LayerPlan
+from transact_core.streams import Rotary, queries_keys_values
+
+ROUNDS = 2
+ITERATIONS = 15
+RIDGE = 1e-3
+"""Towards the bare cut, relative to the mean curvature."""
+KEYS_A_QUERY = 6
+QUERY_STRIDE = 4
+EVENLY = 0.25
+"""Share of keys drawn from the attention of half the logits."""
+OUTPUT_RIDGE = 0.1
+BATCH_WINDOWS = 4
+
+
+@torch.no_grad()
+def fit_narrow_heads(
+    dense: nn.Module,
+    pruned: nn.Module,
+    plan: LayerPlan,
+    normed: torch.Tensor,
+    weights: torch.Tensor,
+    rotary: tuple[Rotary, Rotary],
+    seed: int = 0,
+) -> None:
+    """Replaces the projections of a layer's narrowed attention by fitted ones, in place.
+
+    `dense` and `pruned` are the attentions before and after the bare cut. `normed` is what both
+    read, shape (windows, sequence_length, hidden_size); `weights` are the tokens' weights, shape
+    (windows, sequence_length); `rotary` the dense and the narrow cosines and sines. The output
+    projection is only carried over into the new basis: `recovery` fits it afterwards.
+    """
+    generator = torch.Generator(device=normed.device).manual_seed(seed)
+    half = dense.head_dim // 2
+    width = pruned.head_dim
+    shape = (width, dense.head_dim)
+    groups, queries = len(plan.slot_pairs), dense.num_key_value_groups
+    key_maps = torch.zeros(groups, *shape, device=normed.device)
+    for group, pairs in enumerate(plan.slot_pairs):
+        dims = torch.tensor(pairs, device=normed.device)
+        key_maps[group, torch.arange(width), torch.cat([dims, dims + half])] = 1
+    query_maps = key_maps.repeat_interleave(queries, dim=0)
+    for group in range(groups):
+        heads = range(group * queries, (group + 1) * queries)
+        samples = [_sample(dense, normed, head, rotary, generator) for head in heads]
+        for _ in range(ROUNDS):
+            for head, sample in zip(heads, samples, strict=True):
+                query_maps[head] = _fit_query(query_maps[head], key_maps[group], sample)
+            key_maps[group] = _fit_key(key_maps[group], query_maps[list(heads)], samples)
+    # Attention divides by the root of head_dim, which has changed.
+    _map_rows(dense.q_proj, pruned.q_proj, query_maps * (width / dense.head_dim) ** 0.5)
+    _map_rows(dense.k_proj, pruned.k_proj, key_maps)
+    _fit_values(dense, pruned, normed, weights, rotary)
+
+
+def _map_rows(source: nn.Linear, target: nn.Linear, maps: torch.Tensor) -> None:
+    """Rows of each head of `source` mixed by its map, shape (heads, head_dim', head_dim)."""
+    for name in ("weight", "bias"):
+        rows = getattr(source, name)
+        if rows is not None:
+            per_head = rows.float().unflatten(0, (len(maps), -1))
+            mixed = torch.einsum("hnd,hd...->hn...", maps, per_head).flatten(0, 1)
+            setattr(target, name, nn.Parameter(mixed.to(rows.dtype), requires_grad=False))
+
+
+# --- queries and keys ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Queries of one head, some keys for each, and the differences of logits to be met.
+
+    `query` has shape (samples, head_dim), `key` (samples, keys, head_dim), both before rotation;
+    `target` (samples, keys), less its mean over keys. The rotations are the narrow ones.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    target: torch.Tensor
+    query_rotary: Rotary
+    key_rotary: Rotary
+
+
+def _sample(
+    dense: nn.Module,
+    normed: torch.Tensor,
+    head: int,
+    rotary: tuple[Rotary, Rotary],
+    generator: torch.Generator,
+) -> _Sample:
+    group = head // dense.num_key_value_groups
+    length, dim = normed.shape[1], dense.head_dim
+    query = _of_head(dense.q_proj, normed, head, dim)
+    key = _of_head(dense.k_proj, normed, group, dim)
+    (cos, sin), narrow = ((part[0].float() for part in each) for each in rotary)
+    stride = min(QUERY_STRIDE, length)
+    places = torch.arange(stride - 1, length, stride, device=normed.device)
+    query = query[:, places]
+    turned = _turn(query, cos[places], sin[places]) * dense.scaling
+    logits = turned @ _turn(key, cos, sin).mT
+    logits = logits.masked_fill(
+        torch.arange(length, device=normed.device) > places[:, None], -torch.inf
+    )
+    drawn_from = (1 - EVENLY) * logits.softmax(-1) + EVENLY * (logits / 2).softmax(-1)
+    keys = torch.multinomial(
+        drawn_from.flatten(0, 1), KEYS_A_QUERY, replacement=True, generator=generator
+    ).unflatten(0, logits.shape[:2])
+    narrow_cos, narrow_sin = narrow
+    window = torch.arange(len(normed), device=normed.device)[:, None, None]
+    where = places.repeat(len(normed))
+    return _Sample(
+        query=query.flatten(0, 1) * dense.scaling,
+        key=key[window, keys].flatten(0, 1),
+        target=_centred(logits.gather(-1, keys)).flatten(0, 1),
+        query_rotary=(narrow_cos[where, None], narrow_sin[where, None]),
+        key_rotary=(narrow_cos[keys.flatten(0, 1)], narrow_sin[keys.flatten(0, 1)]),
+    )
+
+
+def _of_head(projection: nn.Linear, normed: torch.Tensor, head: int, dim: int) -> torch.Tensor:
+    rows = slice(head * dim, (head + 1) * dim)
+    bias = None if projection.bias is None else projection.bias[rows]
+    return functional.linear(normed, projection.weight[rows], bias).float()
+
+
+def _turn(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates dims i and i + dim / 2 together, as LLaMA does."""
+    first, second = vectors.chunk(2, dim=-1)
+    return vectors * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _centred(values: torch.Tensor) -> torch.Tensor:
+    return values - values.mean(dim=-1, keepdim=True)
+
+
+def _fit_query(query_map: torch.Tensor, key_map: torch.Tensor, sample: _Sample) -> torch.Tensor:
+    key = _turn(sample.key @ key_map.T, *sample.key_rotary)
+    key = key - key.mean(dim=1, keepdim=True)
+    # Turned back by the query's place, so that what is left of the logit is (A q) · key.
+    cos, sin = sample.query_rotary
+    key = _turn(key, cos, -sin)
+    curvature = key.square().sum() * sample.query.square().mean() / key_map.numel() ** 0.5
+    return _least_squares(
+        query_map,
+        lambda x: ((sample.query @ x.T)[:, None] * key).sum(dim=-1),
+        lambda left: (left[..., None] * key).sum(dim=1).T @ sample.query,
+        sample.target,
+        RIDGE * curvature.item(),
+    )
+
+
+def _fit_key(
+    key_map: torch.Tensor, query_maps: torch.Tensor, samples: list[_Sample]
+) -> torch.Tensor:
+    queries, keys, targets = [], [], []
+    for query_map, sample in zip(query_maps, samples, strict=True):
+        query = _turn((sample.query @ query_map.T)[:, None], *sample.query_rotary)
+        cos, sin = sample.key_rotary
+        queries.append(_turn(query, cos, -sin))
+        keys.append(sample.key)
+        targets.append(sample.target)
+    query, key, target = torch.cat(queries), torch.cat(keys), torch.cat(targets)
+    curvature = query.square().sum() * key.square().mean() / key_map.numel() ** 0.5
+    return _least_squares(
+        key_map,
+        lambda x: _centred((query * (key @ x.T)).sum(dim=-1)),
+        lambda left: (_centred(left)[..., None] * query).flatten(0, 1).T @ key.flatten(0, 1),
+        target,
+        RIDGE * curvature.item(),
+    )
+
+
+def _least_squares(
+    start: torch.Tensor,
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    adjoint: Callable[[torch.Tensor], torch.Tensor],
+    target: torch.Tensor,
+    ridge: float,
+) -> torch.Tensor:
+    """Minimises `|forward(x) − target|² + ridge |x − start|²` by conjugate gradients from `start`.
+
+    Stopped early, which shrinks towards the start as a ridge does.
+    """
+    change = torch.zeros_like(start)
+    left = target - forward(start)
+    gradient = adjoint(left)
+    direction, energy = gradient.clone(), gradient.square().sum()
+    for _ in range(ITERATIONS):
+        moved = forward(direction)
+        curvature = moved.square().sum() + ridge * direction.square().sum()
+        if not curvature > 0:
+            break
+        step = energy / curvature
+        change = change + step * direction
+        left = left - step * moved
+        gradient = adjoint(left) - ridge * change
+        before, energy = energy, gradient.square().sum()
+        direction = gradient + energy / before * direction
+    return start + change
+
+
+# --- values ----------------------------------------------------------------------------------
+
+
+def _fit_values(
+    dense: nn.Module,
+    pruned: nn.Module,
+    normed: torch.Tensor,
+    weights: torch.Tensor,
+    rotary: tuple[Rotary, Rotary],
+) -> None:
+    """The value basis of each group, under the attention that the narrow queries and keys give."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    gram: torch.Tensor | float = 0.0
+    cross: torch.Tensor | float = 0.0
+    queries, dim, width = dense.num_key_value_groups, dense.head_dim, pruned.head_dim
+    for batch, weight in zip(
+        normed.split(BATCH_WINDOWS), weights.split(BATCH_WINDOWS), strict=True
+    ):
+        query, key, value = queries_keys_values(dense, batch)
+        query, key = apply_rotary_pos_emb(query, key, *rotary[0])
+        narrow = [
+            projection(batch).unflatten(-1, (-1, width)).transpose(1, 2)
+            for projection in (pruned.q_proj, pruned.k_proj)
+        ]
+        narrow_query, narrow_key = apply_rotary_pos_emb(*narrow, *rotary[1])
+        root = weight.sqrt()[..., None]
+        wanted, seen = (
+            functional.scaled_dot_product_attention(
+                q,
+                k.repeat_interleave(queries, dim=1),
+                value.repeat_interleave(queries, dim=1),
+                is_causal=True,
+                scale=scale,
+            )
+            .transpose(1, 2)
+            .flatten(2)
+            .float()
+            * root
+            for q, k, scale in (
+                (query, key, dense.scaling),
+                (narrow_query, narrow_key, pruned.scaling),
+            )
+        )
+        gram = gram + (seen.flatten(0, 1).T @ seen.flatten(0, 1)).double()
+        cross = cross + (seen.flatten(0, 1).T @ wanted.flatten(0, 1)).double()
+    output = dense.o_proj.weight.double()
+    energy = gram.diagonal()
+    floor = energy.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    damping = OUTPUT_RIDGE * (energy + 1e-3 * floor)
+    # The output projection that would serve the new attention best, were heads as wide as before.
+    fitted = torch.linalg.solve(
+        gram + torch.diag(damping), cross @ output.T + damping[:, None] * output.T
+    ).T
+    value_maps, columns = [], []
+    for group in range(output.shape[1] // dim // queries):
+        heads = range(group * queries, (group + 1) * queries)
+        parts = [slice(head * dim, (head + 1) * dim) for head in heads]
+        moment = sum(gram[part, part] for part in parts)
+        root, inverse_root = _roots(moment + 1e-6 * floor * torch.eye(dim).to(moment))
+        stacked = torch.cat([fitted[:, part] for part in parts])
+        basis = torch.linalg.svd(stacked @ root, full_matrices=False).Vh[:width]
+        value_maps.append(basis @ inverse_root)
+        columns += [fitted[:, part] @ root @ basis.T for part in parts]
+    _map_rows(dense.v_proj, pruned.v_proj, torch.stack(value_maps).float())
+    weight = torch.cat(columns, dim=1).to(dense.o_proj.weight.dtype)
+    pruned.o_proj.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _roots(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A symmetric positive matrix's root and the root's inverse."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp_min(torch.finfo(values.dtype).tiny)
+    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
