@@ -9,6 +9,7 @@ from transact_core.elimination import (
     eliminate,
     eliminate_channels,
     eliminate_heads,
+    head_energies,
     weighted_rows,
 )
 from transact_core.streams import Stream, second_moments
@@ -44,14 +45,19 @@ def residual(h, weight, kept):
     return (target - rows[:, kept] @ solution).square().sum().item()
 
 
-def slow(h, weight, units):
-    """Backward elimination of `units` (lists of channels) by trying every one each time."""
+def slow(h, weight, units, queries=1):
+    """Backward elimination of `units` (lists of channels) by trying every one each time.
+
+    Of groups of `queries` units, those that have most left are next.
+    """
     alive, order, costs = list(range(len(units))), [], []
     paid = 0.0
     while alive:
+        sizes = [sum(other // queries == unit // queries for other in alive) for unit in alive]
         left = {
             unit: residual(h, weight, [j for other in alive if other != unit for j in units[other]])
-            for unit in alive
+            for unit, size in zip(alive, sizes, strict=True)
+            if size == max(sizes)
         }
         best = min(left, key=left.get)
         alive.remove(best)
@@ -74,13 +80,29 @@ def test_channels_go_as_brute_force_says_at_the_cost_it_says():
     assert costs.tolist() == pytest.approx(expected_costs, rel=1e-3)
 
 
-def test_heads_go_as_brute_force_says_at_the_cost_it_says():
+@pytest.mark.parametrize("queries", [1, 2, 3, 6])
+def test_heads_go_as_brute_force_says_at_the_cost_it_says(queries):
     x, weight = problem(80, 24, 7)
-    order, costs = eliminate_heads(*solved(x, weight), head_dim=4)
+    order, costs = eliminate_heads(*solved(x, weight), 4, queries)
     heads = [list(range(start, start + 4)) for start in range(0, 24, 4)]
-    expected_order, expected_costs = slow(damped(x), weight, heads)
+    expected_order, expected_costs = slow(damped(x), weight, heads, queries)
     assert order.tolist() == expected_order
     assert costs.tolist() == pytest.approx(expected_costs, rel=1e-4)
+
+
+def test_a_group_is_worth_what_its_heads_are_together():
+    x, weight = problem(80, 24, 7)
+    inverse, columns = solved(x, weight)
+    scores = head_energies(inverse, columns, 4, 2).unflatten(0, (3, 2))
+    groups = [list(range(start, start + 8)) for start in range(0, 24, 8)]
+    order, costs = slow(damped(x), weight, groups)
+    assert scores.mean(1)[order].tolist() == pytest.approx(
+        torch.tensor(costs).cummax(0).values.tolist(), rel=1e-4
+    )
+    first_gone = eliminate_heads(inverse, columns, 4, 2)[0][:3].tolist()
+    assert sorted(int(scores[group].argmin()) + 2 * group for group in range(3)) == sorted(
+        first_gone
+    )
 
 
 def one_by_one(h, weight):
@@ -151,6 +173,9 @@ def test_every_layer_is_eliminated_on_its_own_moments(model, windows):
             order, _ = eliminate_channels(inverse, columns)
             assert found[name][number, order].tolist() == list(range(len(order)))
             if module == "mha":
-                order, costs = eliminate_heads(inverse, columns, head_dim)
-                assert found["heads"][number, order].diff().gt(0).all()
-                assert found["heads"][number, order[0]].item() == pytest.approx(costs[0].item())
+                queries = layer.self_attn.num_key_value_groups
+                expected = head_energies(inverse, columns, head_dim, queries)
+                torch.testing.assert_close(found["heads"][number], expected)
+                if queries == 1:
+                    order, _ = eliminate_heads(inverse, columns, head_dim)
+                    assert found["heads"][number, order].diff().gt(0).all()

@@ -256,7 +256,7 @@ def test_only_what_is_looked_at_is_measured(gqa_model, few):
     shape, asked = Architecture.from_config(gqa_model.config), []
 
     def remember(what, measure):
-        asked.append(what.split(",")[0])
+        asked.append(what.split()[0])
         return measure()
 
     for name in NAMES:

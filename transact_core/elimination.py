@@ -49,9 +49,8 @@ def eliminate(
     """Eliminates every layer's heads, attention channels and MLP channels.
 
     Gives float64 tensors on the CPU, larger for what goes later: `heads`, shape (layers,
-    num_attention_heads), the cost of a head when its turn came, made to rise strictly along the
-    order; `head_channels`, (layers, num_attention_heads × head_dim), and `channels`, (layers,
-    intermediate_size), positions in the order from 0.
+    num_attention_heads), by `head_energies`; `head_channels`, (layers, num_attention_heads ×
+    head_dim), and `channels`, (layers, intermediate_size), positions in the order from 0.
 
     Costs one pass without the LM head, the second moments, and two factorisations a layer. Memory
     beside the hidden states of all windows is one module's: about two float64 matrices of the
@@ -60,7 +59,7 @@ def eliminate(
     Raises:
         TransActError: a transitional activation is NaN or infinite.
     """
-    head_dim = model.model.layers[0].self_attn.head_dim
+    attention = model.model.layers[0].self_attn
     rows: dict[str, list[torch.Tensor]] = {"heads": [], "head_channels": [], "channels": []}
     layers = len(model.model.layers)
     stream = Stream(model, windows)
@@ -73,7 +72,11 @@ def eliminate(
             scale, inverse = damped_inverse(second_moments(weighted, projection.in_features))
             columns = projection.weight.to(scale.device).double() * scale
             if module == "mha":
-                rows["heads"].append(_rising(*eliminate_heads(inverse, columns, head_dim)))
+                rows["heads"].append(
+                    head_energies(
+                        inverse, columns, attention.head_dim, attention.num_key_value_groups
+                    )
+                )
             order, _ = eliminate_channels(inverse, columns)
             rows["head_channels" if module == "mha" else "channels"].append(_positions(order))
             del inverse, columns
@@ -174,21 +177,49 @@ def _cheapest(
     return candidates[torch.tensor(taken, device=candidates.device)], torch.stack(paid)
 
 
-def eliminate_heads(inverse: torch.Tensor, columns: torch.Tensor, head_dim: int) -> Removal:
+def head_energies(
+    inverse: torch.Tensor, columns: torch.Tensor, head_dim: int, queries_per_group: int
+) -> torch.Tensor:
+    """Score of each head, shape (heads,), float64 on the CPU: the cost of it when its turn came.
+
+    Costs are raised where needed so that along the order they rise strictly. Under grouped queries
+    a group's heads are ranked by an elimination that takes one head of each group in turn, since
+    that is how single heads can go, and then scaled so that their mean is the group's own score in
+    an elimination of whole groups: a group is worth what its heads are worth together.
+    """
+    heads = _rising(*eliminate_heads(inverse, columns, head_dim, queries_per_group))
+    if queries_per_group == 1:
+        return heads
+    groups = _rising(*eliminate_heads(inverse, columns, head_dim * queries_per_group))
+    members = heads.unflatten(0, (-1, queries_per_group))
+    means = members.mean(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    return (members * (groups / means)[:, None]).flatten()
+
+
+def eliminate_heads(
+    inverse: torch.Tensor, columns: torch.Tensor, head_dim: int, queries_per_group: int = 1
+) -> Removal:
     """Backward elimination of whole heads, one at a time, in the dtype of what is given.
 
-    Takes P and W as `eliminate_channels` does; a head is `head_dim` neighbouring channels.
+    Takes P and W as `eliminate_channels` does; a head is `head_dim` neighbouring channels and a
+    group `queries_per_group` neighbouring heads. No group loses another head before all have lost
+    as many.
     """
     names = list(range(len(inverse) // head_dim))
     order, costs = [], []
+    waiting: set[int] = set()
     while names:
+        if not waiting:
+            waiting = {head // queries_per_group for head in names}
         blocks = inverse.unflatten(0, (-1, head_dim)).unflatten(2, (-1, head_dim))
         blocks = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         written = columns.T.unflatten(0, (-1, head_dim))
-        cost = (written * torch.linalg.solve(blocks, written)).sum(dim=(1, 2))
-        best = int(cost.argmin())
+        cost = (written * torch.linalg.solve(blocks, written)).sum(dim=(1, 2)).cpu().double()
+        barred = torch.tensor([head // queries_per_group not in waiting for head in names])
+        best = int(cost.masked_fill(barred, math.inf).argmin())
+        waiting.remove(names[best] // queries_per_group)
         order.append(names.pop(best))
-        costs.append(cost[best].double().cpu())
+        costs.append(cost[best])
         taken = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
         taken[best * head_dim : (best + 1) * head_dim] = True
         kept = ~taken

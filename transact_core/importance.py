@@ -115,7 +115,7 @@ class Evidence:
     def elimination(self) -> Tensors:
         """`elimination.eliminate`, by unit; one forward pass with second moments."""
         return self._remember(
-            f"elimination, ridge {RIDGE:g} and floor {FLOOR:g}",
+            f"elimination of units, ridge {RIDGE:g} and floor {FLOOR:g}",
             lambda: eliminate(self.model, self.windows, self._progress),
         )
 
@@ -235,10 +235,9 @@ def reconstruction(evidence: Evidence) -> Scores:
     """When a unit goes in backward elimination with the output projection refitted each time.
 
     A channel's score is its position in the order of elimination, a head's the squared error that
-    its removal added when its turn came, raised where needed so that later is always larger: then
-    the mean over a group of heads says something too. Heads are eliminated as wholes and do not
-    depend on their channels' scores. What is minimised, and the sources, are told in
-    `elimination`.
+    its removal added when its turn came. Heads are eliminated as wholes and do not depend on their
+    channels' scores; `elimination.head_energies` tells how groups of them are treated, and
+    `elimination` what is minimised, and the sources.
     """
     return Scores(**evidence.elimination)
 
