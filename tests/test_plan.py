@@ -18,6 +18,7 @@ from transact_core.plan import (
     parse_ratio,
     widths,
 )
+from transact_core.rotary import PairEffects, drop_order
 
 ratios = st.floats(0, 1, exclude_max=True).map(lambda ratio: round(ratio, 3)).filter(
     lambda ratio: ratio < 1
@@ -42,6 +43,13 @@ def architectures(draw) -> Architecture:
     )
 
 
+def random_pairs(shape: Architecture, random) -> PairEffects:
+    half = shape.head_dim // 2
+    effects = random(shape.num_key_value_heads * half).unflatten(1, (-1, half))
+    inv_freq = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    return PairEffects(effects, drop_order(effects, inv_freq), inv_freq)
+
+
 @st.composite
 def plans(draw) -> tuple[Architecture, Scores, PruningPlan]:
     shape = draw(architectures())
@@ -57,7 +65,7 @@ def plans(draw) -> tuple[Architecture, Scores, PruningPlan]:
     )
     plan = make_plan(
         shape, scores, "activation", draw(ratios), draw(ratios),
-        draw(st.sampled_from(GRANULARITIES)), draw(st.integers(1, 9)),
+        draw(st.sampled_from(GRANULARITIES)), draw(st.integers(1, 9)), random_pairs(shape, random),
     )  # fmt: skip
     return shape, scores, plan
 
@@ -100,12 +108,21 @@ def test_the_best_heads_of_each_group_stay_or_the_best_groups(made):
 def test_widths_are_the_nearest_that_stock_transformers_loads(
     shape, mha_ratio, mlp_ratio, granularity, multiple_of
 ):
-    taken = widths(shape, mha_ratio, mlp_ratio, granularity, multiple_of)
+    taken = widths(shape, mha_ratio, mlp_ratio, granularity, multiple_of).applied_to(shape)
     assert shape.hidden_size % taken.num_attention_heads == 0
     assert taken.num_attention_heads % taken.num_key_value_heads == 0
+    if granularity == "head-dims":
+        unit = "head_dim"
+        units = [
+            width for width in range(2, shape.head_dim + 1, 2) if width % multiple_of == 0
+        ] or [dense]  # fmt: skip
+        assert taken.num_attention_heads == shape.num_attention_heads
+    else:
+        unit = "num_attention_heads"
+        units = head_counts(shape, granularity)
+        assert taken.head_dim == shape.head_dim
     for name, ratio, dense, allowed in (
-        ("num_attention_heads", mha_ratio, shape.num_attention_heads,
-         head_counts(shape, granularity)),
+        (unit, mha_ratio, getattr(shape, unit), units),
         ("intermediate_size", mlp_ratio, shape.intermediate_size,
          [width for width in range(1, shape.intermediate_size + 1) if width % multiple_of == 0]
          or [shape.intermediate_size]),
@@ -125,8 +142,9 @@ def test_widths_are_the_nearest_that_stock_transformers_loads(
 @given(architectures(), ratios, ratios, st.sampled_from(GRANULARITIES))
 def test_a_larger_ratio_never_leaves_more(shape, one, other, granularity):
     small, large = sorted((one, other))
-    gentle = widths(shape, small, small, granularity)
-    hard = widths(shape, large, large, granularity)
+    gentle = widths(shape, small, small, granularity).applied_to(shape)
+    hard = widths(shape, large, large, granularity).applied_to(shape)
+    assert hard.head_dim <= gentle.head_dim
     assert hard.num_attention_heads <= gentle.num_attention_heads
     assert hard.num_key_value_heads <= gentle.num_key_value_heads
     assert hard.intermediate_size <= gentle.intermediate_size
@@ -169,6 +187,45 @@ def test_choices_that_do_not_fit_are_refused(plan, layer, complaint):
     layers = (plan.layers[0].model_copy(update=layer), plan.layers[1])
     with pytest.raises(TransActError, match=complaint):
         plan.model_copy(update={"layers": layers}).check(SHAPE)
+
+
+@pytest.fixture
+def narrow_plan() -> PruningPlan:
+    scores = Scores(torch.rand(2, 6), torch.rand(2, 48), torch.rand(2, 10))
+    pairs = random_pairs(SHAPE, lambda width: torch.rand(2, width, dtype=torch.float64))
+    return make_plan(SHAPE, scores, "activation", 0.5, 0, "head-dims", pairs=pairs)
+
+
+def test_narrower_heads_keep_the_best_scored_dims_of_each_group():
+    scores = Scores(torch.rand(2, 6), torch.rand(2, 48), torch.rand(2, 10))
+    pairs = random_pairs(SHAPE, lambda width: torch.rand(2, width, dtype=torch.float64))
+    plan = make_plan(SHAPE, scores, "activation", 0.5, 0, "head-dims", pairs=pairs)
+    assert (plan.head_dim, plan.num_attention_heads, len(plan.slots)) == (4, 6, 2)
+    for layer, row in zip(plan.layers, scores.head_channels, strict=True):
+        for group in range(3):
+            means = (row[group * 16 : group * 16 + 8] + row[group * 16 + 8 : group * 16 + 16]) / 2
+            assert sorted(means.topk(4).indices.tolist()) == list(layer.value_dims[group])
+
+
+@pytest.mark.parametrize(
+    ("layer", "complaint"),
+    [
+        ({"slot_pairs": ((0, 1), (0, 1))}, "for 2 key-value heads"),
+        ({"slot_pairs": ((0, 1), (0, 1), (1, 1))}, "without repeats"),
+        ({"slot_pairs": ((0, 1), (0, 1), (1, 4))}, "out of range"),
+        ({"value_dims": ((0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2))}, "plan's width is 4"),
+    ],
+)
+def test_dims_that_do_not_fit_are_refused(narrow_plan, layer, complaint):
+    narrow_plan.check(SHAPE)
+    layers = (narrow_plan.layers[0].model_copy(update=layer), narrow_plan.layers[1])
+    with pytest.raises(TransActError, match=complaint):
+        narrow_plan.model_copy(update={"layers": layers}).check(SHAPE)
+
+
+def test_dims_in_a_plan_of_whole_heads_are_refused(plan, narrow_plan):
+    with pytest.raises(TransActError, match="slot_pairs"):
+        plan.model_copy(update={"layers": narrow_plan.layers}).check(SHAPE)
 
 
 def test_widths_that_contradict_the_ratios_are_refused(plan):

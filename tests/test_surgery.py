@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import same_weights, snapshot
+from tests.conftest import KINDS, bench_of, make_model, same_weights, snapshot
+from transact_core.errors import TransActError
 from transact_core.surgery import cast, head_rows, prune, round_weights
 from transact_core.sweep import Choices
 
@@ -56,6 +57,64 @@ def test_removed_equals_zeroed_before_and_after_stock_reload(
     assert torch.equal(
         stock.generate(IDS[:1], **generate), zeroed(dense, plan).generate(IDS[:1], **generate)
     )
+
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10_000.0},
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 4.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+    },
+    "linear": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0,
+             "original_max_position_embeddings": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrower_heads_equal_dense_ones_whose_other_dims_are_zero(
+    kind, rope, tokenizer, windows, tmp_path
+):
+    dense = make_model(**KINDS[kind], rope_parameters=ROPES[rope])
+    bench = bench_of(dense, tokenizer, windows)
+    plan = bench.plan(0.5, 0, Choices(granularity="head-dims"))
+    layers = tuple(
+        layer.model_copy(update={"slot_pairs": (plan.slots,) * len(layer.slot_pairs)})
+        for layer in plan.layers
+    )
+    plan = plan.model_copy(update={"layers": layers})
+    silenced, head_dim = copy.deepcopy(dense), dense.config.head_dim
+    turning = torch.tensor([*plan.slots, *(pair + head_dim // 2 for pair in plan.slots)])
+    for decoder, layer in zip(silenced.model.layers, plan.layers, strict=True):
+        attention = decoder.self_attn
+        silent = torch.ones(head_dim, dtype=torch.bool)
+        silent[turning] = False
+        for tensor in (attention.q_proj.weight, attention.q_proj.bias):
+            if tensor is not None:
+                tensor.unflatten(0, (-1, head_dim))[:, silent] = 0
+        for head in range(dense.config.num_attention_heads):
+            silent = torch.ones(head_dim, dtype=torch.bool)
+            silent[list(layer.value_dims[head // attention.num_key_value_groups])] = False
+            attention.o_proj.weight[:, head * head_dim : (head + 1) * head_dim][:, silent] = 0
+    pruned = prune(dense, plan)
+    assert pruned.config.head_dim == head_dim // 2
+    logits = pruned(IDS).logits
+    torch.testing.assert_close(logits, silenced(IDS).logits, rtol=1e-4, atol=2e-5)
+    pruned.save_pretrained(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(stock(IDS).logits, logits)
+    generate = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(stock.generate(IDS[:1], **generate), pruned.generate(IDS[:1], **generate))
+    cost = bench.footprint(plan, "none")
+    assert cost.parameters == sum(weight.numel() for weight in pruned.parameters())
+
+
+def test_frequencies_that_depend_on_the_length_are_refused(tokenizer, windows):
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    bench = bench_of(make_model(rope_parameters=dynamic), tokenizer, windows)
+    with pytest.raises(TransActError, match="'dynamic'; choose query-heads"):
+        bench.plan(0.5, 0, Choices(granularity="head-dims"))
 
 
 def test_the_dense_model_is_shared_and_never_changed(bench):

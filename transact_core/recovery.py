@@ -25,6 +25,8 @@ from transformers import LlamaForCausalLM
 from transact_core.activations import transitional_inputs
 from transact_core.corpora import Windows
 from transact_core.errors import Progress, TransActError, silent
+from transact_core.narrowing import fit_narrow_heads
+from transact_core.plan import PruningPlan
 from transact_core.streams import run_attention, run_mlp
 
 RecoveryName = Literal["least-squares", "bias", "none"]
@@ -70,21 +72,22 @@ class Recovery:
 def recover(
     dense: LlamaForCausalLM,
     pruned: LlamaForCausalLM,
+    plan: PruningPlan,
     windows: Windows,
     recovery: str,
     progress: Progress = silent,
 ) -> Recovery:
     """Repairs the cut modules of `pruned` in place; the dense model is only read.
 
-    `pruned` must come from `surgery.prune` on `dense`: its cut projections are its own. Memory is
-    one residual stream and one layer's activations over the calibration windows. With a single
-    window nothing can be held out, and every module keeps its bare cut.
+    `pruned` must come from `surgery.prune` on `dense` by `plan`: its cut projections are its own.
+    Memory is one residual stream and one layer's activations over the calibration windows. With a
+    single window nothing can be held out, and every module keeps its bare cut.
 
     Raises:
         TransActError: the recovery is not known, or a module writes values that are not finite.
     """
     require_recovery(recovery)
-    stream = _Stream(dense, pruned, windows, recovery)
+    stream = _Stream(dense, pruned, plan, windows, recovery)
     fits = []
     layers = len(pruned.model.layers)
     for number in range(layers):
@@ -100,9 +103,14 @@ class _Stream:
     """The residual stream of the model as pruned so far, advanced module by module."""
 
     def __init__(
-        self, dense: LlamaForCausalLM, pruned: LlamaForCausalLM, windows: Windows, recovery: str
+        self,
+        dense: LlamaForCausalLM,
+        pruned: LlamaForCausalLM,
+        plan: PruningPlan,
+        windows: Windows,
+        recovery: str,
     ) -> None:
-        self.dense, self.pruned, self.recovery = dense, pruned, recovery
+        self.dense, self.pruned, self.plan, self.recovery = dense, pruned, plan, recovery
         ids = windows.ids.to(dense.device)
         self.hidden = dense.model.embed_tokens(ids)
         self.positions = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -113,56 +121,79 @@ class _Stream:
 
     def advance(self, number: int, module: str) -> LayerFit | None:
         """Carries the stream past one module, repaired where it is cut."""
-        projection = transitional_inputs(self.pruned, number)[module]
-        cut = projection.weight is not transitional_inputs(self.dense, number)[module].weight
+        projections = transitional_inputs(self.pruned, number)[module]
+        cut = projections.weight is not transitional_inputs(self.dense, number)[module].weight
         written, inputs = self._run(self.pruned, number, module)
         fit = None
         if cut and self.recovery != "none":
-            wanted, _ = self._run(self.dense, number, module)
-            fit = self._repair(projection, inputs, written, wanted, number, module)
+            fit, written = self._repair(number, module, written, inputs)
         self.hidden = self.hidden + written
         return fit
 
     def _repair(
-        self,
-        projection: nn.Linear,
-        inputs: torch.Tensor,
-        written: torch.Tensor,
-        wanted: torch.Tensor,
-        number: int,
-        module: str,
-    ) -> LayerFit:
-        """Changes the projection, and `written` to what the folds' own repairs write."""
+        self, number: int, module: str, bare: torch.Tensor, inputs: torch.Tensor
+    ) -> tuple[LayerFit, torch.Tensor]:
+        """Repairs one module; gives what the folds' own repairs of it write, each on its windows.
+
+        `bare` is what the bare cut writes from `inputs`.
+        """
+        wanted, _ = self._run(self.dense, number, module)
         if not torch.isfinite(wanted).all():
             raise TransActError(
                 f"The {module.upper()} of layer {number} writes values that are not finite; "
                 "compute in float32, or mend the checkpoint."
             )
-        features = inputs if self.recovery == "least-squares" else torch.ones_like(inputs[..., :1])
         # RMSNorm divides by this next: an error counts relative to the stream it disturbs, and the
         # few tokens of enormous norm do not drown all others.
         weights = (self.hidden + wanted).float().square().mean(dim=-1).reciprocal()
-        missing = wanted.float() - written.float()
-        folds = [
-            _Moments.of(features[fold], missing[fold], wanted[fold], weights[fold])
-            for fold in self.folds
-        ]
-        scale = sum(fold.scale for fold in folds) or 1.0
-        bare = sum(fold.energy for fold in folds)
+        bare_error = _energy(wanted - bare, weights)
+        scale = _energy(wanted, weights) or 1.0
+        kept = LayerFit(number, module, bare_error / scale, bare_error / scale, None)
+        if len(self.folds) < 2:
+            return kept, bare
+        written, narrowed = bare, False
+        if module == "mha" and self.plan.head_dim and self.recovery == "least-squares":
+            before = self._narrow(number, weights)
+            written, inputs = self._run(self.pruned, number, module)
+            narrowed = True
+        features = inputs if self.recovery == "least-squares" else torch.ones_like(inputs[..., :1])
+        missing = (wanted - written).float()
+        folds = [_Moments.of(features[fold], missing[fold], weights[fold]) for fold in self.folds]
         chosen = _cross_validated(folds, self.ridges, self.nearby)
-        if chosen is None or not chosen.error < bare:
-            return LayerFit(number, module, bare / scale, bare / scale, None)
-        self.nearby = self.ridges.index(chosen.ridge)
-        for fold, change in zip(self.folds, chosen.changes, strict=True):
-            written[fold] += (features[fold].float() @ change.float()).to(written.dtype)
-        change = reduce(add, folds).solve(chosen.ridge)
-        if self.recovery == "least-squares":
-            changed = projection.weight.double() + change.T
-            projection.weight = _frozen(changed.to(projection.weight.dtype))
-        else:
-            changed = projection.bias.double() + change[0]
-            projection.bias = _frozen(changed.to(projection.bias.dtype))
-        return LayerFit(number, module, bare / scale, chosen.error / scale, chosen.ridge)
+        unrepaired = sum(fold.energy for fold in folds)
+        projection = transitional_inputs(self.pruned, number)[module]
+        ridge, error = None, unrepaired
+        if chosen.error < unrepaired:
+            ridge, error = chosen.ridge, chosen.error
+            self.nearby = self.ridges.index(ridge)
+            written = written.clone()
+            for fold, change in zip(self.folds, chosen.changes, strict=True):
+                written[fold] += (features[fold].float() @ change.float()).to(written.dtype)
+            _change(projection, reduce(add, folds).solve(ridge), self.recovery)
+        if not error < bare_error:
+            if narrowed:
+                for projection, parameters in before.items():
+                    projection.weight, projection.bias = parameters
+            return kept, bare
+        return LayerFit(number, module, bare_error / scale, error / scale, ridge), written
+
+    def _narrow(self, number: int, weights: torch.Tensor) -> dict[nn.Linear, tuple]:
+        """Fits narrower heads; gives the projections of the bare cut, to go back to."""
+        attention = self.pruned.model.layers[number].self_attn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        before = {each: (each.weight, each.bias) for each in projections}
+        fit_narrow_heads(
+            self.dense.model.layers[number].self_attn,
+            attention,
+            self.plan.layers[number],
+            self.dense.model.layers[number].input_layernorm(self.hidden),
+            weights,
+            tuple(
+                model.model.rotary_emb(self.hidden, self.positions)
+                for model in (self.dense, self.pruned)
+            ),
+        )
+        return before
 
     def _run(
         self, model: LlamaForCausalLM, number: int, module: str
@@ -178,8 +209,17 @@ class _Stream:
         return torch.cat(written), torch.cat(inputs)
 
 
-def _frozen(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
+def _change(projection: nn.Linear, change: torch.Tensor, recovery: str) -> None:
+    """Adds a change of shape (features, outputs) to the weight, or to the bias."""
+    name, change = ("weight", change.T) if recovery == "least-squares" else ("bias", change[0])
+    before = getattr(projection, name)
+    changed = (before.double() + change).to(before.dtype)
+    setattr(projection, name, nn.Parameter(changed, requires_grad=False))
+
+
+def _energy(values: torch.Tensor, weights: torch.Tensor) -> float:
+    """Sum of squares over (windows, sequence_length, width), each token times its weight."""
+    return (values.float().square().sum(dim=-1) * weights).double().sum().item()
 
 
 @dataclass(frozen=True)
@@ -190,33 +230,17 @@ class _Moments:
     cross: torch.Tensor
     energy: float
     """Of what is missing."""
-    scale: float
-    """Of what was wanted."""
 
     @classmethod
-    def of(
-        cls,
-        features: torch.Tensor,
-        missing: torch.Tensor,
-        wanted: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> "_Moments":
+    def of(cls, features: torch.Tensor, missing: torch.Tensor, weights: torch.Tensor) -> "_Moments":
         """From (windows, sequence_length, width) each, and a weight for each token."""
         root = weights.flatten().sqrt()[:, None]
-        x, y, whole = (each.flatten(0, 1).float() * root for each in (features, missing, wanted))
-        return cls(
-            (x.T @ x).double(),
-            (x.T @ y).double(),
-            y.double().square().sum().item(),
-            whole.double().square().sum().item(),
-        )
+        x, y = (each.flatten(0, 1).float() * root for each in (features, missing))
+        return cls((x.T @ x).double(), (x.T @ y).double(), _energy(missing, weights))
 
     def __add__(self, other: "_Moments") -> "_Moments":
         return _Moments(
-            self.gram + other.gram,
-            self.cross + other.cross,
-            self.energy + other.energy,
-            self.scale + other.scale,
+            self.gram + other.gram, self.cross + other.cross, self.energy + other.energy
         )
 
     def solve(self, ridge: float) -> torch.Tensor:
@@ -247,12 +271,8 @@ class _Chosen:
     changes: Sequence[torch.Tensor]
 
 
-def _cross_validated(
-    folds: Sequence[_Moments], ridges: Sequence[float], start: int
-) -> _Chosen | None:
-    """The best ridge by cross-validation, downhill from `start`; None where none can be judged."""
-    if len(folds) < 2:
-        return None
+def _cross_validated(folds: Sequence[_Moments], ridges: Sequence[float], start: int) -> _Chosen:
+    """The best of the ridges by cross-validation over two folds or more, downhill from `start`."""
     others = [reduce(add, folds[:fold] + folds[fold + 1 :]) for fold in range(len(folds))]
 
     def tried(number: int) -> _Chosen:

@@ -82,7 +82,7 @@ def _empty_like(
         require_exact_rope(config)
         frequencies = rotary.inv_freq[list(slots)]
         config.rope_parameters = narrowed_rope(config, frequencies, rotary.attention_scaling)
-        rotary = LlamaRotaryEmbedding(config, device=rotary.inv_freq.device)
+        rotary = LlamaRotaryEmbedding(config).to(rotary.inv_freq.device)
     with torch.device("meta"):
         pruned = LlamaForCausalLM(config)
     pruned.model.rotary_emb = rotary

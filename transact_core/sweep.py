@@ -196,7 +196,7 @@ def compress(
     model = prune(dense_model, plan, with_biases=recovery == "bias")
     fits: tuple[LayerFit, ...] = ()
     if recovery != "none" and plan.cuts_anything(bench.loaded.architecture):
-        fits = recover(dense_model, model, bench.calibration, recovery, progress).fits
+        fits = recover(dense_model, model, plan, bench.calibration, recovery, progress).fits
     round_weights(model, resolve_dtype(bench.save_dtype, bench.loaded.device))
     evaluation = evaluate(model, bench.evaluation, progress)
     delta_nll, delta_nll_se = paired_difference(evaluation, dense)
