@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from transact_core.corpora import Windows
-from transact_core.errors import Progress, silent
+from transact_core.errors import Progress, TransActError, silent
 
 MODULES = ("mha", "mlp")
 SUMS = ("sum", "sum_of_squares", "max_abs")
@@ -97,6 +97,12 @@ def collect(
             progress("Measuring activations", done, len(split))
             model.model(batch, use_cache=False)
     progress("Measuring activations", len(split), len(split))
+    finite = torch.stack([total.sum_of_squares.isfinite().all(dim=1) for total in sums.values()])
+    if not finite.all():
+        raise TransActError(
+            f"The activations of layer {int(finite.all(dim=0).int().argmin())} are not finite: "
+            "the model is damaged, or overflows in its dtype; compute in float32."
+        )
     return ActivationStatistics(
         **{name: total.finish(windows.tokens) for name, total in sums.items()}
     )

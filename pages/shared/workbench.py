@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from pages.shared.jobs import DONE, Job, JobQueue, job_threads
 from transact_core import corpora
 from transact_core.errors import Progress
-from transact_core.export import describe_compression, write_checkpoint
+from transact_core.export import describe_compression, require_room, write_checkpoint
 from transact_core.files import cache_folder, require_free_output
 from transact_core.models import BUILTIN, LoadedModel, load_model
 from transact_core.plan import Granularity, PruningPlan
@@ -228,6 +228,7 @@ def start_export(bench: Bench, cut: Cut, folder: Path) -> None:
 
     def work(report: Progress) -> Path:
         require_free_output(folder)
+        require_room(folder, bench.footprint(plan))
         model, measurement = workbench().cut(request, bench, plan, cut.recovery, report, point)
         if point is None:
             mine_points.append(measurement)
