@@ -10,10 +10,10 @@ SETUP := $(VENV)/.setup
 SETUP_DEV := $(VENV)/.setup-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup app test lint format clean distclean
+.PHONY: help setup app test screenshots lint format clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON)  PORT=$(PORT)  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  PYTEST_ARGS=$(PYTEST_ARGS)"
 
@@ -29,6 +29,9 @@ test: $(SETUP_DEV) ## check the code and run the tests (PYTEST_ARGS="-k name")
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+screenshots: $(SETUP_DEV) ## take the README's picture anew, of the running app
+	$(PY) -m scripts.screenshots
 
 lint: $(SETUP_DEV) ## check the code alone
 	$(PY) -m ruff check .

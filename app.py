@@ -1,5 +1,7 @@
 """The TransAct workbench: page configuration, navigation and the sidebar."""
 
+from pathlib import Path
+
 import streamlit as st
 import torch
 
@@ -152,6 +154,7 @@ page = st.navigation(
         st.Page("pages/export.py", title="Export", icon=":material/download:"),
     ]
 )
+st.html(Path("assets/style.css"))
 with st.sidebar:
     sidebar()
 page.run()

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from itertools import islice
 from pathlib import Path
@@ -175,24 +175,28 @@ def load_model(
             f"a hub id such as owner/name, or {BUILTIN!r}."
         )
 
-    is_gguf = path.is_file() and path.suffix.lower() == ".gguf"
+    folder = path
     if path.is_dir():
         found = inspect_folder(path)
-    elif is_gguf:
-        found = inspect_gguf(path)
+    elif path.suffix.lower() == ".gguf":
+        # A GGUF file is kept as a checkpoint, which later loads in a second. It was looked through
+        # before it was converted.
+        folder = cache_folder() / "models" / sha256_of_file(path)
+        known = folder.is_dir()
+        found = replace(inspect_folder(folder), files=[path]) if known else inspect_gguf(path)
     elif path.suffix in PICKLE_SUFFIXES:
         raise TransActError(_pickle_refusal(path.name))
     else:
         raise TransActError(f"{path} is neither a checkpoint folder nor a .gguf file.")
 
-    tight = estimate_memory(found.architecture, compute_dtype, target, gguf=is_gguf).verdict()
+    converts = not folder.is_dir()
+    tight = estimate_memory(found.architecture, compute_dtype, target, gguf=converts).verdict()
     progress("Fingerprinting the weights", 1, 3)
     weight_files = {file.name: sha256_of_file(file) for file in found.files}
     progress("Loading the weights", 2, 3)
-    if is_gguf:
-        model, tokenizer = _load_gguf(path, found.dtype, compute_dtype, *weight_files.values())
-    else:
-        model, tokenizer = _load_folder(path, compute_dtype)
+    if converts:
+        _convert_gguf(path, found.dtype, folder)
+    model, tokenizer = _load_folder(folder, compute_dtype)
     model = model.to(target).eval().requires_grad_(False)
     progress("Loading the weights", 3, 3)
     return LoadedModel(
@@ -569,16 +573,6 @@ def _read_gguf(path: Path) -> GGUFReader:
     if end > path.stat().st_size:
         raise TransActError(f"{path} is truncated: its tensors end past the end of the file.")
     return reader
-
-
-def _load_gguf(
-    path: Path, stored: torch.dtype, dtype: torch.dtype, sha256: str
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Reads the file once and keeps it as a checkpoint, which later loads in a second."""
-    converted = cache_folder() / "models" / sha256
-    if not converted.is_dir():
-        _convert_gguf(path, stored, converted)
-    return _load_folder(converted, dtype)
 
 
 def _convert_gguf(path: Path, stored: torch.dtype, folder: Path) -> None:

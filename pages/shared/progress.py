@@ -4,6 +4,7 @@ import streamlit as st
 
 from pages.shared.jobs import CANCELLED, DONE, FAILED, QUEUED, Job
 from pages.shared.workbench import Opening, visit, workbench
+from transact_core.evaluation import Evaluation
 from transact_core.sweep import Bench
 
 
@@ -69,12 +70,18 @@ def require_bench() -> Bench:
     return job.result
 
 
-def dense_perplexity(key: str) -> float | None:
-    """The dense model's perplexity, or its progress and None while it is being measured."""
+def show_dense(key: str) -> Evaluation | None:
+    """The dense model's losses; while there are none, their progress or the way to them."""
     opening = workbench().open(visit().request)
-    if not opening.dense.finished:
-        watch(opening.dense, key)
+    job = opening.dense
+    if not job.finished:
+        watch(job, key)
         return None
-    if opening.dense.state != DONE:
-        return None
-    return opening.bench.result.dense().perplexity
+    if job.state == DONE:
+        return opening.bench.result.dense()
+    if job.state == FAILED:
+        st.error(f"{job.title} failed. {job.error}", icon=":material/error:")
+    if st.button("Measure the dense model", key=f"dense-{key}"):
+        workbench().measure_dense(visit().request)
+        st.rerun()
+    return None

@@ -87,13 +87,7 @@ class Workbench:
             bench = self.queue.submit(
                 "Opening the model", lambda report: self._bench(request, report)
             )
-
-            def measure_dense(report: Progress) -> None:
-                if bench.state == DONE:
-                    bench.result.dense(report)
-
-            dense = self.queue.submit("Measuring the dense model", measure_dense)
-            opening = self._openings[request] = Opening(bench, dense)
+            opening = self._openings[request] = Opening(bench, self._dense(bench))
         self._openings.move_to_end(request)
         while len(self._openings) > BENCHES_KEPT:
             self._openings.popitem(last=False)
@@ -103,6 +97,19 @@ class Workbench:
         """Opens anew what failed or was cancelled, at the visitor's wish."""
         self._openings.pop(request, None)
         return self.open(request)
+
+    def measure_dense(self, request: Request) -> None:
+        """Measures the dense model anew where that failed or was cancelled."""
+        opening = self.open(request)
+        if opening.dense.finished:
+            opening.dense = self._dense(opening.bench)
+
+    def _dense(self, bench: Job) -> Job:
+        def measure(report: Progress) -> None:
+            if bench.state == DONE:
+                bench.result.dense(report)
+
+        return self.queue.submit("Measuring the dense model", measure)
 
     def _bench(self, request: Request, report: Progress) -> Bench:
         calibration = corpora.read_corpus(request.calibration)
