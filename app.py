@@ -5,7 +5,7 @@ from pathlib import Path
 import streamlit as st
 import torch
 
-from pages.shared.workbench import Request, keep_upload, visit, workbench
+from pages.shared.workbench import Request, begin_visit, keep_upload, visit, workbench
 from transact_core import corpora
 from transact_core.models import BUILTIN, BUILTIN_NAME
 
@@ -155,6 +155,7 @@ page = st.navigation(
     ]
 )
 st.html(Path("assets/style.css"))
+begin_visit()
 with st.sidebar:
     sidebar()
 page.run()

@@ -133,7 +133,10 @@ def head_map(
                     "line": {"color": "#000000", "width": 1.5}},
             name="removed", hovertemplate="layer %{y}, head %{x}: removed<extra></extra>",
         )  # fmt: skip
-    figure.update_xaxes(title="head", dtick=1 if heads <= 32 else 8, showgrid=False)
+    figure.update_xaxes(
+        title="head", tick0=0, dtick=1 if heads <= 16 else 4 if heads <= 64 else 16, tickangle=0,
+        range=[-0.5, heads - 0.5], showgrid=False,
+    )  # fmt: skip
     figure.update_yaxes(**_layers(len(scores), downwards=True), showgrid=False)
     return _layout(figure, title, height)
 
@@ -218,8 +221,8 @@ def energy_kept(shares: dict[str, np.ndarray]) -> go.Figure:
     title = (
         "Nothing is cut: all of the energy is kept"
         if lowest > 1 - 1e-12
-        else f"At least {lowest:.1%} of each module's energy is kept; least in the "
-        f"{NAMES[module]} of layer {int(shares[module].argmin())}"
+        else f"Least energy is kept in layer {int(shares[module].argmin())}'s {NAMES[module]}: "
+        f"{lowest:.1%}"
     )
     return _layout(figure, title, 320)
 

@@ -176,10 +176,17 @@ def workbench() -> Workbench:
     return Workbench()
 
 
+def begin_visit() -> None:
+    """Called by app.py, through which every visit begins."""
+    st.session_state.setdefault("visit", Visit())
+
+
 def visit() -> Visit:
     """This session's own things."""
     if "visit" not in st.session_state:
-        st.session_state["visit"] = Visit()
+        # A server's first visitor who comes by a page's own address gets that page run alone:
+        # until `st.navigation` was called once, Streamlit takes `pages/` for its older kind of app.
+        st.switch_page("app.py", query_params=st.query_params)
     return st.session_state["visit"]
 
 
