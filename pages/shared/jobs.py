@@ -52,6 +52,11 @@ class Job:
         left = (reported - self._stage_started) * (self.total - self.done) / done
         return max(0.0, left - (time.monotonic() - reported))
 
+    @property
+    def stopping(self) -> bool:
+        """Cancelled, and not yet at a report where it can stop."""
+        return self._cancelled.is_set() and not self.finished
+
     def cancel(self) -> None:
         """Stops the work at its next report of progress."""
         self._cancelled.set()

@@ -21,17 +21,21 @@ def watch(job: Job, key: str) -> None:
         st.rerun()
     with st.container(border=True):
         line, button = st.columns([6, 1], vertical_alignment="center")
-        if button.button("Cancel", key=f"cancel-{key}", width="stretch"):
-            job.cancel()
+        button.button(
+            "Cancel", key=f"cancel-{key}", width="stretch", on_click=job.cancel,
+            disabled=job.stopping,
+        )  # fmt: skip
         ahead = workbench().queue.ahead_of(job)
         if job.state == QUEUED:
             waiting = "next in line" if ahead <= 1 else f"{ahead} jobs ahead"
             line.progress(0.0, f"**{job.title}** · waiting, {waiting}")
         else:
-            left = job.seconds_left
+            left = None if job.stopping else job.seconds_left
             text = f"**{job.title}**"
             if job.stage != job.title:
                 text += f" · {job.stage or 'starting'}"
+            if job.stopping:
+                text += " · stopping"
             if left is not None:
                 text += f" · about {seconds_in_words(left)} left in this step"
             line.progress(job.fraction, text)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.driving import CHART, button, metric, open_with_few_tokens
+from tests.browser.driving import CHART, button, choose, metric, open_with_few_tokens
 
 pytestmark = [pytest.mark.browser, pytest.mark.builtin]
 
@@ -101,16 +101,6 @@ def test_cancel_keeps_the_page_usable(page: Page, address: str):
     expect_no_exception(page)
 
 
-def test_a_dense_model_whose_measuring_was_cancelled_can_be_measured_again(
-    page: Page, address: str
-):
-    open_with_few_tokens(page, f"{address}/perplexity", 1024)
-    button(page, "Cancel").click()
-    button(page, "Measure the dense model").click()
-    expect(page.get_by_text("The dense model's perplexity is")).to_be_visible()
-    expect_no_exception(page)
-
-
 @pytest.mark.parametrize(
     ("kind", "label", "source", "sentence"),
     [
@@ -123,8 +113,7 @@ def test_a_model_that_is_none_is_refused_in_a_sentence(
 ):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(range(256)))
     open_with_few_tokens(page, address)
-    page.get_by_role("combobox").first.click()
-    page.get_by_role("option", name=kind).click()
+    choose(page, "Model", kind)
     name = page.get_by_label(label, exact=True)
     name.fill(source.format(tmp_path=tmp_path))
     name.press("Enter")
@@ -140,8 +129,7 @@ def test_an_uploaded_text_that_is_none_is_refused_in_a_sentence(
     page: Page, address: str, content: bytes, sentence: str
 ):
     open_with_few_tokens(page, address)
-    page.get_by_role("combobox", name="Calibration text").click()
-    page.get_by_role("option", name="Uploaded file").click()
+    choose(page, "Calibration text", "Uploaded file")
     upload = {"name": "mine.txt", "mimeType": "text/plain", "buffer": content}
     page.get_by_test_id("stFileUploader").locator("input").set_input_files(upload)
     expect(button(page, "Load")).to_be_enabled()

@@ -95,8 +95,10 @@ def test_a_running_job_stops_at_its_next_report(queue):
     job = queue.submit("Work", work)
     started.wait(WAIT)
     job.cancel()
+    assert job.stopping
     gate.set()
     assert finished(job).state == CANCELLED
+    assert not job.stopping
 
 
 def test_a_waiting_job_is_cancelled_at_once_and_never_runs(queue):
