@@ -31,7 +31,8 @@ def address(tmp_path_factory):
 
 @pytest.fixture
 def page(browser: Browser, tmp_path: Path):
-    context = browser.new_context(viewport={"width": 1440, "height": 1000}, accept_downloads=True)
+    # High enough for the whole sidebar: a menu whose box is scrolled half out of sight stays shut.
+    context = browser.new_context(viewport={"width": 1440, "height": 1400}, accept_downloads=True)
     page: Page = context.new_page()
     page.set_default_timeout(TIMEOUT_MS)
     expect.set_options(timeout=TIMEOUT_MS)
