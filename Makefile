@@ -12,10 +12,10 @@ SETUP_DEV := $(VENV)/.setup-dev
 SETUP_BENCHMARK := $(VENV)/.setup-benchmark
 
 .DEFAULT_GOAL := help
-.PHONY: help setup app test benchmark lint format clean distclean
+.PHONY: help setup app test benchmark screenshots lint format clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON)  PORT=$(PORT)  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  PYTEST_ARGS=$(PYTEST_ARGS)"
 	@echo "           BENCHMARK_ARGS=$(BENCHMARK_ARGS)"
@@ -35,6 +35,9 @@ test: $(SETUP_DEV) ## check the code and run the tests (PYTEST_ARGS="-k name")
 
 benchmark: $(SETUP_BENCHMARK) ## compare with other libraries; takes hours (BENCHMARK_ARGS="--help")
 	$(PY) -m benchmarks.table $(BENCHMARK_ARGS)
+
+screenshots: $(SETUP_DEV) ## take the README's picture anew, of the running app
+	$(PY) -m scripts.screenshots
 
 lint: $(SETUP_DEV) ## check the code alone
 	$(PY) -m ruff check .

@@ -1,9 +1,11 @@
 """The TransAct workbench: page configuration, navigation and the sidebar."""
 
+from pathlib import Path
+
 import streamlit as st
 import torch
 
-from pages.shared.workbench import Request, keep_upload, visit, workbench
+from pages.shared.workbench import Request, begin_visit, keep_upload, visit, workbench
 from transact_core import corpora
 from transact_core.models import BUILTIN, BUILTIN_NAME
 
@@ -152,6 +154,8 @@ page = st.navigation(
         st.Page("pages/export.py", title="Export", icon=":material/download:"),
     ]
 )
+st.html(Path("assets/style.css"))
+begin_visit()
 with st.sidebar:
     sidebar()
 page.run()

@@ -17,11 +17,11 @@ by_module = {module: getattr(statistics, module) for module in MODULES}
 
 st.plotly_chart(charts.magnitude_by_layer(by_module), key="magnitude")
 st.caption(
-    "Read it so: where a line is low, the module writes little of what it computes. "
+    "How to read it: where a line is low, little passes the module's waist. "
     f"Measured over {statistics.tokens:,} calibration tokens."
 )
 st.plotly_chart(charts.spread_by_layer(by_module), key="spread")
 st.caption(
-    "Read it so: the further the dotted line is above the solid one, the more a layer's signal "
+    "How to read it: the further the dotted line is above the solid one, the more a layer's signal "
     "sits in few channels, and the more of the others may go."
 )

@@ -1,11 +1,13 @@
 """Two sliders, what they mean at once, and the real cut behind a button."""
 
+import math
+
 import numpy as np
 import streamlit as st
 
 from pages.shared import charts
 from pages.shared.jobs import DONE
-from pages.shared.progress import dense_perplexity, require_bench, show_job
+from pages.shared.progress import require_bench, show_dense, show_job
 from pages.shared.workbench import Cut, find_point, start_cut, visit
 from transact_core.plan import GRANULARITIES, PruningPlan, head_counts
 from transact_core.recovery import RECOVERIES
@@ -25,11 +27,11 @@ RECOVERY_HELP = (
 def choose(bench: Bench) -> tuple[PruningPlan, Cut]:
     left, right, options = st.columns([3, 3, 2], gap="large")
     mha = left.slider(
-        "MHA ratio: share of the attention width removed", 0, 95, 33, 1, format="%d%%",
+        "MHA ratio: attention width removed", 0, 95, 33, 1, format="%d%%",
         key="mha", bind="query-params",
     )  # fmt: skip
     mlp = right.slider(
-        "MLP ratio: share of the MLP width removed", 0, 95, 30, 1, format="%d%%",
+        "MLP ratio: MLP width removed", 0, 95, 30, 1, format="%d%%",
         key="mlp", bind="query-params",
     )  # fmt: skip
     granularity = options.selectbox(
@@ -59,13 +61,17 @@ def show_footprint(bench: Bench, plan: PruningPlan) -> None:
     rows = (
         ("Parameters", dense.parameters, pruned.parameters, 1e6, "M"),
         ("Weights", dense.weight_bytes, pruned.weight_bytes, 1e6, "MB"),
-        ("KV cache/token", dense.kv_bytes_per_token, pruned.kv_bytes_per_token, 1e3, "kB"),
+        ("KV/token", dense.kv_bytes_per_token, pruned.kv_bytes_per_token, 1e3, "kB"),
         ("FLOPs/token", dense.flops_per_token, pruned.flops_per_token, 1e6, "M"),
         ("MHA width", dense.mha_width, pruned.mha_width, 1, ""),
         ("MLP width", dense.mlp_width, pruned.mlp_width, 1, ""),
     )
+    details = {
+        "KV/token": " bytes of KV cache for each token, keys and values of all layers.",
+        "FLOPs/token": f"; attention at {dense.context_length:,} tokens.",
+    }
     for column, (label, before, after, scale, unit) in zip(
-        st.columns(len(rows)), rows, strict=True
+        st.columns(len(rows), gap="xsmall"), rows, strict=True
     ):
         digits = 1 if scale > 1 and after < 100 * scale else 0
         change = after / before - 1
@@ -75,8 +81,7 @@ def show_footprint(bench: Bench, plan: PruningPlan) -> None:
             f"{change:.1%}" if change else "unchanged",
             delta_color="inverse" if change else "off",
             delta_arrow="auto" if change else "off",
-            help=f"Exactly {after:,}, of the dense model's {before:,}"
-            + (f"; attention at {dense.context_length:,} tokens." if "FLOP" in label else "."),
+            help=f"Exactly {after:,}, of the dense model's {before:,}" + details.get(label, "."),
             border=True,
         )
 
@@ -122,16 +127,17 @@ def show_plan(bench: Bench, plan: PruningPlan) -> None:
     )
 
 
-def show_point(point: Measurement, dense: float) -> None:
+def show_point(point: Measurement) -> None:
+    error = f" ± {point.delta_nll_se:.3f}" if math.isfinite(point.delta_nll_se) else ""
     with st.container(border=True):
         figures = st.columns(4)
         figures[0].metric("Perplexity, measured", f"{point.perplexity:.2f}")
-        figures[1].metric("Of the dense model's", f"{point.perplexity / dense:.2f} ×")
+        figures[1].metric("Of the dense model's", f"{math.exp(point.delta_nll):.2f} ×")
         figures[2].metric(
             "Δ NLL a token",
-            f"{point.delta_nll:.3f} ± {point.delta_nll_se:.3f}",
+            f"{point.delta_nll:.3f}{error}",
             help="Mean per-token difference from the dense model in nats, with its standard "
-            "error over evaluation windows.",
+            "error over evaluation windows (a single window has none).",
         )
         figures[3].metric("Took", f"{point.seconds:.0f} s")
         if point.fits:
@@ -144,10 +150,10 @@ def workbench_view(bench: Bench) -> None:
     plan, cut = choose(bench)
     show_footprint(bench, plan)
     point = find_point(plan, cut.recovery)
-    dense = dense_perplexity("dense")
+    show_dense("cut")
     busy = show_job("cut")
-    if point is not None and dense is not None:
-        show_point(point, dense)
+    if point is not None:
+        show_point(point)
     elif not busy:
         nothing = not plan.cuts_anything(bench.loaded.architecture)
         if st.button(

@@ -46,7 +46,7 @@ def show_configuration(bench: Bench, cut: Cut) -> None:
         icon=":material/download:", type="primary", on_click="ignore",
     )  # fmt: skip
     st.write("With the file:")
-    st.code(apply_command(), language="bash")
+    st.code(apply_command(), language="bash", wrap_lines=True)
     st.write("Without it, from the ratios:")
     st.code(reproduce_command(compression), language="bash", wrap_lines=True)
     if not plan.cuts_anything(bench.loaded.architecture):

@@ -29,29 +29,30 @@ st.plotly_chart(
     ),
     key="concentration",
 )
-st.caption("Read it so: a short bar is a layer whose signal needs few of its channels.")
+st.caption("How to read it: a short bar is a layer whose signal needs few of its channels.")
 
+_, controls = st.columns([2, 3])
+with controls.container(horizontal=True, vertical_alignment="center"):
+    which = st.segmented_control(
+        "Channels of", ["MLP", "MHA"], default="MLP", required=True, key="channels_of",
+        persist_state="session", label_visibility="collapsed",
+    )  # fmt: skip
+    ordered = st.toggle("Best first", value=True, key="ordered", persist_state="session")
 left, right = st.columns([2, 3])
 with left:
     heads = scores.heads.numpy()
     weakest = (heads / heads.max(axis=1, keepdims=True)).min(axis=1)
     st.plotly_chart(
-        charts.head_map(
-            heads, title=f"Layer {int(weakest.argmin())} has the weakest head beside its best"
-        ),
+        charts.head_map(heads, title=f"Heads differ most in layer {int(weakest.argmin())}"),
         key="heads",
     )
-    st.caption("Read it so: dark heads are those that a cut takes first.")
+    st.caption("How to read it: dark heads are those that a cut takes first.")
 with right:
-    which = st.segmented_control(
-        "Channels of", ["MLP", "MHA"], default="MLP", required=True, key="channels_of",
-        persist_state="session",
-    )  # fmt: skip
-    ordered = st.toggle("Best first", value=True, key="ordered", persist_state="session")
     shown = scores.channels if which == "MLP" else scores.head_channels
-    st.plotly_chart(charts.channel_map(shown.numpy(), ordered, which, height=440), key="channels")
+    st.plotly_chart(charts.channel_map(shown.numpy(), ordered, which), key="channels")
     st.caption(
-        "Read it so: the sooner a row turns dark from the left, the longer the tail that can go."
+        "How to read it: the sooner a row turns dark from the left, the longer the tail of weak "
+        "channels."
     )
 
 st.download_button(

@@ -5,7 +5,8 @@ import pandas as pd
 import streamlit as st
 
 from pages.shared import charts
-from pages.shared.progress import dense_perplexity, require_bench, show_job
+from pages.shared.jobs import DONE
+from pages.shared.progress import require_bench, show_dense, show_job
 from pages.shared.workbench import points, start_curve, visit, workbench
 from transact_core.plan import GRANULARITIES, head_counts
 from transact_core.recovery import RECOVERIES
@@ -70,9 +71,9 @@ def choose_curve(bench: Bench) -> None:
 
 @st.fragment(run_every=1.0 if visit().job and not visit().job.finished else None)
 def show_curve(bench: Bench) -> None:
-    shape = bench.loaded.architecture
     dense_job = workbench().open(visit().request).dense
-    dense = bench.dense() if dense_job.finished else None
+    dense = bench.dense() if dense_job.state == DONE else None
+    shape = bench.loaded.architecture
     measured = list(points())
     if dense is None and not measured:
         st.caption("The chart begins once the dense model is measured.")
@@ -113,7 +114,7 @@ def show_curve(bench: Bench) -> None:
 
 st.title("Perplexity against ratio")
 bench = require_bench()
-dense_perplexity("dense-curve")
+show_dense("curve")
 if not show_job("curve"):
     choose_curve(bench)
 show_curve(bench)

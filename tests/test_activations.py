@@ -5,6 +5,7 @@ import torch
 
 from transact_core.activations import ActivationStatistics, channels_holding, collect, energy_shares
 from transact_core.corpora import Windows
+from transact_core.errors import Cancelled
 from transact_core.importance import IMPORTANCES
 
 
@@ -115,3 +116,18 @@ def test_concentration_is_a_plain_count(bench):
                 break
         assert shares[layer].item() == pytest.approx(count / len(row))
     assert torch.allclose(energy_shares(statistics)[:, -1], torch.ones(3, dtype=torch.float64))
+
+
+def test_collecting_can_be_called_off_within_a_batch(gqa_model, windows):
+    reports = []
+
+    def progress(stage, done, total):
+        reports.append((done, total))
+        if done == 2:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        collect(gqa_model, windows[0], progress)
+    assert [done for done, _ in reports] == [0, 1, 2]
+    collect(gqa_model, windows[0])
+    assert not any(module._forward_pre_hooks for module in gqa_model.modules())

@@ -1,8 +1,11 @@
 import json
+import math
 import os
+import shutil
 
 import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model
 from transact_core.cli import main
@@ -145,7 +148,10 @@ def test_ratios_that_are_none_are_refused(prune, capsys, changes, complaint):
     ("options", "complaint"),
     [
         (["--granularity", "atoms"], "invalid choice: 'atoms'"),
-        (["--calibration-tokens", "many"], "invalid"),
+        (["--calibration-tokens", "many"], "'many' is not a whole number"),
+        (["--seed", "-1"], "outside 0 to"),
+        (["--seed", str(2**63)], "outside 0 to"),
+        (["--sequence-length", "1"], "at least 2"),
         (["--calibration-tokens", "0"], "not a positive number"),
         (["--steps", "3"], "invalid choice: 3"),
         (["--nonsense"], "nrecognized arguments: --nonsense"),
@@ -158,6 +164,36 @@ def test_wrong_options_are_refused_in_one_line(prune, capsys, options, complaint
     status, folder = prune("out", "0.5", "0.3", *options)
     assert status == 2
     refused(capsys, complaint)
+    assert not folder.exists()
+
+
+def test_a_model_that_computes_no_numbers_is_refused(prune, checkpoint, text_file, capsys):
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(tensors, path, {"format": "pt"})
+    status, folder = prune()
+    assert status == 2
+    refused(capsys, "activations of layer 1 are not finite")
+    assert not folder.exists()
+    texts = ["--evaluation", str(text_file), "--evaluation-tokens", "64"]
+    assert main(["evaluate", "--model", str(checkpoint), *texts, "--sequence-length", "32"]) == 2
+    refused(capsys, "loss is not a number")
+
+
+def test_windows_of_one_token_cannot_be_scored(checkpoint, text_file, capsys):
+    texts = ["--evaluation", str(text_file), "--sequence-length", "1"]
+    assert main(["evaluate", "--model", str(checkpoint), *texts]) == 2
+    refused(capsys, "at least 2")
+
+
+def test_a_full_disk_is_found_before_the_computing(prune, monkeypatch, capsys):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr("transact_core.cli.compress", None)
+    status, folder = prune()
+    assert status == 2
+    refused(capsys, "the disk has 0 MB free")
     assert not folder.exists()
 
 

@@ -1,4 +1,5 @@
 import json
+import time
 
 import pandas as pd
 import pytest
@@ -36,6 +37,19 @@ def test_tables_are_joined_by_blank_lines(tmp_path, name, write):
     assert corpus.sha256 == sha256_of_text(corpus.text)
 
 
+def test_missing_texts_of_a_table_are_passed_over(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": "b"}')
+    pd.DataFrame({"text": ["a", None, "b"]}).to_parquet(tmp_path / "rows.parquet")
+    for name in ("rows.jsonl", "rows.parquet"):
+        assert read_corpus(str(tmp_path / name)).text == "a\n\nb"
+
+
+def test_a_column_of_numbers_is_refused(tmp_path):
+    pd.DataFrame({"text": [1, 2]}).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(TransActError, match="holds int where text is expected"):
+        read_corpus(str(tmp_path / "rows.parquet"))
+
+
 def test_the_builtin_text_is_there():
     assert len(read_corpus("builtin").text) > 100_000
 
@@ -58,6 +72,9 @@ def test_long_texts_are_cut_and_that_is_said(monkeypatch):
         ("rows.jsonl", b'{"text": "a"}\n{oops', "Line 2"),
         ("rows.jsonl", b"[1, 2]", "neither text nor an object"),
         ("rows.jsonl", b'{"body": "a"}', "no column"),
+        ("rows.jsonl", b'{"text": 3}', "Line 1 .* holds int where text is expected"),
+        ("rows.jsonl", b'{"text": "\\ud800"}', "surrogate"),
+        ("end.txt", "it ends in caf\u00e9".encode("latin-1"), "not UTF-8"),
         ("rows.parquet", b"PAR1 but not really", "not a Parquet"),
     ],
 )
@@ -74,9 +91,11 @@ def test_a_missing_file_is_refused():
 
 
 def test_a_hub_dataset_without_network_is_refused(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    started = time.monotonic()
     with pytest.raises(TransActError, match="could not be read from the hub"):
         read_corpus("hub:nobody/nothing:config:test:text")
+    assert time.monotonic() - started < 10
 
 
 def test_one_text_gives_evaluation_the_beginning_and_calibration_the_rest(tokenizer):

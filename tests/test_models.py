@@ -71,6 +71,13 @@ def test_the_source_dtype_is_remembered(gqa_model, tokenizer, tmp_path, dtype):
         ({"intermediate_size": 41}, r"has shape \[40, 48\].*makes it \[41, 48\]"),
         ({"num_attention_heads": 7}, "not a valid configuration"),
         ({"hidden_size": "wide"}, "not a valid configuration"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"num_key_value_heads": 4}, "cannot share 4 key-value heads"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type 'spiral' is not one"),
+        ({"model_type": "mistral"}, "model of the type mistral"),
     ],
 )
 def test_configurations_that_cannot_be_pruned_are_refused(checkpoint, changes, complaint):
@@ -79,12 +86,16 @@ def test_configurations_that_cannot_be_pruned_are_refused(checkpoint, changes, c
 
 
 def test_a_configuration_that_is_no_json_is_refused(checkpoint):
-    (checkpoint / "config.json").write_text("{")
-    refuse(checkpoint, "cannot be read as JSON")
+    for content in ("{", "[" * 100_000):
+        (checkpoint / "config.json").write_text(content)
+        refuse(checkpoint, "cannot be read as JSON")
 
 
 def test_an_adapter_is_refused(checkpoint):
     (checkpoint / "adapter_config.json").write_text("{}")
+    refuse(checkpoint, "LoRA adapter.*merge")
+    (checkpoint / "adapter_config.json").rename(checkpoint / "adapter_model.safetensors")
+    (checkpoint / "config.json").unlink()
     refuse(checkpoint, "LoRA adapter.*merge")
 
 
@@ -129,10 +140,62 @@ def test_an_index_that_leaves_its_folder_is_refused(checkpoint):
     refuse(checkpoint, "outside its folder")
 
 
-def test_weights_that_are_no_floats_are_refused(checkpoint):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_are_refused(checkpoint, dtype):
     path = checkpoint / "model.safetensors"
-    save_file({name: tensor.to(torch.int8) for name, tensor in load_file(path).items()}, path)
-    refuse(checkpoint, "int8")
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, path)
+    refuse(checkpoint, f"stores {name} as (I8|F8)")
+
+
+def test_the_dtype_of_most_parameters_is_the_source_dtype(checkpoint):
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: t if "norm" in name else t.bfloat16() for name, t in tensors.items()}, path)
+    assert load_model(str(checkpoint)).source_dtype == torch.bfloat16
+
+
+def test_packed_weights_without_a_word_in_the_configuration_are_refused(checkpoint):
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    packed = {name.replace(".weight", ".qweight"): t.to(torch.int32) for name, t in tensors.items()}
+    save_file(packed, path)
+    refuse(checkpoint, "GPTQ and AWQ.*original float checkpoint")
+    (checkpoint / "quantize_config.json").write_text("{}")
+    refuse(checkpoint, "quantize_config.json.*original float checkpoint")
+
+
+def test_tensors_that_no_llama_has_are_left_out_and_that_is_said(checkpoint, capfd):
+    path = checkpoint / "model.safetensors"
+    extra = {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(path) | extra | frequencies, path)
+    (notice,) = load_model(str(checkpoint)).notices
+    assert "q_norm" in notice
+    assert "inv_freq" not in notice
+    assert capfd.readouterr().err == ""
+
+
+def test_weights_under_another_name_are_refused(checkpoint):
+    (checkpoint / "model.safetensors").rename(checkpoint / "consolidated.safetensors")
+    refuse(checkpoint, "consolidated.safetensors but neither")
+
+
+def test_a_tokenizer_with_code_of_its_own_is_not_asked_about(checkpoint):
+    path = checkpoint / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    (checkpoint / "code.py").write_text("raise SystemExit('was run')")
+    (checkpoint / "tokenizer.json").unlink()
+    refuse(checkpoint, "no tokenizer that transformers can load")
+
+
+def test_an_index_that_names_a_pickle_is_refused(checkpoint):
+    index = {"weight_map": {"lm_head.weight": "pytorch_model.bin"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(checkpoint, "is a pickle")
 
 
 @pytest.mark.parametrize("source", ["", "/no/such/folder", "no/such/deep/folder"])
@@ -147,6 +210,7 @@ def test_a_hub_id_without_network_is_refused(monkeypatch):
 
 def test_an_unknown_device_or_dtype_is_refused(checkpoint):
     refuse(checkpoint, "device", device="abacus")
+    refuse(checkpoint, "device", device="meta")
     refuse(checkpoint, "dtype", dtype="int4")
 
 
@@ -290,6 +354,53 @@ def test_truncated_gguf_files_are_refused(wide_model, tokenizer, tmp_path, keep)
     path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer)
     path.write_bytes(path.read_bytes()[:keep])
     refuse(path, "truncated|corrupt")
+
+
+@pytest.mark.parametrize(
+    ("method", "complaint"),
+    [
+        ("add_block_count", "does not say llama.block_count"),
+        ("add_context_length", "does not say llama.context_length"),
+        ("add_layer_norm_rms_eps", "does not say llama.attention.layer_norm_rms_epsilon"),
+        ("add_head_count_kv", r"k_proj.weight in .* has shape \[32, 64\].*makes it \[64, 64\]"),
+        ("add_token_list", "does not say tokenizer.ggml.tokens"),
+    ],
+)
+def test_gguf_metadata_that_is_missing_is_named(
+    wide_model, tokenizer, tmp_path, monkeypatch, method, complaint
+):
+    monkeypatch.setattr(gguf.GGUFWriter, method, lambda *_: None)
+    refuse(write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer), complaint)
+
+
+@pytest.mark.parametrize("layers", [0, 5, 2**31])
+def test_layers_that_a_gguf_file_has_not_are_not_invented(
+    wide_model, tokenizer, tmp_path, monkeypatch, layers
+):
+    honest = gguf.GGUFWriter.add_block_count
+    monkeypatch.setattr(gguf.GGUFWriter, "add_block_count", lambda self, _: honest(self, layers))
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer)
+    refuse(path, r"lack the tensor model.layers.3|does not say llama.block_count")
+
+
+@pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "output_norm.weight"])
+def test_tensors_that_a_gguf_file_lacks_are_not_invented(
+    wide_model, tokenizer, tmp_path, monkeypatch, name
+):
+    honest = gguf.GGUFWriter.add_tensor
+
+    def all_but_one(self, tensor_name, *arguments, **options):
+        if tensor_name != name:
+            honest(self, tensor_name, *arguments, **options)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", all_but_one)
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer)
+    refuse(path, "lack the tensor model")
+
+
+def test_a_gguf_file_may_shout_its_suffix(wide_model, tokenizer, tmp_path):
+    path = write_gguf(tmp_path / "TINY.GGUF", wide_model, tokenizer)
+    assert same_weights(load_model(str(path)).model, snapshot(wide_model))
 
 
 def test_a_failed_conversion_leaves_nothing(wide_model, tokenizer, tmp_path, monkeypatch):

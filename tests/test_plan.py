@@ -115,7 +115,7 @@ def test_widths_are_the_nearest_that_stock_transformers_loads(
         unit = "head_dim"
         units = [
             width for width in range(2, shape.head_dim + 1, 2) if width % multiple_of == 0
-        ] or [dense]  # fmt: skip
+        ] or [shape.head_dim]  # fmt: skip
         assert taken.num_attention_heads == shape.num_attention_heads
     else:
         unit = "num_attention_heads"

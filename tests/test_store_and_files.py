@@ -76,6 +76,12 @@ def test_a_full_disk_is_said_in_words(tmp_path, error):
     assert os.listdir(tmp_path) == []
 
 
+def test_folders_made_on_the_way_go_too_when_writing_fails(tmp_path):
+    with pytest.raises(ValueError, match="x"), staged_folder(tmp_path / "new" / "deep" / "final"):
+        raise ValueError("x")
+    assert os.listdir(tmp_path) == []
+
+
 def test_outputs_that_hold_something_are_refused(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
@@ -86,6 +92,18 @@ def test_outputs_that_hold_something_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     require_free_output(tmp_path / "empty")
     require_free_output(tmp_path / "new" / "deep")
+    assert not (tmp_path / "new").exists()
+    for path in ("x" * 300, "full/file/below"):
+        with pytest.raises(TransActError, match="cannot be written"):
+            require_free_output(tmp_path / path)
+
+
+def test_a_link_stands_for_where_it_leads(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    require_free_output(tmp_path / "link")
+    with staged_folder(tmp_path / "link") as staging:
+        (staging / "file").write_text("content")
+    assert (tmp_path / "target" / "file").read_text() == "content"
 
 
 def test_more_than_the_disk_holds_is_refused(tmp_path):

@@ -5,9 +5,10 @@ outputs before `o_proj`, and `silu(gate(x)) * up(x)` before `down_proj`. Only su
 kept, so memory does not grow with the number of calibration tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from transformers import LlamaForCausalLM
@@ -106,11 +107,22 @@ def collect(
     """
     layers = len(model.model.layers)
     sums = {module: _Sums(model, module, layers) for module in MODULES}
-    with _watching(model, sums):
-        for done, batch in enumerate(split := list(batches(windows, model.device))):
-            progress("Measuring activations", done, len(split))
+    split = list(batches(windows, model.device))
+    total, passed = len(split) * layers, count()
+
+    def report() -> None:
+        progress("Measuring activations", next(passed), total)
+
+    with _watching(model, sums, report):
+        for batch in split:
             model.model(batch, use_cache=False)
-    progress("Measuring activations", len(split), len(split))
+    report()
+    finite = torch.stack([total.sum_of_squares.isfinite().all(dim=1) for total in sums.values()])
+    if not finite.all():
+        raise TransActError(
+            f"The activations of layer {int(finite.all(dim=0).int().argmin())} are not finite: "
+            "the model is damaged, or overflows in its dtype; compute in float32."
+        )
     return ActivationStatistics(
         **{name: total.finish(windows.tokens) for name, total in sums.items()}
     )
@@ -144,13 +156,18 @@ class _Sums:
 
 
 @contextmanager
-def _watching(model: LlamaForCausalLM, sums: dict[str, _Sums]) -> Iterator[None]:
+def _watching(
+    model: LlamaForCausalLM, sums: dict[str, _Sums], report: Callable[[], None]
+) -> Iterator[None]:
+    """Adds up what passes the waists; reports at each layer, as a batch may take many seconds."""
     handles = []
     for layer in range(len(model.model.layers)):
         for module, projection in transitional_inputs(model, layer).items():
 
-            def add(_, inputs, layer=layer, total=sums[module]):
-                total.add(layer, inputs[0])
+            def add(_, inputs, layer=layer, module=module):
+                if module == MODULES[0]:
+                    report()
+                sums[module].add(layer, inputs[0])
 
             handles.append(projection.register_forward_pre_hook(add))
     try:

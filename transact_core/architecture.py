@@ -28,6 +28,16 @@ class Architecture:
     attention_bias: bool
     mlp_bias: bool
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, bool) and value < 1:
+                raise ValueError(f"{name} is {value}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} attention heads cannot share "
+                f"{self.num_key_value_heads} key-value heads evenly"
+            )
+
     @classmethod
     def from_config(cls, config: LlamaConfig) -> "Architecture":
         return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})

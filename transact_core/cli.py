@@ -111,10 +111,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def _seed(text: str) -> int:
+    value = _whole(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is outside 0 to 2^63 - 1")
+    return value
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -135,7 +149,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_positive, default=1, choices=[1])
     parser.add_argument("--multiple-of", type=_positive, default=defaults.multiple_of, metavar="N")
     parser.add_argument("--save-dtype", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:
@@ -212,6 +226,7 @@ def _carry_out(
     chosen: argparse.Namespace,
     progress: Progress,
 ) -> None:
+    export.require_room(chosen.output, bench.footprint(compression.plan))
     model, measurement = compress(bench, compression.plan, compression.recovery, progress)
     progress("Writing the checkpoint", 0, 1)
     export.write_checkpoint(chosen.output, model, bench, measurement, compression)

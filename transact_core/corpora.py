@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import torch
+from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
 from transact_core.errors import Progress, TransActError, silent
@@ -22,6 +23,7 @@ from transact_core.files import sha256_of_text
 BUILTIN = "builtin"
 MAX_CHARACTERS = 16_000_000
 """Longer texts are read this far: some millions of tokens, more than any measurement here takes."""
+HUB_TIMEOUT_S = 10
 TEXT_COLUMNS = ("text", "content", "document")
 
 
@@ -86,7 +88,14 @@ def corpus_from_text(source: str, text: str) -> Corpus:
         notices = (f"Only the first {MAX_CHARACTERS:,} characters of {source} are used.",)
     if not text.strip():
         raise TransActError(f"The text {source} is empty.")
-    return Corpus(source=source, text=text, sha256=sha256_of_text(text), notices=notices)
+    try:
+        sha256 = sha256_of_text(text)
+    except UnicodeEncodeError:
+        raise TransActError(
+            f"The text {source} holds half of a surrogate pair, which is no character; "
+            "write it anew as UTF-8."
+        ) from None
+    return Corpus(source=source, text=text, sha256=sha256, notices=notices)
 
 
 def describe(source: str) -> str:
@@ -125,7 +134,7 @@ def _plain_text(path: Path) -> str:
     try:
         return raw.decode("utf-8")[:MAX_CHARACTERS]
     except UnicodeDecodeError as error:
-        if error.start > len(raw) - 4:
+        if len(raw) == 4 * MAX_CHARACTERS and error.start > len(raw) - 4:
             return raw[: error.start].decode("utf-8")[:MAX_CHARACTERS]
         raise TransActError(
             f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8."
@@ -133,7 +142,7 @@ def _plain_text(path: Path) -> str:
 
 
 def _json_lines(path: Path) -> str:
-    def rows() -> Iterator[str]:
+    def rows() -> Iterator[str | None]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
@@ -145,7 +154,7 @@ def _json_lines(path: Path) -> str:
                 if isinstance(row, str):
                     yield row
                 elif isinstance(row, dict):
-                    yield str(row[_text_column(row, str(path))])
+                    yield _as_text(row[_text_column(row, str(path))], f"Line {number} of {path}")
                 else:
                     raise TransActError(f"Line {number} of {path} is neither text nor an object.")
 
@@ -157,10 +166,9 @@ def _parquet(path: Path) -> str:
         file = pyarrow.parquet.ParquetFile(path)
         column = _text_column(file.schema_arrow.names, str(path))
         rows = (
-            str(value)
+            _as_text(value, f"The column {column!r} of {path}")
             for batch in file.iter_batches(columns=[column])
             for value in batch.column(0).to_pylist()
-            if value is not None
         )
         return _join(rows)
     except (pyarrow.ArrowException, OSError):
@@ -168,16 +176,20 @@ def _parquet(path: Path) -> str:
 
 
 def _hub_text(source: str) -> str:
-    # Importing datasets takes over a second and most runs never need it.
-    from datasets import load_dataset
-
     parts = [*source.removeprefix("hub:").split(":"), "", "", ""]
     name, config, split, column = parts[:4]
     if not name or len(parts) > 7:
         raise TransActError(f"{source!r} is not of the form hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]].")
+    # Importing datasets takes over a second and most runs never need it.
+    from datasets import load_dataset
+
     try:
+        # datasets would try an unreachable hub for half a minute, with a line for each attempt.
+        HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
         rows = load_dataset(name, config or None, split=split or "train", streaming=True)
-        return _join(str(row[column] if column else row[_text_column(row, name)]) for row in rows)
+        return _join(
+            _as_text(row[column or _text_column(row, name)], f"The dataset {name}") for row in rows
+        )
     except TransActError:
         raise
     except KeyError:
@@ -190,6 +202,13 @@ def _hub_text(source: str) -> str:
         ) from None
 
 
+def _as_text(value: object, where: str) -> str | None:
+    """What is no text is refused instead of being spelt out; a missing one stays missing."""
+    if value is not None and not isinstance(value, str):
+        raise TransActError(f"{where} holds {type(value).__name__} where text is expected.")
+    return value
+
+
 def _text_column(names: Iterable[str], where: str) -> str:
     names = list(names)
     for name in TEXT_COLUMNS:
@@ -200,9 +219,11 @@ def _text_column(names: Iterable[str], where: str) -> str:
     )
 
 
-def _join(rows: Iterable[str]) -> str:
+def _join(rows: Iterable[str | None]) -> str:
     pieces, length = [], 0
     for row in rows:
+        if row is None:
+            continue
         pieces.append(row)
         length += len(row) + 2
         if length > MAX_CHARACTERS:
@@ -240,8 +261,6 @@ def calibration_and_evaluation(
     Raises:
         TransActError: a text is shorter than the windows it must fill.
     """
-    if sequence_length < 2:
-        raise TransActError("The sequence length must be at least 2 tokens.")
     progress("Tokenising the text", 0, 2)
     evaluation_ids = tokenise(evaluation, tokenizer, vocab_size)
     evaluation_windows = _windows(evaluation, evaluation_ids, evaluation_tokens, sequence_length)
@@ -269,6 +288,8 @@ def evaluation_windows(
 
 
 def _windows(corpus: Corpus, ids: torch.Tensor, tokens: int, sequence_length: int) -> Windows:
+    if sequence_length < 2:
+        raise TransActError("The sequence length must be at least 2 tokens.")
     if tokens < sequence_length:
         raise TransActError(
             f"{tokens:,} tokens are fewer than one window of {sequence_length:,}; "

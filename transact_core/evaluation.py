@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from transact_core.corpora import Windows
-from transact_core.errors import Progress, silent
+from transact_core.errors import Progress, TransActError, silent
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,13 @@ def evaluate(
         logits = model(window[None], use_cache=False).logits[0, :-1]
         losses.append(functional.cross_entropy(logits.float(), window[1:], reduction="none").cpu())
     progress(stage, len(windows), len(windows))
-    return Evaluation(nll=torch.stack(losses))
+    nll = torch.stack(losses)
+    if nll.isnan().any():
+        raise TransActError(
+            "The model's loss is not a number: its weights are damaged, or it overflows in its "
+            "dtype; compute and save in float32 or bfloat16."
+        )
+    return Evaluation(nll=nll)
 
 
 def paired_difference(pruned: Evaluation, dense: Evaluation) -> tuple[float, float]:

@@ -21,6 +21,7 @@ from transact_core.corpora import Windows, describe
 from transact_core.errors import TransActError
 from transact_core.evaluation import Evaluation
 from transact_core.files import require_disk_space, require_free_output, staged_folder
+from transact_core.footprint import Footprint
 from transact_core.models import LoadedModel, dtype_name
 from transact_core.plan import Data, PruningPlan
 from transact_core.recovery import RecoveryName, require_recovery
@@ -28,6 +29,8 @@ from transact_core.surgery import cast
 from transact_core.sweep import Bench, Measurement, model_report
 
 SCHEMA_VERSION = 1
+BESIDE_WEIGHTS_BYTES = 50_000_000
+"""Room for the tokenizer, compression.json and the rest of an output folder."""
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -65,7 +68,7 @@ class Compression(Data):
     evaluation: TextReference
     sequence_length: Annotated[int, Field(ge=2)]
     save_dtype: Literal["float32", "float16", "bfloat16"]
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     environment: Environment
 
     def to_json(self) -> str:
@@ -192,6 +195,11 @@ def evaluation_report(windows: Windows, evaluation: Evaluation) -> dict[str, str
     }
 
 
+def require_room(output: Path, cost: Footprint) -> None:
+    """Refuses an output that the disk has no room for; called before an hour of computing too."""
+    require_disk_space(output, cost.weight_bytes + BESIDE_WEIGHTS_BYTES)
+
+
 def write_checkpoint(
     output: Path,
     model: LlamaForCausalLM,
@@ -205,7 +213,7 @@ def write_checkpoint(
         TransActError: the folder is not empty, cannot be written, or the disk is too full.
     """
     require_free_output(output)
-    require_disk_space(output, measurement.footprint.weight_bytes + 50_000_000)
+    require_room(output, measurement.footprint)
     stored = cast(model, getattr(torch, compression.save_dtype)).cpu()
     # Published configurations that name a temperature without `do_sample` load, but transformers
     # refuses to save them.

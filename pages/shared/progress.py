@@ -4,6 +4,7 @@ import streamlit as st
 
 from pages.shared.jobs import CANCELLED, DONE, FAILED, QUEUED, Job
 from pages.shared.workbench import Opening, visit, workbench
+from transact_core.evaluation import Evaluation
 from transact_core.sweep import Bench
 
 
@@ -20,17 +21,21 @@ def watch(job: Job, key: str) -> None:
         st.rerun()
     with st.container(border=True):
         line, button = st.columns([6, 1], vertical_alignment="center")
-        if button.button("Cancel", key=f"cancel-{key}", width="stretch"):
-            job.cancel()
+        button.button(
+            "Cancel", key=f"cancel-{key}", width="stretch", on_click=job.cancel,
+            disabled=job.stopping,
+        )  # fmt: skip
         ahead = workbench().queue.ahead_of(job)
         if job.state == QUEUED:
             waiting = "next in line" if ahead <= 1 else f"{ahead} jobs ahead"
             line.progress(0.0, f"**{job.title}** · waiting, {waiting}")
         else:
-            left = job.seconds_left
+            left = None if job.stopping else job.seconds_left
             text = f"**{job.title}**"
             if job.stage != job.title:
                 text += f" · {job.stage or 'starting'}"
+            if job.stopping:
+                text += " · stopping"
             if left is not None:
                 text += f" · about {seconds_in_words(left)} left in this step"
             line.progress(job.fraction, text)
@@ -69,12 +74,18 @@ def require_bench() -> Bench:
     return job.result
 
 
-def dense_perplexity(key: str) -> float | None:
-    """The dense model's perplexity, or its progress and None while it is being measured."""
+def show_dense(key: str) -> Evaluation | None:
+    """The dense model's losses; while there are none, their progress or the way to them."""
     opening = workbench().open(visit().request)
-    if not opening.dense.finished:
-        watch(opening.dense, key)
+    job = opening.dense
+    if not job.finished:
+        watch(job, key)
         return None
-    if opening.dense.state != DONE:
-        return None
-    return opening.bench.result.dense().perplexity
+    if job.state == DONE:
+        return opening.bench.result.dense()
+    if job.state == FAILED:
+        st.error(f"{job.title} failed. {job.error}", icon=":material/error:")
+    if st.button("Measure the dense model", key=f"dense-{key}"):
+        workbench().measure_dense(visit().request)
+        st.rerun()
+    return None

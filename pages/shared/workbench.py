@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from pages.shared.jobs import DONE, Job, JobQueue, job_threads
 from transact_core import corpora
 from transact_core.errors import Progress
-from transact_core.export import describe_compression, write_checkpoint
+from transact_core.export import describe_compression, require_room, write_checkpoint
 from transact_core.files import cache_folder, require_free_output
 from transact_core.models import BUILTIN, LoadedModel, load_model
 from transact_core.plan import Granularity, PruningPlan
@@ -87,13 +87,7 @@ class Workbench:
             bench = self.queue.submit(
                 "Opening the model", lambda report: self._bench(request, report)
             )
-
-            def measure_dense(report: Progress) -> None:
-                if bench.state == DONE:
-                    bench.result.dense(report)
-
-            dense = self.queue.submit("Measuring the dense model", measure_dense)
-            opening = self._openings[request] = Opening(bench, dense)
+            opening = self._openings[request] = Opening(bench, self._dense(bench))
         self._openings.move_to_end(request)
         while len(self._openings) > BENCHES_KEPT:
             self._openings.popitem(last=False)
@@ -103,6 +97,19 @@ class Workbench:
         """Opens anew what failed or was cancelled, at the visitor's wish."""
         self._openings.pop(request, None)
         return self.open(request)
+
+    def measure_dense(self, request: Request) -> None:
+        """Measures the dense model anew where that failed or was cancelled."""
+        opening = self.open(request)
+        if opening.dense.finished:
+            opening.dense = self._dense(opening.bench)
+
+    def _dense(self, bench: Job) -> Job:
+        def measure(report: Progress) -> None:
+            if bench.state == DONE:
+                bench.result.dense(report)
+
+        return self.queue.submit("Measuring the dense model", measure)
 
     def _bench(self, request: Request, report: Progress) -> Bench:
         calibration = corpora.read_corpus(request.calibration)
@@ -169,10 +176,17 @@ def workbench() -> Workbench:
     return Workbench()
 
 
+def begin_visit() -> None:
+    """Called by app.py, through which every visit begins."""
+    st.session_state.setdefault("visit", Visit())
+
+
 def visit() -> Visit:
     """This session's own things."""
     if "visit" not in st.session_state:
-        st.session_state["visit"] = Visit()
+        # A server's first visitor who comes by a page's own address gets that page run alone:
+        # until `st.navigation` was called once, Streamlit takes `pages/` for its older kind of app.
+        st.switch_page("app.py", query_params=st.query_params)
     return st.session_state["visit"]
 
 
@@ -228,6 +242,7 @@ def start_export(bench: Bench, cut: Cut, folder: Path) -> None:
 
     def work(report: Progress) -> Path:
         require_free_output(folder)
+        require_room(folder, bench.footprint(plan))
         model, measurement = workbench().cut(request, bench, plan, cut.recovery, report, point)
         if point is None:
             mine_points.append(measurement)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-pytestmark = [pytest.mark.browser, pytest.mark.builtin]
+from tests.browser.driving import CHART, button, choose, metric, open_with_few_tokens
 
-CHART = ".js-plotly-plot"
+pytestmark = [pytest.mark.browser, pytest.mark.builtin]
 
 
 def go_to(page: Page, name: str) -> None:
@@ -19,17 +19,8 @@ def go_to(page: Page, name: str) -> None:
     expect(page.get_by_role("heading", level=1)).to_contain_text(name)
 
 
-def metric(page: Page, label: str):
-    return page.get_by_test_id("stMetric").filter(has_text=label).get_by_test_id("stMetricValue")
-
-
-def set_number(page: Page, label: str, value: int) -> None:
-    field = page.get_by_label(label, exact=True)
-    field.fill(str(value))
-    field.press("Enter")
-
-
 def expect_no_exception(page: Page) -> None:
+    expect(page.get_by_test_id("stAlert").filter(has_text="no longer supported")).to_have_count(0)
     expect(page.get_by_test_id("stException")).to_have_count(0)
 
 
@@ -38,18 +29,9 @@ def weights_sha256(folder: Path) -> str:
 
 
 def test_journey(page: Page, address: str, tmp_path: Path):
-    page.goto(address)
-    expect(page.locator(CHART).first).to_be_visible()
+    open_with_few_tokens(page, address)
     expect(page.get_by_test_id("stSidebar")).to_contain_text("134.5 M parameters")
-
-    # Fewer tokens, so that the test measures in seconds what a user measures in minutes.
-    page.get_by_text("How much, and on what").click()
-    set_number(page, "Calibration tokens", 2048)
-    set_number(page, "Evaluation tokens", 1024)
-    load = page.get_by_role("button", name="Load", exact=True)
-    expect(load).to_be_enabled()
-    load.click()
-    expect(page.get_by_text("Measured over 2,048 calibration tokens")).to_be_visible()
+    expect(page.get_by_text("Measured over 1,024 calibration tokens")).to_be_visible()
 
     go_to(page, "Importance")
     expect(page.locator(CHART)).to_have_count(3)
@@ -63,9 +45,6 @@ def test_journey(page: Page, address: str, tmp_path: Path):
     expect(metric(page, "MLP width")).to_have_text("1,060")
     mha.press("End")
     expect(metric(page, "MHA width")).to_have_text("192")
-    for _ in range(30):
-        mha.press("ArrowLeft")
-    expect(page.get_by_text("65%", exact=True)).to_be_visible()
     mha.press("Home")
     expect(metric(page, "MHA width")).to_have_text("576")
     expect(metric(page, "MLP width")).to_have_text("1,060")
@@ -112,24 +91,62 @@ def test_journey(page: Page, address: str, tmp_path: Path):
 
 
 def test_cancel_keeps_the_page_usable(page: Page, address: str):
-    page.goto(f"{address}/compress?mha=60&recovery=none")
+    open_with_few_tokens(page, f"{address}/compress?mha=60&mlp=50")
     expect(metric(page, "MHA width")).to_have_text("192")
     page.get_by_role("button", name="Prune and measure perplexity").click()
-    page.get_by_role("button", name="Cancel").last.click()
+    button(page, "Cancel").last.click()
     expect(page.get_by_text("was cancelled")).to_be_visible()
     page.get_by_role("slider").first.press("Home")
     expect(metric(page, "MHA width")).to_have_text("576")
     expect_no_exception(page)
 
 
-def test_unknown_folder_is_refused_in_a_sentence(page: Page, address: str):
-    page.goto(address)
-    expect(page.locator(CHART).first).to_be_visible()
-    page.get_by_role("combobox").first.click()
-    page.get_by_role("option", name="Local folder").click()
-    name = page.get_by_label("Checkpoint folder")
-    name.fill("/no/such/folder")
+@pytest.mark.parametrize(
+    ("kind", "label", "source", "sentence"),
+    [
+        ("Local folder", "Checkpoint folder", "/no/such/folder", "There is no model at"),
+        ("GGUF file", "GGUF file", "{tmp_path}/broken.gguf", "is truncated, corrupt or not a GGUF"),
+    ],
+)
+def test_a_model_that_is_none_is_refused_in_a_sentence(
+    page: Page, address: str, tmp_path: Path, kind: str, label: str, source: str, sentence: str
+):
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(range(256)))
+    open_with_few_tokens(page, address)
+    choose(page, "Model", kind)
+    name = page.get_by_label(label, exact=True)
+    name.fill(source.format(tmp_path=tmp_path))
     name.press("Enter")
-    page.get_by_role("button", name="Load", exact=True).click()
-    expect(page.get_by_test_id("stAlert")).to_contain_text("There is no model at")
+    button(page, "Load").click()
+    expect(page.get_by_test_id("stAlert")).to_contain_text(sentence)
     expect_no_exception(page)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"), [(b"", "is empty"), (b"one\0two", "is a binary file")]
+)
+def test_an_uploaded_text_that_is_none_is_refused_in_a_sentence(
+    page: Page, address: str, content: bytes, sentence: str
+):
+    open_with_few_tokens(page, address)
+    choose(page, "Calibration text", "Uploaded file")
+    upload = {"name": "mine.txt", "mimeType": "text/plain", "buffer": content}
+    page.get_by_test_id("stFileUploader").locator("input").set_input_files(upload)
+    expect(button(page, "Load")).to_be_enabled()
+    button(page, "Load").click()
+    expect(page.get_by_test_id("stAlert")).to_contain_text(sentence)
+    expect_no_exception(page)
+
+
+def test_an_output_that_holds_something_is_refused_in_a_sentence(
+    page: Page, address: str, tmp_path: Path
+):
+    (tmp_path / "mine.txt").write_text("precious")
+    open_with_few_tokens(page, address)
+    go_to(page, "Export")
+    folder = page.get_by_role("textbox", name="Folder on the machine")
+    folder.fill(str(tmp_path))
+    folder.press("Enter")
+    page.get_by_role("button", name="Write the checkpoint").click()
+    expect(page.get_by_test_id("stAlert")).to_contain_text("is not empty")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

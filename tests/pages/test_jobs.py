@@ -31,6 +31,27 @@ def test_a_job_reports_and_gives_its_result(queue):
     assert (job.state, job.result, job.stage, job.fraction) == (DONE, 7, "Counting", 0.75)
 
 
+def test_time_left_is_judged_by_what_was_done_and_never_grows(queue, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("pages.shared.jobs.time.monotonic", lambda: now[0])
+    left = []
+
+    def work(report):
+        for stage, done in (("Load", 2), ("Work", 0), ("Work", 1), ("Work", 2)):
+            report(stage, done, 4)
+            now[0] += 3
+            left.append(job.seconds_left)
+            now[0] += 3
+            left.append(job.seconds_left)
+
+    gate = threading.Event()
+    job = queue.submit("Job", lambda report: (gate.wait(WAIT), work(report)))
+    gate.set()
+    finished(job)
+    # A stage that starts at 2 of 4 has done nothing yet; then 3 pieces, each of 6 seconds.
+    assert left == [None, None, None, None, 15, 12, 9, 6]
+
+
 def test_what_the_user_can_mend_is_said_as_it_is(queue):
     def work(report):
         raise TransActError("Mend this.")
@@ -74,8 +95,10 @@ def test_a_running_job_stops_at_its_next_report(queue):
     job = queue.submit("Work", work)
     started.wait(WAIT)
     job.cancel()
+    assert job.stopping
     gate.set()
     assert finished(job).state == CANCELLED
+    assert not job.stopping
 
 
 def test_a_waiting_job_is_cancelled_at_once_and_never_runs(queue):

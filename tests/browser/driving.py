@@ -1,0 +1,115 @@
+"""A server of the app and a Chromium, for the browser tests and for the README's pictures."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Browser, Locator, Page, Playwright, expect
+
+ROOT = Path(__file__).parents[2]
+# Loading and measuring take minutes on a busy machine with two cores.
+TIMEOUT_MS = 300_000
+CHART = ".js-plotly-plot"
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+
+def start_chromium(playwright: Playwright) -> Browser:
+    """The system's Chromium, or Playwright's own where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    installed = next((path for name in names if (path := shutil.which(name))), None)
+    return playwright.chromium.launch(executable_path=installed, args=CHROMIUM_FLAGS)
+
+
+@contextmanager
+def running_app(log: Path) -> Iterator[str]:
+    """Address of an app started on a free port; it ends with the block."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "streamlit", "run", "app.py"]
+    options = ["--server.port", str(port), "--server.headless", "true"]
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            command + options, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=os.environ
+        )
+    address = f"http://localhost:{port}"
+    try:
+        _wait_for(address, server, log)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            urllib.request.urlopen(f"{address}/_stcore/health", timeout=5)
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise RuntimeError(f"the app did not start:\n{log.read_text()}")
+
+
+def open_with_few_tokens(page: Page, address: str) -> None:
+    """Opens a page so that it measures in seconds what a user measures in minutes."""
+    # The first visit of a server always begins at the first page.
+    page.goto(address.rsplit("/", 1)[0] if address.count("/") > 2 else address)
+    expect(page.get_by_test_id("stSidebarNavLink").first).to_be_visible()
+    page.goto(address)
+    # The opening with the app's own numbers is called off, or was by an earlier test.
+    cancel = button(page, "Cancel")
+    expect(cancel.or_(button(page, "Try again"))).to_be_visible()
+    if cancel.is_visible():
+        cancel.click()
+        expect(page.get_by_text("· stopping").or_(button(page, "Try again"))).to_be_visible()
+    page.get_by_text("How much, and on what").click()
+    set_number(page, "Calibration tokens", 1024)
+    set_number(page, "Evaluation tokens", 512)
+    set_number(page, "Sequence length", 128)
+    load = button(page, "Load")
+    expect(load).to_be_enabled()
+    load.click()
+    expect(page.get_by_text("134.5 M parameters")).to_be_visible()
+    settle(page)
+
+
+def settle(page: Page) -> None:
+    """Waits until the script has run; a menu opened before that closes again."""
+    expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning")
+
+
+def choose(page: Page, label: str, option: str) -> None:
+    page.get_by_role("combobox", name=label).click()
+    page.get_by_role("option", name=option).click()
+    settle(page)
+
+
+def button(page: Page, name: str) -> Locator:
+    return page.get_by_role("button", name=name, exact=True)
+
+
+def metric(page: Page, label: str) -> Locator:
+    return page.get_by_test_id("stMetric").filter(has_text=label).get_by_test_id("stMetricValue")
+
+
+def set_number(page: Page, label: str, value: int) -> None:
+    field = page.get_by_label(label, exact=True)
+    field.fill(str(value))
+    field.press("Enter")
+    expect(field).to_have_value(str(value))
