@@ -117,12 +117,6 @@ def collect(
         for batch in split:
             model.model(batch, use_cache=False)
     report()
-    finite = torch.stack([total.sum_of_squares.isfinite().all(dim=1) for total in sums.values()])
-    if not finite.all():
-        raise TransActError(
-            f"The activations of layer {int(finite.all(dim=0).int().argmin())} are not finite: "
-            "the model is damaged, or overflows in its dtype; compute in float32."
-        )
     return ActivationStatistics(
         **{name: total.finish(windows.tokens) for name, total in sums.items()}
     )

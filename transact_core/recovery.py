@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from transact_core.activations import transitional_inputs
+from transact_core.activations import require_finite, transitional_inputs
 from transact_core.corpora import Windows
 from transact_core.errors import Progress, TransActError, silent
 from transact_core.narrowing import fit_narrow_heads
@@ -84,7 +84,7 @@ def recover(
     single window nothing can be held out, and every module keeps its bare cut.
 
     Raises:
-        TransActError: the recovery is not known, or a module writes values that are not finite.
+        TransActError: the recovery is not known, or a transitional activation is NaN or infinite.
     """
     require_recovery(recovery)
     stream = _Stream(dense, pruned, plan, windows, recovery)
@@ -121,8 +121,8 @@ class _Stream:
 
     def advance(self, number: int, module: str) -> LayerFit | None:
         """Carries the stream past one module, repaired where it is cut."""
-        projections = transitional_inputs(self.pruned, number)[module]
-        cut = projections.weight is not transitional_inputs(self.dense, number)[module].weight
+        projection = transitional_inputs(self.pruned, number)[module]
+        cut = projection.weight is not transitional_inputs(self.dense, number)[module].weight
         written, inputs = self._run(self.pruned, number, module)
         fit = None
         if cut and self.recovery != "none":
@@ -137,25 +137,21 @@ class _Stream:
 
         `bare` is what the bare cut writes from `inputs`.
         """
-        wanted, _ = self._run(self.dense, number, module)
-        if not torch.isfinite(wanted).all():
-            raise TransActError(
-                f"The {module.upper()} of layer {number} writes values that are not finite; "
-                "compute in float32, or mend the checkpoint."
-            )
+        wanted, transitional = self._run(self.dense, number, module)
+        require_finite(transitional, number, module)
         # RMSNorm divides by this next: an error counts relative to the stream it disturbs, and the
         # few tokens of enormous norm do not drown all others.
-        weights = (self.hidden + wanted).float().square().mean(dim=-1).reciprocal()
+        squares = (self.hidden + wanted).float().square().mean(dim=-1)
+        weights = (squares + self.dense.config.rms_norm_eps).reciprocal()
         bare_error = _energy(wanted - bare, weights)
         scale = _energy(wanted, weights) or 1.0
         kept = LayerFit(number, module, bare_error / scale, bare_error / scale, None)
         if len(self.folds) < 2:
             return kept, bare
-        written, narrowed = bare, False
+        written, bare_projections = bare, {}
         if module == "mha" and self.plan.head_dim and self.recovery == "least-squares":
-            before = self._narrow(number, weights)
+            bare_projections = self._narrow(number, weights)
             written, inputs = self._run(self.pruned, number, module)
-            narrowed = True
         features = inputs if self.recovery == "least-squares" else torch.ones_like(inputs[..., :1])
         missing = (wanted - written).float()
         folds = [_Moments.of(features[fold], missing[fold], weights[fold]) for fold in self.folds]
@@ -171,9 +167,8 @@ class _Stream:
                 written[fold] += (features[fold].float() @ change.float()).to(written.dtype)
             _change(projection, reduce(add, folds).solve(ridge), self.recovery)
         if not error < bare_error:
-            if narrowed:
-                for projection, parameters in before.items():
-                    projection.weight, projection.bias = parameters
+            for projection, parameters in bare_projections.items():
+                projection.weight, projection.bias = parameters
             return kept, bare
         return LayerFit(number, module, bare_error / scale, error / scale, ridge), written
 

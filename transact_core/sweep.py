@@ -119,6 +119,15 @@ class Bench:
         )
         return PairEffects(**tensors)
 
+    def prepared(self, choices: Choices) -> bool:
+        """Whether a plan with these choices needs no measuring any more."""
+        pairs_known = choices.granularity != "head-dims" or "rotary pairs" in self._measured
+        return choices.importance in self._scores and pairs_known
+
+    def prepare(self, choices: Choices, progress: Progress = silent) -> None:
+        """Measures what every plan with these choices needs."""
+        self.plan(0.0, 0.0, choices, progress)
+
     def plan(
         self, mha_ratio: float, mlp_ratio: float, choices: Choices, progress: Progress = silent
     ) -> PruningPlan:
