@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from benchmarks.baselines import BASELINES
 from transact_core.architecture import Architecture
+from transact_core.bench import Choices
 from transact_core.importance import IMPORTANCES
 from transact_core.plan import GRANULARITIES, Widths, widths
 from transact_core.recovery import RECOVERIES
-from transact_core.sweep import Choices
 
 PUBLISHED = "TransAct as published"
 DENSE = "dense"

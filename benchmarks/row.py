@@ -24,6 +24,7 @@ from benchmarks.baselines import BASELINES, BaselineFailed
 from benchmarks.cuts import DENSE, PUBLISHED, Row, rows
 from benchmarks.memory import peak_memory
 from transact_core import corpora, export
+from transact_core.bench import Bench, Choices, compress
 from transact_core.corpora import Windows
 from transact_core.errors import TransActError
 from transact_core.evaluation import evaluate
@@ -31,7 +32,6 @@ from transact_core.files import cache_folder
 from transact_core.models import LoadedModel, load_model
 from transact_core.plan import head_counts
 from transact_core.surgery import cast, round_weights
-from transact_core.sweep import Bench, Choices, compress
 
 RELOADED_TOLERANCE = 1e-3
 """In nats a token: what a reloaded model may differ by from the one in memory."""

@@ -9,10 +9,10 @@ from pages.shared import charts
 from pages.shared.jobs import DONE
 from pages.shared.progress import require_bench, show_dense, show_job
 from pages.shared.workbench import Cut, find_point, start_cut, visit
+from transact_core.bench import Bench, Measurement
 from transact_core.plan import GRANULARITIES, PruningPlan, head_counts
 from transact_core.recovery import RECOVERIES
 from transact_core.surgery import head_rows
-from transact_core.sweep import Bench, Measurement
 
 GRANULARITY_HELP = (
     "`query-heads` takes the same number of queries from every group and leaves the KV cache; "

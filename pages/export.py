@@ -7,8 +7,8 @@ import streamlit as st
 from pages.shared.jobs import DONE
 from pages.shared.progress import require_bench, show_job
 from pages.shared.workbench import Cut, find_point, points, start_export, visit
+from transact_core.bench import Bench
 from transact_core.export import apply_command, describe_compression, reproduce_command
-from transact_core.sweep import Bench
 
 
 def choose_cut(bench: Bench) -> Cut:

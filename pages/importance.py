@@ -5,7 +5,7 @@ import streamlit as st
 from pages.shared import charts
 from pages.shared.progress import require_bench
 from transact_core.activations import MODULES, channels_holding
-from transact_core.sweep import Choices
+from transact_core.bench import Choices
 
 SHARE = 0.9
 

@@ -8,9 +8,9 @@ from pages.shared import charts
 from pages.shared.jobs import DONE
 from pages.shared.progress import require_bench, show_dense, show_job
 from pages.shared.workbench import points, start_curve, visit, workbench
+from transact_core.bench import Bench, Choices
 from transact_core.plan import GRANULARITIES, head_counts
 from transact_core.recovery import RECOVERIES
-from transact_core.sweep import Bench, Choices
 
 CURVES = ("MHA only", "MLP only", "Both")
 

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transact_core import corpora
 from transact_core.architecture import Architecture
+from transact_core.bench import Bench
 from transact_core.models import LoadedModel
-from transact_core.sweep import Bench
 
 VOCAB_SIZE = 320
 KINDS = {

@@ -10,10 +10,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from transact_core.activations import ModuleStatistics
+from transact_core.bench import Measurement
 from transact_core.evaluation import Evaluation
 from transact_core.plan import PruningPlan
 from transact_core.recovery import LayerFit
-from transact_core.sweep import Measurement
 
 MHA, MLP, BOTH, DENSE = "#0072B2", "#E69F00", "#009E73", "#999999"
 COLOURS = {"mha": MHA, "mlp": MLP}

@@ -9,9 +9,9 @@ from benchmarks import cuts, table
 from benchmarks.cuts import CUTS, DENSE, PUBLISHED, UNCUT, Row, rows
 from benchmarks.row import find_row, kv_bytes_per_token, make_row, published_mha_ratio
 from transact_core.architecture import Architecture
+from transact_core.bench import Choices
 from transact_core.importance import IMPORTANCES
 from transact_core.recovery import RECOVERIES
-from transact_core.sweep import Choices
 
 MLP, HEADS = CUTS[1], CUTS[3]
 KV_CACHE = next(cut for cut in CUTS if cut.narrows_kv_cache)
