@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import loaded_from, make_model, same_weights, snapshot
 
-from benchmarks import table
+from benchmarks import cuts, table
 from benchmarks.cuts import CUTS, DENSE, PUBLISHED, UNCUT, Row, rows
 from benchmarks.row import find_row, kv_bytes_per_token, make_row, published_mha_ratio
 from transact_core.architecture import Architecture
