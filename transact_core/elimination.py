@@ -199,34 +199,76 @@ def head_energies(
 def eliminate_heads(
     inverse: torch.Tensor, columns: torch.Tensor, head_dim: int, queries_per_group: int = 1
 ) -> Removal:
-    """Backward elimination of whole heads, one at a time, in the dtype of what is given.
+    """Backward elimination of whole heads, in the dtype of what is given.
 
     Takes P and W as `eliminate_channels` does; a head is `head_dim` neighbouring channels and a
-    group `queries_per_group` neighbouring heads. No group loses another head before all have lost
-    as many.
+    group `queries_per_group` neighbouring heads. Without groups, heads go one at a time. With them
+    they go in rounds, one head of each group: first the cheapest each time, then any head of the
+    round is exchanged for another of its group as long as the round as a whole gets cheaper.
     """
     names = list(range(len(inverse) // head_dim))
     order, costs = [], []
-    waiting: set[int] = set()
     while names:
-        if not waiting:
-            waiting = {head // queries_per_group for head in names}
-        blocks = inverse.unflatten(0, (-1, head_dim)).unflatten(2, (-1, head_dim))
-        blocks = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        written = columns.T.unflatten(0, (-1, head_dim))
-        cost = (written * _solve(blocks, written)).sum(dim=(1, 2)).cpu().double()
-        barred = torch.tensor([head // queries_per_group not in waiting for head in names])
-        best = int(cost.masked_fill(barred, math.inf).argmin())
-        waiting.remove(names[best] // queries_per_group)
-        order.append(names.pop(best))
-        costs.append(cost[best])
-        taken = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
-        taken[best * head_dim : (best + 1) * head_dim] = True
-        kept = ~taken
-        gain = _solve(inverse[taken][:, taken], inverse[taken][:, kept])
-        columns = columns[:, kept] - columns[:, taken] @ gain
-        inverse = inverse[kept][:, kept] - inverse[kept][:, taken] @ gain
-    return torch.tensor(order), torch.stack(costs)
+        groups = [head // queries_per_group for head in names] if queries_per_group > 1 else None
+        leaving = _round(inverse, columns, head_dim, groups)
+        for place, cost in leaving:
+            order.append(names[place])
+            costs.append(cost)
+        gone = sorted(place for place, _ in leaving)
+        inverse, columns = _without(inverse, columns, _rows(gone, head_dim))
+        for place in reversed(gone):
+            del names[place]
+    return torch.tensor(order), torch.tensor(costs, dtype=torch.float64)
+
+
+def _round(
+    inverse: torch.Tensor, columns: torch.Tensor, head_dim: int, groups: list[int] | None
+) -> list[tuple[int, float]]:
+    """Which heads go next, by their places among the living, and what each then costs in turn."""
+    places = list(range(len(inverse) // head_dim))
+
+    def together(leaving: list[int]) -> float:
+        rows = _rows(leaving, head_dim)
+        written = columns[:, rows]
+        return (written * _solve(inverse[rows][:, rows], written.T).T).sum().item()
+
+    def cheapest(leaving: list[int], among: list[int]) -> int:
+        return min(among, key=lambda place: together([*leaving, place]))
+
+    leaving = [cheapest([], places)]
+    if groups is not None:
+        while waiting := set(groups) - {groups[place] for place in leaving}:
+            among = [place for place in places if groups[place] in waiting]
+            leaving.append(cheapest(leaving, among))
+        least, improved = together(leaving), True
+        while improved:
+            improved = False
+            for turn, place in enumerate(leaving):
+                others = leaving[:turn] + leaving[turn + 1 :]
+                best = cheapest(others, [each for each in places if groups[each] == groups[place]])
+                cost = together([*others, best])
+                if cost < least * (1 - 1e-9):
+                    leaving[turn], least, improved = best, cost, True
+    totals = [0.0, *(together(leaving[: count + 1]) for count in range(len(leaving)))]
+    return [(place, after - before) for place, before, after
+            in zip(leaving, totals[:-1], totals[1:], strict=True)]  # fmt: skip
+
+
+def _rows(heads: list[int], head_dim: int) -> torch.Tensor:
+    return (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
+
+
+def _without(
+    inverse: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """P and W of what stays when these rows go."""
+    kept = torch.ones(len(inverse), dtype=torch.bool)
+    kept[rows] = False
+    kept = kept.nonzero().flatten()
+    gain = _solve(inverse[rows][:, rows], inverse[rows][:, kept])
+    return inverse[kept][:, kept] - inverse[kept][:, rows] @ gain, (
+        columns[:, kept] - columns[:, rows] @ gain
+    )
 
 
 def _solve(positive: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
