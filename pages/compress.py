@@ -1,6 +1,7 @@
 """Two sliders, what they mean at once, and the real cut behind a button."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import streamlit as st
@@ -52,7 +53,7 @@ def heads_in_words(plan: PruningPlan, shape: Architecture) -> str:
         kept = plan.head_dim or shape.head_dim
         return (
             f"Every head keeps **{kept} of {shape.head_dim}** dims, {kept // 2} of "
-            f"{shape.head_dim // 2} rotary pairs. Possible here: every even number."
+            f"{shape.head_dim // 2} rotary pairs. Possible: any even number."
         )
     counts = ", ".join(str(count) for count in head_counts(shape, plan.granularity))
     return (
@@ -134,6 +135,17 @@ def show_heads(bench: Bench, plan: PruningPlan) -> None:
     )
 
 
+def in_ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in words: 0–2, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
 def show_pairs(bench: Bench, plan: PruningPlan) -> None:
     pairs = bench.pairs()
     st.plotly_chart(
@@ -143,7 +155,7 @@ def show_pairs(bench: Bench, plan: PruningPlan) -> None:
     if plan.head_dim:
         st.caption(
             "Full cells stay, small pale ones go. All heads share the frequencies of the slots "
-            f"(▾): those of pairs {', '.join(map(str, plan.slots))}. Each KV head puts its own "
+            f"(▾): those of pairs {in_ranges(plan.slots)}. Each KV head puts its own "
             "best pairs into them. This choice is by effect on attention, whatever the importance."
         )
 

@@ -14,6 +14,7 @@ MHA, MLP, BOTH, DENSE = "#0072B2", "#E69F00", "#009E73", "#999999"
 COLOURS = {"mha": MHA, "mlp": MLP}
 NAMES = {"mha": "MHA", "mlp": "MLP"}
 MAGNITUDE = "cividis"
+BEST = "share of the<br>layer's best"
 MAX_COLUMNS = 512
 """More columns than this are more than a screen can show."""
 
@@ -113,6 +114,19 @@ def are_positions(scores: np.ndarray) -> bool:
     )
 
 
+def _shaded(share: np.ndarray, logarithmic: bool, label: str = BEST, **ticks: object) -> dict:
+    """The colours of a heatmap of shares."""
+    if logarithmic:
+        ticks = {"tickvals": [0, -1, -2, -3], "ticktext": ["1", "0.1", "0.01", "≤ 0.001"]}
+    return {
+        "z": (np.log10(np.maximum(share, 1e-4)) if logarithmic else share).astype(np.float32),
+        "zmin": -3 if logarithmic else 0,
+        "zmax": 0 if logarithmic else 1,
+        "colorscale": MAGNITUDE,
+        "colorbar": {"title": {"text": label, "side": "right"}, **ticks},
+    }
+
+
 def head_differences(scores: np.ndarray) -> str:
     """A title for a map of heads."""
     weakest = relative(scores).min(axis=1)
@@ -126,17 +140,17 @@ def head_map(
 ) -> go.Figure:
     """Layer × head; removed heads are crossed out where a plan is given.
 
-    `scores` has shape (layers, heads); shown as a share of the layer's best head.
+    `scores` has shape (layers, heads); shown as a share of the layer's best head, on a logarithmic
+    scale where most are far below it.
     """
     share = relative(scores)
     heads = scores.shape[1]
     figure = go.Figure(
         go.Heatmap(
-            z=share, colorscale=MAGNITUDE, zmin=0, zmax=1, xgap=1, ygap=1,
-            colorbar={"title": {"text": "share of the<br>layer's best", "side": "right"}},
-            customdata=scores,
-            hovertemplate="layer %{y}, head %{x}<br>score %{customdata:.4g} "
-            "(%{z:.0%} of the layer's best)<extra></extra>",
+            **_shaded(share, np.median(share) < 0.1), xgap=1, ygap=1,
+            customdata=np.stack([scores, share], axis=2),
+            hovertemplate="layer %{y}, head %{x}<br>score %{customdata[0]:.4g} "
+            "(%{customdata[1]:.2%} of the layer's best)<extra></extra>",
         )
     )  # fmt: skip
     if plan is not None:
@@ -170,32 +184,24 @@ def channel_map(
     share = relative(scores)
     width = scores.shape[1]
     median, below = float(np.median(share)), float((share < 0.1).mean())
-    if are_positions(scores):
-        logarithmic, label = False, "place in the<br>elimination"
-        hover = "%{customdata:.1%} of the layer's went before it"
-        title = f"{module} channels by their place in each layer's order of elimination"
-        ticks = {"tickvals": [0, 1], "ticktext": ["first out", "last"]}
-    else:
-        logarithmic, label = median < 0.3, "share of the<br>layer's best"
-        hover = "%{customdata:.3g} of the layer's best"
-        title = (
-            f"{below:.0%} of {module} channels score under a tenth of their layer's best"
-            if logarithmic
-            else f"Half of the {module} channels score under {median:.0%} of their layer's best"
-        )
-        ticks = (
-            {"tickvals": [0, -1, -2, -3], "ticktext": ["1", "0.1", "0.01", "≤ 0.001"]}
-            if logarithmic
-            else {"tickformat": ".1f"}
-        )
     shown, edges = _binned(-np.sort(-share, axis=1) if ordered else share)
+    hover = "%{customdata:.3g} of the layer's best"
+    if are_positions(scores):
+        shades = _shaded(
+            shown, False, "place in the<br>elimination",
+            tickvals=[0, 1], ticktext=["first out", "last"],
+        )  # fmt: skip
+        hover = "after %{customdata:.1%} of the others"
+        title = f"{module} channels by their place in each layer's order of elimination"
+    elif median < 0.3:
+        shades = _shaded(shown, True)
+        title = f"{below:.0%} of {module} channels score under a tenth of their layer's best"
+    else:
+        shades = _shaded(shown, False)
+        title = f"Half of the {module} channels score under {median:.0%} of their layer's best"
     figure = go.Figure(
         go.Heatmap(
-            z=(np.log10(np.maximum(shown, 1e-4)) if logarithmic else shown).astype(np.float32),
-            x=edges, colorscale=MAGNITUDE, zmin=-3 if logarithmic else 0,
-            zmax=0 if logarithmic else 1,
-            colorbar={"title": {"text": label, "side": "right"}, **ticks},
-            customdata=shown.astype(np.float32),
+            **shades, x=edges, customdata=shown.astype(np.float32),
             hovertemplate=f"layer %{{y}}, channel %{{x}}: {hover}<extra></extra>",
         )
     )  # fmt: skip

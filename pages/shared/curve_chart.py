@@ -68,7 +68,13 @@ def perplexity_curve(
     largest = max((removed for group in series.values() for removed, _ in group), default=0.5)
     figure.update_xaxes(range=[-0.03, largest + 0.05])
     figure.update_yaxes(title="perplexity", type="log" if logarithmic else "linear")
-    return laid_out(figure, _curve_title(points, dense), 460)
+    figure = laid_out(figure, _curve_title(points, dense), 460)
+    if len(series) > 3:
+        figure.update_layout(
+            height=460 + 24 * len(series),
+            legend={"orientation": "v", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"},
+        )
+    return figure
 
 
 def _series(

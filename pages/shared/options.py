@@ -19,8 +19,8 @@ _MEASURES = {
     "(FLAP)",
     "taylor": "how much the loss would change, to first order, without the unit's weights "
     "(LLM-Pruner)",
-    "reconstruction": "how badly the rest, refitted, does without the unit: chooses for what least "
-    "squares can rebuild",
+    "reconstruction": "how badly the rest, refitted, does without the unit; it chooses for what "
+    "least squares can rebuild",
     "magnitude": "how large the unit's weights are, without looking at any text; a baseline",
     "random": "nothing: units are drawn by lot; the baseline",
 }

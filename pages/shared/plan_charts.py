@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from pages.shared.charts import COLOURS, MAGNITUDE, MHA, NAMES, laid_out, layer_axis
+from pages.shared.charts import COLOURS, DENSE, MAGNITUDE, NAMES, laid_out, layer_axis
 from transact_core.plan import PruningPlan
 from transact_core.recovery import LayerFit
 
@@ -86,7 +86,7 @@ def pair_map(
             "stays, in the slot of pair %{customdata[3]}",
             {"xgap": 1, "ygap": min(1, room / 8)},
         ),
-        (False, "goes", {"xgap": 8, "ygap": room / 2, "opacity": 0.5}),
+        (False, "goes", {"xgap": 5, "ygap": room / 2.5, "opacity": 0.6}),
     ):
         figure.add_heatmap(
             z=np.where(kept == stays, np.log10(np.maximum(share, 1e-6)), np.nan)
@@ -104,7 +104,7 @@ def pair_map(
     above = -0.5 - layers / 50
     figure.add_scatter(
         x=slots, y=[above] * len(slots), mode="markers",
-        marker={"symbol": "triangle-down", "size": 8, "color": MHA}, showlegend=False,
+        marker={"symbol": "triangle-down", "size": 8, "color": DENSE}, showlegend=False,
         customdata=2 * np.pi / inv_freq[slots],
         hovertemplate="slot of pair %{x}: one turn in %{customdata:,.0f} tokens<extra></extra>",
     )  # fmt: skip

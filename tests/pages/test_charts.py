@@ -103,6 +103,11 @@ def test_scores_of_one_size_are_shown_on_a_linear_scale():
     assert charts.channel_map(far, True).data[0].zmin == -3
 
 
+def test_heads_far_below_their_best_are_shown_on_a_logarithmic_scale():
+    assert charts.head_map(np.array([[1, 0.01, 0.001]])).data[0].z[0].tolist() == [0, -2, -3]
+    assert charts.head_map(np.array([[1, 0.5, 0.25]])).data[0].z[0].tolist() == [1, 0.5, 0.25]
+
+
 def test_a_map_of_pairs_tells_what_stays_and_in_which_slot():
     effects = np.tile([4.0, 1.0, 3.0, 2.0], (2, 2, 1))
     figure = plan_charts.pair_map(effects, narrower(), np.array([1, 0.1, 0.01, 0.001]))
