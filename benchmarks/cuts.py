@@ -5,20 +5,20 @@ gets its rows.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.baselines import BASELINES
 from transact_core.architecture import Architecture
+from transact_core.bench import Choices
 from transact_core.importance import IMPORTANCES
 from transact_core.plan import GRANULARITIES, Widths, widths
 from transact_core.recovery import RECOVERIES
-from transact_core.sweep import Choices
 
 PUBLISHED = "TransAct as published"
 DENSE = "dense"
 KEEPS_KV_CACHE = ("query-heads",)
 """Granularities that leave the KV cache as it is, where queries are grouped."""
-CHOOSES_ITSELF = "auto"
+STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ CUTS = (
     Cut("a third of the query heads and 30 % of the MLP", THIRD, 0.3),
 )
 QUICK_CUTS = ("30 % of the MLP", "a third of the query heads", "a third of the KV cache")
-QUICK_IMPORTANCES = ("activation", "activation-weight")
+QUICK_IMPORTANCES = ("activation", "reconstruction")
 
 
 @dataclass(frozen=True)
@@ -87,25 +87,31 @@ def rows(quick: bool = False) -> list[Row]:
 
 
 def _engine_choices(cut: Cut) -> Iterator[Choices]:
-    """Each importance with each recovery; where the granularity is free, each that fits the cut."""
+    """Each importance with each recovery; where the granularity is free, each that fits the cut.
+
+    Then what is decided by measuring, with the strongest of both: `auto`, and a cut in steps.
+    """
     for granularity in _granularities(cut):
         for importance in IMPORTANCES:
             for recovery in RECOVERIES:
                 yield Choices(granularity=granularity, importance=importance, recovery=recovery)
+    strongest = Choices(cut.granularity, "reconstruction", "least-squares")
+    if cut.mha_ratio and not cut.narrows_kv_cache:
+        yield replace(strongest, granularity="auto")
+    if cut.mlp_ratio:
+        yield replace(strongest, steps=STEPS)
 
 
 def _granularities(cut: Cut) -> list[str]:
     if cut.narrows_kv_cache:
-        others = (*KEEPS_KV_CACHE, CHOOSES_ITSELF)
-        return [granularity for granularity in GRANULARITIES if granularity not in others]
-    chosen = [cut.granularity]
-    if cut.mha_ratio and CHOOSES_ITSELF in GRANULARITIES:
-        chosen.append(CHOOSES_ITSELF)
-    return chosen
+        return [name for name in GRANULARITIES if name not in KEEPS_KV_CACHE]
+    return [cut.granularity]
 
 
 def _method(choices: Choices, cut: Cut) -> str:
     words = [choices.importance, choices.recovery]
     if choices.granularity != "query-heads" and cut.mha_ratio:
         words.insert(0, choices.granularity)
+    if choices.steps > 1:
+        words.append(f"{choices.steps} steps")
     return f"ours: {', '.join(words)}"

@@ -24,14 +24,15 @@ from benchmarks.baselines import BASELINES, BaselineFailed
 from benchmarks.cuts import DENSE, PUBLISHED, Row, rows
 from benchmarks.memory import peak_memory
 from transact_core import corpora, export
+from transact_core.bench import Bench, Choices, compress
 from transact_core.corpora import Windows
+from transact_core.decide import decide
 from transact_core.errors import TransActError
 from transact_core.evaluation import evaluate
 from transact_core.files import cache_folder
 from transact_core.models import LoadedModel, load_model
 from transact_core.plan import head_counts
 from transact_core.surgery import cast, round_weights
-from transact_core.sweep import Bench, Choices, compress
 
 RELOADED_TOLERANCE = 1e-3
 """In nats a token: what a reloaded model may differ by from the one in memory."""
@@ -137,12 +138,15 @@ def _make(row: Row, loaded: LoadedModel, calibration: Windows):
     unused = dataclasses.replace(calibration, ids=calibration.ids[:1, :2])
     bench = Bench(loaded, calibration, unused)
     bench.statistics()
-    plan = bench.plan(mha_ratio, row.cut.mlp_ratio, choices)
+    decision = decide(bench, mha_ratio, row.cut.mlp_ratio, choices)
+    plan = decision.plan
     model, measurement = compress(bench, plan, choices.recovery)
     note = f"chose {plan.granularity}" if plan.granularity != choices.granularity else ""
 
     def save(output: Path) -> None:
-        compression = export.describe_compression(bench, plan, choices.recovery)
+        compression = export.describe_compression(
+            bench, plan, choices.recovery, steps=choices.steps, decision=decision
+        )
         export.write_checkpoint(output, model, bench, measurement, compression)
 
     return model, save, note

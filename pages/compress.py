@@ -13,11 +13,11 @@ from pages.shared.options import GRANULARITY_HELP, IMPORTANCE_HELP, RECOVERY_HEL
 from pages.shared.progress import require_bench, require_prepared, show_dense, show_job
 from pages.shared.workbench import Cut, find_point, start_cut, visit
 from transact_core.architecture import Architecture
+from transact_core.bench import Bench, Measurement
 from transact_core.importance import IMPORTANCES
 from transact_core.plan import GRANULARITIES, LayerPlan, PruningPlan, head_counts
 from transact_core.recovery import RECOVERIES
 from transact_core.surgery import head_rows
-from transact_core.sweep import Bench, Measurement
 
 
 def choose() -> tuple[Cut, tuple[DeltaGenerator, DeltaGenerator]]:

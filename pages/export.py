@@ -8,8 +8,8 @@ import streamlit as st
 from pages.shared.jobs import DONE
 from pages.shared.progress import require_bench, require_prepared, show_job
 from pages.shared.workbench import Cut, find_point, points, start_export, visit
+from transact_core.bench import Bench, Choices, Measurement
 from transact_core.export import apply_command, describe_compression, reproduce_command
-from transact_core.sweep import Bench, Choices, Measurement
 
 
 def choose_cut(bench: Bench) -> Cut:

@@ -9,8 +9,8 @@ from pages.shared.options import IMPORTANCE_HELP, measures
 from pages.shared.progress import require_bench, require_prepared
 from pages.shared.workbench import visit
 from transact_core.activations import MODULES, channels_holding
+from transact_core.bench import Choices
 from transact_core.importance import IMPORTANCES
-from transact_core.sweep import Choices
 
 SHARE = 0.9
 

@@ -9,10 +9,10 @@ from pages.shared.jobs import DONE
 from pages.shared.options import GRANULARITY_HELP, IMPORTANCE_HELP, RECOVERY_HELP
 from pages.shared.progress import require_bench, show_dense, show_job
 from pages.shared.workbench import points, start_curve, visit, workbench
+from transact_core.bench import Bench, Choices
 from transact_core.importance import IMPORTANCES
 from transact_core.plan import GRANULARITIES, head_counts, widths
 from transact_core.recovery import RECOVERIES
-from transact_core.sweep import Bench, Choices
 
 CURVES = ("MHA only", "MLP only", "Both")
 

@@ -69,6 +69,32 @@ def test_options_change_the_cut(prune):
     assert json.loads((made / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_auto_says_which_granularity_and_why(prune, capsys):
+    status, made = prune("out", "0.34", "0", "--granularity", "auto")
+    assert status == 0
+    stored = json.loads((made / "compression.json").read_text())
+    losses = stored["granularity_losses"]
+    assert set(losses) == {"query-heads", "kv-groups", "head-dims"}
+    assert stored["plan"]["granularity"] == min(losses, key=losses.get)
+    assert f"auto takes {stored['plan']['granularity']}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("granularity", ["query-heads", "kv-groups", "head-dims"])
+def test_a_cut_in_steps_is_told_and_made_again_from_its_plan(prune, tmp_path, granularity):
+    status, made = prune("out", "0.67", "0.5", "--granularity", granularity, "--steps", "3")
+    assert status == 0
+    stored = json.loads((made / "compression.json").read_text())
+    assert stored["steps"] == 3
+    channels = [step["intermediate_size"] for step in stored["earlier_steps"]]
+    assert channels == [34, 27]
+    assert stored["plan"]["intermediate_size"] == 20
+    assert all(step["perplexity"] > 1 for step in stored["earlier_steps"])
+    again = tmp_path / "again"
+    assert main(["apply", str(made / "compression.json"), "--output", str(again)]) == 0
+    for name in ("model.safetensors", "compression.json"):
+        assert (made / name).read_bytes() == (again / name).read_bytes()
+
+
 def test_evaluate_measures_what_the_report_says(prune, text_file, capsys):
     _, made = prune()
     capsys.readouterr()
@@ -153,7 +179,7 @@ def test_ratios_that_are_none_are_refused(prune, capsys, changes, complaint):
         (["--seed", str(2**63)], "outside 0 to"),
         (["--sequence-length", "1"], "at least 2"),
         (["--calibration-tokens", "0"], "not a positive number"),
-        (["--steps", "3"], "invalid choice: 3"),
+        (["--steps", "0"], "not a positive number"),
         (["--nonsense"], "nrecognized arguments: --nonsense"),
         (["--evaluation", "no/such.txt"], "There is no text at"),
         (["--sequence-length", "100000"], "fewer than one window"),

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import same_weights, snapshot
+from transact_core.bench import Choices, compress
 from transact_core.errors import TransActError
 from transact_core.export import (
     describe_compression,
@@ -17,7 +18,6 @@ from transact_core.export import (
     version_warnings,
     write_checkpoint,
 )
-from transact_core.sweep import Choices, compress
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from transact_core.architecture import Architecture
+from transact_core.bench import Choices
 from transact_core.footprint import footprint
 from transact_core.surgery import prune
-from transact_core.sweep import Choices
 
 CONTEXT_LENGTH = 12
 

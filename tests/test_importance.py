@@ -7,11 +7,11 @@ from torch.nn import functional
 from tests.conftest import make_model, same_weights, snapshot
 from transact_core.activations import collect
 from transact_core.architecture import Architecture
+from transact_core.bench import Bench
 from transact_core.corpora import Windows
 from transact_core.errors import Cancelled, TransActError
 from transact_core.importance import IMPORTANCES, Evidence, Scores, head_scores, register, score
 from transact_core.plan import make_plan
-from transact_core.sweep import Bench
 
 NAMES = (
     "activation",

@@ -5,11 +5,11 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import bench_of, make_model, same_weights, snapshot, windows_for
 from transact_core import recovery
 from transact_core.activations import transitional_inputs
+from transact_core.bench import Choices
 from transact_core.corpora import Windows
 from transact_core.errors import TransActError
 from transact_core.recovery import _cross_validated, _Moments, recover, require_recovery
 from transact_core.surgery import prune
-from transact_core.sweep import Choices
 
 
 def random_moments(windows: int, inputs: int = 12, outputs: int = 5):

@@ -1,7 +1,8 @@
 import pytest
 
+from transact_core.bench import Bench, Choices, compress
 from transact_core.errors import Cancelled, TransActError
-from transact_core.sweep import Bench, Choices, compress, sweep
+from transact_core.sweep import sweep
 
 
 def test_points_are_those_of_single_cuts(gqa_bench):
@@ -23,7 +24,7 @@ def test_one_calibration_pass_serves_every_position(gqa_bench, monkeypatch):
 def test_a_second_process_finds_what_the_first_measured(gqa_bench, monkeypatch):
     first = gqa_bench.statistics(), gqa_bench.dense()
     monkeypatch.setattr("transact_core.importance.collect", None)
-    monkeypatch.setattr("transact_core.sweep.evaluate", None)
+    monkeypatch.setattr("transact_core.bench.evaluate", None)
     again = Bench(gqa_bench.loaded, gqa_bench.calibration, gqa_bench.evaluation)
     assert again.statistics().mlp.norm.equal(first[0].mlp.norm)
     assert again.dense().nll.equal(first[1].nll)

@@ -7,13 +7,20 @@ Data flows one way, and a module imports only from those before it:
     models             a source the user names → model, tokenizer, identity
     corpora            text → windows of token ids
     activations        one pass over calibration windows → statistics per layer
-    importance         statistics → a score for each head and channel
+    streams            the residual stream of all windows, run layer by layer
+    elimination        which channels least squares can do without
+    saliences          weight · gradient
+    importance         evidence → a score for each head and channel
+    rotary             rotary pairs: their effect on attention, slots of narrower heads
     plan               scores and two ratios → what each layer keeps
     footprint          architecture → parameters, FLOPs, KV-cache bytes
     surgery            model and plan → a pruned stock LlamaForCausalLM
-    recovery           closed-form repair of o_proj and down_proj after the cut
+    narrowing          queries, keys and values of narrower heads, fitted
+    recovery           closed-form repair after the cut
     evaluation         perplexity with its uncertainty
     store              measured tensors on disk, keyed by what determined them
+    bench              one model on one pair of texts: plan, cut, repair, measure
+    decide             which granularity, and cuts in several steps
     sweep              ratios → measured points
     export             the output folder and compression.json
     cli                the command line

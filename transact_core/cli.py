@@ -21,6 +21,8 @@ import torch
 from tqdm import tqdm
 
 from transact_core import corpora, export
+from transact_core.bench import Bench, Choices, compress, model_report
+from transact_core.decide import decide
 from transact_core.errors import Progress, TransActError
 from transact_core.evaluation import evaluate
 from transact_core.files import require_free_output
@@ -29,7 +31,7 @@ from transact_core.importance import IMPORTANCES, Evidence, score
 from transact_core.models import LoadedModel, dtype_name, load_model
 from transact_core.plan import GRANULARITIES, parse_ratio
 from transact_core.recovery import RECOVERIES
-from transact_core.sweep import Bench, Choices, compress, model_report, sweep
+from transact_core.sweep import sweep
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -143,10 +145,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_choices(parser: argparse.ArgumentParser) -> None:
     defaults = Choices()
-    parser.add_argument("--granularity", default=defaults.granularity, choices=GRANULARITIES)
+    parser.add_argument(
+        "--granularity", default=defaults.granularity, choices=[*GRANULARITIES, "auto"]
+    )
     parser.add_argument("--importance", default=defaults.importance, choices=list(IMPORTANCES))
     parser.add_argument("--recovery", default=defaults.recovery, choices=RECOVERIES)
-    parser.add_argument("--steps", type=_positive, default=1, choices=[1])
+    parser.add_argument("--steps", type=_positive, default=defaults.steps, metavar="K")
     parser.add_argument("--multiple-of", type=_positive, default=defaults.multiple_of, metavar="N")
     parser.add_argument("--save-dtype", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--seed", type=_seed, default=0)
@@ -177,9 +181,12 @@ def _prune(chosen: argparse.Namespace) -> None:
     require_free_output(chosen.output)
     with _Bar() as progress:
         bench = _bench(chosen, progress)
-        bench.scores(chosen.importance, progress)
-        plan = bench.plan(mha_ratio, mlp_ratio, _choices(chosen))
-        compression = export.describe_compression(bench, plan, chosen.recovery, chosen.seed)
+        decision = decide(bench, mha_ratio, mlp_ratio, _choices(chosen), progress)
+        if decision.why:
+            tqdm.write(decision.why, file=sys.stderr)
+        compression = export.describe_compression(
+            bench, decision.plan, chosen.recovery, chosen.seed, chosen.steps, decision
+        )
         _carry_out(bench, compression, chosen, progress)
 
 

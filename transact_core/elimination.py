@@ -136,7 +136,7 @@ def eliminate_channels(inverse: torch.Tensor, columns: torch.Tensor) -> Removal:
         order.append(names[taken.cpu()])
         costs.append(paid)
         alive -= len(taken)
-        gain = torch.linalg.solve(inverse[taken][:, taken], inverse[taken])
+        gain = _solve(inverse[taken][:, taken], inverse[taken])
         columns.addmm_(columns[:, taken], gain, alpha=-1)
         inverse.addmm_(inverse[:, taken], gain, alpha=-1)
         gone[taken] = True
@@ -214,7 +214,7 @@ def eliminate_heads(
         blocks = inverse.unflatten(0, (-1, head_dim)).unflatten(2, (-1, head_dim))
         blocks = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         written = columns.T.unflatten(0, (-1, head_dim))
-        cost = (written * torch.linalg.solve(blocks, written)).sum(dim=(1, 2)).cpu().double()
+        cost = (written * _solve(blocks, written)).sum(dim=(1, 2)).cpu().double()
         barred = torch.tensor([head // queries_per_group not in waiting for head in names])
         best = int(cost.masked_fill(barred, math.inf).argmin())
         waiting.remove(names[best] // queries_per_group)
@@ -223,10 +223,15 @@ def eliminate_heads(
         taken = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
         taken[best * head_dim : (best + 1) * head_dim] = True
         kept = ~taken
-        gain = torch.linalg.solve(inverse[taken][:, taken], inverse[taken][:, kept])
+        gain = _solve(inverse[taken][:, taken], inverse[taken][:, kept])
         columns = columns[:, kept] - columns[:, taken] @ gain
         inverse = inverse[kept][:, kept] - inverse[kept][:, taken] @ gain
     return torch.tensor(order), torch.stack(costs)
+
+
+def _solve(positive: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Positive definite systems. By Cholesky: some builds' batched LU fails on many large heads."""
+    return torch.cholesky_solve(right, torch.linalg.cholesky(positive))
 
 
 def _positions(order: torch.Tensor) -> torch.Tensor:

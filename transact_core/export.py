@@ -17,16 +17,17 @@ from pydantic import Field, ValidationError
 from transformers import LlamaForCausalLM
 
 from transact_core import __version__
+from transact_core.bench import Bench, Measurement, model_report
 from transact_core.corpora import Windows, describe
+from transact_core.decide import Decision, Step
 from transact_core.errors import TransActError
 from transact_core.evaluation import Evaluation
 from transact_core.files import require_disk_space, require_free_output, staged_folder
 from transact_core.footprint import Footprint
 from transact_core.models import LoadedModel, dtype_name
-from transact_core.plan import Data, PruningPlan
+from transact_core.plan import Data, Granularity, PruningPlan
 from transact_core.recovery import RecoveryName, require_recovery
 from transact_core.surgery import cast
-from transact_core.sweep import Bench, Measurement, model_report
 
 SCHEMA_VERSION = 1
 BESIDE_WEIGHTS_BYTES = 50_000_000
@@ -63,7 +64,11 @@ class Compression(Data):
     model: ModelReference
     plan: PruningPlan
     recovery: RecoveryName
-    steps: Literal[1] = 1
+    steps: Annotated[int, Field(ge=1)] = 1
+    earlier_steps: tuple[Step, ...] = ()
+    """The pruned models on the way to the plan, told for the reader; the plan stands on its own."""
+    granularity_losses: dict[Granularity, float] = Field(default_factory=dict)
+    """Held-out loss of each granularity tried, where `auto` chose."""
     calibration: TextReference
     evaluation: TextReference
     sequence_length: Annotated[int, Field(ge=2)]
@@ -78,15 +83,24 @@ class Compression(Data):
 
 
 def describe_compression(
-    bench: Bench, plan: PruningPlan, recovery: str, seed: int = 0
+    bench: Bench,
+    plan: PruningPlan,
+    recovery: str,
+    seed: int = 0,
+    steps: int = 1,
+    decision: Decision | None = None,
 ) -> Compression:
-    """The compression that `sweep.compress` carries out with these arguments, as data."""
+    """The compression that `bench.compress` carries out with these arguments, as data."""
     require_recovery(recovery)
+    decision = decision or Decision(plan)
     loaded = bench.loaded
     return Compression(
         model=ModelReference(source=loaded.source, weight_files=loaded.weight_files),
         plan=plan,
         recovery=recovery,
+        steps=steps,
+        earlier_steps=decision.earlier_steps,
+        granularity_losses=decision.granularity_losses,
         calibration=_text_reference(bench.calibration),
         evaluation=_text_reference(bench.evaluation),
         sequence_length=bench.evaluation.sequence_length,
@@ -240,6 +254,7 @@ def reproduce_command(compression: Compression, output: str = "out") -> str:
         "--granularity": plan.granularity,
         "--importance": plan.importance,
         "--recovery": compression.recovery,
+        "--steps": compression.steps,
         "--multiple-of": plan.multiple_of,
         "--calibration": compression.calibration.source,
         "--calibration-tokens": compression.calibration.tokens,

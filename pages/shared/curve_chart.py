@@ -6,8 +6,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from pages.shared.charts import BOTH, DENSE, MHA, MLP, laid_out
+from transact_core.bench import Measurement
 from transact_core.evaluation import Evaluation
-from transact_core.sweep import Measurement
 
 KINDS = {"MHA only": MHA, "MLP only": MLP, "both": BOTH}
 RECOVERIES = {

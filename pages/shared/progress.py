@@ -4,8 +4,8 @@ import streamlit as st
 
 from pages.shared.jobs import CANCELLED, DONE, FAILED, QUEUED, Job
 from pages.shared.workbench import Opening, visit, workbench
+from transact_core.bench import Bench, Choices
 from transact_core.evaluation import Evaluation
-from transact_core.sweep import Bench, Choices
 
 SOON = 0.4
 """Seconds that work may take before its progress is shown: a bar that flashes tells nothing."""

@@ -11,12 +11,13 @@ from transformers import LlamaForCausalLM
 
 from pages.shared.jobs import DONE, Job, JobQueue, job_threads
 from transact_core import corpora
+from transact_core.bench import Bench, Choices, Measurement, compress
 from transact_core.errors import Progress
 from transact_core.export import describe_compression, require_room, write_checkpoint
 from transact_core.files import cache_folder, require_free_output
 from transact_core.models import BUILTIN, LoadedModel, load_model
 from transact_core.plan import Granularity, PruningPlan
-from transact_core.sweep import Bench, Choices, Measurement, compress, sweep
+from transact_core.sweep import sweep
 
 MODELS_KEPT = 2
 BENCHES_KEPT = 4

@@ -9,7 +9,7 @@ from streamlit.testing.v1 import AppTest
 from pages.shared import progress
 from pages.shared import workbench as shared
 from pages.shared.workbench import Request, Visit, Workbench
-from transact_core.sweep import Choices
+from transact_core.bench import Choices
 
 ROOT = Path(__file__).parents[2]
 WAIT = 30

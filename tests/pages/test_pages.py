@@ -7,9 +7,9 @@ import pytest
 from pages.shared import progress
 from pages.shared.workbench import Request
 from tests.pages.conftest import ended
+from transact_core.bench import Choices
 from transact_core.errors import TransActError
 from transact_core.importance import IMPORTANCES, register, score
-from transact_core.sweep import Choices
 
 
 @pytest.fixture

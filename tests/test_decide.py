@@ -1,0 +1,121 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import KINDS, bench_of, make_model, same_weights, snapshot
+from tests.test_plan import architectures, ratios
+from transact_core.architecture import Architecture
+from transact_core.bench import Choices
+from transact_core.decide import decide, held_out_loss, schedule
+from transact_core.plan import GRANULARITIES, head_counts, widths
+
+
+def test_one_step_of_a_fixed_granularity_is_the_plain_plan(gqa_bench):
+    decision = decide(gqa_bench, 0.5, 0.3, Choices())
+    assert decision.plan == gqa_bench.plan(0.5, 0.3, Choices())
+    assert (decision.granularity_losses, decision.earlier_steps, decision.why) == ({}, (), None)
+
+
+def test_auto_takes_the_lowest_held_out_loss(gqa_bench):
+    decision = decide(gqa_bench, 0.34, 0.3, Choices(granularity="auto"))
+    assert set(decision.granularity_losses) == set(GRANULARITIES)
+    best = min(decision.granularity_losses, key=decision.granularity_losses.get)
+    assert decision.plan == gqa_bench.plan(0.34, 0.3, Choices(granularity=best))
+    for granularity, loss in decision.granularity_losses.items():
+        assert f"{granularity} {loss:.3f}" in decision.why
+
+
+def test_auto_leaves_out_what_cannot_be_had(tokenizer, windows):
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    bench = bench_of(make_model(**KINDS["mha"], rope_parameters=rope), tokenizer, windows)
+    assert set(decide(bench, 0.5, 0, Choices(granularity="auto")).granularity_losses) == {
+        "kv-groups"
+    }
+
+
+def test_auto_without_an_attention_cut_tries_nothing(gqa_bench):
+    decision = decide(gqa_bench, 0, 0.3, Choices(granularity="auto"))
+    assert decision.granularity_losses == {}
+    assert decision.plan.num_attention_heads == 6
+
+
+def test_held_out_loss_without_repair_is_that_of_the_pruned_model(gqa_bench):
+    from transact_core.evaluation import evaluate
+    from transact_core.surgery import prune
+
+    plan = gqa_bench.plan(0.5, 0.3, Choices())
+    model = prune(gqa_bench.loaded.model, plan)
+    measured = evaluate(model, gqa_bench.calibration).mean_nll
+    assert held_out_loss(gqa_bench, plan, "none") == pytest.approx(measured, rel=1e-5)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_steps_end_at_the_asked_widths_and_only_ever_remove(bench, granularity):
+    dense = snapshot(bench.loaded.model)
+    choices = Choices(granularity=granularity, steps=3)
+    decision = decide(bench, 0.67, 0.6, choices)
+    assert decision.plan.widths == bench.plan(0.67, 0.6, replace(choices, steps=1)).widths
+    assert same_weights(bench.loaded.model, dense)
+    channels = [40, *(step.intermediate_size for step in decision.earlier_steps)]
+    assert channels == sorted(channels, reverse=True)
+    assert decision.earlier_steps[-1].intermediate_size > decision.plan.intermediate_size
+    assert all(math.isfinite(step.perplexity) for step in decision.earlier_steps)
+
+
+def test_later_steps_score_the_pruned_model(gqa_bench, monkeypatch):
+    seen = []
+    from transact_core import decide as module
+
+    real = module.score
+
+    def watched(importance, evidence):
+        seen.append(evidence.architecture.intermediate_size)
+        return real(importance, evidence)
+
+    monkeypatch.setattr(module, "score", watched)
+    decide(gqa_bench, 0, 0.6, Choices(steps=4))
+    assert seen == [34, 28, 22]
+
+
+@given(architectures(), ratios, ratios, st.sampled_from(GRANULARITIES), st.integers(1, 5))
+def test_a_schedule_falls_to_the_target(shape, mha_ratio, mlp_ratio, granularity, steps):
+    choices = Choices(granularity=granularity, steps=steps)
+    taken = [
+        widths(shape, *pair, granularity).applied_to(shape)
+        for pair in schedule(shape, mha_ratio, mlp_ratio, choices)
+    ]
+    assert len(taken) == steps
+    for before, after in zip([shape, *taken], taken, strict=False):
+        assert after.mha_width <= before.mha_width
+        assert after.intermediate_size <= before.intermediate_size
+    allowed = head_counts(shape, granularity) if granularity != "head-dims" else []
+    for cut in taken[:-1]:
+        assert not allowed or cut.num_attention_heads in allowed
+    # The paper's rule, on the MLP's width.
+    width, target = shape.intermediate_size, taken[-1].intermediate_size
+    for left, cut in zip(range(steps, 0, -1), taken, strict=True):
+        width -= (width - target) // left
+        assert cut.intermediate_size == width
+
+
+def test_scores_return_to_their_places_in_the_dense_model(gqa_bench):
+    from transact_core.decide import _in_dense_places
+    from transact_core.importance import Evidence, score
+    from transact_core.surgery import prune
+
+    plan = gqa_bench.plan(0.5, 0.3, Choices())
+    model = prune(gqa_bench.loaded.model, plan)
+    cut = Architecture.from_config(model.config)
+    small = score("activation", Evidence(model, gqa_bench.calibration, cut))
+    placed = _in_dense_places(small, plan, gqa_bench.scores("activation"))
+    for number, layer in enumerate(plan.layers):
+        assert torch.equal(
+            placed.channels[number, list(layer.kept_channels)], small.channels[number]
+        )
+        assert torch.equal(placed.heads[number, list(layer.kept_heads)], small.heads[number])
+        gone = sorted(set(range(40)) - set(layer.kept_channels))
+        assert (placed.channels[number, gone] == -torch.inf).all()

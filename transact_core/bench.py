@@ -1,0 +1,232 @@
+"""One model on one pair of texts: plan a cut, carry it out, measure it.
+
+A `Bench` holds what every position of the two sliders shares, each worked out once: the statistics
+of the calibration pass and the dense model's own losses.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from transformers import LlamaForCausalLM
+
+from transact_core.activations import ActivationStatistics
+from transact_core.corpora import Windows
+from transact_core.errors import Progress, silent
+from transact_core.evaluation import Evaluation, evaluate, paired_difference
+from transact_core.footprint import Footprint, footprint
+from transact_core.importance import Evidence, Scores, score
+from transact_core.models import LoadedModel, dtype_name, resolve_dtype
+from transact_core.plan import Granularity, PruningPlan, make_plan
+from transact_core.recovery import LayerFit, recover, require_recovery
+from transact_core.rotary import PairEffects, measure_pairs, require_exact_rope
+from transact_core.store import Tensors, remembered, sha256_of_tokens
+from transact_core.surgery import prune, round_weights
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What decides a cut beside its two ratios; the defaults of the command line."""
+
+    granularity: Granularity | Literal["auto"] = "query-heads"
+    importance: str = "activation"
+    recovery: str = "least-squares"
+    multiple_of: int = 1
+    steps: int = 1
+    """How often units are scored anew on the model as pruned so far; see `decide`."""
+
+
+class Bench:
+    """One model on one pair of texts, with what all cuts of it have in common."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        calibration: Windows,
+        evaluation: Windows,
+        save_dtype: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.loaded = loaded
+        self.calibration = calibration
+        self.evaluation = evaluation
+        self.save_dtype = dtype_name(
+            loaded.source_dtype if save_dtype is None else resolve_dtype(save_dtype, loaded.device)
+        )
+        self.seed = seed
+        self._measured: dict[str, Tensors] = {}
+        self._dense: Evaluation | None = None
+        self._scores: dict[str, Scores] = {}
+
+    def statistics(self, progress: Progress = silent) -> ActivationStatistics:
+        """The statistics of the calibration windows; measured at the first call."""
+        return self._evidence(progress).statistics
+
+    def scores(self, importance: str, progress: Progress = silent) -> Scores:
+        """Scores from the calibration windows; what they need is measured at the first call.
+
+        Raises:
+            TransActError: the importance is not known, or what it measures is NaN or infinite.
+        """
+        if importance not in self._scores:
+            self._scores[importance] = score(importance, self._evidence(progress))
+        return self._scores[importance]
+
+    def _evidence(self, progress: Progress) -> Evidence:
+        return Evidence(
+            self.loaded.model,
+            self.calibration,
+            self.loaded.architecture,
+            self.seed,
+            progress,
+            self._remember,
+        )
+
+    def _remember(self, what: str, measure: Callable[[], Tensors]) -> Tensors:
+        if what not in self._measured:
+            key = {"measured": what, **self._determined_by(self.calibration)}
+            self._measured[what] = remembered(key, measure)
+        return self._measured[what]
+
+    def dense(self, progress: Progress = silent) -> Evaluation:
+        """The dense model's losses; measured at the first call."""
+        if self._dense is None:
+
+            def measure() -> dict[str, torch.Tensor]:
+                stage = "Measuring the dense model"
+                return {"nll": evaluate(self.loaded.model, self.evaluation, progress, stage).nll}
+
+            key = {"measured": "nll", **self._determined_by(self.evaluation)}
+            self._dense = Evaluation(**remembered(key, measure))
+        return self._dense
+
+    def _determined_by(self, windows: Windows) -> dict[str, object]:
+        loaded = self.loaded
+        return {
+            "weights": sorted(loaded.weight_files.values()),
+            "config": loaded.model.config.to_json_string(),
+            "tokens": sha256_of_tokens(windows.ids),
+            "device": loaded.device.type,
+            "dtype": dtype_name(loaded.dtype),
+        }
+
+    def pairs(self, progress: Progress = silent) -> PairEffects:
+        """The rotary pairs' effects on attention; measured at the first call."""
+        require_exact_rope(self.loaded.model.config)
+        tensors = self._remember(
+            "rotary pairs",
+            lambda: measure_pairs(self.loaded.model, self.calibration, progress).to_tensors(),
+        )
+        return PairEffects(**tensors)
+
+    def prepared(self, choices: Choices) -> bool:
+        """Whether a plan with these choices needs no measuring any more."""
+        pairs_known = choices.granularity != "head-dims" or "rotary pairs" in self._measured
+        return choices.importance in self._scores and pairs_known
+
+    def prepare(self, choices: Choices, progress: Progress = silent) -> None:
+        """Measures what every plan with these choices needs."""
+        self.plan(0.0, 0.0, choices, progress)
+
+    def plan(
+        self,
+        mha_ratio: float,
+        mlp_ratio: float,
+        choices: Choices,
+        progress: Progress = silent,
+        scores: Scores | None = None,
+    ) -> PruningPlan:
+        """What these ratios and choices keep in one step; measures what the choice needs.
+
+        `scores` takes the place of the dense model's own.
+        """
+        return make_plan(
+            self.loaded.architecture,
+            scores or self.scores(choices.importance, progress),
+            choices.importance,
+            mha_ratio,
+            mlp_ratio,
+            choices.granularity,
+            choices.multiple_of,
+            self.pairs(progress) if choices.granularity == "head-dims" else None,
+        )
+
+    @cached_property
+    def dense_footprint(self) -> Footprint:
+        """Of the model as it is stored."""
+        return footprint(self.loaded.architecture, dtype_name(self.loaded.source_dtype))
+
+    def footprint(self, plan: PruningPlan, recovery: str = Choices.recovery) -> Footprint:
+        """Of a cut as it would be saved."""
+        cut = plan.applied_to(self.loaded.architecture, with_biases=recovery == "bias")
+        return footprint(cut, self.save_dtype)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured point: what was cut, what is left, what it costs in perplexity."""
+
+    plan: PruningPlan
+    recovery: str
+    footprint: Footprint
+    evaluation: Evaluation = field(repr=False)
+    delta_nll: float
+    """Mean per-token difference of NLL from the dense model, in nats."""
+    delta_nll_se: float
+    """Its standard error, over evaluation windows."""
+    fits: tuple[LayerFit, ...]
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        return self.evaluation.perplexity
+
+    def row(self) -> dict[str, float]:
+        """A row of `points.csv`."""
+        return {
+            "mha_ratio": self.plan.mha_ratio,
+            "mlp_ratio": self.plan.mlp_ratio,
+            **model_report(self.footprint, self.perplexity),
+            "delta_nll": self.delta_nll,
+            "delta_nll_se": self.delta_nll_se,
+            "seconds": self.seconds,
+        }
+
+
+def model_report(cost: Footprint, perplexity: float) -> dict[str, float]:
+    """`dense` or `pruned` of `report.json`."""
+    return {"perplexity": perplexity, **asdict(cost)}
+
+
+def compress(
+    bench: Bench, plan: PruningPlan, recovery: str, progress: Progress = silent
+) -> tuple[LlamaForCausalLM, Measurement]:
+    """Cuts, repairs and measures; perplexity is that of the weights as they would be saved.
+
+    Raises:
+        TransActError: the plan does not fit the model or the recovery is not known.
+    """
+    require_recovery(recovery)
+    dense = bench.dense(progress)
+    start = time.perf_counter()
+    dense_model = bench.loaded.model
+    model = prune(dense_model, plan, with_biases=recovery == "bias")
+    fits: tuple[LayerFit, ...] = ()
+    if recovery != "none" and plan.cuts_anything(bench.loaded.architecture):
+        fits = recover(dense_model, model, plan, bench.calibration, recovery, progress).fits
+    round_weights(model, resolve_dtype(bench.save_dtype, bench.loaded.device))
+    evaluation = evaluate(model, bench.evaluation, progress)
+    delta_nll, delta_nll_se = paired_difference(evaluation, dense)
+    return model, Measurement(
+        plan=plan,
+        recovery=recovery,
+        footprint=bench.footprint(plan, recovery),
+        evaluation=evaluation,
+        delta_nll=delta_nll,
+        delta_nll_se=delta_nll_se,
+        fits=fits,
+        seconds=time.perf_counter() - start,
+    )

@@ -1,0 +1,241 @@
+"""Choices that cannot be made from one set of scores: which granularity, and cuts in several steps.
+
+Both end in one plan. What they tried on the way is told beside it; how the plan is carried out does
+not depend on it, so a stored plan is applied without deciding again.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+
+import torch
+from torch.nn import functional
+
+from transact_core.architecture import Architecture
+from transact_core.bench import Bench, Choices
+from transact_core.errors import Progress, TransActError, silent
+from transact_core.evaluation import evaluate
+from transact_core.importance import Evidence, Scores, score
+from transact_core.plan import (
+    GRANULARITIES,
+    Data,
+    Granularity,
+    PruningPlan,
+    Widths,
+    head_counts,
+    widths,
+)
+from transact_core.recovery import recover, require_recovery
+from transact_core.rotary import require_exact_rope
+from transact_core.surgery import head_rows, prune
+
+
+class Step(Data):
+    """A pruned model on the way to the plan: its widths, and its perplexity after recovery."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A plan and what was tried on the way to it."""
+
+    plan: PruningPlan
+    granularity_losses: dict[Granularity, float] = field(default_factory=dict)
+    """Mean NLL in nats on held-out calibration windows of each granularity that `auto` tried."""
+    earlier_steps: tuple[Step, ...] = ()
+
+    @property
+    def why(self) -> str | None:
+        """One sentence on the granularity that `auto` took."""
+        if not self.granularity_losses:
+            return None
+        losses = sorted(self.granularity_losses.items(), key=lambda item: item[1])
+        tried = ", ".join(f"{name} {loss:.3f}" for name, loss in losses)
+        return (
+            f"auto takes {self.plan.granularity}: the lowest loss on held-out calibration windows "
+            f"(nats a token: {tried})."
+        )
+
+
+def decide(
+    bench: Bench,
+    mha_ratio: float,
+    mlp_ratio: float,
+    choices: Choices,
+    progress: Progress = silent,
+) -> Decision:
+    """The plan for these ratios, with `auto` resolved and all steps taken.
+
+    Raises:
+        TransActError: a choice is not known, or the granularity cannot be had for this model.
+    """
+    require_recovery(choices.recovery)
+    losses: dict[Granularity, float] = {}
+    if choices.granularity == "auto":
+        if mha_ratio:
+            losses = granularity_losses(bench, mha_ratio, choices, progress)
+        granularity = min(losses, key=losses.get, default=Choices.granularity)
+        choices = replace(choices, granularity=granularity)
+    if choices.steps == 1:
+        return Decision(bench.plan(mha_ratio, mlp_ratio, choices, progress), losses)
+    plan, earlier = _stepwise(bench, mha_ratio, mlp_ratio, choices, progress)
+    return Decision(plan, losses, earlier)
+
+
+# --- auto ------------------------------------------------------------------------------------
+
+
+def granularities_of(bench: Bench) -> tuple[Granularity, ...]:
+    """Those that differ from each other and can be had for this model."""
+    names = list(GRANULARITIES)
+    if bench.loaded.architecture.queries_per_group == 1:
+        names.remove("query-heads")
+    try:
+        require_exact_rope(bench.loaded.model.config)
+    except TransActError:
+        names.remove("head-dims")
+    return tuple(names)
+
+
+def granularity_losses(
+    bench: Bench, mha_ratio: float, choices: Choices, progress: Progress = silent
+) -> dict[Granularity, float]:
+    """Held-out loss of each granularity when the attention alone is cut at this ratio.
+
+    No window is scored by a repair that has seen it (see `recovery`), so no text is set aside.
+    """
+    losses = {}
+    for granularity in granularities_of(bench):
+
+        def told(stage: str, done: int, total: int, granularity: str = granularity) -> None:
+            progress(f"Trying {granularity}: {stage.lower()}", done, total)
+
+        tried = replace(choices, granularity=granularity)
+        plan = bench.plan(mha_ratio, 0.0, tried, told)
+        losses[granularity] = held_out_loss(bench, plan, choices.recovery, told)
+    return losses
+
+
+@torch.no_grad()
+def held_out_loss(
+    bench: Bench, plan: PruningPlan, recovery: str, progress: Progress = silent
+) -> float:
+    """Mean NLL in nats on the calibration windows, each through repairs that have not seen it."""
+    dense, windows = bench.loaded.model, bench.calibration
+    model = prune(dense, plan, with_biases=recovery == "bias")
+    hidden = recover(dense, model, plan, windows, recovery, progress).hidden
+    total = 0.0
+    for states, ids in zip(hidden, windows.ids.to(hidden.device), strict=True):
+        logits = dense.lm_head(dense.model.norm(states[:-1])).float()
+        total += functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+    return total / (len(windows) * (windows.sequence_length - 1))
+
+
+# --- several steps ---------------------------------------------------------------------------
+
+
+def _stepwise(
+    bench: Bench, mha_ratio: float, mlp_ratio: float, choices: Choices, progress: Progress
+) -> tuple[PruningPlan, tuple[Step, ...]]:
+    """Scores, cuts and repairs by turns, each time scoring the model as pruned so far.
+
+    Every step's model is cut from the dense one, so its repairs do not pile up. Dims of narrower
+    heads keep the dense model's scores: a repaired head has other axes.
+    """
+    scores = bench.scores(choices.importance, progress)
+    dense = bench.loaded.model
+    earlier = []
+    targets = list(
+        schedule(bench.loaded.architecture, mha_ratio, mlp_ratio, choices)
+    )  # fmt: skip
+    for number, target in enumerate(targets[:-1], start=1):
+
+        def told(stage: str, done: int, total: int, number: int = number) -> None:
+            progress(f"Step {number} of {choices.steps}: {stage.lower()}", done, total)
+
+        plan = bench.plan(*target, replace(choices, multiple_of=1), told, scores)
+        if not plan.cuts_anything(bench.loaded.architecture):
+            continue
+        model = prune(dense, plan, with_biases=choices.recovery == "bias")
+        recover(dense, model, plan, bench.calibration, choices.recovery, told)
+        cut = Architecture.from_config(model.config)
+        earlier.append(
+            Step(
+                num_attention_heads=cut.num_attention_heads,
+                num_key_value_heads=cut.num_key_value_heads,
+                head_dim=cut.head_dim,
+                intermediate_size=cut.intermediate_size,
+                perplexity=evaluate(model, bench.evaluation, told).perplexity,
+            )
+        )
+        evidence = Evidence(model, bench.calibration, cut, bench.seed, told)
+        scores = _in_dense_places(score(choices.importance, evidence), plan, scores)
+    return bench.plan(mha_ratio, mlp_ratio, choices, progress, scores), tuple(earlier)
+
+
+def schedule(
+    architecture: Architecture, mha_ratio: float, mlp_ratio: float, choices: Choices
+) -> Iterator[tuple[float, float]]:
+    """The ratios of each step: from the current width `c` to `c − (c − t) // steps left`.
+
+    Heads take the nearest number that can be had between the two. Source: TransAct, iterative
+    pruning.
+    """
+    target = widths(architecture, mha_ratio, mlp_ratio, choices.granularity, choices.multiple_of)
+    at = Widths(
+        architecture.num_attention_heads,
+        architecture.num_key_value_heads,
+        architecture.intermediate_size,
+        architecture.head_dim,
+    )
+    end = target.head_dim or architecture.head_dim
+    allowed = (
+        head_counts(architecture, choices.granularity)
+        if choices.granularity != "head-dims"
+        else [architecture.num_attention_heads]
+    )
+    for left in range(choices.steps, 1, -1):
+        wanted = _towards(at.num_attention_heads, target.num_attention_heads, left)
+        possible = [
+            count
+            for count in allowed
+            if target.num_attention_heads <= count <= at.num_attention_heads
+        ]
+        at = Widths(
+            min(possible, key=lambda count: (abs(count - wanted), -count)),
+            at.num_key_value_heads,
+            _towards(at.intermediate_size, target.intermediate_size, left),
+            max(end, _towards(at.head_dim, end, left) // 2 * 2),
+        )
+        heads = Fraction(at.num_attention_heads, architecture.num_attention_heads)
+        dims = Fraction(at.head_dim, architecture.head_dim)
+        channels = Fraction(at.intermediate_size, architecture.intermediate_size)
+        yield float(1 - heads * dims), float(1 - channels)
+    yield mha_ratio, mlp_ratio
+
+
+def _towards(current: int, target: int, steps_left: int) -> int:
+    return current - (current - target) // steps_left
+
+
+def _in_dense_places(scores: Scores, plan: PruningPlan, dense: Scores) -> Scores:
+    """Scores of a pruned model at the dense model's indices; what is gone scores minus infinity."""
+
+    def placed(name: str, indices: list[torch.Tensor]) -> torch.Tensor:
+        rows = torch.full_like(getattr(dense, name), -torch.inf)
+        for row, kept, values in zip(rows, indices, getattr(scores, name), strict=True):
+            row[kept] = values
+        return rows
+
+    channels = placed("channels", [torch.tensor(layer.kept_channels) for layer in plan.layers])
+    if plan.head_dim:
+        return replace(dense, channels=channels)
+    heads = [torch.tensor(layer.kept_heads) for layer in plan.layers]
+    head_dim = dense.head_channels.shape[1] // dense.heads.shape[1]
+    dims = [head_rows(layer.kept_heads, head_dim) for layer in plan.layers]
+    return Scores(placed("heads", heads), placed("head_channels", dims), channels)
