@@ -1,31 +1,28 @@
 """Two sliders, what they mean at once, and the real cut behind a button."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
-from pages.shared import charts
+from pages.shared import charts, plan_charts
 from pages.shared.jobs import DONE
-from pages.shared.progress import require_bench, show_dense, show_job
+from pages.shared.options import GRANULARITY_HELP, IMPORTANCE_HELP, RECOVERY_HELP
+from pages.shared.progress import require_bench, require_prepared, show_dense, show_job
 from pages.shared.workbench import Cut, find_point, start_cut, visit
+from transact_core.architecture import Architecture
 from transact_core.bench import Bench, Measurement
-from transact_core.plan import GRANULARITIES, PruningPlan, head_counts
+from transact_core.importance import IMPORTANCES
+from transact_core.plan import GRANULARITIES, LayerPlan, PruningPlan, head_counts
 from transact_core.recovery import RECOVERIES
 from transact_core.surgery import head_rows
 
-GRANULARITY_HELP = (
-    "`query-heads` takes the same number of queries from every group and leaves the KV cache; "
-    "`kv-groups` takes whole groups, and the KV cache shrinks with them."
-)
-RECOVERY_HELP = (
-    "`least-squares` fits `o_proj` and `down_proj` anew on the calibration text, without training; "
-    "`none` leaves the bare cut."
-)
 
-
-def choose(bench: Bench) -> tuple[PruningPlan, Cut]:
-    left, right, options = st.columns([3, 3, 2], gap="large")
+def choose() -> tuple[Cut, tuple[DeltaGenerator, DeltaGenerator]]:
+    """The cut at the controls, and room below the two sliders."""
+    left, right = st.columns(2, gap="large")
     mha = left.slider(
         "MHA ratio: attention width removed", 0, 95, 33, 1, format="%d%%",
         key="mha", bind="query-params",
@@ -34,30 +31,40 @@ def choose(bench: Bench) -> tuple[PruningPlan, Cut]:
         "MLP ratio: MLP width removed", 0, 95, 30, 1, format="%d%%",
         key="mlp", bind="query-params",
     )  # fmt: skip
-    granularity = options.selectbox(
+    below = left.container(), right.container()
+    columns = st.columns(3)
+    granularity = columns[0].selectbox(
         "Granularity", GRANULARITIES, key="granularity", bind="query-params", help=GRANULARITY_HELP
     )
-    recovery = options.selectbox(
+    importance = columns[1].selectbox(
+        "Importance", list(IMPORTANCES), key="importance", bind="query-params",
+        help=IMPORTANCE_HELP,
+    )  # fmt: skip
+    recovery = columns[2].selectbox(
         "Recovery", RECOVERIES, key="recovery", bind="query-params", help=RECOVERY_HELP
     )
-    cut = visit().cut = Cut(mha / 100, mlp / 100, granularity, recovery)
-    plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices)
-    shape = bench.loaded.architecture
-    counts = ", ".join(str(count) for count in head_counts(shape, granularity))
-    left.caption(
+    cut = visit().cut = Cut(mha / 100, mlp / 100, granularity, importance, recovery)
+    return cut, below
+
+
+def heads_in_words(plan: PruningPlan, shape: Architecture) -> str:
+    """What stays of the heads, and which widths there are."""
+    if plan.granularity == "head-dims":
+        kept = plan.head_dim or shape.head_dim
+        return (
+            f"Every head keeps **{kept} of {shape.head_dim}** dims, {kept // 2} of "
+            f"{shape.head_dim // 2} rotary pairs. Possible: any even number."
+        )
+    counts = ", ".join(str(count) for count in head_counts(shape, plan.granularity))
+    return (
         f"**{plan.num_attention_heads} of {shape.num_attention_heads}** query heads stay, over "
         f"{plan.num_key_value_heads} of {shape.num_key_value_heads} KV heads. "
         f"Possible here: {counts}."
     )
-    right.caption(
-        f"**{plan.intermediate_size:,} of {shape.intermediate_size:,}** channels stay "
-        "in each layer."
-    )
-    return plan, cut
 
 
-def show_footprint(bench: Bench, plan: PruningPlan) -> None:
-    dense, pruned = bench.dense_footprint, bench.footprint(plan)
+def show_footprint(bench: Bench, plan: PruningPlan, recovery: str) -> None:
+    dense, pruned = bench.dense_footprint, bench.footprint(plan, recovery)
     rows = (
         ("Parameters", dense.parameters, pruned.parameters, 1e6, "M"),
         ("Weights", dense.weight_bytes, pruned.weight_bytes, 1e6, "MB"),
@@ -86,10 +93,20 @@ def show_footprint(bench: Bench, plan: PruningPlan) -> None:
         )
 
 
+def attention_channels(layer: LayerPlan, shape: Architecture) -> list[int]:
+    if not layer.value_dims:
+        return head_rows(layer.kept_heads, shape.head_dim).tolist()
+    return [
+        head * shape.head_dim + dim
+        for head in layer.kept_heads
+        for dim in layer.value_dims[head // shape.queries_per_group]
+    ]
+
+
 def energy_shares(bench: Bench, plan: PruningPlan) -> dict[str, np.ndarray]:
-    statistics, head_dim = bench.statistics(), bench.loaded.architecture.head_dim
+    statistics, shape = bench.statistics(), bench.loaded.architecture
     kept = {
-        "mha": [head_rows(layer.kept_heads, head_dim) for layer in plan.layers],
+        "mha": [attention_channels(layer, shape) for layer in plan.layers],
         "mlp": [list(layer.kept_channels) for layer in plan.layers],
     }
     shares = {}
@@ -104,26 +121,65 @@ def energy_shares(bench: Bench, plan: PruningPlan) -> dict[str, np.ndarray]:
     return shares
 
 
-def show_plan(bench: Bench, plan: PruningPlan) -> None:
+def show_heads(bench: Bench, plan: PruningPlan) -> None:
     shape = bench.loaded.architecture
     removed = shape.num_attention_heads - plan.num_attention_heads
-    left, right = st.columns([2, 3])
-    with left:
-        st.plotly_chart(
-            charts.head_map(
-                bench.scores(plan.importance).heads.numpy(),
-                plan,
-                f"{removed} of {shape.num_attention_heads} heads go in each layer (×)",
-                height=660,
-            ),
-            key="plan-heads",
+    st.plotly_chart(
+        charts.head_map(
+            bench.scores(plan.importance).heads.numpy(),
+            plan,
+            f"{removed} of {shape.num_attention_heads} heads go in each layer (×)",
+            height=660,
+        ),
+        key="plan-heads",
+    )
+
+
+def in_ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in words: 0–2, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def show_pairs(bench: Bench, plan: PruningPlan) -> None:
+    pairs = bench.pairs()
+    st.plotly_chart(
+        plan_charts.pair_map(pairs.effects.numpy(), plan, pairs.inv_freq.numpy()),
+        key="plan-pairs",
+    )
+    if plan.head_dim:
+        st.caption(
+            "Full cells stay, small pale ones go. All heads share the frequencies of the slots "
+            f"(▾): those of pairs {in_ranges(plan.slots)}. Each KV head puts its own "
+            "best pairs into them. This choice is by effect on attention, whatever the importance."
         )
+
+
+def show_plan(bench: Bench, plan: PruningPlan) -> None:
+    shape = bench.loaded.architecture
+    narrower = plan.granularity == "head-dims"
+    left, right = st.columns([1, 1] if narrower else [2, 3])
+    with left:
+        (show_pairs if narrower else show_heads)(bench, plan)
     with right:
-        st.plotly_chart(charts.energy_kept(energy_shares(bench, plan)), key="plan-energy")
-        st.plotly_chart(charts.kept_channels(plan, shape.intermediate_size), key="plan-channels")
+        st.plotly_chart(plan_charts.energy_kept(energy_shares(bench, plan)), key="plan-energy")
+        st.plotly_chart(
+            plan_charts.kept_channels(plan, shape.intermediate_size), key="plan-channels"
+        )
     st.caption(
         "Energy is `Σ a²` over the calibration tokens. It says which units are quiet, not what "
         "their loss costs: that is measured by the button above."
+        + (
+            " For narrower heads it is that of the dims of the values that the bare cut keeps; "
+            "`least-squares` finds a better basis of as many."
+            if narrower
+            else ""
+        )
     )
 
 
@@ -141,21 +197,29 @@ def show_point(point: Measurement) -> None:
         )
         figures[3].metric("Took", f"{point.seconds:.0f} s")
         if point.fits:
-            with st.expander("What least squares did in each layer"):
-                st.plotly_chart(charts.layer_fits(point.fits), key="fits")
+            with st.expander("What the repair did in each layer"):
+                st.plotly_chart(plan_charts.layer_fits(point.fits, point.recovery), key="fits")
 
 
 @st.fragment
 def workbench_view(bench: Bench) -> None:
-    plan, cut = choose(bench)
-    show_footprint(bench, plan)
+    cut, (left, right) = choose()
+    if not require_prepared(bench, cut.choices, "cut"):
+        return
+    plan, shape = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices), bench.loaded.architecture
+    left.caption(heads_in_words(plan, shape))
+    right.caption(
+        f"**{plan.intermediate_size:,} of {shape.intermediate_size:,}** channels stay "
+        "in each layer."
+    )
+    show_footprint(bench, plan, cut.recovery)
     point = find_point(plan, cut.recovery)
     show_dense("cut")
     busy = show_job("cut")
     if point is not None:
         show_point(point)
     elif not busy:
-        nothing = not plan.cuts_anything(bench.loaded.architecture)
+        nothing = not plan.cuts_anything(shape)
         if st.button(
             "Prune and measure perplexity", type="primary", icon=":material/content_cut:",
             disabled=nothing,

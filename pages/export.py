@@ -1,31 +1,33 @@
 """Take a cut away: its configuration, its checkpoint, the command that makes it again."""
 
+from dataclasses import astuple
 from pathlib import Path
 
 import streamlit as st
 
 from pages.shared.jobs import DONE
-from pages.shared.progress import require_bench, show_job
+from pages.shared.progress import require_bench, require_prepared, show_job
 from pages.shared.workbench import Cut, find_point, points, start_export, visit
-from transact_core.bench import Bench
+from transact_core.bench import Bench, Choices, Measurement
 from transact_core.export import apply_command, describe_compression, reproduce_command
 
 
 def choose_cut(bench: Bench) -> Cut:
     """The cut at the sliders, or one of those measured in this session."""
     cuts = [visit().cut]
-    cuts += [
-        Cut(point.plan.mha_ratio, point.plan.mlp_ratio, point.plan.granularity, point.recovery)
-        for point in reversed(points())
-    ]
+    cuts += [Cut.of(point) for point in reversed(points())]
     cuts = list(dict.fromkeys(cuts))
 
+    def point_of(cut: Cut) -> Measurement | None:
+        if not bench.prepared(cut.choices):
+            return next((point for point in points() if Cut.of(point) == cut), None)
+        return find_point(bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices), cut.recovery)
+
     def describe(cut: Cut) -> str:
-        plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices)
-        point = find_point(plan, cut.recovery)
+        point = point_of(cut)
         return (
             f"MHA {cut.mha_ratio:.0%}, MLP {cut.mlp_ratio:.0%} · {cut.granularity} · "
-            f"{cut.recovery} · "
+            f"{cut.importance} · {cut.recovery} · "
             + (f"perplexity {point.perplexity:.2f}" if point else "not measured yet")
             + (" · at the sliders" if cut == cuts[0] else "")
         )
@@ -36,8 +38,9 @@ def choose_cut(bench: Bench) -> Cut:
 def show_configuration(bench: Bench, cut: Cut) -> None:
     st.subheader("Configuration")
     st.write(
-        "`compression.json` holds every choice: which heads and channels stay, the texts and the "
-        "weights by their fingerprints. It makes the checkpoint again, on this machine bit for bit."
+        "`compression.json` holds every choice: which heads, dims and channels stay, the texts "
+        "and the weights by their fingerprints. It makes the checkpoint again, on this machine bit "
+        "for bit."
     )
     plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices)
     compression = describe_compression(bench, plan, cut.recovery)
@@ -56,12 +59,14 @@ def show_configuration(bench: Bench, cut: Cut) -> None:
 def write_checkpoint(bench: Bench, cut: Cut) -> None:
     st.subheader("Checkpoint")
     plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices)
-    size = bench.footprint(plan).weight_bytes
+    size = bench.footprint(plan, cut.recovery).weight_bytes
     st.write(
         f"A folder of {size / 1e6:,.0f} MB that stock `transformers` loads, with the tokenizer, "
         "`compression.json`, `report.json` and a model card."
     )
     name = f"{bench.loaded.name}-mha{cut.mha_ratio * 100:.0f}-mlp{cut.mlp_ratio * 100:.0f}"
+    usual = astuple(Choices())
+    name += "".join(f"-{each}" for each in astuple(cut.choices) if each not in usual)
     folder = st.text_input(
         "Folder on the machine that runs this app", str(Path.home() / "transact" / name),
         key=f"folder-{name}", help="New or empty; it appears whole or not at all.",
@@ -85,6 +90,8 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
 st.title("Export")
 bench = require_bench()
 cut = choose_cut(bench)
+if not require_prepared(bench, cut.choices, "export"):
+    st.stop()
 left, right = st.columns(2, gap="large")
 with left:
     show_configuration(bench, cut)

@@ -27,8 +27,11 @@ class Job:
         self.stage, self.done, self.total = "", 0, 1
         self.result: Any = None
         self.error: str | None = None
+        self.refused = False
+        """Failed for a reason that stays, so that another try would fail as well."""
         self._work = work
         self._cancelled = threading.Event()
+        self._ended = threading.Event()
         self._stage_started = self._last_report = time.monotonic()
         self._stage_began_with = 0
 
@@ -62,6 +65,11 @@ class Job:
         self._cancelled.set()
         if self.state == QUEUED:
             self.state = CANCELLED
+            self._ended.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Gives the work this long to end; True when it has."""
+        return self._ended.wait(seconds)
 
     def report(self, stage: str, done: int, total: int) -> None:
         """The progress callback that the work is given."""
@@ -82,7 +90,7 @@ class Job:
         except Cancelled:
             self.state = CANCELLED
         except TransActError as error:
-            self.error, self.state = str(error), FAILED
+            self.error, self.refused, self.state = str(error), True, FAILED
         except (MemoryError, torch.OutOfMemoryError):
             self.error = "The memory is used up; choose a smaller model or fewer tokens."
             self.state = FAILED
@@ -92,6 +100,7 @@ class Job:
             self.state = FAILED
         finally:
             self._work = None
+            self._ended.set()
 
 
 class JobQueue:

@@ -4,8 +4,11 @@ import streamlit as st
 
 from pages.shared.jobs import CANCELLED, DONE, FAILED, QUEUED, Job
 from pages.shared.workbench import Opening, visit, workbench
-from transact_core.bench import Bench
+from transact_core.bench import Bench, Choices
 from transact_core.evaluation import Evaluation
+
+SOON = 0.4
+"""Seconds that work may take before its progress is shown: a bar that flashes tells nothing."""
 
 
 def seconds_in_words(seconds: float) -> str:
@@ -72,6 +75,30 @@ def require_bench() -> Bench:
             st.rerun()
         st.stop()
     return job.result
+
+
+def require_prepared(bench: Bench, choices: Choices, key: str) -> bool:
+    """Whether plans with these choices can be made; until then the progress in their place."""
+    if bench.prepared(choices):
+        return True
+    job = workbench().prepare(visit().request, choices)
+    if not job.wait(SOON):
+        watch(job, f"{key}-prepare")
+        return False
+    if job.state == DONE:
+        return True
+    if job.state == FAILED:
+        st.error(job.error, icon=":material/error:")
+    else:
+        st.info(
+            f"{job.title} was cancelled. Choose what was measured before, or measure this.",
+            icon=":material/info:",
+        )
+    # What was refused in a sentence is refused again.
+    if not job.refused and st.button("Measure it", key=f"measure-{key}", type="primary"):
+        workbench().prepare(visit().request, choices, anew=True)
+        st.rerun()
+    return False
 
 
 def show_dense(key: str) -> Evaluation | None:

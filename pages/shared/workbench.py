@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import streamlit as st
@@ -43,6 +43,8 @@ class Opening:
 
     bench: Job
     dense: Job
+    preparations: dict[Choices, Job] = field(default_factory=dict)
+    """The jobs that measured what plans need beyond the opening."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,21 @@ class Cut:
     mha_ratio: float = 0.33
     mlp_ratio: float = 0.3
     granularity: Granularity = Choices.granularity
+    importance: str = Choices.importance
     recovery: str = Choices.recovery
 
     @property
     def choices(self) -> Choices:
-        return Choices(granularity=self.granularity, recovery=self.recovery)
+        return Choices(
+            granularity=self.granularity, importance=self.importance, recovery=self.recovery
+        )
+
+    @classmethod
+    def of(cls, point: Measurement) -> "Cut":
+        plan = point.plan
+        return cls(
+            plan.mha_ratio, plan.mlp_ratio, plan.granularity, plan.importance, point.recovery
+        )
 
 
 @dataclass
@@ -104,6 +116,22 @@ class Workbench:
         opening = self.open(request)
         if opening.dense.finished:
             opening.dense = self._dense(opening.bench)
+
+    def prepare(self, request: Request, choices: Choices, anew: bool = False) -> Job:
+        """The job that measures what plans with these choices need; shared as openings are.
+
+        The request must be open. `anew` is for what failed or was cancelled.
+        """
+        opening = self.open(request)
+        # No plan looks at the recovery.
+        wanted = replace(choices, recovery=Choices.recovery)
+        job = opening.preparations.get(wanted)
+        if job is None or (anew and job.finished):
+            bench = opening.bench.result
+            job = opening.preparations[wanted] = self.queue.submit(
+                f"Scoring by {choices.importance}", lambda report: bench.prepare(wanted, report)
+            )
+        return job
 
     def _dense(self, bench: Job) -> Job:
         def measure(report: Progress) -> None:
@@ -197,12 +225,17 @@ def points() -> list[Measurement]:
     return mine.points.setdefault(mine.request, [])
 
 
+def identity(plan: PruningPlan, recovery: str) -> tuple:
+    """What makes two cuts of one bench the same, whatever ratio asked for them."""
+    return plan.layers, plan.slots, plan.importance, recovery
+
+
 def find_point(plan: PruningPlan, recovery: str) -> Measurement | None:
-    """A point of this session with the same cut, whatever ratio asked for it."""
-    for point in points():
-        if point.plan.layers == plan.layers and point.recovery == recovery:
-            return point
-    return None
+    """A point of this session with the same cut."""
+    wanted = identity(plan, recovery)
+    return next(
+        (point for point in points() if identity(point.plan, point.recovery) == wanted), None
+    )
 
 
 def start_cut(bench: Bench, plan: PruningPlan, recovery: str) -> None:
@@ -220,14 +253,15 @@ def start_cut(bench: Bench, plan: PruningPlan, recovery: str) -> None:
 def start_curve(bench: Bench, ratios: list[tuple[float, float]], choices: Choices) -> None:
     """Queues a curve; each point joins this session's as soon as it is measured."""
     mine, mine_points = visit(), points()
-    known = {(point.plan.layers, point.recovery) for point in mine_points}
-    missing = [
-        pair
-        for pair in ratios
-        if (bench.plan(*pair, choices).layers, choices.recovery) not in known
-    ]
 
     def work(report: Progress) -> int:
+        bench.prepare(choices, report)
+        known = {identity(point.plan, point.recovery) for point in mine_points}
+        missing = [
+            pair
+            for pair in ratios
+            if identity(bench.plan(*pair, choices), choices.recovery) not in known
+        ]
         for measurement in sweep(bench, missing, choices, report):
             mine_points.append(measurement)
         return len(missing)
@@ -243,7 +277,7 @@ def start_export(bench: Bench, cut: Cut, folder: Path) -> None:
 
     def work(report: Progress) -> Path:
         require_free_output(folder)
-        require_room(folder, bench.footprint(plan))
+        require_room(folder, bench.footprint(plan, cut.recovery))
         model, measurement = workbench().cut(request, bench, plan, cut.recovery, report, point)
         if point is None:
             mine_points.append(measurement)

@@ -96,7 +96,7 @@ def settle(page: Page) -> None:
 
 def choose(page: Page, label: str, option: str) -> None:
     page.get_by_role("combobox", name=label).click()
-    page.get_by_role("option", name=option).click()
+    page.get_by_role("option", name=option, exact=True).click()
     settle(page)
 
 

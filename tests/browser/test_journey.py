@@ -49,6 +49,9 @@ def test_journey(page: Page, address: str, tmp_path: Path):
     expect(metric(page, "MHA width")).to_have_text("576")
     expect(metric(page, "MLP width")).to_have_text("1,060")
     assert "mlp=31" in page.url
+    choose(page, "Importance", "activation-weight")
+    expect(metric(page, "MLP width")).to_have_text("1,060")
+    assert "importance=activation-weight" in page.url
 
     page.get_by_role("button", name="Prune and measure perplexity").click()
     measured = metric(page, "Perplexity, measured")
@@ -74,6 +77,7 @@ def test_journey(page: Page, address: str, tmp_path: Path):
     download.value.save_as(configuration)
     plan = json.loads(configuration.read_text())["plan"]
     assert (plan["mha_ratio"], plan["mlp_ratio"]) == (0.0, 0.31)
+    assert plan["importance"] == "activation-weight"
 
     written = tmp_path / "from-the-browser"
     folder = page.get_by_role("textbox", name="Folder on the machine")

@@ -1,0 +1,61 @@
+"""A workbench of the tests' own, opened on a tiny model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from streamlit.testing.v1 import AppTest
+
+from pages.shared import progress
+from pages.shared import workbench as shared
+from pages.shared.workbench import Request, Visit, Workbench
+from transact_core.bench import Choices
+
+ROOT = Path(__file__).parents[2]
+WAIT = 30
+
+
+def ended(job):
+    """The job once it has ended."""
+    if not job.wait(WAIT):
+        pytest.fail(f"the job {job.title!r} did not end")
+    return job
+
+
+@pytest.fixture
+def own_workbench(monkeypatch):
+    """What all sessions share, made for one test."""
+    threads = torch.get_num_threads()
+    made = Workbench()
+    for module in (shared, progress):
+        monkeypatch.setattr(module, "workbench", lambda: made)
+    yield made
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def opened(own_workbench, monkeypatch, gqa_bench):
+    """That workbench with the tiny model opened, as a visit finds it."""
+
+    def open_bench(request, report):
+        gqa_bench.scores(Choices().importance)
+        return gqa_bench
+
+    monkeypatch.setattr(own_workbench, "_bench", open_bench)
+    ended(own_workbench.open(Request()).dense)
+    return own_workbench
+
+
+@pytest.fixture
+def open_page(opened):
+    """Runs a page in a session of its own, by its file's name; more calls share the visit."""
+    visit = Visit()
+
+    def run(name: str, **query: str) -> AppTest:
+        page = AppTest.from_file(ROOT / "pages" / f"{name}.py", default_timeout=WAIT)
+        page.session_state["visit"] = visit
+        for key, value in query.items():
+            page.query_params[key] = value
+        return page.run()
+
+    return run

@@ -1,0 +1,173 @@
+"""What the pages make of the choices, on the tiny model and without a browser."""
+
+import threading
+
+import pytest
+
+from pages.shared import progress
+from pages.shared.workbench import Request
+from tests.pages.conftest import ended
+from transact_core.bench import Choices
+from transact_core.errors import TransActError
+from transact_core.importance import IMPORTANCES, register, score
+
+
+@pytest.fixture
+def gated(opened, monkeypatch):
+    """An importance that takes until it is let through; the gate."""
+    gate = threading.Event()
+    monkeypatch.setitem(IMPORTANCES, "gated", None)
+    monkeypatch.setattr(progress, "SOON", 0.01)
+
+    @register("gated")
+    def gated(evidence):
+        """Waits for its gate."""
+        evidence._progress("Waiting", 0, 2)
+        gate.wait(10)
+        evidence._progress("Waiting", 1, 2)
+        return score("activation", evidence)
+
+    yield gate
+    gate.set()
+
+
+def texts(page) -> str:
+    blocks = [*page.caption, *page.markdown, *page.info, *page.error]
+    return "\n".join(block.value for block in blocks)
+
+
+def metrics(page) -> dict[str, str]:
+    return {metric.label: metric.value for metric in page.metric}
+
+
+def button(page, label: str):
+    return next((each for each in page.button if each.label == label), None)
+
+
+def preparation(opened, choices: Choices):
+    return opened.prepare(Request(), choices)
+
+
+def test_each_importance_gives_a_plan(open_page):
+    page = open_page("compress")
+    for importance in IMPORTANCES:
+        page.selectbox(key="importance").set_value(importance).run()
+        assert not page.exception
+        assert metrics(page)["MHA width"] == "24", importance
+        assert page.session_state["visit"].cut.importance == importance
+
+
+def test_whole_heads_are_shown_by_their_numbers(open_page):
+    page = open_page("compress")
+    assert "**3 of 6** query heads stay, over 3 of 3 KV heads. Possible here: 3, 6." in texts(page)
+
+
+def test_narrower_heads_are_shown_by_their_dims(open_page):
+    page = open_page("compress", granularity="head-dims")
+    assert not page.exception
+    assert "Every head keeps **6 of 8** dims, 3 of 4 rotary pairs" in texts(page)
+    assert "those of pairs" in texts(page)
+    assert metrics(page)["MHA width"] == "36"
+    # 3 layers, keys and values of 3 heads of 6 dims in float32.
+    assert metrics(page)["KV/token"] == f"{3 * 2 * 3 * 6 * 4 / 1e3:.1f} kB"
+    page.slider(key="mha").set_value(0).run()
+    assert not page.exception
+    assert "Every head keeps **8 of 8** dims" in texts(page)
+
+
+def test_parameters_of_a_repair_by_bias_are_counted(open_page):
+    page = open_page("compress")
+    before = next(metric for metric in page.metric if metric.label == "Parameters").proto.help
+    page.selectbox(key="recovery").set_value("bias").run()
+    after = next(metric for metric in page.metric if metric.label == "Parameters").proto.help
+    assert before != after
+
+
+def test_scoring_is_shown_and_shared_and_the_page_goes_on_after_it(opened, open_page, gated):
+    page = open_page("compress", importance="gated")
+    job = preparation(opened, Choices(importance="gated"))
+    assert not job.finished
+    assert metrics(page) == {}
+    assert button(page, "Cancel") is not None
+    page.selectbox(key="recovery").set_value("none").run()
+    assert preparation(opened, Choices(importance="gated", recovery="none")) is job
+    gated.set()
+    ended(job)
+    page.run()
+    assert metrics(page)["MHA width"] == "24"
+
+
+def test_cancelled_scoring_is_said_and_can_be_made_up_for(opened, open_page, gated):
+    page = open_page("compress", importance="gated")
+    preparation(opened, Choices(importance="gated")).cancel()
+    gated.set()
+    ended(preparation(opened, Choices(importance="gated")))
+    page.run()
+    assert "Scoring by gated was cancelled" in texts(page)
+    assert metrics(page) == {}
+    button(page, "Measure it").click().run()
+    ended(preparation(opened, Choices(importance="gated")))
+    page.run()
+    assert metrics(page)["MHA width"] == "24"
+
+
+def test_what_a_model_cannot_have_is_refused_in_a_sentence(open_page, gqa_bench, monkeypatch):
+    def refuse(progress):
+        raise TransActError("Choose query-heads.")
+
+    monkeypatch.setattr(gqa_bench, "pairs", refuse)
+    page = open_page("compress", granularity="head-dims")
+    assert not page.exception
+    assert [error.value for error in page.error] == ["Choose query-heads."]
+    assert button(page, "Measure it") is None
+    page.selectbox(key="granularity").set_value("kv-groups").run()
+    assert metrics(page)["MHA width"] == "32"
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_scores_of_every_importance_are_shown(open_page, importance):
+    page = open_page("importance", importance=importance)
+    assert not page.exception
+    assert f"`{importance}` measures" in texts(page)
+    assert page.toggle(key="ordered").disabled == (importance == "reconstruction")
+
+
+def test_a_cut_is_measured_and_taken_away_with_its_choices(opened, open_page):
+    page = open_page("compress", granularity="head-dims", importance="fluctuation", recovery="bias")
+    visit = page.session_state["visit"]
+    button(page, "Prune and measure perplexity").click().run()
+    ended(visit.job)
+    page.run()
+    assert "Perplexity, measured" in metrics(page)
+    page.selectbox(key="importance").set_value("magnitude").run()
+    assert "Perplexity, measured" not in metrics(page)
+
+    export = open_page("export")
+    assert not export.exception
+    described = export.selectbox[0].options
+    assert "head-dims · magnitude · bias · not measured yet · at the sliders" in described[0]
+    assert "head-dims · fluctuation · bias · perplexity" in described[1]
+    export.selectbox[0].select_index(1).run()
+    assert "--importance fluctuation" in export.code[1].value
+
+    curve = open_page("perplexity")
+    assert not curve.exception
+    assert curve.dataframe[0].value["importance"].tolist() == ["fluctuation"]
+
+
+@pytest.mark.parametrize("granularity", ["query-heads", "head-dims"])
+def test_a_curve_scores_first_and_then_measures(opened, open_page, granularity):
+    page = open_page("perplexity")
+    page.selectbox(key="curve_granularity").set_value(granularity)
+    page.selectbox(key="curve_importance").set_value("magnitude")
+    page.selectbox(key="curve_recovery").set_value("none").run()
+    assert "Scoring by magnitude comes first." in texts(page)
+    button(page, "Measure the curve").click().run()
+    visit = page.session_state["visit"]
+    assert ended(visit.job).error is None
+    points = visit.points[Request()]
+    assert {point.plan.importance for point in points} == {"magnitude"}
+    assert len(points) == visit.job.result > 0
+    assert {point.plan.granularity for point in points} == {granularity}
+    page.run()
+    assert not page.exception
