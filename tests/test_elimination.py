@@ -90,6 +90,35 @@ def test_heads_go_as_brute_force_says_at_the_cost_it_says(queries):
     assert costs.tolist() == pytest.approx(expected_costs, rel=1e-4)
 
 
+def test_no_exchange_makes_a_round_cheaper_and_greed_is_never_better():
+    heads = [list(range(start, start + 2)) for start in range(0, 18, 2)]
+    better = 0
+    for seed in range(12):
+        torch.manual_seed(seed)
+        # Heads that stand in for heads of other groups, so that single costs mislead.
+        x = torch.randn(60, 6, dtype=torch.float64) @ torch.randn(6, 18, dtype=torch.float64)
+        x = x + 0.3 * torch.randn(60, 18, dtype=torch.float64)
+        weight = torch.randn(5, 18, dtype=torch.float64)
+        h = damped(x)
+
+        def cost(gone, h=h, weight=weight):
+            kept = [head for head in range(9) if head not in gone]
+            return residual(h, weight, [j for head in kept for j in heads[head]])
+
+        first = eliminate_heads(*solved(x, weight), 2, 3)[0][:3].tolist()
+        assert sorted(head // 3 for head in first) == [0, 1, 2]
+        exchanged = [
+            cost([*first[:turn], 3 * (first[turn] // 3) + other, *first[turn + 1 :]])
+            for turn in range(3)
+            for other in range(3)
+        ]
+        assert cost(first) <= min(exchanged) * (1 + 1e-4)
+        greedy = cost(slow(h, weight, heads, 3)[0][:3])
+        assert cost(first) <= greedy * (1 + 1e-4)
+        better += cost(first) < greedy * (1 - 1e-4)
+    assert better
+
+
 def test_a_group_is_worth_what_its_heads_are_together():
     x, weight = problem(80, 24, 7)
     inverse, columns = solved(x, weight)
