@@ -115,7 +115,7 @@ class Evidence:
     def elimination(self) -> Tensors:
         """`elimination.eliminate`, by unit; one forward pass with second moments."""
         return self._remember(
-            f"elimination of units, ridge {RIDGE:g} and floor {FLOOR:g}",
+            f"elimination in rounds, ridge {RIDGE:g} and floor {FLOOR:g}",
             lambda: eliminate(self.model, self.windows, self._progress),
         )
 
