@@ -33,6 +33,9 @@ from transact_core.plan import GRANULARITIES, parse_ratio
 from transact_core.recovery import RECOVERIES
 from transact_core.sweep import sweep
 
+# Its thread redraws slow bars from outside, in the middle of an error's line if it comes to that.
+tqdm.monitor_interval = 0
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
