@@ -22,9 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from transact_core.plan import LayerPlan
-from transact_core.streams import Rotary, queries_keys_values
+from transact_core.streams import Rotary, attend, queries_keys_values
 
 ROUNDS = 2
 ITERATIONS = 15
@@ -117,7 +118,9 @@ def _sample(
     length, dim = normed.shape[1], dense.head_dim
     query = _of_head(dense.q_proj, normed, head, dim)
     key = _of_head(dense.k_proj, normed, group, dim)
-    (cos, sin), narrow = ((part[0].float() for part in each) for each in rotary)
+    (cos, sin), (narrow_cos, narrow_sin) = (
+        (cosines[0].float(), sines[0].float()) for cosines, sines in rotary
+    )
     stride = min(QUERY_STRIDE, length)
     places = torch.arange(stride - 1, length, stride, device=normed.device)
     query = query[:, places]
@@ -130,7 +133,6 @@ def _sample(
     keys = torch.multinomial(
         drawn_from.flatten(0, 1), KEYS_A_QUERY, replacement=True, generator=generator
     ).unflatten(0, logits.shape[:2])
-    narrow_cos, narrow_sin = narrow
     window = torch.arange(len(normed), device=normed.device)[:, None, None]
     where = places.repeat(len(normed))
     return _Sample(
@@ -235,10 +237,7 @@ def _fit_values(
     rotary: tuple[Rotary, Rotary],
 ) -> None:
     """The value basis of each group, under the attention that the narrow queries and keys give."""
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    gram: torch.Tensor | float = 0.0
-    cross: torch.Tensor | float = 0.0
+    gram, cross = 0.0, 0.0
     queries, dim, width = dense.num_key_value_groups, dense.head_dim, pruned.head_dim
     for batch, weight in zip(
         normed.split(BATCH_WINDOWS), weights.split(BATCH_WINDOWS), strict=True
@@ -252,32 +251,21 @@ def _fit_values(
         narrow_query, narrow_key = apply_rotary_pos_emb(*narrow, *rotary[1])
         root = weight.sqrt()[..., None]
         wanted, seen = (
-            functional.scaled_dot_product_attention(
-                q,
-                k.repeat_interleave(queries, dim=1),
-                value.repeat_interleave(queries, dim=1),
-                is_causal=True,
-                scale=scale,
-            )
-            .transpose(1, 2)
-            .flatten(2)
-            .float()
-            * root
-            for q, k, scale in (
-                (query, key, dense.scaling),
-                (narrow_query, narrow_key, pruned.scaling),
+            (attend(*each).float() * root).flatten(0, 1)
+            for each in (
+                (query, key, value, dense.scaling),
+                (narrow_query, narrow_key, value, pruned.scaling),
             )
         )
-        gram = gram + (seen.flatten(0, 1).T @ seen.flatten(0, 1)).double()
-        cross = cross + (seen.flatten(0, 1).T @ wanted.flatten(0, 1)).double()
+        gram = gram + (seen.T @ seen).double()
+        cross = cross + (seen.T @ wanted).double()
     output = dense.o_proj.weight.double()
     energy = gram.diagonal()
     floor = energy.mean().clamp_min(torch.finfo(torch.float64).tiny)
     damping = OUTPUT_RIDGE * (energy + 1e-3 * floor)
     # The output projection that would serve the new attention best, were heads as wide as before.
-    fitted = torch.linalg.solve(
-        gram + torch.diag(damping), cross @ output.T + damping[:, None] * output.T
-    ).T
+    factor = torch.linalg.cholesky(gram + torch.diag(damping))
+    fitted = torch.cholesky_solve(cross @ output.T + damping[:, None] * output.T, factor).T
     value_maps, columns = [], []
     for group in range(output.shape[1] // dim // queries):
         heads = range(group * queries, (group + 1) * queries)

@@ -35,15 +35,7 @@ def run_attention(
     attention = layer.self_attn
     query, key, value = queries_keys_values(attention, layer.input_layernorm(hidden))
     query, key = apply_rotary_pos_emb(query, key, *rotary)
-    groups = attention.num_key_value_groups
-    heads = functional.scaled_dot_product_attention(
-        query,
-        key.repeat_interleave(groups, dim=1),
-        value.repeat_interleave(groups, dim=1),
-        is_causal=True,
-        scale=attention.scaling,
-    )
-    transitional = heads.transpose(1, 2).flatten(2)
+    transitional = attend(query, key, value, attention.scaling)
     return attention.o_proj(transitional), transitional
 
 
@@ -53,6 +45,20 @@ def queries_keys_values(attention: nn.Module, normed: torch.Tensor) -> tuple[tor
         projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Concatenated outputs of causal attention, (batch, sequence_length, heads × value dims).
+
+    Each of query, key and value is (batch, heads, sequence_length, dims), key and value with a head
+    for each group of queries.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    heads = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    return heads.transpose(1, 2).flatten(2)
 
 
 def run_mlp(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
