@@ -168,6 +168,6 @@ def test_the_command_names_every_choice(cut):
     for words in (
         "--mha-ratio 0.5", "--mlp-ratio 0.3", "--granularity query-heads",
         "--recovery least-squares", "--calibration-tokens 1024", "--evaluation-tokens 256",
-        "--sequence-length 32", "--save-dtype float32",
+        "--sequence-length 32", "--save-dtype float32", "--seed 0", "--steps 1",
     ):  # fmt: skip
         assert words in command

@@ -262,6 +262,7 @@ def reproduce_command(compression: Compression, output: str = "out") -> str:
         "--evaluation-tokens": compression.evaluation.tokens,
         "--sequence-length": compression.sequence_length,
         "--save-dtype": compression.save_dtype,
+        "--seed": compression.seed,
         "--output": output,
     }
     words = [word for name, value in options.items() for word in (name, str(value))]
