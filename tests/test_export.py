@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import same_weights, snapshot
 from transact_core.bench import Choices, compress
+from transact_core.checkpoint import CheckpointWriter
 from transact_core.errors import TransActError
 from transact_core.export import (
+    compress_to_folder,
     describe_compression,
     parse_compression,
     reproduce_command,
@@ -18,6 +21,8 @@ from transact_core.export import (
     version_warnings,
     write_checkpoint,
 )
+from transact_core.plan import GRANULARITIES
+from transact_core.recovery import RECOVERIES
 
 
 @pytest.fixture
@@ -72,6 +77,47 @@ def test_weights_are_stored_as_asked_and_measured_as_stored(gqa_bench, tmp_path,
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert same_weights(again, snapshot(model))
+
+
+@pytest.mark.parametrize("recovery", RECOVERIES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_layer_by_layer_gives_the_same_folder(bench, tmp_path, granularity, recovery):
+    plan = bench.plan(0.5, 0.3, Choices(granularity=granularity))
+    compression = describe_compression(bench, plan, recovery)
+    model, measurement = compress(bench, plan, recovery)
+    whole, streamed = tmp_path / "whole", tmp_path / "streamed"
+    write_checkpoint(whole, model, bench, measurement, compression)
+    before = snapshot(bench.loaded.model)
+    dense = bench.loaded.model
+    again = compress_to_folder(streamed, bench, compression)
+    assert bench.loaded.model is None
+    assert same_weights(dense, before)
+    assert sorted(os.listdir(streamed)) == sorted(os.listdir(whole))
+    for name in os.listdir(whole):
+        assert (streamed / name).read_bytes() == (whole / name).read_bytes()
+    assert again.fits == measurement.fits
+    stock = AutoModelForCausalLM.from_pretrained(streamed)
+    stock.save_pretrained(tmp_path / "stock")
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        assert (tmp_path / "stock" / name).read_bytes() == (streamed / name).read_bytes()
+
+
+def test_large_checkpoints_come_in_shards_that_stock_loads(gqa_model, tmp_path):
+    writer = CheckpointWriter(tmp_path, torch.float16, shard_bytes=20_000)
+    for name, tensor in gqa_model.state_dict().items():
+        writer.add(name, tensor)
+    writer.finish(gqa_model)
+    names = {name for name in os.listdir(tmp_path) if name.endswith(".safetensors")}
+    assert len(names) > 2
+    assert all(re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name) for name in names)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == names
+    stored = [load_file(tmp_path / name) for name in names]
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for shard in stored for tensor in shard.values()
+    )
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    assert same_weights(stock, snapshot(gqa_model.half()))
 
 
 def test_ratios_of_zero_give_the_dense_weights(gqa_bench):

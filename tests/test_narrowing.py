@@ -129,6 +129,21 @@ def test_a_narrowed_model_can_be_narrowed_again_or_lose_heads(tokenizer, windows
     assert measured.perplexity > 1
 
 
+def test_more_text_does_not_mean_more_queries(tokenizer, windows, monkeypatch):
+    bench = bench_of(make_model(**KINDS["gqa"]), tokenizer, windows)
+    seen = []
+    real = narrowing._sample
+
+    def watched(*arguments):
+        seen.append(real(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(narrowing, "_sample", watched)
+    monkeypatch.setattr(narrowing, "MAX_QUERIES", 100)
+    repaired(bench, bench.plan(0.5, 0, NARROW))
+    assert {len(sample.query) for sample in seen} == {32 * 2}
+
+
 def test_bfloat16_is_narrowed_too(tokenizer, windows):
     bench = bench_of(make_model(**KINDS["gqa-biased-tied"]).bfloat16(), tokenizer, windows)
     model, measured = compress(bench, bench.plan(0.5, 0.3, NARROW), "least-squares")

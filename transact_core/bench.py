@@ -6,7 +6,7 @@ of the calibration pass and the dense model's own losses.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -122,6 +122,10 @@ class Bench:
         )
         return PairEffects(**tensors)
 
+    def release_model(self) -> None:
+        """Lets go of the dense model; what was measured on it stays, and nothing more can be."""
+        self.loaded = replace(self.loaded, model=None)
+
     def prepared(self, choices: Choices) -> bool:
         """Whether a plan with these choices needs no measuring any more."""
         pairs_known = choices.granularity != "head-dims" or "rotary pairs" in self._measured
@@ -210,17 +214,33 @@ def compress(
         TransActError: the plan does not fit the model or the recovery is not known.
     """
     require_recovery(recovery)
-    dense = bench.dense(progress)
+    bench.dense(progress)
     start = time.perf_counter()
-    dense_model = bench.loaded.model
-    model = prune(dense_model, plan, with_biases=recovery == "bias")
+    dense = bench.loaded.model
+    model = prune(dense, plan, with_biases=recovery == "bias")
     fits: tuple[LayerFit, ...] = ()
     if recovery != "none" and plan.cuts_anything(bench.loaded.architecture):
-        fits = recover(dense_model, model, plan, bench.calibration, recovery, progress).fits
+        fits = recover(dense, model, plan, bench.calibration, recovery, progress).fits
     round_weights(model, resolve_dtype(bench.save_dtype, bench.loaded.device))
+    return model, measure(bench, model, plan, recovery, fits, start, progress)
+
+
+def measure(
+    bench: Bench,
+    model: LlamaForCausalLM,
+    plan: PruningPlan,
+    recovery: str,
+    fits: tuple[LayerFit, ...],
+    start: float,
+    progress: Progress = silent,
+) -> Measurement:
+    """Measures what a cut has made, its weights rounded as they are saved.
+
+    `start` is when the making began, on the clock of `time.perf_counter`.
+    """
     evaluation = evaluate(model, bench.evaluation, progress)
-    delta_nll, delta_nll_se = paired_difference(evaluation, dense)
-    return model, Measurement(
+    delta_nll, delta_nll_se = paired_difference(evaluation, bench.dense())
+    return Measurement(
         plan=plan,
         recovery=recovery,
         footprint=bench.footprint(plan, recovery),

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from transact_core import corpora, export
-from transact_core.bench import Bench, Choices, compress, model_report
+from transact_core.bench import Bench, Choices, model_report
 from transact_core.decide import decide
 from transact_core.errors import Progress, TransActError
 from transact_core.evaluation import evaluate
@@ -236,11 +236,7 @@ def _carry_out(
     chosen: argparse.Namespace,
     progress: Progress,
 ) -> None:
-    export.require_room(chosen.output, bench.footprint(compression.plan))
-    model, measurement = compress(bench, compression.plan, compression.recovery, progress)
-    progress("Writing the checkpoint", 0, 1)
-    export.write_checkpoint(chosen.output, model, bench, measurement, compression)
-    progress("Writing the checkpoint", 1, 1)
+    measurement = export.compress_to_folder(chosen.output, bench, compression, progress)
     result = export.report(bench, measurement)
     print(json.dumps(result, indent=1) if chosen.json else _table(result, chosen.output))
 

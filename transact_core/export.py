@@ -8,26 +8,29 @@ import json
 import platform
 import re
 import shlex
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, ValidationError
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from transact_core import __version__
-from transact_core.bench import Bench, Measurement, model_report
+from transact_core.bench import Bench, Measurement, measure, model_report
+from transact_core.checkpoint import CheckpointWriter
 from transact_core.corpora import Windows, describe
 from transact_core.decide import Decision, Step
-from transact_core.errors import TransActError
+from transact_core.errors import Progress, TransActError, silent
 from transact_core.evaluation import Evaluation
 from transact_core.files import require_disk_space, require_free_output, staged_folder
 from transact_core.footprint import Footprint
 from transact_core.models import LoadedModel, dtype_name
 from transact_core.plan import Data, Granularity, PruningPlan
-from transact_core.recovery import RecoveryName, require_recovery
-from transact_core.surgery import cast
+from transact_core.recovery import LayerFit, RecoveryName, recover, require_recovery
+from transact_core.surgery import Cut
 
 SCHEMA_VERSION = 1
 BESIDE_WEIGHTS_BYTES = 50_000_000
@@ -221,27 +224,93 @@ def write_checkpoint(
     measurement: Measurement,
     compression: Compression,
 ) -> None:
-    """Writes the output folder, whole or not at all.
+    """Writes the output folder of a model at hand, whole or not at all.
 
     Raises:
         TransActError: the folder is not empty, cannot be written, or the disk is too full.
     """
     require_free_output(output)
     require_room(output, measurement.footprint)
-    stored = cast(model, getattr(torch, compression.save_dtype)).cpu()
-    # Published configurations that name a temperature without `do_sample` load, but transformers
-    # refuses to save them.
-    try:
-        stored.generation_config.validate(strict=True)
-    except ValueError:
-        stored.generation_config.do_sample = True
-    result = report(bench, measurement)
     with staged_folder(output) as folder:
-        stored.save_pretrained(folder)
-        bench.loaded.tokenizer.save_pretrained(folder)
-        (folder / "compression.json").write_text(compression.to_json())
-        (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
-        (folder / "README.md").write_text(model_card(bench.loaded.name, compression, result))
+        writer = CheckpointWriter(folder, getattr(torch, compression.save_dtype))
+        for name, tensor in model.state_dict().items():
+            if name != "lm_head.weight" or not model.config.tie_word_embeddings:
+                writer.add(name, tensor)
+        writer.finish(model)
+        _write_beside(folder, bench, measurement, compression)
+
+
+def _write_beside(
+    folder: Path, bench: Bench, measurement: Measurement, compression: Compression
+) -> None:
+    """What an output folder holds beside weights and configurations."""
+    result = report(bench, measurement)
+    bench.loaded.tokenizer.save_pretrained(folder)
+    (folder / "compression.json").write_text(compression.to_json())
+    (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "README.md").write_text(model_card(bench.loaded.name, compression, result))
+
+
+def compress_to_folder(
+    output: Path, bench: Bench, compression: Compression, progress: Progress = silent
+) -> Measurement:
+    """Carries out a compression straight into its output folder, whole or not at all.
+
+    Layers are cut, repaired, written and let go of one after the other, and the dense model is
+    released before what was written is loaded and measured: beside the dense weights there is one
+    layer, one residual stream and a shard. The weights are those that `bench.compress` makes.
+
+    Raises:
+        TransActError: as `bench.compress` and `write_checkpoint` do.
+    """
+    plan, recovery = compression.plan, compression.recovery
+    require_free_output(output)
+    require_room(output, bench.footprint(plan, recovery))
+    bench.dense(progress)
+    start = time.perf_counter()
+    device, dtype = bench.loaded.device, bench.loaded.dtype
+    with staged_folder(output) as folder:
+        fits = _write_layers(folder, bench, compression, progress)
+        bench.release_model()
+        model = LlamaForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True
+        ).to(device)
+        model.eval().requires_grad_(False)
+        measurement = measure(bench, model, plan, recovery, fits, start, progress)
+        _write_beside(folder, bench, measurement, compression)
+    return measurement
+
+
+def _write_layers(
+    folder: Path, bench: Bench, compression: Compression, progress: Progress
+) -> tuple[LayerFit, ...]:
+    """Cuts, repairs and writes the weights, a layer at a time; gives what the repairs did."""
+    plan, recovery, dense = compression.plan, compression.recovery, bench.loaded.model
+    cut = Cut(dense, plan, with_biases=recovery == "bias")
+    layers = cut.pruned.model.layers
+    writer = CheckpointWriter(folder, getattr(torch, compression.save_dtype))
+    for name in bench.loaded.architecture.outer_tensors():
+        writer.add(name, cut.pruned.get_parameter(name))
+
+    def write_layer(number: int) -> None:
+        for name, tensor in layers[number].state_dict().items():
+            writer.add(f"model.layers.{number}.{name}", tensor)
+        layers[number] = nn.Identity()
+
+    fits: tuple[LayerFit, ...] = ()
+    if recovery != "none" and plan.cuts_anything(bench.loaded.architecture):
+        fits = recover(
+            dense, cut.pruned, plan, bench.calibration, recovery, progress,
+            cut.make_layer, write_layer,
+        ).fits  # fmt: skip
+    else:
+        for number in range(len(plan.layers)):
+            cut.make_layer(number)
+            write_layer(number)
+    progress("Writing the checkpoint", 0, 1)
+    writer.finish(cut.pruned)
+    progress("Writing the checkpoint", 1, 1)
+    return fits
 
 
 def reproduce_command(compression: Compression, output: str = "out") -> str:

@@ -16,6 +16,7 @@ the truncated singular value decomposition in the metric of the activations (Wan
 SVD-LLM, arXiv 2403.07378), with one right side for all heads of the group.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,6 +34,8 @@ RIDGE = 1e-3
 """Towards the bare cut, relative to the mean curvature."""
 KEYS_A_QUERY = 6
 QUERY_STRIDE = 4
+MAX_QUERIES = 8192
+"""Of every so manieth token, and of more calibration text fewer: enough for a head's few weights."""
 EVENLY = 0.25
 """Share of keys drawn from the attention of half the logits."""
 OUTPUT_RIDGE = 0.1
@@ -121,7 +124,8 @@ def _sample(
     (cos, sin), (narrow_cos, narrow_sin) = (
         (cosines[0].float(), sines[0].float()) for cosines, sines in rotary
     )
-    stride = min(QUERY_STRIDE, length)
+    stride = max(QUERY_STRIDE, math.ceil(normed[..., 0].numel() / MAX_QUERIES))
+    stride = min(stride, length)
     places = torch.arange(stride - 1, length, stride, device=normed.device)
     query = query[:, places]
     turned = _turn(query, cos[places], sin[places]) * dense.scaling

@@ -12,7 +12,7 @@ every later layer is judged on text that the repairs before it have not seen. Wh
 the model is then fitted on all windows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
@@ -76,12 +76,15 @@ def recover(
     windows: Windows,
     recovery: str,
     progress: Progress = silent,
+    before_layer: Callable[[int], None] = lambda _: None,
+    after_layer: Callable[[int], None] = lambda _: None,
 ) -> Recovery:
     """Repairs the cut modules of `pruned` in place; the dense model is only read.
 
     `pruned` must come from `surgery.prune` on `dense` by `plan`: its cut projections are its own.
     Memory is one residual stream and one layer's activations over the calibration windows. With a
-    single window nothing can be held out, and every module keeps its bare cut.
+    single window nothing can be held out, and every module keeps its bare cut. A layer of `pruned`
+    need be there only between `before_layer` and `after_layer`, called with its number.
 
     Raises:
         TransActError: the recovery is not known, or a transitional activation is NaN or infinite.
@@ -92,9 +95,11 @@ def recover(
     layers = len(pruned.model.layers)
     for number in range(layers):
         progress("Repairing layers", number, layers)
+        before_layer(number)
         for module in ("mha", "mlp"):
             if fit := stream.advance(number, module):
                 fits.append(fit)
+        after_layer(number)
     progress("Repairing layers", layers, layers)
     return Recovery(fits=tuple(fits), hidden=stream.hidden)
 

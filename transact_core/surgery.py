@@ -31,29 +31,55 @@ def prune(
     Raises:
         TransActError: the plan does not fit the model.
     """
-    architecture = Architecture.from_config(model.config)
-    plan.check(architecture)
-    cut = plan.applied_to(architecture, with_biases)
-    pruned = _empty_like(model, cut, plan.slots)
-    tensors = dict(model.state_dict(keep_vars=True))
-    for number, layer in enumerate(plan.layers):
-        prefix = f"model.layers.{number}."
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        if plan.cuts_mha(architecture):
-            parts = _under(tensors, attention)
-            cut_tensors = (
-                narrow_attention(parts, layer, architecture)
-                if plan.head_dim
-                else cut_attention(parts, layer, architecture)
-            )
-            tensors |= _prefixed(attention, cut_tensors)
-        if plan.cuts_mlp(architecture):
-            tensors |= _prefixed(mlp, cut_mlp(_under(tensors, mlp), layer))
-        for name, shape in cut.layer_tensors().items():
-            if name.endswith(".bias") and prefix + name not in tensors:
-                weight = tensors[prefix + name.removesuffix("bias") + "weight"]
-                tensors[prefix + name] = nn.Parameter(weight.new_zeros(shape))
-    return _filled(pruned, tensors)
+    cut = Cut(model, plan, with_biases)
+    for number in range(len(plan.layers)):
+        cut.make_layer(number)
+    return cut.pruned
+
+
+class Cut:
+    """A cut made a layer at a time, for callers that let go of the layers that are done.
+
+    `pruned` is the model to be; a layer of it has no weights until `make_layer` gives it some.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model: LlamaForCausalLM, plan: PruningPlan, with_biases: bool = False
+    ) -> None:
+        self.dense, self.plan = model, plan
+        self.architecture = Architecture.from_config(model.config)
+        plan.check(self.architecture)
+        left = plan.applied_to(self.architecture, with_biases)
+        self.shapes = left.layer_tensors()
+        self.pruned = _empty_like(model, left, plan.slots)
+        outer = {
+            name: tensor
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if not name.startswith("model.layers.")
+        }
+        self.pruned.load_state_dict(outer, strict=False, assign=True)
+        self.pruned.tie_weights()
+        self.pruned.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def make_layer(self, number: int) -> None:
+        """Gives one layer its weights; what the plan does not change is shared."""
+        plan, layer = self.plan, self.plan.layers[number]
+        tensors = dict(self.dense.model.layers[number].state_dict(keep_vars=True))
+        if plan.cuts_mha(self.architecture):
+            cut_heads = narrow_attention if plan.head_dim else cut_attention
+            parts = _under(tensors, "self_attn.")
+            tensors |= _prefixed("self_attn.", cut_heads(parts, layer, self.architecture))
+        if plan.cuts_mlp(self.architecture):
+            tensors |= _prefixed("mlp.", cut_mlp(_under(tensors, "mlp."), layer))
+        for name, shape in self.shapes.items():
+            if name.endswith(".bias") and name not in tensors:
+                weight = tensors[name.removesuffix("bias") + "weight"]
+                tensors[name] = nn.Parameter(weight.new_zeros(shape))
+        made = self.pruned.model.layers[number]
+        made.load_state_dict(tensors, strict=True, assign=True)
+        made.requires_grad_(False)
 
 
 @torch.no_grad()
