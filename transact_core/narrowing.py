@@ -35,7 +35,7 @@ RIDGE = 1e-3
 KEYS_A_QUERY = 6
 QUERY_STRIDE = 4
 MAX_QUERIES = 8192
-"""Of every so manieth token, and of more calibration text fewer: enough for a head's few weights."""
+"""Of every fourth token, and of long calibration texts fewer: a head has few weights to fit."""
 EVENLY = 0.25
 """Share of keys drawn from the attention of half the logits."""
 OUTPUT_RIDGE = 0.1
