@@ -28,6 +28,7 @@ from transact_core.errors import Progress, TransActError, silent
 from transact_core.narrowing import fit_narrow_heads
 from transact_core.plan import PruningPlan
 from transact_core.streams import run_attention, run_mlp
+from transact_core.surgery import head_rows
 
 RecoveryName = Literal["least-squares", "bias", "none"]
 RECOVERIES: tuple[RecoveryName, ...] = get_args(RecoveryName)
@@ -128,22 +129,38 @@ class _Stream:
         """Carries the stream past one module, repaired where it is cut."""
         projection = transitional_inputs(self.pruned, number)[module]
         cut = projection.weight is not transitional_inputs(self.dense, number)[module].weight
-        written, inputs = self._run(self.pruned, number, module)
         fit = None
         if cut and self.recovery != "none":
-            fit, written = self._repair(number, module, written, inputs)
+            fit, written = self._repair(number, module)
+        else:
+            written, _ = self._run(self.pruned, number, module)
         self.hidden = self.hidden + written
         return fit
 
-    def _repair(
-        self, number: int, module: str, bare: torch.Tensor, inputs: torch.Tensor
-    ) -> tuple[LayerFit, torch.Tensor]:
-        """Repairs one module; gives what the folds' own repairs of it write, each on its windows.
+    def _bare(
+        self, number: int, module: str, transitional: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the bare cut writes, and its transitional activation, from the dense module's.
 
-        `bare` is what the bare cut writes from `inputs`.
+        Whole units compute what they computed before, so their activations are a selection.
         """
+        if module == "mha" and self.plan.head_dim:
+            return self._run(self.pruned, number, module)
+        layer = self.plan.layers[number]
+        kept = (
+            head_rows(layer.kept_heads, self.dense.model.layers[number].self_attn.head_dim)
+            if module == "mha"
+            else torch.tensor(layer.kept_channels)
+        )
+        inputs = transitional[..., kept.to(transitional.device)]
+        return transitional_inputs(self.pruned, number)[module](inputs), inputs
+
+    def _repair(self, number: int, module: str) -> tuple[LayerFit, torch.Tensor]:
+        """Repairs one module; gives what the repairs of the folds write, each on its windows."""
         wanted, transitional = self._run(self.dense, number, module)
         require_finite(transitional, number, module)
+        bare, inputs = self._bare(number, module, transitional)
+        del transitional
         # RMSNorm divides by this next: an error counts relative to the stream it disturbs, and the
         # few tokens of enormous norm do not drown all others.
         squares = (self.hidden + wanted).float().square().mean(dim=-1)
