@@ -12,6 +12,8 @@ from tests.browser.driving import CHART, ROOT, TIMEOUT_MS, metric, running_app, 
 
 PICTURE = ROOT / "assets" / "compress.png"
 WIDTH = 1440
+CUT_MS = 600_000
+"""A whole cut with its repair, computed beside the browser."""
 SETTLING_MS = 1500
 """Plotly draws for a moment after its element is there."""
 
@@ -26,7 +28,7 @@ def take(address: str, picture: Path) -> None:
         page.goto(address)
         page.get_by_test_id("stSidebarNav").get_by_text("Compress", exact=True).click()
         page.get_by_role("button", name="Prune and measure perplexity").click()
-        expect(metric(page, "Perplexity, measured")).to_be_visible()
+        expect(metric(page, "Perplexity, measured")).to_be_visible(timeout=CUT_MS)
         expect(page.locator(CHART).last).to_be_visible()
         inside = page.get_by_test_id("stMainBlockContainer").bounding_box()
         page.set_viewport_size({"width": WIDTH, "height": round(inside["height"])})
