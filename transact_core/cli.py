@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--importance", default="activation", choices=list(IMPORTANCES))
     _add_calibration(analyze)
     analyze.add_argument("--sequence-length", type=_positive, default=512, metavar="L")
-    analyze.add_argument("--seed", type=int, default=0)
+    analyze.add_argument("--seed", type=_seed, default=0)
     analyze.set_defaults(run=_analyze)
 
     points = commands.add_parser("sweep", help="measure a grid of ratios")
