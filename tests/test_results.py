@@ -1,14 +1,11 @@
 """Kept points: exact, found by what determined them, and never in the way."""
 
 import math
+import multiprocessing
 import os
-import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +16,6 @@ from transact_core.bench import Bench, Choices, Measurement, compress
 from transact_core.evaluation import Evaluation
 from transact_core.plan import GRANULARITIES, Decision
 from transact_core.recovery import RECOVERIES
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -233,22 +228,21 @@ def test_threads_that_keep_and_find_at_once(store, gqa_bench):
         assert same(results.find(gqa_bench, each.decision, each.recovery), each)
 
 
-WRITER = """
-import sys
-from transact_core import results
-name, count = sys.argv[1], int(sys.argv[2])
-sys.stdin.read(1)
-for number in range(count):
-    results._write("points", f"{name}-{number}", {"number": number}, bytes(20_000))
-    print(number, flush=True)
-"""
+def write_many(name: str, count: int, start, told) -> None:
+    start.wait(30)
+    for number in range(count):
+        results._write("points", f"{name}-{number}", {"number": number}, bytes(20_000))
+        told.send(number)
 
 
-def start_writer(name: str, count: int) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITER, name, str(count)], cwd=ROOT, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
+def start_writer(name: str, count: int, start):
+    """A process of its own that keeps records, and the end of a pipe where it tells of each."""
+    forking = multiprocessing.get_context("fork")
+    heard, told = forking.Pipe(duplex=False)
+    writer = forking.Process(target=write_many, args=(name, count, start, told))
+    writer.start()
+    told.close()
+    return writer, heard
 
 
 def kept(name: str, number: int) -> bool:
@@ -257,23 +251,23 @@ def kept(name: str, number: int) -> bool:
 
 
 def test_processes_that_begin_a_file_at_once_all_keep(store):
-    writers = [start_writer(f"writer-{number}", 20) for number in range(3)]
-    for writer in writers:
-        writer.stdin.write("g")
-        writer.stdin.flush()
-    for writer in writers:
-        assert writer.wait(60) == 0
-    assert all(kept(f"writer-{writer}", number) for writer in range(3) for number in range(20))
+    start = multiprocessing.get_context("fork").Event()
+    writers = [start_writer(f"writer-{number}", 20, start) for number in range(4)]
+    start.set()
+    for writer, _ in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    assert all(kept(f"writer-{writer}", number) for writer in range(4) for number in range(20))
 
 
 def test_what_was_kept_survives_a_kill(store):
-    for attempt in range(3):
-        writer = start_writer(f"killed-{attempt}", 100_000)
-        writer.stdin.write("g")
-        writer.stdin.flush()
-        told = [int(writer.stdout.readline()) for _ in range(5 + 10 * attempt)]
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.wait(10)
+    start = multiprocessing.get_context("fork").Event()
+    start.set()
+    for attempt in range(8):
+        writer, heard = start_writer(f"killed-{attempt}", 100_000, start)
+        told = [heard.recv() for _ in range(3 * attempt + 1)]
+        writer.kill()
+        writer.join(10)
         assert all(kept(f"killed-{attempt}", number) for number in told)
     assert results.notices == []
     results._write("points", "after-0", {"number": 0})
