@@ -6,7 +6,7 @@ of the calibration pass and the dense model's own losses.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -62,7 +62,6 @@ class Bench:
             loaded.source_dtype if save_dtype is None else resolve_dtype(save_dtype, loaded.device)
         )
         self.seed = seed
-        self._config = loaded.model.config
         self._measured: dict[str, Tensors] = {}
         self._dense: Evaluation | None = None
         self._scores: dict[str, Scores] = {}
@@ -117,7 +116,7 @@ class Bench:
         loaded = self.loaded
         return {
             "weights": sorted(loaded.weight_files.values()),
-            "config": self._config.to_json_string(),
+            "config": loaded.model.config.to_json_string(),
             "device": loaded.device.type,
             "dtype": dtype_name(loaded.dtype),
         }
@@ -135,7 +134,7 @@ class Bench:
 
     def pairs(self, progress: Progress = silent) -> PairEffects:
         """The rotary pairs' effects on attention; measured at the first call."""
-        require_exact_rope(self._config)
+        require_exact_rope(self.loaded.model.config)
         tensors = self._remember(
             "rotary pairs",
             lambda: measure_pairs(self.loaded.model, self.calibration, progress).to_tensors(),
@@ -144,7 +143,7 @@ class Bench:
 
     def release_model(self) -> None:
         """Lets go of the dense model; what was measured on it stays, and nothing more can be."""
-        self.loaded = replace(self.loaded, model=None)
+        self.loaded = self.loaded.release()
 
     def prepared(self, choices: Choices) -> bool:
         """Whether a plan with these choices needs no measuring any more."""

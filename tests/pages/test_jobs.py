@@ -75,11 +75,11 @@ def test_jobs_run_one_after_the_other_and_know_their_place(queue):
 
     one = queue.submit("First", first)
     two = queue.submit("Second", lambda report: order.append("second"))
-    assert queue.ahead_of(two) == 1
+    assert queue.ahead_of(two) == [one]
     gate.set()
     finished(two)
     assert order == ["first", "second"]
-    assert queue.ahead_of(one) == 0
+    assert queue.ahead_of(one) == []
 
 
 def test_a_running_job_stops_at_its_next_report(queue):

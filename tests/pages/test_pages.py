@@ -136,7 +136,7 @@ def test_a_cut_is_measured_and_taken_away_with_its_choices(opened, open_page):
     page = open_page("compress", granularity="head-dims", importance="fluctuation", recovery="bias")
     visit = page.session_state["visit"]
     button(page, "Prune and measure perplexity").click().run()
-    ended(visit.job)
+    ended(visit.visitor.jobs[-1])
     page.run()
     assert "Perplexity, measured" in metrics(page)
     page.selectbox(key="importance").set_value("magnitude").run()
@@ -164,10 +164,11 @@ def test_a_curve_scores_first_and_then_measures(opened, open_page, granularity):
     assert "Scoring by magnitude comes first." in texts(page)
     button(page, "Measure the curve").click().run()
     visit = page.session_state["visit"]
-    assert ended(visit.job).error is None
+    job = ended(visit.visitor.jobs[-1])
+    assert job.error is None
     points = visit.points[Request()]
     assert {point.plan.importance for point in points} == {"magnitude"}
-    assert len(points) == visit.job.result > 0
+    assert len(points) == job.result > 0
     assert {point.plan.granularity for point in points} == {granularity}
     page.run()
     assert not page.exception

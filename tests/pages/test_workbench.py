@@ -1,4 +1,5 @@
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ def workbench(monkeypatch):
     made.gate, made.measured = threading.Event(), []
 
     class Bench:
+        loaded = SimpleNamespace(released=False)
+
         def dense(self, report):
             made.measured.append(1)
 
