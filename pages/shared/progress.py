@@ -24,7 +24,7 @@ def waiting_in_words(job: Job) -> str:
     ahead = workbench().queue.ahead_of(job)
     if not ahead:
         return "next in line"
-    told = [each.title for each in ahead if each.owner is job.owner or each.urgent]
+    told = [each.title for each in ahead if each.owner in (job.owner, each)]
     if others := len(ahead) - len(told):
         told.append("another visitor's" if others == 1 else f"{others} of other visitors")
     return f"waiting, {len(ahead)} ahead: {', '.join(told)}"
@@ -67,7 +67,7 @@ def show_job(*about: Hashable) -> bool:
     if job is None:
         return False
     if not job.finished:
-        watch(job, str(about[0]))
+        watch(job, f"job-{about[0]}")
         return True
     if job.state == FAILED:
         st.error(f"{job.title} failed. {job.error}", icon=":material/error:")

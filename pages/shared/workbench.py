@@ -252,7 +252,8 @@ class Workbench:
             if bench.state == DONE:
                 self.bench(request, report).dense(report)
 
-        return self.queue.submit("Measuring the dense model", measure, urgent=True)
+        # Not urgent, so that it waits for every opening; its first turn comes before other jobs'.
+        return self.queue.submit("Measuring the dense model", measure)
 
     def _bench(self, request: Request, report: Progress) -> Bench:
         calibration = corpora.read_corpus(request.calibration)
