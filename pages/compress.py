@@ -10,7 +10,14 @@ from streamlit.delta_generator import DeltaGenerator
 from pages.shared import charts, plan_charts
 from pages.shared.options import GRANULARITY_HELP, IMPORTANCE_HELP, RECOVERY_HELP, STEPS_HELP
 from pages.shared.progress import require_bench, require_prepared, show_dense, show_job
-from pages.shared.workbench import Cut, find_cut, find_point, plan_at, start_cut, visit
+from pages.shared.workbench import (
+    Cut,
+    find_cut,
+    find_point,
+    plan_at,
+    start_cut,
+    visit,
+)
 from transact_core.architecture import Architecture
 from transact_core.bench import Bench, Measurement
 from transact_core.importance import IMPORTANCES
