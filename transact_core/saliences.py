@@ -1,13 +1,16 @@
 """First-order saliences: how much the loss would change, to first order, were a weight zero.
 
-The only pass that goes backwards. It runs a copy of the model's modules on aliases of its weights:
-the model itself is never asked for a gradient, and whoever else uses it is not disturbed.
+The only pass that goes backwards. It does so layer by layer, for all windows at a time, so that one
+layer's gradient is held and not the model's: the way there keeps the residual stream before every
+few layers, the way back runs those few again. It runs copies of the layers on aliases of their
+weights: the model itself is never asked for a gradient, and whoever else uses it is not disturbed.
 """
 
 import copy
+import math
 
 import torch
-from torch.func import functional_call
+from torch import nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
@@ -15,6 +18,7 @@ from transact_core.activations import MODULES, collect
 from transact_core.architecture import Architecture
 from transact_core.corpora import Windows
 from transact_core.errors import Progress, TransActError, silent
+from transact_core.streams import Rotary, Stream, run_attention, run_mlp
 
 PROJECTIONS = {
     "mha": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -59,52 +63,101 @@ def collect_saliences(
     """Σ |weight · gradient| over the weights of each channel, by module, (layers, width), float64.
 
     The gradient is that of the summed next-token NLL of all windows, in nats; biases are left out.
-    It is gathered window by window in float32. Memory is one gradient of every projection that
-    loses width, which for the whole model is nearly as much as its weights in float32, and what one
-    window's backward pass holds.
+    It is summed over windows in float32. Costs a forward and a backward pass and two more through
+    the layers; memory is about 2 √layers residual streams of all windows, and one layer's gradient
+    in float32.
 
     Raises:
         TransActError: an activation or a gradient is NaN or infinite.
     """
-    layers = len(model.model.layers)
-    leaves = {
-        f"model.layers.{number}.{name}.weight": weight.detach().requires_grad_()
-        for number in range(layers)
-        for module in MODULES
-        for name, weight in zip(
-            PROJECTIONS[module], projection_weights(model, number, module), strict=True
-        )
-    }
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
-    gradients: dict[str, torch.Tensor] = {}
-    for done, window in enumerate(windows.ids.to(model.device)):
-        progress("Measuring gradients", done, len(windows))
-        with torch.enable_grad():
-            output = functional_call(twin, leaves, (window[None],), {"use_cache": False})
-            logits = output.logits[0, :-1].float()
-            loss = functional.cross_entropy(logits, window[1:], reduction="sum")
-            found = torch.autograd.grad(loss, list(leaves.values()))
-        del output, logits, loss
-        for name, gradient in zip(leaves, found, strict=True):
-            if name in gradients:
-                gradients[name] += gradient
-            else:
-                gradients[name] = gradient.float()
-        del found
-    progress("Measuring gradients", len(windows), len(windows))
+    stage, layers = "Measuring gradients", len(model.model.layers)
+    stride = math.ceil(math.sqrt(layers))
+    stream = Stream(model, windows)
+    before = {}
+    for number in range(layers):
+        progress(stage, number, 2 * layers)
+        if number % stride == 0:
+            before[number] = stream.hidden.clone()
+        _pass(stream, number)
+    gradient = _of_hidden(model, stream.hidden, windows)
     rows: dict[str, list[torch.Tensor]] = {module: [] for module in MODULES}
-    with torch.no_grad():
-        for number in range(layers):
-            for module in MODULES:
-                names = [f"model.layers.{number}.{name}.weight" for name in PROJECTIONS[module]]
-                products = tuple(gradients.pop(name).mul_(leaves[name]).abs_() for name in names)
-                sums = channel_sums(products, architecture)
-                if not sums.isfinite().all():
+    for first in sorted(before, reverse=True):
+        stream.hidden = before.pop(first)
+        numbers = range(first, min(first + stride, layers))
+        inputs = []
+        for number in numbers:
+            inputs.append(stream.hidden.clone())
+            if number < numbers[-1]:
+                _pass(stream, number)
+        for number in reversed(numbers):
+            progress(stage, 2 * layers - 1 - number, 2 * layers)
+            sums = _through_layer(
+                model.model.layers[number], inputs.pop(), gradient, stream.rotary, architecture
+            )
+            for module, each in sums.items():
+                if not each.isfinite().all():
                     # The loss spreads it everywhere; a forward pass knows where it began.
                     collect(model, windows)
                     raise TransActError(
                         f"The gradient of the {module} of layer {number} is NaN or infinite; "
                         "compute in float32."
                     )
-                rows[module].append(sums)
-    return {module: torch.stack(each) for module, each in rows.items()}
+                rows[module].append(each)
+    progress(stage, 2 * layers, 2 * layers)
+    return {module: torch.stack(each[::-1]) for module, each in rows.items()}
+
+
+def _pass(stream: Stream, number: int) -> None:
+    for module in MODULES:
+        for _ in stream.advance(number, module):
+            pass
+
+
+def _of_hidden(model: LlamaForCausalLM, hidden: torch.Tensor, windows: Windows) -> torch.Tensor:
+    """The gradient of the loss by the last residual stream, shaped and typed like it."""
+    gradients = []
+    for states, window in zip(hidden, windows.ids.to(hidden.device), strict=True):
+        with torch.enable_grad():
+            states = states.detach().requires_grad_()
+            logits = model.lm_head(model.model.norm(states))[:-1].float()
+            loss = functional.cross_entropy(logits, window[1:], reduction="sum")
+            gradients += torch.autograd.grad(loss, [states])
+    return torch.stack(gradients)
+
+
+def _through_layer(
+    layer: nn.Module,
+    inputs: torch.Tensor,
+    gradient: torch.Tensor,
+    rotary: Rotary,
+    architecture: Architecture,
+) -> dict[str, torch.Tensor]:
+    """Carries the gradient from behind a layer to before it, in place; gives its saliences.
+
+    `inputs` is the residual stream before the layer and `gradient` that of the loss, both of shape
+    (windows, sequence_length, hidden_size).
+    """
+    twin = copy.deepcopy(layer, {id(tensor): tensor for tensor in layer.parameters()})
+    leaves = {}
+    for module in MODULES:
+        for name in PROJECTIONS[module]:
+            projection = twin.get_submodule(name)
+            leaves[name] = projection.weight = nn.Parameter(projection.weight.detach())
+    totals: dict[str, torch.Tensor] = {}
+    for hidden, slot in zip(inputs.split(1), gradient.split(1), strict=True):
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_()
+            after = hidden + run_attention(twin, hidden, rotary)[0]
+            after = after + run_mlp(twin, after)[0]
+            back, *found = torch.autograd.grad(after, [hidden, *leaves.values()], slot)
+        slot.copy_(back)
+        for name, each in zip(leaves, found, strict=True):
+            totals[name] = totals[name].add_(each) if name in totals else each.float()
+    with torch.no_grad():
+        return {
+            module: channel_sums(
+                tuple(totals.pop(name).mul_(leaves[name]).abs_() for name in PROJECTIONS[module]),
+                architecture,
+            )
+            for module in MODULES
+        }
