@@ -89,13 +89,15 @@ def rows(quick: bool = False) -> list[Row]:
 def _engine_choices(cut: Cut) -> Iterator[Choices]:
     """Each importance with each recovery; where the granularity is free, each that fits the cut.
 
-    Then what is decided by measuring, with the strongest of both: `auto`, and a cut in steps.
+    Then what is decided by measuring, with the strongest of both: units chosen sequentially,
+    `auto`, and a cut in steps.
     """
     for granularity in _granularities(cut):
         for importance in IMPORTANCES:
             for recovery in RECOVERIES:
                 yield Choices(granularity=granularity, importance=importance, recovery=recovery)
     strongest = Choices(cut.granularity, "reconstruction", "least-squares")
+    yield replace(strongest, sequential=True)
     if cut.mha_ratio and not cut.narrows_kv_cache:
         yield replace(strongest, granularity="auto")
     if cut.mlp_ratio:
@@ -112,6 +114,8 @@ def _method(choices: Choices, cut: Cut) -> str:
     words = [choices.importance, choices.recovery]
     if choices.granularity != "query-heads" and cut.mha_ratio:
         words.insert(0, choices.granularity)
+    if choices.sequential:
+        words.append("sequential")
     if choices.steps > 1:
         words.append(f"{choices.steps} steps")
     return f"ours: {', '.join(words)}"

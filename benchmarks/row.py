@@ -25,6 +25,7 @@ from benchmarks.cuts import DENSE, PUBLISHED, Row, rows
 from benchmarks.memory import peak_memory
 from transact_core import corpora, export
 from transact_core.bench import Bench, Choices, compress
+from transact_core.checkpoint import mend_generation_config
 from transact_core.corpora import Windows
 from transact_core.decide import decide
 from transact_core.errors import TransActError
@@ -167,10 +168,7 @@ def _save_stock(model: LlamaForCausalLM, loaded: LoadedModel):
     def save(output: Path) -> None:
         stored = model if model is not loaded.model else cast(model, loaded.source_dtype)
         stored = stored.to(loaded.source_dtype)
-        try:
-            stored.generation_config.validate(strict=True)
-        except ValueError:
-            stored.generation_config.do_sample = True
+        mend_generation_config(stored)
         stored.save_pretrained(output)
         loaded.tokenizer.save_pretrained(output)
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model
 from transact_core.cli import main
+from transact_core.export import read_compression, reproduce_command
 from transact_core.importance import IMPORTANCES
 
 TOKENS = ["--calibration-tokens", "512", "--sequence-length", "32"]
@@ -89,6 +90,18 @@ def test_a_cut_in_steps_is_told_and_made_again_from_its_plan(prune, tmp_path, gr
     assert channels == [34, 27]
     assert stored["plan"]["intermediate_size"] == 20
     assert all(step["perplexity"] > 1 for step in stored["earlier_steps"])
+    again = tmp_path / "again"
+    assert main(["apply", str(made / "compression.json"), "--output", str(again)]) == 0
+    for name in ("model.safetensors", "compression.json"):
+        assert (made / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_a_sequential_cut_is_told_and_made_again_from_its_plan(prune, tmp_path):
+    status, made = prune("out", "0.5", "0.5", "--importance", "reconstruction", "--sequential")
+    assert status == 0
+    compression = read_compression(made / "compression.json")
+    assert compression.sequential
+    assert "--sequential" in reproduce_command(compression)
     again = tmp_path / "again"
     assert main(["apply", str(made / "compression.json"), "--output", str(again)]) == 0
     for name in ("model.safetensors", "compression.json"):

@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import replace
 
@@ -11,7 +12,11 @@ from tests.test_plan import architectures, ratios
 from transact_core.architecture import Architecture
 from transact_core.bench import Choices
 from transact_core.decide import decide, held_out_loss, schedule
+from transact_core.elimination import eliminate_module
+from transact_core.errors import TransActError
 from transact_core.plan import GRANULARITIES, head_counts, widths
+from transact_core.recovery import recover
+from transact_core.surgery import prune
 
 
 def test_one_step_of_a_fixed_granularity_is_the_plain_plan(gqa_bench):
@@ -119,3 +124,59 @@ def test_scores_return_to_their_places_in_the_dense_model(gqa_bench):
         assert torch.equal(placed.heads[number, list(layer.kept_heads)], small.heads[number])
         gone = sorted(set(range(40)) - set(layer.kept_channels))
         assert (placed.channels[number, gone] == -torch.inf).all()
+
+
+SEQUENTIAL = Choices(importance="reconstruction", sequential=True)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("recovery", ["least-squares", "bias"])
+def test_sequential_choices_are_those_of_the_stream_they_lead_to(bench, granularity, recovery):
+    dense = bench.loaded.model
+    before = snapshot(dense)
+    choices = replace(SEQUENTIAL, granularity=granularity, recovery=recovery)
+    decision = decide(bench, 0.5, 0.4, choices)
+    plan = decision.plan
+    assert decision.sequential
+    assert plan.widths == bench.plan(0.5, 0.4, choices).widths
+    assert same_weights(dense, before)
+
+    scores = copy.deepcopy(bench.scores("reconstruction"))
+
+    def look(number, module, transitional, weights):
+        rows = (transitional * weights.sqrt()[..., None]).flatten(0, 1)
+        for name, row in eliminate_module(dense, number, module, [rows]).items():
+            getattr(scores, name)[number] = row
+        chosen = bench.plan(0.5, 0.4, choices, scores=scores).layers[number]
+        if module == "mlp":
+            assert chosen.kept_channels == plan.layers[number].kept_channels
+        else:
+            assert chosen.kept_heads == plan.layers[number].kept_heads
+        return plan.layers[number]
+
+    model = prune(dense, plan, with_biases=recovery == "bias")
+    recover(dense, model, plan, bench.calibration, recovery, choose=look)
+
+
+def test_sequential_choices_begin_with_the_dense_stream_and_leave_it(gqa_bench):
+    at_once = gqa_bench.plan(0, 0.6, SEQUENTIAL)
+    one_by_one = decide(gqa_bench, 0, 0.6, SEQUENTIAL).plan
+    assert one_by_one.layers[0] == at_once.layers[0]
+    assert one_by_one.layers != at_once.layers
+
+
+def test_sequential_cutting_of_nothing_is_the_plain_plan(gqa_bench):
+    assert decide(gqa_bench, 0, 0, SEQUENTIAL).plan == gqa_bench.plan(0, 0, SEQUENTIAL)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"importance": "activation"}, "activation"),
+        ({"recovery": "none"}, "least-squares"),
+        ({"steps": 2}, "one step"),
+    ],
+)
+def test_sequential_choices_need_what_they_stand_on(gqa_bench, change, word):
+    with pytest.raises(TransActError, match=word):
+        decide(gqa_bench, 0.5, 0.5, replace(SEQUENTIAL, **change))

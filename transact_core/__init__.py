@@ -20,7 +20,7 @@ Data flows one way, and a module imports only from those before it:
     evaluation         perplexity with its uncertainty
     store              measured tensors on disk, keyed by what determined them
     bench              one model on one pair of texts: plan, cut, repair, measure
-    decide             which granularity, and cuts in several steps
+    decide             which granularity; cuts in several steps, or module by module
     results            measured points on disk, so that nothing is measured twice
     sweep              ratios → measured points
     checkpoint         weights written tensor by tensor

@@ -37,11 +37,13 @@ class Choices:
     multiple_of: int = 1
     steps: int = 1
     """How often units are scored anew on the model as pruned so far; see `decide`."""
+    sequential: bool = False
+    """Whether each module's units are chosen on the stream of the model as pruned before it."""
 
     @property
     def single_pass(self) -> bool:
         """Whether one set of scores decides, so that nothing need be tried on the way."""
-        return self.granularity != "auto" and self.steps == 1
+        return self.granularity != "auto" and self.steps == 1 and not self.sequential
 
 
 class Bench:

@@ -65,10 +65,16 @@ def save_configurations(model: LlamaForCausalLM, folder: Path, dtype: torch.dtyp
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype_name(dtype)
     model.config.save_pretrained(folder)
-    # Published configurations that name a temperature without `do_sample` load, but transformers
-    # refuses to save them.
+    mend_generation_config(model)
+    model.generation_config.save_pretrained(folder)
+
+
+def mend_generation_config(model: LlamaForCausalLM) -> None:
+    """Makes one savable that names a temperature without `do_sample`.
+
+    Published ones do; transformers loads them and refuses to save them.
+    """
     try:
         model.generation_config.validate(strict=True)
     except ValueError:
         model.generation_config.do_sample = True
-    model.generation_config.save_pretrained(folder)

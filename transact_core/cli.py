@@ -154,6 +154,12 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--importance", default=defaults.importance, choices=list(IMPORTANCES))
     parser.add_argument("--recovery", default=defaults.recovery, choices=RECOVERIES)
     parser.add_argument("--steps", type=_positive, default=defaults.steps, metavar="K")
+    parser.add_argument(
+        "--sequential",
+        action="store_true",
+        help="choose each module's units on the stream of the model as pruned before it; with "
+        "the importance reconstruction",
+    )
     parser.add_argument("--multiple-of", type=_positive, default=defaults.multiple_of, metavar="N")
     parser.add_argument("--save-dtype", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--seed", type=_seed, default=0)

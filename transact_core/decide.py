@@ -1,11 +1,12 @@
-"""Choices that cannot be made from one set of scores: which granularity, and cuts in several steps.
+"""Choices that cannot be made from one set of scores.
 
-Both end in one plan. What they tried on the way is told beside it; how the plan is carried out does
+Which granularity, cuts in several steps, and units chosen module by module on the pruned stream.
+All end in one plan. What they tried on the way is told beside it; how the plan is carried out does
 not depend on it, so a stored plan is applied without deciding again.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from fractions import Fraction
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from transact_core.architecture import Architecture
 from transact_core.bench import Bench, Choices
+from transact_core.elimination import eliminate_module
 from transact_core.errors import Progress, TransActError, silent
 from transact_core.evaluation import evaluate
 from transact_core.importance import Evidence, Scores, score
@@ -20,6 +22,7 @@ from transact_core.plan import (
     GRANULARITIES,
     Decision,
     Granularity,
+    LayerPlan,
     PruningPlan,
     Step,
     Widths,
@@ -28,7 +31,7 @@ from transact_core.plan import (
 )
 from transact_core.recovery import recover, require_recovery
 from transact_core.rotary import require_exact_rope
-from transact_core.surgery import head_rows, prune
+from transact_core.surgery import Cut, head_rows, prune
 
 
 def decide(
@@ -44,12 +47,17 @@ def decide(
         TransActError: a choice is not known, or the granularity cannot be had for this model.
     """
     require_recovery(choices.recovery)
+    if choices.sequential:
+        _require_sequential(choices)
     losses: dict[Granularity, float] = {}
     if choices.granularity == "auto":
         if mha_ratio:
             losses = granularity_losses(bench, mha_ratio, choices, progress)
         granularity = min(losses, key=losses.get, default=Choices.granularity)
         choices = replace(choices, granularity=granularity)
+    if choices.sequential:
+        plan = _sequentially(bench, mha_ratio, mlp_ratio, choices, progress)
+        return Decision(plan, losses, sequential=True)
     if choices.steps == 1:
         return Decision(bench.plan(mha_ratio, mlp_ratio, choices, progress), losses)
     plan, earlier = _stepwise(bench, mha_ratio, mlp_ratio, choices, progress)
@@ -103,6 +111,67 @@ def held_out_loss(
         logits = dense.lm_head(dense.model.norm(states[:-1])).float()
         total += functional.cross_entropy(logits, ids[1:], reduction="sum").item()
     return total / (len(windows) * (windows.sequence_length - 1))
+
+
+# --- module by module ------------------------------------------------------------------------
+
+
+def _require_sequential(choices: Choices) -> None:
+    if choices.importance != "reconstruction":
+        raise TransActError(
+            "Units are chosen sequentially by the importance reconstruction only, not by "
+            f"{choices.importance}."
+        )
+    if choices.recovery == "none":
+        raise TransActError(
+            "Choosing units sequentially repairs each module before it looks at the next; choose "
+            "the recovery least-squares or bias."
+        )
+    if choices.steps > 1:
+        raise TransActError(
+            "Units are chosen sequentially in one step; leave out either of the two."
+        )
+
+
+def _sequentially(
+    bench: Bench, mha_ratio: float, mlp_ratio: float, choices: Choices, progress: Progress
+) -> PruningPlan:
+    """Eliminates the units of each module on the stream of the model as pruned and repaired so far.
+
+    What the dense model's scores decide is where it begins; of narrower heads it stays.
+    """
+    scores = bench.scores(choices.importance, progress)
+    scores = Scores(**{each.name: getattr(scores, each.name).clone() for each in fields(scores)})
+    plan = bench.plan(mha_ratio, mlp_ratio, choices, progress)
+    if not plan.cuts_anything(bench.loaded.architecture):
+        return plan
+    dense = bench.loaded.model
+    cut = Cut(dense, plan, with_biases=choices.recovery == "bias")
+
+    def choose(
+        number: int, module: str, transitional: torch.Tensor, weights: torch.Tensor
+    ) -> LayerPlan:
+        if module == "mha" and plan.head_dim:
+            return cut.plan.layers[number]
+        rows = (
+            window * root[:, None]
+            for window, root in zip(transitional, weights.sqrt(), strict=True)
+        )
+        for name, row in eliminate_module(dense, number, module, rows).items():
+            getattr(scores, name)[number] = row
+        chosen = bench.plan(mha_ratio, mlp_ratio, choices, scores=scores).layers[number]
+        layers = (*cut.plan.layers[:number], chosen, *cut.plan.layers[number + 1 :])
+        cut.remake_module(cut.plan.model_copy(update={"layers": layers}), number, module)
+        return chosen
+
+    def told(stage: str, done: int, total: int) -> None:
+        progress(f"Choosing units: {stage.lower()}", done, total)
+
+    recover(
+        dense, cut.pruned, plan, bench.calibration, choices.recovery, told,
+        before_layer=cut.make_layer, choose=choose,
+    )  # fmt: skip
+    return cut.plan
 
 
 # --- several steps ---------------------------------------------------------------------------

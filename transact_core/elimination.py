@@ -21,7 +21,7 @@ Frantar & Alistarh 2022, Optimal brain compression (arXiv 2208.11580); Kurtic, F
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from transformers import LlamaForCausalLM
@@ -59,29 +59,37 @@ def eliminate(
     Raises:
         TransActError: a transitional activation is NaN or infinite.
     """
-    attention = model.model.layers[0].self_attn
     rows: dict[str, list[torch.Tensor]] = {"heads": [], "head_channels": [], "channels": []}
     layers = len(model.model.layers)
     stream = Stream(model, windows)
     for number in range(layers):
         progress("Eliminating channels", number, layers)
         for module in MODULES:
-            projection = transitional_inputs(model, number)[module]
             weighted = weighted_rows(stream, number, module, model.config.rms_norm_eps)
-            # The second moments are handed over unnamed, so that they can be freed when inverted.
-            scale, inverse = damped_inverse(second_moments(weighted, projection.in_features))
-            columns = projection.weight.to(scale.device).double() * scale
-            if module == "mha":
-                rows["heads"].append(
-                    head_energies(
-                        inverse, columns, attention.head_dim, attention.num_key_value_groups
-                    )
-                )
-            order, _ = eliminate_channels(inverse, columns)
-            rows["head_channels" if module == "mha" else "channels"].append(_positions(order))
-            del inverse, columns
+            for name, scores in eliminate_module(model, number, module, weighted).items():
+                rows[name].append(scores)
     progress("Eliminating channels", layers, layers)
     return {name: torch.stack(each) for name, each in rows.items()}
+
+
+def eliminate_module(
+    model: LlamaForCausalLM, number: int, module: str, weighted: Iterable[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Eliminates the units of one module: `heads` and `head_channels`, or `channels`, as above.
+
+    `weighted` gives the rows of X, each times its token's weight, as matrices of shape (tokens,
+    width of the waist) one after the other.
+    """
+    projection = transitional_inputs(model, number)[module]
+    # The second moments are handed over unnamed, so that they can be freed when inverted.
+    scale, inverse = damped_inverse(second_moments(weighted, projection.in_features))
+    columns = projection.weight.to(scale.device).double() * scale
+    order, _ = eliminate_channels(inverse, columns)
+    if module == "mlp":
+        return {"channels": _positions(order)}
+    attention = model.model.layers[number].self_attn
+    heads = head_energies(inverse, columns, attention.head_dim, attention.num_key_value_groups)
+    return {"heads": heads, "head_channels": _positions(order)}
 
 
 def weighted_rows(stream: Stream, number: int, module: str, eps: float) -> Iterator[torch.Tensor]:

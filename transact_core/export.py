@@ -69,6 +69,8 @@ class Compression(Data):
     steps: Annotated[int, Field(ge=1)] = 1
     earlier_steps: tuple[Step, ...] = ()
     """The pruned models on the way to the plan, told for the reader; the plan stands on its own."""
+    sequential: bool = False
+    """Whether units were chosen module by module, each on the stream of what was pruned before."""
     granularity_losses: dict[Granularity, float] = Field(default_factory=dict)
     """Held-out loss of each granularity tried, where `auto` chose."""
     calibration: TextReference
@@ -102,6 +104,7 @@ def describe_compression(
         recovery=recovery,
         steps=steps,
         earlier_steps=decision.earlier_steps,
+        sequential=decision.sequential,
         granularity_losses=decision.granularity_losses,
         calibration=_text_reference(bench.calibration),
         evaluation=_text_reference(bench.evaluation),
@@ -334,6 +337,7 @@ def reproduce_command(compression: Compression, output: str = "out") -> str:
         "--output": output,
     }
     words = [word for name, value in options.items() for word in (name, str(value))]
+    words += ["--sequential"] if compression.sequential else []
     return shlex.join(["python", "-m", "transact_core", "prune", *words])
 
 

@@ -209,6 +209,8 @@ class Decision:
     steps: int = 1
     """As asked for; those that would have cut nothing are not among the earlier ones."""
     earlier_steps: tuple[Step, ...] = ()
+    sequential: bool = False
+    """Whether units were chosen module by module, each on the stream of what was pruned before."""
 
     @property
     def why(self) -> str | None:

@@ -26,7 +26,7 @@ from transact_core.activations import require_finite, transitional_inputs
 from transact_core.corpora import Windows
 from transact_core.errors import Progress, TransActError, silent
 from transact_core.narrowing import fit_narrow_heads
-from transact_core.plan import PruningPlan
+from transact_core.plan import LayerPlan, PruningPlan
 from transact_core.streams import run_attention, run_mlp
 from transact_core.surgery import head_rows
 
@@ -69,6 +69,14 @@ class Recovery:
     (windows, sequence_length, hidden_size)."""
 
 
+Choose = Callable[[int, str, torch.Tensor, torch.Tensor], LayerPlan]
+"""Cuts a module of the pruned model again before it is repaired, and gives its layer's new plan.
+
+Called with the layer, the module, the dense module's transitional activation on the pruned stream,
+shape (windows, sequence_length, width), and the tokens' weights, shape (windows, sequence_length).
+"""
+
+
 @torch.no_grad()
 def recover(
     dense: LlamaForCausalLM,
@@ -79,6 +87,7 @@ def recover(
     progress: Progress = silent,
     before_layer: Callable[[int], None] = lambda _: None,
     after_layer: Callable[[int], None] = lambda _: None,
+    choose: Choose | None = None,
 ) -> Recovery:
     """Repairs the cut modules of `pruned` in place; the dense model is only read.
 
@@ -91,7 +100,7 @@ def recover(
         TransActError: the recovery is not known, or a transitional activation is NaN or infinite.
     """
     require_recovery(recovery)
-    stream = _Stream(dense, pruned, plan, windows, recovery)
+    stream = _Stream(dense, pruned, plan, windows, recovery, choose)
     fits = []
     layers = len(pruned.model.layers)
     for number in range(layers):
@@ -115,8 +124,10 @@ class _Stream:
         plan: PruningPlan,
         windows: Windows,
         recovery: str,
+        choose: Choose | None,
     ) -> None:
-        self.dense, self.pruned, self.plan, self.recovery = dense, pruned, plan, recovery
+        self.dense, self.pruned, self.recovery, self.choose = dense, pruned, recovery, choose
+        self.layers, self.narrower = list(plan.layers), bool(plan.head_dim)
         ids = windows.ids.to(dense.device)
         self.hidden = dense.model.embed_tokens(ids)
         self.positions = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -144,9 +155,9 @@ class _Stream:
 
         Whole units compute what they computed before, so their activations are a selection.
         """
-        if module == "mha" and self.plan.head_dim:
+        if module == "mha" and self.narrower:
             return self._run(self.pruned, number, module)
-        layer = self.plan.layers[number]
+        layer = self.layers[number]
         kept = (
             head_rows(layer.kept_heads, self.dense.model.layers[number].self_attn.head_dim)
             if module == "mha"
@@ -159,19 +170,21 @@ class _Stream:
         """Repairs one module; gives what the repairs of the folds write, each on its windows."""
         wanted, transitional = self._run(self.dense, number, module)
         require_finite(transitional, number, module)
-        bare, inputs = self._bare(number, module, transitional)
-        del transitional
         # RMSNorm divides by this next: an error counts relative to the stream it disturbs, and the
         # few tokens of enormous norm do not drown all others.
         squares = (self.hidden + wanted).float().square().mean(dim=-1)
         weights = (squares + self.dense.config.rms_norm_eps).reciprocal()
+        if self.choose is not None:
+            self.layers[number] = self.choose(number, module, transitional, weights)
+        bare, inputs = self._bare(number, module, transitional)
+        del transitional
         bare_error = _energy(wanted - bare, weights)
         scale = _energy(wanted, weights) or 1.0
         kept = LayerFit(number, module, bare_error / scale, bare_error / scale, None)
         if len(self.folds) < 2:
             return kept, bare
         written, bare_projections = bare, {}
-        if module == "mha" and self.plan.head_dim and self.recovery == "least-squares":
+        if module == "mha" and self.narrower and self.recovery == "least-squares":
             bare_projections = self._narrow(number, weights)
             written, inputs = self._run(self.pruned, number, module)
         features = inputs if self.recovery == "least-squares" else torch.ones_like(inputs[..., :1])
@@ -202,7 +215,7 @@ class _Stream:
         fit_narrow_heads(
             self.dense.model.layers[number].self_attn,
             attention,
-            self.plan.layers[number],
+            self.layers[number],
             self.dense.model.layers[number].input_layernorm(self.hidden),
             weights,
             tuple(

@@ -65,6 +65,17 @@ class Cut:
     @torch.no_grad()
     def make_layer(self, number: int) -> None:
         """Gives one layer its weights; what the plan does not change is shared."""
+        _fill(self.pruned.model.layers[number], self._tensors(number))
+
+    @torch.no_grad()
+    def remake_module(self, plan: PruningPlan, number: int, module: str) -> None:
+        """Cuts one module of one layer again, by another plan of the same widths."""
+        self.plan = plan
+        name = {"mha": "self_attn", "mlp": "mlp"}[module]
+        made = self.pruned.model.layers[number].get_submodule(name)
+        _fill(made, _under(self._tensors(number), name + "."))
+
+    def _tensors(self, number: int) -> dict[str, torch.Tensor]:
         plan, layer = self.plan, self.plan.layers[number]
         tensors = dict(self.dense.model.layers[number].state_dict(keep_vars=True))
         if plan.cuts_mha(self.architecture):
@@ -77,9 +88,12 @@ class Cut:
             if name.endswith(".bias") and name not in tensors:
                 weight = tensors[name.removesuffix("bias") + "weight"]
                 tensors[name] = nn.Parameter(weight.new_zeros(shape))
-        made = self.pruned.model.layers[number]
-        made.load_state_dict(tensors, strict=True, assign=True)
-        made.requires_grad_(False)
+        return tensors
+
+
+def _fill(made: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    made.load_state_dict(tensors, strict=True, assign=True)
+    made.requires_grad_(False)
 
 
 @torch.no_grad()
