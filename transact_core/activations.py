@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 
+import pandas as pd
 import torch
 from transformers import LlamaForCausalLM
 
@@ -60,6 +61,15 @@ class ActivationStatistics:
     def tokens(self) -> int:
         return self.mha.tokens
 
+    def to_frame(self) -> pd.DataFrame:
+        """One row a layer and site: how large the activations are and how they are spread.
+
+        `rms` is over tokens and channels; `low`, `median`, `high` and `largest` are the 5th, 50th
+        and 95th percentile and the maximum over channels of a channel's RMS over tokens; `peak` is
+        the largest absolute value of any token, `outlier` that value over `rms`.
+        """
+        return pd.concat([_spread(site, getattr(self, site)) for site in SITES], ignore_index=True)
+
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """The sums by name, as `from_tensors` takes them."""
         return {
@@ -76,6 +86,21 @@ class ActivationStatistics:
                 for site in SITES
             }
         )
+
+
+def _spread(site: str, statistics: ModuleStatistics) -> pd.DataFrame:
+    low, median, high = statistics.rms.quantile(torch.tensor([0.05, 0.5, 0.95]).double(), dim=1)
+    columns = {
+        "rms": statistics.layer_rms,
+        "low": low,
+        "median": median,
+        "high": high,
+        "largest": statistics.rms.amax(dim=1),
+        "peak": statistics.max_abs.amax(dim=1),
+    }
+    columns["outlier"] = columns["peak"] / columns["rms"]
+    values = {name: column.numpy() for name, column in columns.items()}
+    return pd.DataFrame({"layer": range(len(low)), "site": site, **values})
 
 
 def batches(windows: Windows, device: torch.device) -> Iterator[torch.Tensor]:

@@ -44,12 +44,24 @@ def kept_share(energies: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 def written_energies(activation_weight: Scores) -> dict[str, torch.Tensor]:
     """`Σ_tokens a_j² · ‖W_j‖²`: the energy of what channel j alone writes to the residual stream.
 
-    It comes from the scores of the importance `activation-weight`, whose square it is. By module,
-    shape (layers, width). Summed over removed channels and divided by the sum over all, it is the
-    relative squared error of the bare cut's output if channels were uncorrelated and without a mean
-    in common; what correlates can make the true error smaller or larger.
+    It is the square of the scores of the importance `activation-weight`. By module, shape
+    (layers, width).
     """
     return {
         "mha": activation_weight.head_channels.square(),
         "mlp": activation_weight.channels.square(),
     }
+
+
+def lost_by(
+    plan: PruningPlan, activation_weight: Scores, architecture: Architecture
+) -> dict[str, torch.Tensor]:
+    """The share of each layer's written energy that goes with a plan, by module: shape (layers,).
+
+    It would be the relative squared error of the bare cut's output if channels were uncorrelated
+    and had no mean; what correlates makes the true error smaller or larger. Of narrower heads it
+    knows the values' dims, not what queries and keys lose.
+    """
+    written = written_energies(activation_weight)
+    kept = kept_channels(plan, architecture)
+    return {module: 1 - kept_share(written[module], kept[module]) for module in written}

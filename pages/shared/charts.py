@@ -5,14 +5,13 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart, and cividis 
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from transact_core.activations import ModuleStatistics
 from transact_core.plan import PruningPlan
 
 MHA, MLP, BOTH, DENSE = "#0072B2", "#E69F00", "#009E73", "#999999"
-COLOURS = {"mha": MHA, "mlp": MLP}
-NAMES = {"mha": "MHA", "mlp": "MLP"}
+RESIDUAL = "#CC79A7"
+COLOURS = {"mha": MHA, "mlp": MLP, "residual": RESIDUAL}
+NAMES = {"mha": "MHA", "mlp": "MLP", "residual": "residual stream"}
 MAGNITUDE = "cividis"
 BEST = "share of the<br>layer's best"
 MAX_COLUMNS = 512
@@ -34,67 +33,6 @@ def laid_out(figure: go.Figure, title: str, height: int = 380) -> go.Figure:
         height=height,
         margin={"l": 10, "r": 10, "t": 70, "b": 10},
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"},
-    )
-
-
-# --- activations -----------------------------------------------------------------------------
-
-
-def magnitude_by_layer(statistics: dict[str, ModuleStatistics]) -> go.Figure:
-    """Root mean square of each module's transitional activation, by layer."""
-    figure = go.Figure()
-    for module, each in statistics.items():
-        figure.add_scatter(
-            y=each.layer_rms.numpy(), name=NAMES[module], mode="lines+markers",
-            line_color=COLOURS[module],
-            hovertemplate=f"{NAMES[module]} layer %{{x}}: RMS %{{y:.4g}}<extra></extra>",
-        )  # fmt: skip
-    layers = len(next(iter(statistics.values())).layer_rms)
-    figure.update_xaxes(**layer_axis(layers)).update_yaxes(
-        title="RMS over tokens and channels", type="log", dtick=1, exponentformat="none"
-    )
-    peaks = {name: int(each.layer_rms.argmax()) for name, each in statistics.items()}
-    where = (
-        f"layer {peaks['mha']}, in MHA and in MLP"
-        if peaks["mha"] == peaks["mlp"]
-        else f"layer {peaks['mha']} (MHA) and layer {peaks['mlp']} (MLP)"
-    )
-    return laid_out(figure, f"Activations are largest in {where}")
-
-
-def spread_by_layer(statistics: dict[str, ModuleStatistics]) -> go.Figure:
-    """Quantiles over the channels of a layer of their root mean square."""
-    figure = make_subplots(cols=2, shared_yaxes=True, subplot_titles=list(NAMES.values()))
-    dashes = {"median": "solid", "99 %": "dash", "largest": "dot"}
-    for column, (module, each) in enumerate(statistics.items(), start=1):
-        quantiles = {
-            "median": each.rms.quantile(0.5, dim=1),
-            "99 %": each.rms.quantile(0.99, dim=1),
-            "largest": each.rms.amax(dim=1),
-        }
-        for name, values in quantiles.items():
-            figure.add_scatter(
-                y=values.numpy(), name=f"{NAMES[module]} {name}", row=1, col=column,
-                line={"color": COLOURS[module], "dash": dashes[name]},
-                hovertemplate=f"layer %{{x}}: {name} %{{y:.4g}}<extra></extra>",
-            )  # fmt: skip
-    layers = len(next(iter(statistics.values())).layer_rms)
-    figure.update_xaxes(**layer_axis(layers)).update_yaxes(
-        type="log", dtick=1, exponentformat="none"
-    )
-    figure.update_yaxes(title="RMS of a channel", col=1)
-    ratios = {
-        name: (each.rms.amax(dim=1) / each.rms.quantile(0.5, dim=1)).max().item()
-        for name, each in statistics.items()
-    }
-    return (
-        laid_out(
-            figure,
-            "A layer's largest channel is up to "
-            f"{ratios['mha']:,.0f} × (MHA) and {ratios['mlp']:,.0f} × (MLP) its median channel",
-        )
-        .update_layout(legend={"y": -0.25, "yanchor": "top"})
-        .update_annotations(font_size=14)
     )
 
 
