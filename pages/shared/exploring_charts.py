@@ -4,10 +4,11 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
-from pages.shared.charts import COLOURS, DENSE, laid_out, layer_axis
-from transact_core.activations import SITES
+from pages.shared.charts import COLOURS, DENSE, MAGNITUDE, NAMES, head_map, laid_out, layer_axis
+from transact_core.activations import MODULES, SITES
 from transact_core.premise import Disturbed
 
 WAISTS = {"mha": "MHA waist", "mlp": "MLP waist", "residual": "residual stream"}
@@ -99,15 +100,15 @@ def clickable_heads(scores: np.ndarray, chosen: tuple[int, int], title: str) -> 
 
     Streamlit reports no clicks on a heatmap. A point's x is its head, its y its layer.
     """
-    layers, heads = scores.shape
-    height = max(420, min(900, 22 * layers + 110))
+    count = len(scores)
+    height = max(420, min(900, 22 * count + 110))
     figure = head_map(scores, title=title, height=height)
     below = figure.data[0]
     grid = np.indices(scores.shape).reshape(2, -1)
     figure.add_scatter(
         x=grid[1], y=grid[0], mode="markers", showlegend=False,
         customdata=np.asarray(below.customdata).reshape(-1, 2),
-        marker={"symbol": "square", "opacity": 0, "size": max(5, (height - 110) / layers)},
+        marker={"symbol": "square", "opacity": 0, "size": max(5, (height - 110) / count)},
         selected_marker_opacity=0, unselected_marker_opacity=0,
         hovertemplate=below.hovertemplate,
     )  # fmt: skip
