@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart, and cividis 
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
 from transact_core.plan import PruningPlan
 
@@ -16,6 +17,8 @@ MAGNITUDE = "cividis"
 BEST = "share of the<br>layer's best"
 MAX_COLUMNS = 512
 """More columns than this are more than a screen can show."""
+MAX_POINTS = 400
+"""Of a sorted curve, for the same reason."""
 
 
 def layer_axis(count: int, downwards: bool = False) -> dict:
@@ -175,3 +178,82 @@ def concentration(shares: dict[str, np.ndarray], share: float) -> go.Figure:
         figure,
         f"On average {words} hold {share:.0%} of the energy: {wasteful} is more concentrated",
     )
+
+
+def sorted_curves(scores: np.ndarray, kept: float | None, module: str) -> go.Figure:
+    """Each layer's scores from the best to the worst, as shares of the best, a line a layer.
+
+    `scores` has shape (layers, width); of wide layers `MAX_POINTS` ranks are drawn. `kept` is the
+    share of channels that stay where those are the best ones; the rest is shaded.
+    """
+    layers, width = scores.shape
+    ranks = np.unique(np.linspace(0, width - 1, min(width, MAX_POINTS)).astype(int))
+    share = -np.sort(-relative(scores), axis=1)
+    x = (ranks + 1) / width
+    drawn = np.maximum(share[:, ranks], 1e-6).astype(np.float32)
+    shades = sample_colorscale(MAGNITUDE, np.linspace(0, 1, layers))
+    figure = go.Figure()
+    for layer, (row, colour) in enumerate(zip(drawn, shades, strict=True)):
+        figure.add_scatter(
+            x=x, y=row, mode="lines", line={"color": colour, "width": 1}, showlegend=False,
+            hovertemplate=f"layer {layer}: the best %{{x:.1%}} score over %{{y:.3g}} of the best"
+            "<extra></extra>",
+        )  # fmt: skip
+    figure.add_scatter(
+        x=[None], y=[None], mode="markers", showlegend=False, hoverinfo="skip",
+        marker={
+            "color": [0], "colorscale": MAGNITUDE, "cmin": 0, "cmax": max(1, layers - 1),
+            "showscale": True, "colorbar": {"title": {"text": "layer", "side": "right"}},
+        },
+    )  # fmt: skip
+    if kept is not None and kept < 1:
+        figure.add_vrect(
+            x0=kept, x1=1, fillcolor=DENSE, opacity=0.25, line_width=0,
+            annotation_text="the cut", annotation_position="top right",
+        )  # fmt: skip
+    floor = max(float(np.quantile(share, 0.01)), 1e-4)
+    if np.median(share) < 0.3:
+        figure.update_yaxes(type="log", dtick=1, exponentformat="none")
+        figure.update_yaxes(range=[np.log10(floor) - 0.1, 0.05])
+    figure.update_xaxes(title=f"{module} channels, best first", tickformat=".0%", range=[0, 1])
+    figure.update_yaxes(title=BEST.replace("<br>", " "))
+    halves = share[:, width // 2]
+    return laid_out(
+        figure,
+        f"A layer's median {module} channel has {halves.min():.1%} to {halves.max():.1%} of its "
+        "best one's score",
+    )
+
+
+def layer_curve(scores: np.ndarray, kept: np.ndarray, layer: int, module: str) -> go.Figure:
+    """One layer's scores from the best to the worst, every channel: what stays and what goes.
+
+    `scores` and `kept` have shape (width,).
+    """
+    order = np.argsort(-scores, kind="stable")
+    ordered, stays = scores[order], kept[order]
+    ranks = np.arange(1, len(order) + 1)
+    figure = go.Figure()
+    for name, mine, colour in (
+        ("stays", stays, COLOURS[module.lower()]), ("goes", ~stays, DENSE)
+    ):  # fmt: skip
+        if mine.any():
+            figure.add_scatter(
+                x=ranks, y=np.where(mine, ordered, 0).astype(np.float32), name=name, mode="lines",
+                line={"width": 0, "color": colour, "shape": "hvh"}, fill="tozeroy",
+                fillcolor=colour, hoverinfo="skip",
+            )  # fmt: skip
+    figure.add_scatter(
+        x=ranks, y=ordered.astype(np.float32), mode="lines", showlegend=False,
+        line={"color": "#000000", "width": 1}, opacity=0.5, customdata=order,
+        hovertemplate="rank %{x:,}: channel %{customdata:,}, score %{y:.4g}<extra></extra>",
+    )  # fmt: skip
+    figure.update_xaxes(title=f"{module} channels of layer {layer}, best first")
+    figure.update_yaxes(title="score", rangemode="tozero")
+    total = scores.sum()
+    share = scores[kept].sum() / total if total > 0 else 1.0
+    title = (
+        f"Layer {layer} keeps {kept.sum():,} of {len(kept):,} {module} channels, "
+        f"with {share:.1%} of the scores"
+    )
+    return laid_out(figure, title)
