@@ -154,9 +154,7 @@ def measure(chosen: argparse.Namespace) -> None:
         finally:
             server.terminate()
             server.wait(timeout=30)
-    print(
-        f"{chosen.layers} layers × {chosen.channels:,} channels, {chosen.heads} heads of 128:"
-    )
+    print(f"{chosen.layers} layers × {chosen.channels:,} channels, {chosen.heads} heads of 128:")
     print(f"first visit {seconds[0]:.2f} s")
     later = ", ".join(f"{each:.2f}" for each in seconds[1:])
     print(f"later visits {statistics.median(seconds[1:]):.2f} s (median of {later})")
