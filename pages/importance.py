@@ -42,10 +42,16 @@ def show_tail(bench: Bench, scores: Scores, module: str, in_order: bool) -> None
     statistics = bench.statistics()
     mine = (scores.channels if module == "MLP" else scores.head_channels).numpy()
     mask = kept[module.lower()].numpy()
-    st.subheader("The tail that the cut removes")
-    st.caption(
+    words, choice = st.columns([3, 1], vertical_alignment="bottom")
+    words.subheader("The tail that the cut removes")
+    words.caption(
         f"At the Compress page's cut: MHA {cut.mha_ratio:.0%}, MLP {cut.mlp_ratio:.0%}, by "
         f"{cut.granularity} and {cut.importance}."
+    )
+    if st.session_state.get("curve_layer", 0) >= shape.num_hidden_layers:
+        st.session_state["curve_layer"] = 0
+    layer = choice.selectbox(
+        "Layer", range(shape.num_hidden_layers), key="curve_layer", persist_state="session"
     )
     left, right = st.columns(2)
     with left:
@@ -60,8 +66,6 @@ def show_tail(bench: Bench, scores: Scores, module: str, in_order: bool) -> None
                 lambda: scores.to_frame(cut.importance),
             )
     with right:
-        layer = st.session_state.get("curve_layer", 0)
-        layer = layer if layer < shape.num_hidden_layers else 0
         show(
             charts.layer_curve(mine[layer], mask[layer], layer, module),
             "layer-curve",
@@ -71,9 +75,6 @@ def show_tail(bench: Bench, scores: Scores, module: str, in_order: bool) -> None
             lambda: pd.DataFrame(
                 {"channel": range(len(mine[layer])), "score": mine[layer], "stays": mask[layer]}
             ),
-        )
-        st.selectbox(
-            "Layer", range(shape.num_hidden_layers), key="curve_layer", persist_state="session"
         )
     shares = {
         each: kept_share(getattr(statistics, each).sum_of_squares, kept[each]).numpy()

@@ -29,8 +29,8 @@ def magnitude(frame: pd.DataFrame) -> go.Figure:
     figure = _lines(frame, "rms", "RMS").update_yaxes(
         title="RMS over tokens and channels", type="log", dtick=1, exponentformat="none"
     )
-    medians = frame.groupby("site")["rms"].median()
-    times = {site: medians["residual"] / medians[site] for site in ("mha", "mlp")}
+    rms = frame.pivot(index="layer", columns="site", values="rms")
+    times = {site: (rms["residual"] / rms[site]).median() for site in ("mha", "mlp")}
     return laid_out(
         figure,
         f"In the median layer the residual stream is {times['mha']:,.1f} × as large as MHA's waist "

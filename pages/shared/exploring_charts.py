@@ -147,7 +147,8 @@ def attention(pattern: np.ndarray, tokens: Sequence[str], layer: int, head: int)
     names = np.array(shown, dtype=object)
     figure = go.Figure(
         go.Heatmap(
-            z=np.where(seen, pattern, np.nan), colorscale=MAGNITUDE, zmin=0, zmax=1,
+            z=np.where(seen, pattern, np.nan), colorscale=MAGNITUDE,
+            zmin=0, zmax=max(0.05, float(np.quantile(pattern[seen], 0.99))),
             customdata=np.dstack([
                 np.repeat(names[:, None], len(names), 1), np.repeat(names[None], len(names), 0)
             ]),
@@ -163,10 +164,10 @@ def attention(pattern: np.ndarray, tokens: Sequence[str], layer: int, head: int)
     own = float(np.diagonal(pattern)[1:].mean()) if len(tokens) > 1 else 1.0
     before = float(np.diagonal(pattern, -1).mean()) if len(tokens) > 1 else 0.0
     shares = {"the first token": first, "the token itself": own, "the token before": before}
-    most = max(shares, key=shares.get)
+    words = ", ".join(f"{share:.0%} to {name}" for name, share in shares.items())
     return laid_out(
         figure,
-        f"Layer {layer}, head {head}: {shares[most]:.0%} of the attention goes to {most}",
+        f"Layer {layer}, head {head} attends {words}",
         max(420, 13 * len(tokens) + 180),
     )
 

@@ -25,13 +25,13 @@ def show(
         figure, key=key, alt=figure.layout.title.text, **options,
         config={"displaylogo": False, "toImageButtonOptions": image},
     )  # fmt: skip
-    words, button = st.columns([8, 1]) if frame else (st.container(), None)
-    if reading:
-        words.caption(f"How to read it: {reading}")
-    if frame:
-        button.download_button(
-            "CSV", lambda: frame().to_csv(index=False).encode(), f"{key}.csv", "text/csv",
-            key=f"{key}-csv", type="tertiary", icon=":material/download:", on_click="ignore",
-            help="The chart's numbers. The camera above the chart saves it as SVG.",
-        )  # fmt: skip
+    with st.container(horizontal=True, vertical_alignment="top"):
+        if reading:
+            st.caption(f"How to read it: {reading}", width="stretch")
+        if frame:
+            st.download_button(
+                "CSV", lambda: frame().to_csv(index=False).encode(), f"{key}.csv", "text/csv",
+                key=f"{key}-csv", type="tertiary", icon=":material/download:", on_click="ignore",
+                help="The chart's numbers. The camera above the chart saves it as SVG.",
+            )  # fmt: skip
     return chosen
