@@ -14,8 +14,8 @@ from transact_core.evaluation import Evaluation
 from transact_core.premise import DISTURBANCES, Disturbed
 
 ALL, EACH = "All layers at once", "Layer by layer"
+# Enough to tell the sites apart within a minute on the built-in model.
 TOKENS = 1024
-"""Enough to tell the sites apart within a minute on the built-in model."""
 STRENGTHS = (0.05, 0.1, 0.2, 0.4)
 LAYERS = 6
 HELP = (
