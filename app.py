@@ -183,7 +183,10 @@ st.logo("assets/logo.svg", size="large", icon_image="assets/icon.svg")
 page = st.navigation(
     [
         st.Page("pages/activations.py", title="Activations", icon=":material/show_chart:"),
+        st.Page("pages/premise.py", title="Premise", icon=":material/science:"),
         st.Page("pages/importance.py", title="Importance", icon=":material/grid_on:"),
+        st.Page("pages/heads.py", title="Heads", icon=":material/visibility:"),
+        st.Page("pages/redundancy.py", title="Redundancy", icon=":material/balance:"),
         st.Page("pages/compress.py", title="Compress", icon=":material/compress:"),
         st.Page("pages/perplexity.py", title="Perplexity", icon=":material/trending_up:"),
         st.Page("pages/export.py", title="Export", icon=":material/download:"),

@@ -1,27 +1,38 @@
-"""How large the transitional activations are, layer by layer."""
+"""How large activations are, layer by layer: at the waists, and in the stream between modules."""
 
 import streamlit as st
 
-from pages.shared import charts
+from pages.shared import activation_charts
+from pages.shared.figure import show
 from pages.shared.progress import require_bench
-from transact_core.activations import MODULES
 
 st.title("Activations")
-st.caption(
-    "The transitional activation is what passes a module's waist: the head outputs that `o_proj` "
-    "reads, and `silu(gate) · up` that `down_proj` reads. This is where width is removed."
-)
 bench = require_bench()
 statistics = bench.statistics()
-by_module = {module: getattr(statistics, module) for module in MODULES}
-
-st.plotly_chart(charts.magnitude_by_layer(by_module), key="magnitude")
+frame = statistics.to_frame()
 st.caption(
-    "How to read it: where a line is low, little passes the module's waist. "
-    f"Measured over {statistics.tokens:,} calibration tokens."
+    "The transitional activation is what passes a module's waist: the head outputs that `o_proj` "
+    "reads, and `silu(gate) · up` that `down_proj` reads. This is where width is removed. Between "
+    "modules runs the residual stream, which is left whole; it is looked at where it enters a "
+    f"layer. Measured over {statistics.tokens:,} calibration tokens."
 )
-st.plotly_chart(charts.spread_by_layer(by_module), key="spread")
-st.caption(
-    "How to read it: the further the dotted line is above the solid one, the more a layer's signal "
-    "sits in few channels, and the more of the others may go."
+show(
+    activation_charts.magnitude(frame),
+    "magnitude",
+    "where a line is low, little passes; the residual stream adds up what all layers before wrote.",
+    lambda: frame,
+)
+show(
+    activation_charts.spread(frame),
+    "spread",
+    "the solid line is the median channel, the band holds 90 % of channels, the dotted line is the "
+    "largest one. A wide band is a waist in which many channels carry little.",
+    lambda: frame,
+)
+show(
+    activation_charts.outliers(frame),
+    "outliers",
+    "the higher a point, the more one value of one token stands out of its layer. Noise or a cut "
+    "that hits such a value changes much; a waist without them can be cut more evenly.",
+    lambda: frame,
 )

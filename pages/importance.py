@@ -1,34 +1,104 @@
-"""Which heads and channels matter, and how concentrated each layer is."""
+"""Which channels matter, how concentrated each layer is, and the tail that a cut removes."""
 
 from dataclasses import replace
 
+import pandas as pd
 import streamlit as st
 
-from pages.shared import charts
+from pages.shared import charts, plan_charts
+from pages.shared.figure import show
 from pages.shared.options import IMPORTANCE_HELP, measures
 from pages.shared.progress import require_bench, require_prepared
 from pages.shared.workbench import visit
 from transact_core.activations import MODULES, channels_holding
-from transact_core.bench import Choices
-from transact_core.importance import IMPORTANCES
+from transact_core.bench import Bench
+from transact_core.importance import IMPORTANCES, Scores
+from transact_core.redundancy import kept_channels, kept_share
 
 SHARE = 0.9
+
+
+def by_layer(values: dict) -> pd.DataFrame:
+    return pd.DataFrame(values).rename_axis("layer").reset_index()
+
+
+def show_map(scores: Scores, module: str, ordered: bool) -> None:
+    mine = scores.channels if module == "MLP" else scores.head_channels
+    show(
+        charts.channel_map(mine.numpy(), ordered, module, height=420),
+        "channels",
+        "the sooner a row turns dark from the left, the longer the tail of weak channels."
+        if ordered
+        else "dark channels are those that a cut takes first.",
+        lambda: scores.to_frame(visit().cut.importance),
+    )
+
+
+@st.fragment
+def show_tail(bench: Bench, scores: Scores, module: str, in_order: bool) -> None:
+    cut, shape = visit().cut, bench.loaded.architecture
+    plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices)
+    kept = kept_channels(plan, shape)
+    statistics = bench.statistics()
+    mine = (scores.channels if module == "MLP" else scores.head_channels).numpy()
+    mask = kept[module.lower()].numpy()
+    words, choice = st.columns([3, 1], vertical_alignment="bottom")
+    words.subheader("The tail that the cut removes")
+    words.caption(
+        f"At the Compress page's cut: MHA {cut.mha_ratio:.0%}, MLP {cut.mlp_ratio:.0%}, by "
+        f"{cut.granularity} and {cut.importance}."
+    )
+    if st.session_state.get("curve_layer", 0) >= shape.num_hidden_layers:
+        st.session_state["curve_layer"] = 0
+    layer = choice.selectbox(
+        "Layer", range(shape.num_hidden_layers), key="curve_layer", persist_state="session"
+    )
+    left, right = st.columns(2)
+    with left:
+        if in_order:
+            st.info("These scores are positions: every layer's curve is the same straight line.")
+        else:
+            show(
+                charts.sorted_curves(mine, mask.mean() if module == "MLP" else None, module),
+                "sorted",
+                "a line that falls early is a layer that works through few channels; a flat one "
+                "has no tail to cut.",
+                lambda: scores.to_frame(cut.importance),
+            )
+    with right:
+        show(
+            charts.layer_curve(mine[layer], mask[layer], layer, module),
+            "layer-curve",
+            "grey is what the cut removes. Whole heads take strong channels along with weak ones."
+            if module == "MHA"
+            else "grey is the tail that the cut removes.",
+            lambda: pd.DataFrame(
+                {"channel": range(len(mine[layer])), "score": mine[layer], "stays": mask[layer]}
+            ),
+        )
+    shares = {
+        each: kept_share(getattr(statistics, each).sum_of_squares, kept[each]).numpy()
+        for each in MODULES
+    }
+    show(
+        plan_charts.energy_kept(shares),
+        "energy",
+        "the share of `Σ a²` over the calibration tokens that is in what stays; where a line dips, "
+        "the same width costs that layer more.",
+        lambda: by_layer(shares),
+    )
+
 
 st.title("Importance")
 bench = require_bench()
 statistics = bench.statistics()
-st.plotly_chart(
-    charts.concentration(
-        {
-            module: channels_holding(getattr(statistics, module), SHARE).numpy()
-            for module in MODULES
-        },
-        SHARE,
-    ),
-    key="concentration",
+held = {module: channels_holding(getattr(statistics, module), SHARE).numpy() for module in MODULES}
+show(
+    charts.concentration(held, SHARE),
+    "concentration",
+    "a short bar is a layer whose signal needs few of its channels.",
+    lambda: by_layer(held),
 )
-st.caption("How to read it: a short bar is a layer whose signal needs few of its channels.")
-
 left, right = st.columns([2, 3], vertical_alignment="bottom")
 # The Compress page's own choice: what is looked at here is cut by there.
 importance = left.selectbox(
@@ -36,12 +106,12 @@ importance = left.selectbox(
 )
 visit().cut = replace(visit().cut, importance=importance)
 st.caption(f"`{importance}` measures {measures(importance)}. Low scores go first.")
-if not require_prepared(bench, Choices(importance=importance), "importance"):
+if not require_prepared(bench, visit().cut.choices, "importance"):
     st.stop()
 scores = bench.scores(importance)
 in_order = charts.are_positions(scores.channels.numpy())
 with right.container(horizontal=True, vertical_alignment="center"):
-    which = st.segmented_control(
+    module = st.segmented_control(
         "Channels of", ["MLP", "MHA"], default="MLP", required=True, key="channels_of",
         persist_state="session", label_visibility="collapsed",
     )  # fmt: skip
@@ -50,28 +120,5 @@ with right.container(horizontal=True, vertical_alignment="center"):
         help="These scores are positions: in that order all layers look the same."
         if in_order else None,
     )  # fmt: skip
-left, right = st.columns([2, 3])
-with left:
-    heads = scores.heads.numpy()
-    st.plotly_chart(charts.head_map(heads, title=charts.head_differences(heads)), key="heads")
-    st.caption("How to read it: dark heads are those that a cut takes first.")
-with right:
-    shown = scores.channels if which == "MLP" else scores.head_channels
-    st.plotly_chart(
-        charts.channel_map(shown.numpy(), ordered and not in_order, which), key="channels"
-    )
-    st.caption(
-        "How to read it: the sooner a row turns dark from the left, the longer the tail of weak "
-        "channels."
-        if ordered and not in_order
-        else "How to read it: dark channels are those that a cut takes first."
-    )
-
-st.download_button(
-    "Scores (CSV)",
-    lambda: scores.to_frame(importance).to_csv(index=False).encode(),
-    "scores.csv",
-    "text/csv",
-    icon=":material/download:",
-    on_click="ignore",
-)
+show_map(scores, module, ordered and not in_order)
+show_tail(bench, scores, module, in_order)

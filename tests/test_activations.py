@@ -62,6 +62,20 @@ def test_sums_equal_a_token_by_token_reference(model, few):
                 )
 
 
+def test_sums_of_the_residual_stream_equal_a_plain_reference(model, few):
+    residual = collect(model, few).residual
+    hidden = model.model(few.ids, output_hidden_states=True).hidden_states
+    for number in range(len(model.model.layers)):
+        tokens = hidden[number].flatten(0, 1).double()
+        torch.testing.assert_close(residual.sum[number], tokens.sum(0), rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(
+            residual.sum_of_squares[number], tokens.square().sum(0), rtol=1e-3, atol=1e-3
+        )
+        torch.testing.assert_close(
+            residual.max_abs[number], tokens.abs().amax(0), rtol=1e-3, atol=1e-3
+        )
+
+
 def test_activation_score_equals_its_formula(bench):
     statistics, shape = bench.statistics(), bench.loaded.architecture
     scores = bench.scores("activation")

@@ -18,8 +18,12 @@ Data flows one way, and a module imports only from those before it:
     narrowing          queries, keys and values of narrower heads, fitted
     recovery           closed-form repair after the cut
     evaluation         perplexity with its uncertainty
+    interventions      the loss when activations are changed on the way
     store              measured tensors on disk, keyed by what determined them
     bench              one model on one pair of texts: plan, cut, repair, measure
+    premise            which activations may be disturbed
+    heads              where a head looks, and the loss without it
+    redundancy         what of the waists a plan keeps, and the damage it does
     decide             which granularity; cuts in several steps, or module by module
     results            measured points on disk, so that nothing is measured twice
     sweep              ratios → measured points

@@ -1,8 +1,9 @@
-"""Statistics of the transitional activations, from one streamed pass over calibration windows.
+"""Statistics of the activations, from one streamed pass over calibration windows.
 
 The transitional activation of a module is what its output projection reads: the concatenated head
-outputs before `o_proj`, and `silu(gate(x)) * up(x)` before `down_proj`. Only sums over tokens are
-kept, so memory does not grow with the number of calibration tokens.
+outputs before `o_proj`, and `silu(gate(x)) * up(x)` before `down_proj`. The inter-module activation
+is the residual stream, looked at where it enters a layer. Only sums over tokens are kept, so memory
+does not grow with the number of calibration tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 
+import pandas as pd
 import torch
 from transformers import LlamaForCausalLM
 
@@ -17,13 +19,15 @@ from transact_core.corpora import Windows
 from transact_core.errors import Progress, TransActError, silent
 
 MODULES = ("mha", "mlp")
+SITES = (*MODULES, "residual")
+"""Where activations are looked at: the waists of both modules, and the stream between modules."""
 SUMS = ("sum", "sum_of_squares", "max_abs")
 BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class ModuleStatistics:
-    """Per-channel sums over calibration tokens: shape (layers, width), float64, on the CPU."""
+    """Sums over calibration tokens at one site, shape (layers, width), float64, on the CPU."""
 
     sum: torch.Tensor
     sum_of_squares: torch.Tensor
@@ -50,29 +54,53 @@ class ModuleStatistics:
 class ActivationStatistics:
     mha: ModuleStatistics
     mlp: ModuleStatistics
+    residual: ModuleStatistics
+    """Of the residual stream as it enters each layer: its width is `hidden_size`."""
 
     @property
     def tokens(self) -> int:
         return self.mha.tokens
 
+    def to_frame(self) -> pd.DataFrame:
+        """One row a layer and site: how large the activations are and how they are spread.
+
+        `rms` is over tokens and channels; `low`, `median`, `high` and `largest` are the 5th, 50th
+        and 95th percentile and the maximum over channels of a channel's RMS over tokens; `peak` is
+        the largest absolute value of any token, `outlier` that value over `rms`.
+        """
+        return pd.concat([_spread(site, getattr(self, site)) for site in SITES], ignore_index=True)
+
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """The sums by name, as `from_tensors` takes them."""
         return {
-            f"{module}.{name}": getattr(getattr(self, module), name)
-            for module in MODULES
-            for name in SUMS
+            f"{site}.{name}": getattr(getattr(self, site), name) for site in SITES for name in SUMS
         }
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor], tokens: int) -> "ActivationStatistics":
         return cls(
             **{
-                module: ModuleStatistics(
-                    **{name: tensors[f"{module}.{name}"] for name in SUMS}, tokens=tokens
+                site: ModuleStatistics(
+                    **{name: tensors[f"{site}.{name}"] for name in SUMS}, tokens=tokens
                 )
-                for module in MODULES
+                for site in SITES
             }
         )
+
+
+def _spread(site: str, statistics: ModuleStatistics) -> pd.DataFrame:
+    low, median, high = statistics.rms.quantile(torch.tensor([0.05, 0.5, 0.95]).double(), dim=1)
+    columns = {
+        "rms": statistics.layer_rms,
+        "low": low,
+        "median": median,
+        "high": high,
+        "largest": statistics.rms.amax(dim=1),
+        "peak": statistics.max_abs.amax(dim=1),
+    }
+    columns["outlier"] = columns["peak"] / columns["rms"]
+    values = {name: column.numpy() for name, column in columns.items()}
+    return pd.DataFrame({"layer": range(len(low)), "site": site, **values})
 
 
 def batches(windows: Windows, device: torch.device) -> Iterator[torch.Tensor]:
@@ -86,13 +114,18 @@ def transitional_inputs(model: LlamaForCausalLM, layer: int) -> dict[str, torch.
     return {"mha": decoder.self_attn.o_proj, "mlp": decoder.mlp.down_proj}
 
 
-def require_finite(values: torch.Tensor, layer: int, module: str) -> None:
-    """Refuses a transitional activation, or sums of one, that no score could be made of."""
+def require_finite(values: torch.Tensor, layer: int, site: str) -> None:
+    """Refuses an activation, or sums of one, that no score could be made of."""
     # One number to look at instead of one a value; float16 alone could not hold the sum.
     if not values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).isfinite():
+        what = (
+            f"residual stream that enters layer {layer}"
+            if site == "residual"
+            else f"transitional activation of the {site} of layer {layer}"
+        )
         raise TransActError(
-            f"The transitional activation of the {module} of layer {layer} is NaN or infinite; "
-            "compute in float32, and if it stays so the weights are damaged."
+            f"The {what} is NaN or infinite; compute in float32, and if it stays so the weights "
+            "are damaged."
         )
 
 
@@ -100,13 +133,13 @@ def require_finite(values: torch.Tensor, layer: int, module: str) -> None:
 def collect(
     model: LlamaForCausalLM, windows: Windows, progress: Progress = silent
 ) -> ActivationStatistics:
-    """Runs the model without its LM head over the windows and sums up what passes its waists.
+    """Runs the model without its LM head over the windows and sums up its activations.
 
     Raises:
-        TransActError: a transitional activation is NaN or infinite.
+        TransActError: an activation is NaN or infinite.
     """
     layers = len(model.model.layers)
-    sums = {module: _Sums(model, module, layers) for module in MODULES}
+    sums = {site: _Sums(site, layers, width) for site, width in _widths(model).items()}
     split = list(batches(windows, model.device))
     total, passed = len(split) * layers, count()
 
@@ -122,12 +155,16 @@ def collect(
     )
 
 
-class _Sums:
-    """Running sums of one kind of module over all layers."""
+def _widths(model: LlamaForCausalLM) -> dict[str, int]:
+    waists = {name: each.in_features for name, each in transitional_inputs(model, 0).items()}
+    return {**waists, "residual": model.config.hidden_size}
 
-    def __init__(self, model: LlamaForCausalLM, module: str, layers: int) -> None:
-        self.module = module
-        width = transitional_inputs(model, 0)[module].in_features
+
+class _Sums:
+    """Running sums of one site over all layers."""
+
+    def __init__(self, site: str, layers: int, width: int) -> None:
+        self.site = site
         # float64 is not to be had on every accelerator, and a batch's own sum is short enough for
         # float32: the long sum is kept on the CPU.
         self.sum, self.sum_of_squares, self.max_abs = torch.zeros(
@@ -138,7 +175,7 @@ class _Sums:
         flat = activation.reshape(-1, activation.shape[-1]).float()
         self.sum[layer] += flat.sum(dim=0).cpu()
         self.sum_of_squares[layer] += flat.square().sum(dim=0).cpu()
-        require_finite(self.sum_of_squares[layer], layer, self.module)
+        require_finite(self.sum_of_squares[layer], layer, self.site)
         torch.maximum(
             self.max_abs[layer], flat.abs().amax(dim=0).cpu().double(), out=self.max_abs[layer]
         )
@@ -153,17 +190,18 @@ class _Sums:
 def _watching(
     model: LlamaForCausalLM, sums: dict[str, _Sums], report: Callable[[], None]
 ) -> Iterator[None]:
-    """Adds up what passes the waists; reports at each layer, as a batch may take many seconds."""
+    """Adds up the activations; reports at each layer, as a batch may take many seconds."""
     handles = []
-    for layer in range(len(model.model.layers)):
-        for module, projection in transitional_inputs(model, layer).items():
+    for layer, decoder in enumerate(model.model.layers):
+        readers = {"residual": decoder.input_layernorm, **transitional_inputs(model, layer)}
+        for site, reader in readers.items():
 
-            def add(_, inputs, layer=layer, module=module):
-                if module == MODULES[0]:
+            def add(_, inputs, layer=layer, site=site):
+                if site == "residual":
                     report()
-                sums[module].add(layer, inputs[0])
+                sums[site].add(layer, inputs[0])
 
-            handles.append(projection.register_forward_pre_hook(add))
+            handles.append(reader.register_forward_pre_hook(add))
     try:
         yield
     finally:

@@ -56,13 +56,21 @@ def evaluate(
         logits = model(window[None], use_cache=False).logits[0, :-1]
         losses.append(functional.cross_entropy(logits.float(), window[1:], reduction="none").cpu())
     progress(stage, len(windows), len(windows))
-    nll = torch.stack(losses)
+    return Evaluation(nll=require_losses(torch.stack(losses)))
+
+
+def require_losses(nll: torch.Tensor) -> torch.Tensor:
+    """The losses, where all of them are numbers.
+
+    Raises:
+        TransActError: one is NaN.
+    """
     if nll.isnan().any():
         raise TransActError(
             "The model's loss is not a number: its weights are damaged, or it overflows in its "
             "dtype; compute and save in float32 or bfloat16."
         )
-    return Evaluation(nll=nll)
+    return nll
 
 
 def paired_difference(pruned: Evaluation, dense: Evaluation) -> tuple[float, float]:

@@ -96,9 +96,9 @@ class Evidence:
 
     @cached_property
     def statistics(self) -> ActivationStatistics:
-        """Sums of the transitional activations; one forward pass without the LM head."""
+        """Sums of the activations; one forward pass without the LM head."""
         tensors = self._remember(
-            "activations",
+            "activations and the residual stream",
             lambda: collect(self.model, self.windows, self._progress).to_tensors(),
         )
         return ActivationStatistics.from_tensors(tensors, self.windows.tokens)

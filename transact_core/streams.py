@@ -5,7 +5,8 @@ layer is looked at at a time: the hidden states of every window wait before it, 
 its modules, and wait again. Memory is those hidden states and what the caller keeps of one module.
 """
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
 import torch
@@ -19,23 +20,30 @@ from transact_core.corpora import Windows
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the rotary embedding, each of shape (1, sequence_length, head_dim)."""
+Change = Callable[[torch.Tensor], torch.Tensor]
+"""From an activation to another of the same shape; leaves what it is given as it was."""
 GRAM_BLOCKS = 6
 
 
+def unchanged(activation: torch.Tensor) -> torch.Tensor:
+    """The change that is none."""
+    return activation
+
+
 def run_attention(
-    layer: nn.Module, hidden: torch.Tensor, rotary: Rotary
+    layer: nn.Module, hidden: torch.Tensor, rotary: Rotary, change: Change = unchanged
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the attention of a decoder layer writes to the residual stream, and its waist.
 
     `hidden` is the residual stream before the layer, shape (batch, sequence_length, hidden_size);
     every window attends causally to itself. Gives (output, transitional): the output without the
     residual, shaped like `hidden`, and the input of `o_proj`, shape (batch, sequence_length,
-    num_attention_heads × head_dim).
+    num_attention_heads × head_dim), after `change`.
     """
     attention = layer.self_attn
     query, key, value = queries_keys_values(attention, layer.input_layernorm(hidden))
     query, key = apply_rotary_pos_emb(query, key, *rotary)
-    transitional = attend(query, key, value, attention.scaling)
+    transitional = change(attend(query, key, value, attention.scaling))
     return attention.o_proj(transitional), transitional
 
 
@@ -61,16 +69,19 @@ def attend(
     return heads.transpose(1, 2).flatten(2)
 
 
-def run_mlp(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def run_mlp(
+    layer: nn.Module, hidden: torch.Tensor, change: Change = unchanged
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What the MLP of a decoder layer writes to the residual stream, and its waist.
 
     `hidden` is the residual stream after the layer's attention, shape (batch, sequence_length,
     hidden_size). Gives (output, transitional): the output without the residual, shaped like
-    `hidden`, and the input of `down_proj`, shape (batch, sequence_length, intermediate_size).
+    `hidden`, and the input of `down_proj`, shape (batch, sequence_length, intermediate_size), after
+    `change`.
     """
     mlp = layer.mlp
     normed = layer.post_attention_layernorm(hidden)
-    transitional = mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+    transitional = change(mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed))
     return mlp.down_proj(transitional), transitional
 
 
@@ -90,17 +101,26 @@ class Stream:
         self.rotary: Rotary = model.model.rotary_emb(self.hidden, positions)
         self._windows_a_batch = max(1, BATCH_TOKENS // windows.sequence_length)
 
+    def fork(self) -> "Stream":
+        """A stream of its own that stands where this one does."""
+        other = copy.copy(self)
+        other.hidden = self.hidden.clone()
+        return other
+
     def batches(self) -> Iterator[torch.Tensor]:
         """The hidden states as they stand, a few windows at a time."""
         yield from self.hidden.split(self._windows_a_batch)
 
     @torch.no_grad()
-    def advance(self, number: int, module: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def advance(
+        self, number: int, module: str, change: Change = unchanged
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Passes every window through one module of layer `number`, a batch at a time.
 
-        Gives (transitional, residual) of each batch: the module's waist and the residual stream
-        after the module, a view that the next module will overwrite. The stream has moved on once
-        all batches are taken; the layers' modules come in the order of the model, "mha" first.
+        Gives (transitional, residual) of each batch: the module's waist, after `change`, from which
+        the module writes, and the residual stream after the module, a view that the next module
+        will overwrite. The stream has moved on once all batches are taken; the layers' modules come
+        in the order of the model, "mha" first.
 
         Raises:
             TransActError: a transitional activation is NaN or infinite.
@@ -108,9 +128,9 @@ class Stream:
         layer = self.layers[number]
         for hidden in self.batches():
             if module == "mha":
-                output, transitional = run_attention(layer, hidden, self.rotary)
+                output, transitional = run_attention(layer, hidden, self.rotary, change)
             else:
-                output, transitional = run_mlp(layer, hidden)
+                output, transitional = run_mlp(layer, hidden, change)
             require_finite(transitional, number, module)
             hidden += output
             yield transitional, hidden

@@ -5,18 +5,20 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart, and cividis 
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
+from plotly.colors import sample_colorscale
 
-from transact_core.activations import ModuleStatistics
 from transact_core.plan import PruningPlan
 
 MHA, MLP, BOTH, DENSE = "#0072B2", "#E69F00", "#009E73", "#999999"
-COLOURS = {"mha": MHA, "mlp": MLP}
-NAMES = {"mha": "MHA", "mlp": "MLP"}
+RESIDUAL = "#CC79A7"
+COLOURS = {"mha": MHA, "mlp": MLP, "residual": RESIDUAL}
+NAMES = {"mha": "MHA", "mlp": "MLP", "residual": "residual stream"}
 MAGNITUDE = "cividis"
 BEST = "share of the<br>layer's best"
 MAX_COLUMNS = 512
 """More columns than this are more than a screen can show."""
+MAX_POINTS = 400
+"""Of a sorted curve, for the same reason."""
 
 
 def layer_axis(count: int, downwards: bool = False) -> dict:
@@ -34,67 +36,6 @@ def laid_out(figure: go.Figure, title: str, height: int = 380) -> go.Figure:
         height=height,
         margin={"l": 10, "r": 10, "t": 70, "b": 10},
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"},
-    )
-
-
-# --- activations -----------------------------------------------------------------------------
-
-
-def magnitude_by_layer(statistics: dict[str, ModuleStatistics]) -> go.Figure:
-    """Root mean square of each module's transitional activation, by layer."""
-    figure = go.Figure()
-    for module, each in statistics.items():
-        figure.add_scatter(
-            y=each.layer_rms.numpy(), name=NAMES[module], mode="lines+markers",
-            line_color=COLOURS[module],
-            hovertemplate=f"{NAMES[module]} layer %{{x}}: RMS %{{y:.4g}}<extra></extra>",
-        )  # fmt: skip
-    layers = len(next(iter(statistics.values())).layer_rms)
-    figure.update_xaxes(**layer_axis(layers)).update_yaxes(
-        title="RMS over tokens and channels", type="log", dtick=1, exponentformat="none"
-    )
-    peaks = {name: int(each.layer_rms.argmax()) for name, each in statistics.items()}
-    where = (
-        f"layer {peaks['mha']}, in MHA and in MLP"
-        if peaks["mha"] == peaks["mlp"]
-        else f"layer {peaks['mha']} (MHA) and layer {peaks['mlp']} (MLP)"
-    )
-    return laid_out(figure, f"Activations are largest in {where}")
-
-
-def spread_by_layer(statistics: dict[str, ModuleStatistics]) -> go.Figure:
-    """Quantiles over the channels of a layer of their root mean square."""
-    figure = make_subplots(cols=2, shared_yaxes=True, subplot_titles=list(NAMES.values()))
-    dashes = {"median": "solid", "99 %": "dash", "largest": "dot"}
-    for column, (module, each) in enumerate(statistics.items(), start=1):
-        quantiles = {
-            "median": each.rms.quantile(0.5, dim=1),
-            "99 %": each.rms.quantile(0.99, dim=1),
-            "largest": each.rms.amax(dim=1),
-        }
-        for name, values in quantiles.items():
-            figure.add_scatter(
-                y=values.numpy(), name=f"{NAMES[module]} {name}", row=1, col=column,
-                line={"color": COLOURS[module], "dash": dashes[name]},
-                hovertemplate=f"layer %{{x}}: {name} %{{y:.4g}}<extra></extra>",
-            )  # fmt: skip
-    layers = len(next(iter(statistics.values())).layer_rms)
-    figure.update_xaxes(**layer_axis(layers)).update_yaxes(
-        type="log", dtick=1, exponentformat="none"
-    )
-    figure.update_yaxes(title="RMS of a channel", col=1)
-    ratios = {
-        name: (each.rms.amax(dim=1) / each.rms.quantile(0.5, dim=1)).max().item()
-        for name, each in statistics.items()
-    }
-    return (
-        laid_out(
-            figure,
-            "A layer's largest channel is up to "
-            f"{ratios['mha']:,.0f} × (MHA) and {ratios['mlp']:,.0f} × (MLP) its median channel",
-        )
-        .update_layout(legend={"y": -0.25, "yanchor": "top"})
-        .update_annotations(font_size=14)
     )
 
 
@@ -237,3 +178,82 @@ def concentration(shares: dict[str, np.ndarray], share: float) -> go.Figure:
         figure,
         f"On average {words} hold {share:.0%} of the energy: {wasteful} is more concentrated",
     )
+
+
+def sorted_curves(scores: np.ndarray, kept: float | None, module: str) -> go.Figure:
+    """Each layer's scores from the best to the worst, as shares of the best, a line a layer.
+
+    `scores` has shape (layers, width); of wide layers `MAX_POINTS` ranks are drawn. `kept` is the
+    share of channels that stay where those are the best ones; the rest is shaded.
+    """
+    layers, width = scores.shape
+    ranks = np.unique(np.linspace(0, width - 1, min(width, MAX_POINTS)).astype(int))
+    share = -np.sort(-relative(scores), axis=1)
+    x = (ranks + 1) / width
+    drawn = np.maximum(share[:, ranks], 1e-6).astype(np.float32)
+    shades = sample_colorscale(MAGNITUDE, np.linspace(0, 1, layers))
+    figure = go.Figure()
+    for layer, (row, colour) in enumerate(zip(drawn, shades, strict=True)):
+        figure.add_scatter(
+            x=x, y=row, mode="lines", line={"color": colour, "width": 1}, showlegend=False,
+            hovertemplate=f"layer {layer}: the best %{{x:.1%}} score over %{{y:.3g}} of the best"
+            "<extra></extra>",
+        )  # fmt: skip
+    figure.add_scatter(
+        x=[None], y=[None], mode="markers", showlegend=False, hoverinfo="skip",
+        marker={
+            "color": [0], "colorscale": MAGNITUDE, "cmin": 0, "cmax": max(1, layers - 1),
+            "showscale": True, "colorbar": {"title": {"text": "layer", "side": "right"}},
+        },
+    )  # fmt: skip
+    if kept is not None and kept < 1:
+        figure.add_vrect(
+            x0=kept, x1=1, fillcolor=DENSE, opacity=0.25, line_width=0,
+            annotation_text="the cut", annotation_position="top right",
+        )  # fmt: skip
+    floor = max(float(np.quantile(share, 0.01)), 1e-4)
+    if np.median(share) < 0.3:
+        figure.update_yaxes(type="log", dtick=1, exponentformat="none")
+        figure.update_yaxes(range=[np.log10(floor) - 0.1, 0.05])
+    figure.update_xaxes(title=f"{module} channels, best first", tickformat=".0%", range=[0, 1])
+    figure.update_yaxes(title=BEST.replace("<br>", " "))
+    halves = share[:, width // 2]
+    return laid_out(
+        figure,
+        f"A layer's median {module} channel has {halves.min():.1%} to {halves.max():.1%} of its "
+        "best one's score",
+    )
+
+
+def layer_curve(scores: np.ndarray, kept: np.ndarray, layer: int, module: str) -> go.Figure:
+    """One layer's scores from the best to the worst, every channel: what stays and what goes.
+
+    `scores` and `kept` have shape (width,).
+    """
+    order = np.argsort(-scores, kind="stable")
+    ordered, stays = scores[order], kept[order]
+    ranks = np.arange(1, len(order) + 1)
+    figure = go.Figure()
+    for name, mine, colour in (
+        ("stays", stays, COLOURS[module.lower()]), ("goes", ~stays, DENSE)
+    ):  # fmt: skip
+        if mine.any():
+            figure.add_scatter(
+                x=ranks, y=np.where(mine, ordered, 0).astype(np.float32), name=name, mode="lines",
+                line={"width": 0, "color": colour, "shape": "hvh"}, fill="tozeroy",
+                fillcolor=colour, hoverinfo="skip",
+            )  # fmt: skip
+    figure.add_scatter(
+        x=ranks, y=ordered.astype(np.float32), mode="lines", showlegend=False,
+        line={"color": "#000000", "width": 1}, opacity=0.5, customdata=order,
+        hovertemplate="rank %{x:,}: channel %{customdata:,}, score %{y:.4g}<extra></extra>",
+    )  # fmt: skip
+    figure.update_xaxes(title=f"{module} channels of layer {layer}, best first")
+    figure.update_yaxes(title="score", rangemode="tozero")
+    total = scores.sum()
+    share = scores[kept].sum() / total if total > 0 else 1.0
+    title = (
+        f"Layer {layer} keeps {kept.sum():,} of {len(kept):,} {module} channels, "
+        f"with {share:.1%} of the scores"
+    )
+    return laid_out(figure, title)

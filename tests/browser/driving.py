@@ -48,14 +48,14 @@ def running_app(log: Path) -> Iterator[str]:
         )
     address = f"http://localhost:{port}"
     try:
-        _wait_for(address, server, log)
+        wait_for_app(address, server, log)
         yield address
     finally:
         server.terminate()
         server.wait(timeout=30)
 
 
-def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
+def wait_for_app(address: str, server: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and server.poll() is None:
         try:

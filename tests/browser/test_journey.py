@@ -34,7 +34,7 @@ def test_journey(page: Page, address: str, tmp_path: Path):
     expect(page.get_by_text("Measured over 1,024 calibration tokens")).to_be_visible()
 
     go_to(page, "Importance")
-    expect(page.locator(CHART)).to_have_count(3)
+    expect(page.locator(CHART)).to_have_count(5)
     expect_no_exception(page)
 
     go_to(page, "Compress")

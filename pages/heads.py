@@ -1,0 +1,204 @@
+"""One head at a time: its channels, where it looks, what perplexity does without it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from pages.shared import charts, exploring_charts
+from pages.shared.exploring import findings, pattern_job, start_without_heads
+from pages.shared.figure import show
+from pages.shared.jobs import DONE
+from pages.shared.options import IMPORTANCE_HELP
+from pages.shared.progress import (
+    SOON,
+    require_bench,
+    require_prepared,
+    show_dense,
+    show_job,
+    watch,
+)
+from pages.shared.workbench import visit
+from transact_core.bench import Bench, Choices
+from transact_core.errors import TransActError
+from transact_core.heads import sample
+from transact_core.importance import IMPORTANCES, Scores
+
+MAP = "head-map"
+
+
+def take_click() -> None:
+    """Moves the two menus to the head that was clicked; a click that undoes one is let pass."""
+    points = st.session_state[f"{MAP}-{st.session_state['map_version']}"].selection.points
+    if points:
+        st.session_state["layer"], st.session_state["head"] = points[0]["y"], points[0]["x"]
+
+
+def forget_click() -> None:
+    """A click on the head that the map still takes for chosen would otherwise undo it."""
+    st.session_state["map_version"] += 1
+
+
+def choose(bench: Bench) -> tuple[int, int]:
+    shape = bench.loaded.architecture
+    columns = st.columns(2)
+    counts = {"layer": shape.num_hidden_layers, "head": shape.num_attention_heads}
+    st.session_state.setdefault("map_version", 0)
+    for name, count in counts.items():
+        if st.session_state.get(name, 0) >= count:
+            st.session_state[name] = 0
+    return tuple(
+        column.selectbox(
+            name.capitalize(), range(count), key=name, persist_state="session",
+            on_change=forget_click,
+        )
+        for column, (name, count) in zip(columns, counts.items(), strict=True)
+    )  # fmt: skip
+
+
+def show_channels(scores: Scores, layer: int, head: int) -> None:
+    mine = scores.head_channels[layer].view(scores.heads.shape[1], -1)[head].numpy()
+    show(
+        exploring_charts.head_channels(mine, layer, head),
+        "head-channels",
+        "a few high bars are a head that works through few of its dims.",
+        lambda: pd.DataFrame({"channel": np.arange(len(mine)), "score": mine}),
+    )
+
+
+def show_attention(bench: Bench, layer: int, head: int) -> None:
+    columns = st.columns([5, 1])
+    text = columns[0].text_area(
+        "Text to look at", key="head_text", persist_state="session", height=68,
+        placeholder="Your own text; left empty, the evaluation text's beginning",
+    )  # fmt: skip
+    tokens = columns[1].number_input(
+        "Tokens", 4, 128, 48, 8, key="head_tokens", persist_state="session"
+    )
+    try:
+        window = sample(bench, text, int(tokens))
+    except TransActError as error:
+        st.error(str(error), icon=":material/error:")
+        return
+    job = pattern_job(bench, layer, window)
+    if not job.wait(SOON):
+        watch(job, "pattern")
+        return
+    if job.state != DONE:
+        st.error(job.error or "The reading was cancelled.", icon=":material/error:")
+        return
+    labels = [bench.loaded.tokenizer.decode([number]) for number in window.ids[0].tolist()]
+    pattern = job.result[head].numpy()
+    show(
+        exploring_charts.attention(pattern, labels, layer, head),
+        "attention",
+        "each row is a token and adds up to 1 over the tokens it looks back at. A bright left edge "
+        "is a head that rests on the first token; a bright diagonal looks at what is near.",
+        lambda: pd.DataFrame(
+            {"query": query, "key": key, "attention": pattern[query, key]}
+            for query in range(len(labels))
+            for key in range(query + 1)
+        ),
+    )
+
+
+def without_table(bench: Bench) -> pd.DataFrame:
+    dense = bench.dense().perplexity
+    rows = []
+    for (layer, head), each in sorted(findings().without.items()):
+        half = 1.96 * each.delta_nll_se
+        rows.append(
+            {
+                "layer": layer,
+                "head": head,
+                "perplexity": each.evaluation.perplexity,
+                "ratio": each.evaluation.perplexity / dense,
+                "delta_nll": each.delta_nll,
+                "low": each.delta_nll - half,
+                "high": each.delta_nll + half,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def show_without(bench: Bench, layer: int, head: int) -> None:
+    st.subheader("Without it")
+    if show_dense("heads") is None:
+        return
+    heads = bench.loaded.architecture.num_attention_heads
+    found = findings().without
+    if not show_job("heads"):
+        rest = [(layer, each) for each in range(heads) if (layer, each) not in found]
+        with st.container(horizontal=True):
+            one = st.button(
+                f"Measure without head {head} of layer {layer}", type="primary",
+                disabled=(layer, head) in found,
+            )  # fmt: skip
+            every = st.button(
+                f"Measure without each head of layer {layer}",
+                disabled=not rest,
+                help=f"{len(rest)} evaluations of {bench.evaluation.tokens:,} tokens each.",
+            )
+        if one or every:
+            start_without_heads(bench, [(layer, head)] if one else rest)
+            st.rerun()
+    show_measured(bench, layer, head)
+
+
+@st.fragment(run_every=1.0 if visit().job and not visit().job.finished else None)
+def show_measured(bench: Bench, layer: int, head: int) -> None:
+    mine = findings().without.get((layer, head))
+    if mine is not None:
+        half = 1.96 * mine.delta_nll_se
+        columns = st.columns(2)
+        columns[0].metric("Perplexity without it", f"{mine.evaluation.perplexity:.3f}")
+        columns[1].metric("Dense perplexity", f"{bench.dense().perplexity:.3f}")
+        certain = "" if np.isnan(half) else f" ± {half:.4f} (95 %, paired by window)"
+        st.caption(
+            f"Its output set to zero adds {mine.delta_nll:+.4f}{certain} nats a token, over "
+            f"{mine.evaluation.scored_tokens:,} scored tokens."
+        )
+    table = without_table(bench)
+    if not table.empty:
+        st.dataframe(
+            table, hide_index=True,
+            column_config={
+                "ratio": st.column_config.NumberColumn("× dense", format="%.4f"),
+                "delta_nll": st.column_config.NumberColumn("Δ nats", format="%.4f"),
+                "low": st.column_config.NumberColumn("95 % from", format="%.4f"),
+                "high": st.column_config.NumberColumn("to", format="%.4f"),
+                "perplexity": st.column_config.NumberColumn(format="%.3f"),
+            },
+        )  # fmt: skip
+        st.download_button(
+            "CSV", lambda: table.to_csv(index=False).encode(), "without-heads.csv", "text/csv",
+            icon=":material/download:", on_click="ignore", type="tertiary", key="without-csv",
+        )  # fmt: skip
+
+
+st.title("Heads")
+bench = require_bench()
+left, right = st.columns([2, 3], gap="large")
+with left:
+    importance = st.selectbox(
+        "Importance", list(IMPORTANCES), key="importance", bind="query-params", help=IMPORTANCE_HELP
+    )
+    visit().cut = replace(visit().cut, importance=importance)
+    if not require_prepared(bench, Choices(importance=importance), "heads"):
+        st.stop()
+    scores = bench.scores(importance)
+    layer, head = choose(bench)
+    heads = scores.heads.numpy()
+    show(
+        exploring_charts.clickable_heads(heads, (layer, head), charts.head_differences(heads)),
+        f"{MAP}-{st.session_state['map_version']}",
+        "dark heads are those that a cut takes first. Click one, or choose it above.",
+        lambda: scores.to_frame(importance).query("unit == 'head'"),
+        on_select=take_click,
+        selection_mode="points",
+    )
+with right:
+    show_channels(scores, layer, head)
+    show_attention(bench, layer, head)
+    show_without(bench, layer, head)

@@ -1,0 +1,152 @@
+"""The method's premise as an experiment: which activations may be disturbed?"""
+
+import pandas as pd
+import streamlit as st
+
+from pages.shared import exploring_charts
+from pages.shared.exploring import findings, start_layers, start_strengths
+from pages.shared.figure import show
+from pages.shared.progress import require_bench, show_dense, show_job
+from pages.shared.workbench import visit
+from transact_core.activations import SITES
+from transact_core.bench import Bench
+from transact_core.evaluation import Evaluation
+from transact_core.premise import DISTURBANCES, Disturbed
+
+ALL, EACH = "All layers at once", "Layer by layer"
+# Enough to tell the sites apart within a minute on the built-in model.
+TOKENS = 1024
+STRENGTHS = (0.05, 0.1, 0.2, 0.4)
+LAYERS = 6
+HELP = (
+    "`noise`: to every token's activation Gaussian noise is added whose size is this share of the "
+    "activation's own. `zero at random`: this share of the channels, drawn by lot, is set to zero. "
+    "`zero the weakest`: this share of the channels, those of lowest RMS over the calibration "
+    "text, is set to zero."
+)
+
+
+def spaced(layers: int, count: int) -> list[int]:
+    """Layers evenly apart, the first and the last among them."""
+    return sorted({round(number * (layers - 1) / max(1, count - 1)) for number in range(count)})
+
+
+def choose(bench: Bench) -> tuple[str, str, list[float], list[int], int]:
+    """Experiment, disturbance, strengths, layers and number of windows."""
+    deep = bench.loaded.architecture.num_hidden_layers
+    experiment = st.segmented_control(
+        "Where", [ALL, EACH], default=ALL, required=True, key="premise_where",
+        persist_state="session",
+    )  # fmt: skip
+    columns = st.columns(3)
+    disturbance = columns[0].selectbox(
+        "Disturbance", DISTURBANCES, key="premise_disturbance", persist_state="session", help=HELP
+    )
+    layers: list[int] = []
+    if experiment == ALL:
+        chosen = columns[1].multiselect(
+            "Strengths", [1, 2, 5, 10, 20, 30, 40, 50, 60, 80],
+            default=[round(100 * each) for each in STRENGTHS],
+            format_func=lambda percent: f"{percent} %", key="premise_strengths",
+            persist_state="session",
+        )  # fmt: skip
+        strengths = sorted(percent / 100 for percent in chosen)
+    else:
+        percent = columns[1].number_input(
+            "Strength in %", 1, 100, 20, 5, key="premise_strength", persist_state="session"
+        )
+        strengths = [int(percent) / 100]
+        count = columns[2].number_input(
+            "Layers", 1, deep, min(LAYERS, deep), key="premise_layers", persist_state="session",
+            help="Evenly apart, the first and the last among them.",
+        )  # fmt: skip
+        layers = spaced(deep, int(count))
+    length, most = bench.evaluation.sequence_length, len(bench.evaluation)
+    windows = columns[2 if experiment == ALL else 0].number_input(
+        "Evaluation windows", 1, most, min(most, max(2, TOKENS // length)), key="premise_windows",
+        persist_state="session", help=f"Of {length:,} tokens each, from the text's beginning.",
+    )  # fmt: skip
+    return experiment, disturbance, strengths, layers, int(windows)
+
+
+def undisturbed(dense: Evaluation, windows: int) -> float:
+    return Evaluation(dense.nll[:windows]).perplexity
+
+
+def table(points: list[Disturbed]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "site": point.site,
+            "layer": "all" if point.layer is None else point.layer,
+            "disturbance": point.disturbance,
+            "strength": point.strength,
+            "perplexity": point.perplexity,
+            "delta_nll": point.delta_nll,
+            "delta_nll_se": point.delta_nll_se,
+            "scored_tokens": point.evaluation.scored_tokens,
+        }
+        for point in points
+    )
+
+
+@st.fragment(run_every=1.0 if visit().job and not visit().job.finished else None)
+def show_points(bench: Bench, dense: Evaluation, wanted: list[tuple]) -> None:
+    found = findings().disturbed
+    points = [found[key] for key in wanted if key in found]
+    if not points:
+        st.caption("The chart begins with the first measured point.")
+        return
+    windows, _, _, layer, _ = wanted[0]
+    base = undisturbed(dense, windows)
+    figure = (
+        exploring_charts.strengths(points, base)
+        if layer is None
+        else exploring_charts.layers(points, base, bench.loaded.architecture.num_hidden_layers)
+    )
+    single = " With a single window there is no interval." if windows == 1 else ""
+    show(
+        figure,
+        "premise",
+        "a line far above the dotted one is an activation that must be left alone; one that stays "
+        "near it has width to spare. Bars are 95 % intervals of the paired difference."
+        f"{single} {points[0].evaluation.scored_tokens:,} scored tokens a point.",
+        lambda: table(points),
+    )
+
+
+st.title("Premise")
+st.caption(
+    "The method cuts inside the modules and leaves the residual stream between them whole: there, "
+    "it says, a disturbance costs most (Shen et al. 2024). Here the same relative disturbance is "
+    "made at the waist of MHA, at the waist of MLP, and to the residual stream where it enters a "
+    "layer. What is done to the stream stays in it for all later layers; what is done to a waist "
+    "reaches it through one output projection. That is the difference on trial."
+)
+bench = require_bench()
+dense = show_dense("premise")
+experiment, disturbance, strengths, chosen_layers, windows = choose(bench)
+places = [None] if experiment == ALL else chosen_layers
+wanted = [
+    (windows, disturbance, strength, layer, site)
+    for strength in strengths
+    for layer in places
+    for site in SITES
+]
+missing = [key for key in wanted if key not in findings().disturbed]
+tokens = windows * bench.evaluation.sequence_length
+if dense is not None and not show_job("premise"):
+    st.caption(
+        f"{len(missing)} of {len(wanted)} points are not measured yet, {tokens:,} tokens each."
+        if missing
+        else "All points are measured."
+    )
+    if st.button("Run the experiment", type="primary", disabled=not missing):
+        if experiment == ALL:
+            start_strengths(bench, disturbance, sorted({key[2] for key in missing}), windows)
+        else:
+            start_layers(
+                bench, disturbance, strengths[0], sorted({key[3] for key in missing}), windows
+            )
+        st.rerun()
+if dense is not None and wanted:
+    show_points(bench, dense, wanted)

@@ -1,0 +1,37 @@
+"""A chart with what belongs to it: how to read it, and its numbers and its picture to take away."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import streamlit as st
+
+
+def show(
+    figure: go.Figure,
+    key: str,
+    reading: str = "",
+    frame: Callable[[], pd.DataFrame] | None = None,
+    **options: Any,
+) -> Any:
+    """Draws a chart, one sentence on how to read it, and a button for its numbers as CSV.
+
+    `frame` is called when its button is pressed. Plotly's own camera saves the chart as SVG.
+    `options` go to `st.plotly_chart`, whose answer is given back: with `on_select`, what is chosen.
+    """
+    image = {"format": "svg", "filename": key}
+    chosen = st.plotly_chart(
+        figure, key=key, alt=figure.layout.title.text, **options,
+        config={"displaylogo": False, "toImageButtonOptions": image},
+    )  # fmt: skip
+    with st.container(horizontal=True, vertical_alignment="top"):
+        if reading:
+            st.caption(f"How to read it: {reading}", width="stretch")
+        if frame:
+            st.download_button(
+                "CSV", lambda: frame().to_csv(index=False).encode(), f"{key}.csv", "text/csv",
+                key=f"{key}-csv", type="tertiary", icon=":material/download:", on_click="ignore",
+                help="The chart's numbers. The camera above the chart saves it as SVG.",
+            )  # fmt: skip
+    return chosen

@@ -1,0 +1,42 @@
+"""Clicking a head on the map, and choosing one by the menus instead."""
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.browser.driving import CHART, open_with_few_tokens, settle
+
+pytestmark = [pytest.mark.browser, pytest.mark.builtin]
+
+LAYERS, HEADS = 30, 9
+
+
+def click_head(page: Page, layer: int, head: int) -> None:
+    area = page.locator(CHART).first.locator(".nsewdrag").first.bounding_box()
+    page.mouse.click(
+        area["x"] + area["width"] * (head + 0.5) / HEADS,
+        area["y"] + area["height"] * (layer + 0.5) / LAYERS,
+    )
+
+
+def expect_head(page: Page, layer: int, head: int) -> None:
+    expect(page.get_by_text(f"Layer {layer}, head {head}: channel")).to_be_visible()
+    expect(page.get_by_text(f"Layer {layer}, head {head} attends")).to_be_visible()
+    expect(page.get_by_role("button", name=f"without head {head} of layer {layer}")).to_be_visible()
+    settle(page)
+
+
+def test_a_head_is_chosen_by_a_click_and_by_the_keyboard(page: Page, address: str):
+    open_with_few_tokens(page, f"{address}/heads")
+    expect_head(page, 0, 0)
+    click_head(page, 12, 5)
+    expect_head(page, 12, 5)
+    menu = page.get_by_role("combobox", name="Head")
+    menu.focus()
+    menu.press("ArrowDown")
+    menu.press("ArrowDown")
+    menu.press("Enter")
+    expect(page.get_by_text("Layer 12, head 5: channel")).to_have_count(0)
+    # The map has forgotten the click, so the same one counts again.
+    click_head(page, 12, 5)
+    expect_head(page, 12, 5)
+    expect(page.get_by_test_id("stException")).to_have_count(0)

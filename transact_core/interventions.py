@@ -1,0 +1,64 @@
+"""What the model loses when its activations are changed on the way.
+
+The model is run by `streams`, which lets an activation be changed as it passes, so nothing is
+hooked into the model and nothing of it is modified. A site is one of `activations.SITES`: the
+waists of both modules, and the residual stream as it enters a layer.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.nn import functional
+from transformers import LlamaForCausalLM
+
+from transact_core.activations import MODULES
+from transact_core.corpora import Windows
+from transact_core.evaluation import Evaluation, require_losses
+from transact_core.streams import Change, Stream, unchanged
+
+Changes = Mapping[tuple[str, int], Change]
+"""What is done to the activation at (site, layer)."""
+
+
+def pass_layer(stream: Stream, number: int, changes: Changes) -> None:
+    """Passes every window through one layer, with what is changed in it."""
+    if change := changes.get(("residual", number)):
+        stream.hidden = change(stream.hidden)
+    for module in MODULES:
+        for _ in stream.advance(number, module, changes.get((module, number), unchanged)):
+            pass
+
+
+@torch.no_grad()
+def evaluate_changed(
+    model: LlamaForCausalLM,
+    windows: Windows,
+    changes: Changes,
+    after_layer: Callable[[], None] = lambda: None,
+    begun: Stream | None = None,
+    first: int = 0,
+) -> Evaluation:
+    """Scores every window alone, as `evaluation.evaluate` does, with changed activations.
+
+    `begun` is the windows' stream as it stands before layer `first`; it is left where it stands.
+
+    Raises:
+        TransActError: an activation or the loss is not a number.
+    """
+    stream = begun.fork() if begun else Stream(model, windows)
+    for number in range(first, len(model.model.layers)):
+        pass_layer(stream, number, changes)
+        after_layer()
+    ids = windows.ids.to(model.device)
+    return Evaluation(
+        require_losses(
+            torch.stack(
+                [_losses(model, *window) for window in zip(stream.hidden, ids, strict=True)]
+            )
+        )
+    )
+
+
+def _losses(model: LlamaForCausalLM, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    logits = model.lm_head(model.model.norm(hidden[:-1]))
+    return functional.cross_entropy(logits.float(), ids[1:], reduction="none").cpu()
