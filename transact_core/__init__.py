@@ -22,6 +22,7 @@ Data flows one way, and a module imports only from those before it:
     bench              one model on one pair of texts: plan, cut, repair, measure
     decide             which granularity, and cuts in several steps
     sweep              ratios → measured points
+    frontier           measured points → those that no other beats
     checkpoint         weights written tensor by tensor
     export             the output folder and compression.json
     cli                the command line
