@@ -18,6 +18,8 @@ Data flows one way, and a module imports only from those before it:
     narrowing          queries, keys and values of narrower heads, fitted
     recovery           closed-form repair after the cut
     evaluation         perplexity with its uncertainty
+    generation         a prompt → tokens one by one, and how long each took
+    latency            how long prefill and decode take, two models in turns
     store              measured tensors on disk, keyed by what determined them
     bench              one model on one pair of texts: plan, cut, repair, measure
     decide             which granularity, and cuts in several steps

@@ -93,8 +93,8 @@ def frontier_chart(
                 for point in measured
             ],
             hovertemplate=f"%{{x:,.1f}} {unit}, perplexity %{{y:.3f}}<br>"
-            "MHA −%{customdata[0]:.0%}, MLP −%{customdata[1]:.0%}<br>%{customdata[2]}, by %{customdata[3]}, "
-            "%{customdata[4]}<extra></extra>",
+            "MHA −%{customdata[0]:.0%}, MLP −%{customdata[1]:.0%}<br>%{customdata[2]}, "
+            "by %{customdata[3]}, %{customdata[4]}<extra></extra>",
         )  # fmt: skip
     cost, evaluation = dense
     figure.add_scatter(
@@ -163,8 +163,8 @@ def ratio_map(points: Sequence[Measurement], widths: tuple[int, int]) -> go.Figu
                 for value, (_, point) in zip(times, best, strict=True)
             ],
             hovertemplate="MHA −%{x:.1%}, MLP −%{y:.1%}<br>%{customdata[0]:.3f} × dense, "
-            "perplexity %{customdata[1]:.3f}<br>%{customdata[2]}, by %{customdata[3]}, %{customdata[4]}"
-            "<extra></extra>",
+            "perplexity %{customdata[1]:.3f}<br>%{customdata[2]}, "
+            "by %{customdata[3]}, %{customdata[4]}<extra></extra>",
         )
     )  # fmt: skip
     figure.update_xaxes(title="MHA width removed", tickformat=".0%", range=_around(best, 0))
