@@ -5,34 +5,12 @@ from pathlib import Path
 
 import streamlit as st
 
+from pages.shared.cuts import choose_cut
 from pages.shared.jobs import DONE
 from pages.shared.progress import require_bench, require_prepared, show_job
-from pages.shared.workbench import Cut, find_point, points, start_export, visit
-from transact_core.bench import Bench, Choices, Measurement
+from pages.shared.workbench import Cut, find_point, start_export, visit
+from transact_core.bench import Bench, Choices
 from transact_core.export import apply_command, describe_compression, reproduce_command
-
-
-def choose_cut(bench: Bench) -> Cut:
-    """The cut at the sliders, or one of those measured in this session."""
-    cuts = [visit().cut]
-    cuts += [Cut.of(point) for point in reversed(points())]
-    cuts = list(dict.fromkeys(cuts))
-
-    def point_of(cut: Cut) -> Measurement | None:
-        if not bench.prepared(cut.choices):
-            return next((point for point in points() if Cut.of(point) == cut), None)
-        return find_point(bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices), cut.recovery)
-
-    def describe(cut: Cut) -> str:
-        point = point_of(cut)
-        return (
-            f"MHA {cut.mha_ratio:.0%}, MLP {cut.mlp_ratio:.0%} · {cut.granularity} · "
-            f"{cut.importance} · {cut.recovery} · "
-            + (f"perplexity {point.perplexity:.2f}" if point else "not measured yet")
-            + (" · at the sliders" if cut == cuts[0] else "")
-        )
-
-    return st.selectbox("Cut", cuts, format_func=describe)
 
 
 def show_configuration(bench: Bench, cut: Cut) -> None:

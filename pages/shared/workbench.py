@@ -4,6 +4,7 @@ import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import streamlit as st
 import torch
@@ -18,6 +19,9 @@ from transact_core.files import cache_folder, require_free_output
 from transact_core.models import BUILTIN, LoadedModel, load_model
 from transact_core.plan import Granularity, PruningPlan
 from transact_core.sweep import sweep
+
+if TYPE_CHECKING:
+    from pages.shared.side_by_side import Comparison, LatencyRun
 
 MODELS_KEPT = 2
 BENCHES_KEPT = 4
@@ -80,6 +84,10 @@ class Visit:
     points: dict[Request, list[Measurement]] = field(default_factory=dict)
     job: Job | None = None
     """The last job this visitor started from a page."""
+    comparison: "Comparison | None" = None
+    """What `side_by_side` last made both models say."""
+    latency: "LatencyRun | None" = None
+    """What it last timed."""
 
 
 class Workbench:
