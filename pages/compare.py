@@ -6,7 +6,7 @@ from pages.shared import marked_text
 from pages.shared.cuts import choose_cut, in_words
 from pages.shared.jobs import job_threads
 from pages.shared.progress import require_bench, require_prepared, show_job
-from pages.shared.side_by_side import DENSE, PRUNED, Comparison, start_comparison
+from pages.shared.side_by_side import DENSE, PRUNED, Comparison, last_comparison, start_comparison
 from pages.shared.workbench import Cut, visit
 from transact_core.bench import Bench
 from transact_core.errors import TransActError
@@ -128,7 +128,7 @@ def show_losses(bench: Bench, comparison: Comparison) -> None:
 
 @st.fragment(run_every=0.4 if visit().job and not visit().job.finished else None)
 def show(bench: Bench) -> None:
-    comparison = visit().comparison
+    comparison = last_comparison()
     if comparison is None:
         st.info(
             "Nothing is generated yet. The pruned model is made and measured first where it is not "

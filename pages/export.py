@@ -1,6 +1,7 @@
 """Take a cut away: its configuration, its checkpoint, the command that makes it again."""
 
 from dataclasses import astuple
+from datetime import datetime
 from pathlib import Path
 
 import streamlit as st
@@ -8,9 +9,12 @@ import streamlit as st
 from pages.shared.cuts import choose_cut
 from pages.shared.jobs import DONE
 from pages.shared.progress import require_bench, require_prepared, show_job
-from pages.shared.workbench import Cut, find_point, start_export, visit
+from pages.shared.report import make_report
+from pages.shared.side_by_side import last_latency
+from pages.shared.workbench import Cut, find_point, identity, points, start_export, visit
 from transact_core.bench import Bench, Choices
 from transact_core.export import apply_command, describe_compression, reproduce_command
+from transact_core.plan import PruningPlan
 
 
 def show_configuration(bench: Bench, cut: Cut) -> None:
@@ -26,12 +30,30 @@ def show_configuration(bench: Bench, cut: Cut) -> None:
         "compression.json", compression.to_json(), "compression.json", "application/json",
         icon=":material/download:", type="primary", on_click="ignore",
     )  # fmt: skip
+    offer_report(bench, plan, cut.recovery)
     st.write("With the file:")
     st.code(apply_command(), language="bash", wrap_lines=True)
     st.write("Without it, from the ratios:")
     st.code(reproduce_command(compression), language="bash", wrap_lines=True)
     if not plan.cuts_anything(bench.loaded.architecture):
         st.info("Nothing is cut at these ratios: this is the dense model.")
+
+
+def offer_report(bench: Bench, plan: PruningPlan, recovery: str) -> None:
+    measured, point, timed = list(points()), find_point(plan, recovery), last_latency()
+    if timed and identity(timed.plan, timed.cut.recovery) != identity(plan, recovery):
+        timed = None
+
+    def make() -> bytes:
+        now = datetime.now().astimezone()
+        return make_report(bench, plan, recovery, point, measured, timed, now).encode()
+
+    st.download_button(
+        "Report", make, "report.html", "text/html", icon=":material/description:",
+        on_click="ignore", help="One HTML page that explains this cut to a colleague: its charts "
+        "work without a network."
+        + ("" if point else " This cut is not measured yet, and the report says so."),
+    )  # fmt: skip
 
 
 def write_checkpoint(bench: Bench, cut: Cut) -> None:

@@ -8,7 +8,7 @@ from pages.shared.cuts import choose_cut, in_words
 from pages.shared.figure import show
 from pages.shared.latency_chart import latency_chart, latency_table
 from pages.shared.progress import require_bench, require_prepared, show_job
-from pages.shared.side_by_side import start_latency
+from pages.shared.side_by_side import last_latency, start_latency
 from pages.shared.workbench import Cut, visit
 from transact_core.bench import Bench
 
@@ -40,7 +40,7 @@ def choose_and_start(bench: Bench, cut: Cut) -> None:
 
 @st.fragment(run_every=1.0 if visit().job and not visit().job.finished else None)
 def show_run(bench: Bench) -> None:
-    run = visit().latency
+    run = last_latency()
     if run is None or not run.points:
         st.info(
             "Nothing is timed yet. The pruned model is made and measured first where it is not at "
@@ -51,13 +51,15 @@ def show_run(bench: Bench) -> None:
     points = list(run.points)
     table = latency_table(points)
     st.caption(f"Pruned: {in_words(run.cut)}")
-    show(latency_chart(points), "latency", table)
     loaded = bench.loaded
-    st.caption(
-        f"How to read it: marks are medians of {run.repeats} repeats, bars their middle half. Both "
-        f"models take turns in {str(loaded.dtype)[6:]} on {loaded.device.type} with {run.threads} "
-        f"thread(s) of this machine's {os.cpu_count()} cores, batch 1; other jobs waited, the "
-        f"pages did not. Decode is the mean of the {run.decode} tokens after the prompt."
+    show(
+        latency_chart(points),
+        "latency-chart",
+        f"marks are medians of {run.repeats} repeats, bars their middle half; decode is the mean "
+        f"of the {run.decode} tokens after the prompt. Both models take turns in "
+        f"{str(loaded.dtype)[6:]} on {loaded.device.type} with {run.threads} thread(s) of this "
+        f"machine's {os.cpu_count()} cores, batch 1; other jobs waited, the pages did not.",
+        lambda: table,
     )
     st.dataframe(
         table.dropna(axis="columns", how="all"), hide_index=True,

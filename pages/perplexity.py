@@ -18,10 +18,11 @@ from transact_core.recovery import RECOVERIES
 
 CURVES = ("MHA only", "MLP only", "Both")
 SHOWN_BY = {
-    "granularity": lambda point: point.plan.granularity,
-    "importance": lambda point: point.plan.importance,
-    "recovery": lambda point: point.recovery,
+    "Granularities": lambda point: point.plan.granularity,
+    "Scored by": lambda point: point.plan.importance,
+    "Recoveries": lambda point: point.recovery,
 }
+"""What the points on the charts may be chosen by."""
 
 
 def counts_heads(curve: str, granularity: str) -> bool:
@@ -105,7 +106,7 @@ def choose_shown(measured: Sequence[Measurement]) -> tuple[list[Measurement], st
     for column, (name, value_of) in zip(columns, SHOWN_BY.items(), strict=False):
         values = sorted({value_of(point) for point in measured})
         chosen = column.multiselect(
-            f"Show {name}", values, key=f"shown_{name}", persist_state="session",
+            name, values, key=f"shown_{name}", persist_state="session",
             placeholder=values[0] if len(values) == 1 else "all", disabled=len(values) < 2,
         )  # fmt: skip
         shown = [point for point in shown if not chosen or value_of(point) in chosen]
@@ -130,12 +131,10 @@ def show_charts(bench: Bench) -> None:
     show(
         curve_chart.perplexity_curve(shown, dense, widths_of_dense, logarithmic, coloured_by),
         "curve-chart",
-        curve_chart.points_table(shown),
-    )
-    st.caption(
-        f"Evaluated on {bench.evaluation.tokens:,} tokens in windows of "
-        f"{bench.evaluation.sequence_length}. Bars are 95 % intervals of the paired difference "
-        "from the dense model: two points whose bars overlap are not told apart by this text."
+        "bars are 95 % intervals of the paired difference from the dense model; two points whose "
+        f"bars overlap are not told apart by these {bench.evaluation.tokens:,} tokens, in windows "
+        f"of {bench.evaluation.sequence_length}.",
+        lambda: curve_chart.points_table(shown),
     )
     if not measured:
         st.info(
@@ -143,16 +142,13 @@ def show_charts(bench: Bench) -> None:
             icon=":material/info:",
         )
         return
+    best = tradeoff_charts.best_at_each_pair(shown, widths_of_dense)
     show(
         tradeoff_charts.ratio_map(shown, widths_of_dense),
         "ratio-map",
-        curve_chart.points_table(
-            [point for _, point in tradeoff_charts.best_at_each_pair(shown, widths_of_dense)]
-        ),
-    )
-    st.caption(
-        "How to read it: each square is a pair of ratios that was measured, the best of what is "
-        "shown above; between them nothing is known. Right of the origin MHA is cut, above it MLP."
+        "each square is a pair of ratios that was measured, the best of what is shown above, in "
+        "times the dense perplexity; between the squares nothing is known.",
+        lambda: curve_chart.points_table([point for _, point in best]),
     )
     if dense is not None:
         whole = bench.dense_footprint, dense
@@ -163,12 +159,10 @@ def show_charts(bench: Bench) -> None:
                         shown, whole, widths_of_dense, field, logarithmic
                     ),
                     f"frontier-{field}",
-                    tradeoff_charts.frontier_table(shown, whole, field),
+                    "full marks on the line are the best measured for their size; for each open "
+                    "one there is another no larger and no worse.",
+                    lambda field=field: tradeoff_charts.frontier_table(shown, whole, field),
                 )
-        st.caption(
-            "How to read it: full marks on the line are the best measured for their size; for each "
-            "open one there is another that is no larger and no worse. Bars as above."
-        )
     st.subheader("All points")
     st.dataframe(
         curve_chart.points_table(measured)[

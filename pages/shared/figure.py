@@ -1,15 +1,37 @@
-"""A chart on the page, to be taken along as a picture and as a table."""
+"""A chart with what belongs to it: how to read it, and its numbers and its picture to take away."""
+
+from collections.abc import Callable
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
 
-def show(figure: go.Figure, key: str, frame: pd.DataFrame) -> None:
-    """Draws a figure; its toolbar gives an SVG, the button below its numbers."""
-    options = {"format": "svg", "filename": key}
-    st.plotly_chart(figure, key=key, config={"toImageButtonOptions": options})
-    st.download_button(
-        "CSV", lambda: frame.to_csv(index=False).encode(), f"{key}.csv", "text/csv",
-        key=f"csv-{key}", icon=":material/download:", type="tertiary", on_click="ignore",
+def show(
+    figure: go.Figure,
+    key: str,
+    reading: str = "",
+    frame: Callable[[], pd.DataFrame] | None = None,
+    **options: Any,
+) -> Any:
+    """Draws a chart, one sentence on how to read it, and a button for its numbers as CSV.
+
+    `frame` is called when its button is pressed. Plotly's own camera saves the chart as SVG.
+    `options` go to `st.plotly_chart`, whose answer is given back: with `on_select`, what is chosen.
+    """
+    image = {"format": "svg", "filename": key}
+    chosen = st.plotly_chart(
+        figure, key=key, alt=figure.layout.title.text, **options,
+        config={"displaylogo": False, "toImageButtonOptions": image},
     )  # fmt: skip
+    words, button = st.columns([8, 1]) if frame else (st.container(), None)
+    if reading:
+        words.caption(f"How to read it: {reading}")
+    if frame:
+        button.download_button(
+            "CSV", lambda: frame().to_csv(index=False).encode(), f"{key}.csv", "text/csv",
+            key=f"{key}-csv", type="tertiary", icon=":material/download:", on_click="ignore",
+            help="The chart's numbers. The camera above the chart saves it as SVG.",
+        )  # fmt: skip
+    return chosen

@@ -1,13 +1,13 @@
 """Jobs that need the dense and a pruned model at once: generation and latency."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import LlamaForCausalLM
 
 from pages.shared.jobs import Job, job_threads
-from pages.shared.workbench import Cut, find_point, points, visit, workbench
+from pages.shared.workbench import Cut, Request, find_point, points, visit, workbench
 from transact_core.bench import Bench
 from transact_core.errors import Progress
 from transact_core.evaluation import token_losses
@@ -20,6 +20,7 @@ from transact_core.generation import (
     require_prompt_fits,
 )
 from transact_core.latency import LatencyPoint, measure_latency, require_lengths_fit
+from transact_core.plan import PruningPlan
 
 DENSE, PRUNED = "dense", "pruned"
 
@@ -39,6 +40,7 @@ class TokenLosses:
 class Comparison:
     """One prompt continued by both models; the worker writes, the page reads."""
 
+    request: Request
     cut: Cut
     prompt: list[int]
     job: Job | None = None
@@ -53,7 +55,9 @@ class Comparison:
 class LatencyRun:
     """Both models timed; the worker writes, the page reads."""
 
+    request: Request
     cut: Cut
+    plan: PruningPlan
     repeats: int
     decode: int
     threads: int
@@ -61,7 +65,21 @@ class LatencyRun:
     points: list[LatencyPoint] = field(default_factory=list)
 
 
-def both_models(bench: Bench, cut: Cut):
+def last_comparison() -> Comparison | None:
+    """The visitor's last one with the model and texts in view."""
+    mine = visit()
+    last = mine.comparison
+    return last if last is not None and last.request == mine.request else None
+
+
+def last_latency() -> LatencyRun | None:
+    """The visitor's last one with the model and texts in view."""
+    mine = visit()
+    last = mine.latency
+    return last if last is not None and last.request == mine.request else None
+
+
+def both_models(bench: Bench, cut: Cut) -> Callable[[Progress], dict[str, LlamaForCausalLM]]:
     """Work that gives the dense and the pruned model, cut and measured where none is at hand."""
     request, mine_points = visit().request, points()
     plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices)
@@ -87,7 +105,7 @@ def start_comparison(
     """Queues the continuation of a prompt by both models, then the losses on the texts."""
     mine = visit()
     make = both_models(bench, cut)
-    comparison = Comparison(cut, prompt)
+    comparison = Comparison(mine.request, cut, prompt)
 
     def work(report: Progress) -> None:
         dense = bench.loaded.model
@@ -123,7 +141,8 @@ def start_latency(
     """Queues the timing of both models; each length's points join the run as they are measured."""
     mine = visit()
     make = both_models(bench, cut)
-    run = LatencyRun(cut, repeats, decode, job_threads())
+    plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices)
+    run = LatencyRun(mine.request, cut, plan, repeats, decode, job_threads())
 
     def work(report: Progress) -> None:
         require_lengths_fit(bench.loaded.model, lengths, decode)
