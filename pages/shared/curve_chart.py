@@ -91,6 +91,8 @@ def perplexity_curve(
     for (kind, recovery, variant), members in series.items():
         members.sort(key=lambda member: member[0])
         measured = [point for _, point in members]
+        # Cuts of both modules that share the larger ratio are no steps along one line.
+        line = len({removed for removed, _ in members}) == len(members)
         error, lower = zip(*map(interval, measured), strict=True)
         name, dash, filling = RECOVERIES[recovery]
         shape = SHAPES[variants.index(variant) % len(SHAPES)]
@@ -98,7 +100,7 @@ def perplexity_curve(
             x=[removed for removed, _ in members],
             y=[point.perplexity for point in measured],
             error_y={"type": "data", "array": error, "arrayminus": lower, "thickness": 1.2},
-            mode="lines+markers", name=", ".join((kind, name, *variant)),
+            mode="lines+markers" if line else "markers", name=", ".join((kind, name, *variant)),
             line={"color": colours[COLOURED_BY[coloured_by](kind, measured[0])], "dash": dash},
             marker={"symbol": shape + filling, "size": 10},
             customdata=[

@@ -166,6 +166,14 @@ def test_series_are_told_apart_by_no_more_than_differs():
     ]
 
 
+def test_cuts_that_are_no_steps_along_one_line_are_not_joined():
+    steps = [point(), measured(mha=40, mlp=40)]
+    steps[1].recovery = "least-squares"
+    assert curve_chart.perplexity_curve(steps, None, (100, 100)).data[0].mode == "lines+markers"
+    steps.append(point(mha=80))
+    assert curve_chart.perplexity_curve(steps, None, (100, 100)).data[0].mode == "markers"
+
+
 def test_importance_is_told_in_the_hover():
     figure = curve_chart.perplexity_curve([point("taylor", "bias")], None, (100, 100))
     assert figure.data[0].customdata[0][4] == "taylor"
