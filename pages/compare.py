@@ -19,8 +19,8 @@ from transact_core.generation import (
 )
 
 PROMPT = "Explain in three sentences why the sky is blue."
+# Characters of a prompt.
 LONGEST = 8000
-"""Characters of a prompt."""
 TEXTS = {"The dense model's answer": "continuation", "My text": "text"}
 
 
@@ -105,16 +105,18 @@ def show_losses(bench: Bench, comparison: Comparison) -> None:
     if table.empty:
         st.caption("There is no token to score in this text.")
         return
+    mean = table["change"].sum() / table["tokens"].sum()
+    worse, better = (table["change"] > 1).sum(), (table["change"] < -1).sum()
     st.write(
-        f"The pruned model's loss differs by **{table['change'].mean():+.3f} nats** a token on "
-        f"average; {(table['change'] > 1).sum()} of {len(table)} tokens cost it over 1 nat more, "
-        f"{(table['change'] < -1).sum()} over 1 nat less."
+        f"The pruned model's loss differs by **{mean:+.3f} nats** a token on average; {worse} of "
+        f"{len(table)} marks cost it over 1 nat more, {better} over 1 nat less."
     )
     st.html(marked_text.scale())
     with st.container(border=True):
         st.html(marked_text.marked(table))
     st.caption(
-        "How to read it: orange tokens surprise the pruned model more than the dense one, blue "
+        "How to read it: each mark is a token, or those of one character. Orange ones surprise the "
+        "pruned model more than the dense one, blue "
         "ones less, both given the same words before. The numbers are under the pointer, and in "
         "the table."
     )

@@ -26,11 +26,12 @@ def show_configuration(bench: Bench, cut: Cut) -> None:
     )
     plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices)
     compression = describe_compression(bench, plan, cut.recovery)
-    st.download_button(
-        "compression.json", compression.to_json(), "compression.json", "application/json",
-        icon=":material/download:", type="primary", on_click="ignore",
-    )  # fmt: skip
-    offer_report(bench, plan, cut.recovery)
+    with st.container(horizontal=True):
+        st.download_button(
+            "compression.json", compression.to_json(), "compression.json", "application/json",
+            icon=":material/download:", type="primary", on_click="ignore",
+        )  # fmt: skip
+        offer_report(bench, plan, cut.recovery)
     st.write("With the file:")
     st.code(apply_command(), language="bash", wrap_lines=True)
     st.write("Without it, from the ratios:")

@@ -14,8 +14,8 @@ from transact_core.bench import Bench
 
 USUAL = (64, 128, 256, 512)
 LENGTHS = (16, 32, *USUAL, 1024, 2048, 4096, 8192, 16384, 32768)
+# Tokens after each prompt whose time is taken.
 DECODE = 16
-"""Tokens after each prompt whose time is taken."""
 
 
 def choose_and_start(bench: Bench, cut: Cut) -> None:

@@ -17,12 +17,12 @@ from transact_core.plan import GRANULARITIES, head_counts, widths
 from transact_core.recovery import RECOVERIES
 
 CURVES = ("MHA only", "MLP only", "Both")
+# What the points on the charts may be chosen by.
 SHOWN_BY = {
     "Granularities": lambda point: point.plan.granularity,
     "Scored by": lambda point: point.plan.importance,
     "Recoveries": lambda point: point.recovery,
 }
-"""What the points on the charts may be chosen by."""
 
 
 def counts_heads(curve: str, granularity: str) -> bool:

@@ -13,6 +13,8 @@ from transact_core.errors import TransActError
 
 UNFINISHED = "\ufffd"
 """What a tokenizer writes for the bytes of a character whose other bytes are yet to come."""
+MOST_BYTES = 4
+"""Of a character in UTF-8: a token more cannot complete it."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[tuple[str
     for end in range(1, len(ids) + 1):
         context = decode(tokenizer, ids[before:start], special=True)
         text = decode(tokenizer, ids[before:end], special=True)[len(context) :]
-        if text.endswith(UNFINISHED) and end < len(ids):
+        if text.endswith(UNFINISHED) and end < len(ids) and end - start < MOST_BYTES:
             continue
         found.append((text, end - start))
         before, start = start, end

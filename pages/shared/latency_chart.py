@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from pages.shared.charts import DENSE, MHA, laid_out
-from transact_core.latency import LatencyPoint
+from transact_core.latency import LatencyPoint, Timing
 
 STYLES = {"dense": (DENSE, "dash", "diamond"), "pruned": (MHA, "solid", "circle")}
 PHASES = {
@@ -57,13 +57,18 @@ def latency_title(points: Sequence[LatencyPoint]) -> str:
     if not both:
         return "No length is timed yet"
     dense, pruned = (by_model[model][max(both)] for model in STYLES)
-    prefill, decode = (
-        getattr(pruned, phase).median / getattr(dense, phase).median for phase in PHASES
-    )
+    prefill, decode = (_times(getattr(pruned, phase), getattr(dense, phase)) for phase in PHASES)
     return (
-        f"After {max(both):,} tokens the pruned model takes {prefill:.2f} × the dense one's time "
-        f"in prefill, {decode:.2f} × in decode"
+        f"After {max(both):,} tokens the pruned model takes {prefill} the dense one's time in "
+        f"prefill, {decode} in decode"
     )
+
+
+def _times(pruned: Timing, dense: Timing) -> str:
+    """The ratio of the medians; where the middle halves overlap it is said to be no difference."""
+    (low, high), (dense_low, dense_high) = pruned.quartiles, dense.quartiles
+    unclear = " (within the spread)" if low <= dense_high and dense_low <= high else ""
+    return f"{pruned.median / dense.median:.2f} ×{unclear}"
 
 
 def latency_table(points: Sequence[LatencyPoint]) -> pd.DataFrame:

@@ -33,8 +33,15 @@ def losses_of_pieces(
         first, at = max(at, start, 1), at + count
         if first < at:
             losses = [each[first - 1 : at - 1].sum().item() for each in (dense, pruned)]
-            rows.append({"token": text, "dense_nll": losses[0], "pruned_nll": losses[1]})
-    table = pd.DataFrame(rows, columns=["token", "dense_nll", "pruned_nll"])
+            rows.append(
+                {
+                    "token": text,
+                    "tokens": at - first,
+                    "dense_nll": losses[0],
+                    "pruned_nll": losses[1],
+                }
+            )
+    table = pd.DataFrame(rows, columns=["token", "tokens", "dense_nll", "pruned_nll"])
     return table.assign(change=table["pruned_nll"] - table["dense_nll"])
 
 

@@ -105,9 +105,9 @@ def frontier_chart(
     figure.update_xaxes(title=axis).update_yaxes(
         title="perplexity", type="log" if logarithmic else "linear"
     )
-    figure = laid_out(figure, _frontier_title(table, field), 430)
+    figure = laid_out(figure, _frontier_title(table, field), 450)
     return figure.update_layout(
-        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"}
+        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.3, "yanchor": "top"}
     )
 
 
@@ -119,7 +119,7 @@ def _frontier_title(table: pd.DataFrame, field: str) -> str:
     if least >= dense[field]:
         return f"No measured cut within {TOLERATED} × the dense perplexity saves {saved}"
     return (
-        f"Within {TOLERATED} × the dense perplexity: {least / scale:,.1f} of "
+        f"Within {TOLERATED} × the dense perplexity: down to {least / scale:,.1f} of "
         f"{dense[field] / scale:,.1f} {unit}"
     )
 

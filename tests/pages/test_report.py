@@ -137,7 +137,7 @@ def test_latency_is_told_where_it_was_timed(gqa_bench):
     run = LatencyRun(Request(), Cut(), gqa_bench.plan(0.5, 0.5, Choices()), 1, 16, 1, None, timed)
     document = report(gqa_bench, latency=run)
     assert "Time on the machine that measured" in Page(document).text
-    assert r"takes 1.00 \u00d7 the dense one" in document
+    assert r"takes 1.00 \u00d7 (within the spread) the dense one" in document
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_the_title_is_the_ratio_at_the_longest_prompt_both_have():
         timed(DENSE, 32, 9, 9),
     ]  # fmt: skip
     assert latency_title(points) == (
-        "After 16 tokens the pruned model takes 0.50 × the dense one's time in prefill, 0.75 × in decode"
+        "After 16 tokens the pruned model takes 0.50 × the dense one's time in prefill, 0.75 × (within the spread) in decode"
     )
     assert latency_title(points[:1]) == "No length is timed yet"
     figure = latency_chart(points)
@@ -152,6 +152,12 @@ def test_the_title_is_the_ratio_at_the_longest_prompt_both_have():
     assert figure.data[3].error_y.arrayminus == figure.data[3].error_y.array == (500, 1500)
     table = latency_table(points)
     assert table["decode_tokens_per_s"].tolist()[:2] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("name", ["compare", "latency", "perplexity", "export"])
+def test_a_page_begins_with_its_title(open_page, name):
+    # Streamlit shows a string that stands alone in a page's own file.
+    assert open_page(name).main[0].type == "title"
 
 
 def test_choices_that_are_not_prepared_come_first(open_page):
