@@ -116,9 +116,8 @@ def show_losses(bench: Bench, comparison: Comparison) -> None:
         st.html(marked_text.marked(table))
     st.caption(
         "How to read it: each mark is a token, or those of one character. Orange ones surprise the "
-        "pruned model more than the dense one, blue "
-        "ones less, both given the same words before. The numbers are under the pointer, and in "
-        "the table."
+        "pruned model more than the dense one, blue ones less, both given the same words before. "
+        "The numbers are under the pointer, and in the table."
     )
     with st.expander("As a table"):
         st.dataframe(table, hide_index=True)
