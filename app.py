@@ -189,6 +189,8 @@ page = st.navigation(
         st.Page("pages/redundancy.py", title="Redundancy", icon=":material/balance:"),
         st.Page("pages/compress.py", title="Compress", icon=":material/compress:"),
         st.Page("pages/perplexity.py", title="Perplexity", icon=":material/trending_up:"),
+        st.Page("pages/compare.py", title="Compare", icon=":material/compare:"),
+        st.Page("pages/latency.py", title="Latency", icon=":material/timer:"),
         st.Page("pages/export.py", title="Export", icon=":material/download:"),
     ]
 )

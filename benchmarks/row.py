@@ -145,9 +145,7 @@ def _make(row: Row, loaded: LoadedModel, calibration: Windows):
     note = f"chose {plan.granularity}" if plan.granularity != choices.granularity else ""
 
     def save(output: Path) -> None:
-        compression = export.describe_compression(
-            bench, plan, choices.recovery, steps=choices.steps, decision=decision
-        )
+        compression = export.describe_compression(bench, decision, choices.recovery)
         export.write_checkpoint(output, model, bench, measurement, compression)
 
     return model, save, note

@@ -1,41 +1,28 @@
 """Take a cut away: its configuration, its checkpoint, the command that makes it again."""
 
 from dataclasses import astuple
+from datetime import datetime
 from pathlib import Path
 
 import streamlit as st
 
+from pages.shared.cuts import choose_cut
 from pages.shared.jobs import DONE
 from pages.shared.progress import require_bench, require_prepared, show_job
-from pages.shared.workbench import Cut, find_cut, find_point, points, start_export, visit
-from transact_core.bench import Bench, Choices, Measurement
+from pages.shared.report import make_report
+from pages.shared.side_by_side import last_latency
+from pages.shared.workbench import (
+    Cut,
+    find_cut,
+    find_point,
+    identity,
+    points,
+    start_export,
+    visit,
+)
+from transact_core.bench import Bench, Choices
 from transact_core.export import apply_command, describe_compression, reproduce_command
-
-
-def choose_cut(bench: Bench) -> Cut:
-    """The cut at the sliders, or one of those this visitor measured."""
-    cuts = [visit().cut]
-    cuts += [Cut.of(point) for point in reversed(points())]
-    cuts = list(dict.fromkeys(cuts))
-
-    def point_of(cut: Cut) -> Measurement | None:
-        own = next((point for point in points() if Cut.of(point) == cut), None)
-        if own or not bench.prepared(cut.choices):
-            return own
-        decision = find_cut(bench, cut)
-        return find_point(decision.plan, cut.recovery) if decision else None
-
-    def describe(cut: Cut) -> str:
-        point = point_of(cut)
-        return (
-            f"MHA {cut.mha_ratio:.0%}, MLP {cut.mlp_ratio:.0%} · {cut.granularity} · "
-            f"{cut.importance} · {cut.recovery} · "
-            + (f"{cut.steps} steps · " if cut.steps > 1 else "")
-            + (f"perplexity {point.perplexity:.2f}" if point else "not measured yet")
-            + (" · at the sliders" if cut == cuts[0] else "")
-        )
-
-    return st.selectbox("Cut", cuts, format_func=describe)
+from transact_core.plan import Decision
 
 
 def show_configuration(bench: Bench, cut: Cut) -> None:
@@ -54,11 +41,13 @@ def show_configuration(bench: Bench, cut: Cut) -> None:
         )
         return
     plan = decision.plan
-    compression = describe_compression(bench, plan, cut.recovery, bench.seed, cut.steps, decision)
-    st.download_button(
-        "compression.json", compression.to_json(), "compression.json", "application/json",
-        icon=":material/download:", type="primary", on_click="ignore",
-    )  # fmt: skip
+    compression = describe_compression(bench, decision, cut.recovery)
+    with st.container(horizontal=True):
+        st.download_button(
+            "compression.json", compression.to_json(), "compression.json", "application/json",
+            icon=":material/download:", type="primary", on_click="ignore",
+        )  # fmt: skip
+        offer_report(bench, decision, cut.recovery)
     st.write("With the file:")
     st.code(apply_command(), language="bash", wrap_lines=True)
     st.write("Without it, from the ratios:")
@@ -67,6 +56,26 @@ def show_configuration(bench: Bench, cut: Cut) -> None:
         st.caption(decision.why)
     if not plan.cuts_anything(bench.loaded.architecture):
         st.info("Nothing is cut at these ratios: this is the dense model.")
+
+
+def offer_report(bench: Bench, decision: Decision, recovery: str) -> None:
+    plan = decision.plan
+    measured, point, timed = list(points()), find_point(plan, recovery), last_latency()
+    if timed and not (
+        timed.plan and identity(timed.plan, timed.cut.recovery) == identity(plan, recovery)
+    ):
+        timed = None
+
+    def make() -> bytes:
+        now = datetime.now().astimezone()
+        return make_report(bench, decision, recovery, point, measured, timed, now).encode()
+
+    st.download_button(
+        "Report", make, "report.html", "text/html", icon=":material/description:",
+        on_click="ignore", help="One HTML page that explains this cut to a colleague: its charts "
+        "work without a network."
+        + ("" if point else " This cut is not measured yet, and the report says so."),
+    )  # fmt: skip
 
 
 def write_checkpoint(bench: Bench, cut: Cut) -> None:

@@ -81,7 +81,7 @@ def show_attention(bench: Bench, layer: int, head: int) -> None:
     except TransActError as error:
         st.error(str(error), icon=":material/error:")
         return
-    job = pattern_job(bench, layer, window)
+    job = pattern_job(layer, window)
     if not job.wait(SOON):
         watch(job, "pattern")
         return
@@ -128,7 +128,7 @@ def show_without(bench: Bench, layer: int, head: int) -> None:
         return
     heads = bench.loaded.architecture.num_attention_heads
     found = findings().without
-    if not show_job("heads"):
+    if not show_job("heads", visit().request):
         rest = [(layer, each) for each in range(heads) if (layer, each) not in found]
         with st.container(horizontal=True):
             one = st.button(
@@ -141,12 +141,12 @@ def show_without(bench: Bench, layer: int, head: int) -> None:
                 help=f"{len(rest)} evaluations of {bench.evaluation.tokens:,} tokens each.",
             )
         if one or every:
-            start_without_heads(bench, [(layer, head)] if one else rest)
+            start_without_heads([(layer, head)] if one else rest)
             st.rerun()
     show_measured(bench, layer, head)
 
 
-@st.fragment(run_every=1.0 if visit().job and not visit().job.finished else None)
+@st.fragment(run_every=1.0 if visit().visitor.unfinished_jobs else None)
 def show_measured(bench: Bench, layer: int, head: int) -> None:
     mine = findings().without.get((layer, head))
     if mine is not None:

@@ -1,20 +1,28 @@
 """Perplexity against ratio: the dense model and every point measured in this session."""
 
+from collections.abc import Sequence
+
 import numpy as np
-import pandas as pd
 import streamlit as st
 
-from pages.shared import curve_chart
+from pages.shared import curve_chart, tradeoff_charts
+from pages.shared.figure import show
 from pages.shared.jobs import DONE
 from pages.shared.options import GRANULARITY_HELP, IMPORTANCE_HELP, RECOVERY_HELP, STEPS_HELP
 from pages.shared.progress import require_bench, show_dense, show_job
 from pages.shared.workbench import first_look, points, start_curve, visit, workbench
-from transact_core.bench import Bench, Choices
+from transact_core.bench import Bench, Choices, Measurement
 from transact_core.importance import IMPORTANCES
 from transact_core.plan import GRANULARITIES, head_counts, widths
 from transact_core.recovery import RECOVERIES
 
 CURVES = ("MHA only", "MLP only", "Both")
+# What the points on the charts may be chosen by.
+SHOWN_BY = {
+    "Granularities": lambda point: point.plan.granularity,
+    "Scored by": lambda point: point.plan.importance,
+    "Recoveries": lambda point: point.recovery,
+}
 
 
 def counts_heads(curve: str, granularity: str) -> bool:
@@ -99,26 +107,42 @@ def choose_curve(bench: Bench) -> None:
             st.rerun()
 
 
+def choose_shown(measured: Sequence[Measurement]) -> tuple[list[Measurement], str, bool]:
+    """The points to show, what their colours stand for, and whether perplexity is logarithmic."""
+    columns = st.columns([3, 3, 3, 2, 1.4], vertical_alignment="bottom")
+    shown = list(measured)
+    for column, (name, value_of) in zip(columns, SHOWN_BY.items(), strict=False):
+        values = sorted({value_of(point) for point in measured})
+        chosen = column.multiselect(
+            name, values, key=f"shown_{name}", persist_state="session",
+            placeholder=values[0] if len(values) == 1 else "all", disabled=len(values) < 2,
+        )  # fmt: skip
+        shown = [point for point in shown if not chosen or value_of(point) in chosen]
+    coloured_by = columns[3].selectbox(
+        "Colours tell", list(curve_chart.COLOURED_BY), key="coloured_by", persist_state="session"
+    )
+    logarithmic = columns[4].toggle("Log scale", key="log", persist_state="session")
+    return shown, coloured_by, logarithmic
+
+
 @st.fragment(run_every=1.0 if visit().visitor.unfinished_jobs else None)
-def show_curve(bench: Bench) -> None:
+def show_charts(bench: Bench) -> None:
     dense_job = workbench().open(visit().request).dense
     dense = bench.dense() if dense_job.state == DONE else None
     shape = bench.loaded.architecture
+    widths_of_dense = (shape.mha_width, shape.intermediate_size)
     measured = list(points())
     if dense is None and not measured:
         st.caption("The chart begins once the dense model is measured.")
         return
-    logarithmic = st.toggle("Log scale", key="log", persist_state="session")
-    st.plotly_chart(
-        curve_chart.perplexity_curve(
-            measured, dense, (shape.mha_width, shape.intermediate_size), logarithmic
-        ),
-        key="curve-chart",
-    )
-    st.caption(
-        f"Evaluated on {bench.evaluation.tokens:,} tokens in windows of "
-        f"{bench.evaluation.sequence_length}. Bars are 95 % intervals of the paired difference "
-        "from the dense model: two points whose bars overlap are not told apart by this text."
+    shown, coloured_by, logarithmic = choose_shown(measured)
+    show(
+        curve_chart.perplexity_curve(shown, dense, widths_of_dense, logarithmic, coloured_by),
+        "curve-chart",
+        "bars are 95 % intervals of the paired difference from the dense model; two points whose "
+        f"bars overlap are not told apart by these {bench.evaluation.tokens:,} tokens, in windows "
+        f"of {bench.evaluation.sequence_length}.",
+        lambda: curve_chart.points_table(shown),
     )
     if not measured:
         st.info(
@@ -126,19 +150,35 @@ def show_curve(bench: Bench) -> None:
             icon=":material/info:",
         )
         return
-    frame = pd.DataFrame(
-        [{"recovery": point.recovery, "granularity": point.plan.granularity,
-          "importance": point.plan.importance, **point.row()} for point in measured]
-    )  # fmt: skip
+    best = tradeoff_charts.best_at_each_pair(shown, widths_of_dense)
+    show(
+        tradeoff_charts.ratio_map(shown, widths_of_dense),
+        "ratio-map",
+        "each square is a pair of ratios that was measured, the best of what is shown above, in "
+        "times the dense perplexity; between the squares nothing is known.",
+        lambda: curve_chart.points_table([point for _, point in best]),
+    )
+    if dense is not None:
+        whole = bench.dense_footprint, dense
+        for column, field in zip(st.columns(2, gap="large"), tradeoff_charts.COSTS, strict=True):
+            with column:
+                show(
+                    tradeoff_charts.frontier_chart(
+                        shown, whole, widths_of_dense, field, logarithmic
+                    ),
+                    f"frontier-{field}",
+                    "full marks on the line are the best measured for their size; for each open "
+                    "one there is another no larger and no worse.",
+                    lambda field=field: tradeoff_charts.frontier_table(shown, whole, field),
+                )
+    st.subheader("All points")
     st.dataframe(
-        frame[["mha_ratio", "mlp_ratio", "granularity", "importance", "recovery", "perplexity",
-               "delta_nll", "delta_nll_se", "parameters", "mha_width", "mlp_width",
-               "kv_bytes_per_token", "flops_per_token", "seconds"]],
+        curve_chart.points_table(measured)[
+            ["mha_ratio", "mlp_ratio", "granularity", "importance", "recovery", "perplexity",
+             "delta_nll", "delta_nll_se", "parameters", "mha_width", "mlp_width",
+             "kv_bytes_per_token", "flops_per_token", "seconds"]
+        ],
         hide_index=True,
-    )  # fmt: skip
-    st.download_button(
-        "Points (CSV)", frame.to_csv(index=False).encode(), "points.csv", "text/csv",
-        icon=":material/download:", on_click="ignore",
     )  # fmt: skip
 
 
@@ -147,4 +187,4 @@ bench = require_bench()
 show_dense("curve")
 show_job("curve", visit().request)
 choose_curve(bench)
-show_curve(bench)
+show_charts(bench)

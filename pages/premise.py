@@ -89,7 +89,7 @@ def table(points: list[Disturbed]) -> pd.DataFrame:
     )
 
 
-@st.fragment(run_every=1.0 if visit().job and not visit().job.finished else None)
+@st.fragment(run_every=1.0 if visit().visitor.unfinished_jobs else None)
 def show_points(bench: Bench, dense: Evaluation, wanted: list[tuple]) -> None:
     found = findings().disturbed
     points = [found[key] for key in wanted if key in found]
@@ -134,7 +134,7 @@ wanted = [
 ]
 missing = [key for key in wanted if key not in findings().disturbed]
 tokens = windows * bench.evaluation.sequence_length
-if dense is not None and not show_job("premise"):
+if dense is not None and not show_job("premise", visit().request):
     st.caption(
         f"{len(missing)} of {len(wanted)} points are not measured yet, {tokens:,} tokens each."
         if missing
@@ -142,11 +142,9 @@ if dense is not None and not show_job("premise"):
     )
     if st.button("Run the experiment", type="primary", disabled=not missing):
         if experiment == ALL:
-            start_strengths(bench, disturbance, sorted({key[2] for key in missing}), windows)
+            start_strengths(disturbance, sorted({key[2] for key in missing}), windows)
         else:
-            start_layers(
-                bench, disturbance, strengths[0], sorted({key[3] for key in missing}), windows
-            )
+            start_layers(disturbance, strengths[0], sorted({key[3] for key in missing}), windows)
         st.rerun()
 if dense is not None and wanted:
     show_points(bench, dense, wanted)

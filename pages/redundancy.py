@@ -80,7 +80,7 @@ def measured_table(bench: Bench, plans: dict[str, list[PruningPlan]]) -> pd.Data
     return pd.DataFrame(rows, columns=["module", "removed", "perplexity", "low", "high"])
 
 
-@st.fragment(run_every=1.0 if visit().job and not visit().job.finished else None)
+@st.fragment(run_every=1.0 if visit().visitor.unfinished_jobs else None)
 def show_measured(bench: Bench, plans: dict[str, list[PruningPlan]], dense: Evaluation) -> None:
     frame = measured_table(bench, plans)
     if frame.empty:
@@ -134,7 +134,7 @@ if dense is not None:
         for plan in mine
         if find_point(plan, "none") is None
     ]
-    if not show_job("redundancy"):
+    if not show_job("curve", visit().request):
         seconds = [point.seconds for point in points() if point.recovery == "none"]
         estimate = f" Points like these took {np.mean(seconds):.0f} s each." if seconds else ""
         st.caption(

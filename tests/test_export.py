@@ -21,7 +21,7 @@ from transact_core.export import (
     version_warnings,
     write_checkpoint,
 )
-from transact_core.plan import GRANULARITIES
+from transact_core.plan import GRANULARITIES, Decision
 from transact_core.recovery import RECOVERIES
 
 
@@ -29,7 +29,7 @@ from transact_core.recovery import RECOVERIES
 def cut(gqa_bench):
     plan = gqa_bench.plan(0.5, 0.3, Choices())
     model, measurement = compress(gqa_bench, plan, "least-squares")
-    return model, measurement, describe_compression(gqa_bench, plan, "least-squares")
+    return model, measurement, describe_compression(gqa_bench, Decision(plan), "least-squares")
 
 
 def test_the_folder_is_whole_and_stock_loads_it(gqa_bench, cut, tmp_path):
@@ -69,7 +69,7 @@ def test_weights_are_stored_as_asked_and_measured_as_stored(gqa_bench, tmp_path,
     gqa_bench.save_dtype = dtype
     plan = gqa_bench.plan(0.5, 0.3, Choices())
     model, measurement = compress(gqa_bench, plan, "none")
-    compression = describe_compression(gqa_bench, plan, "none")
+    compression = describe_compression(gqa_bench, Decision(plan), "none")
     write_checkpoint(tmp_path / "out", model, gqa_bench, measurement, compression)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {getattr(torch, dtype)}
@@ -83,7 +83,7 @@ def test_weights_are_stored_as_asked_and_measured_as_stored(gqa_bench, tmp_path,
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_layer_by_layer_gives_the_same_folder(bench, tmp_path, granularity, recovery):
     plan = bench.plan(0.5, 0.3, Choices(granularity=granularity))
-    compression = describe_compression(bench, plan, recovery)
+    compression = describe_compression(bench, Decision(plan), recovery)
     model, measurement = compress(bench, plan, recovery)
     whole, streamed = tmp_path / "whole", tmp_path / "streamed"
     write_checkpoint(whole, model, bench, measurement, compression)

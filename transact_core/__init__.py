@@ -19,6 +19,8 @@ Data flows one way, and a module imports only from those before it:
     recovery           closed-form repair after the cut
     evaluation         perplexity with its uncertainty
     interventions      the loss when activations are changed on the way
+    generation         a prompt → tokens one by one, and how long each took
+    latency            how long prefill and decode take, two models in turns
     store              measured tensors on disk, keyed by what determined them
     bench              one model on one pair of texts: plan, cut, repair, measure
     premise            which activations may be disturbed
@@ -27,6 +29,7 @@ Data flows one way, and a module imports only from those before it:
     decide             which granularity; cuts in several steps, or module by module
     results            measured points on disk, so that nothing is measured twice
     sweep              ratios → measured points
+    frontier           measured points → those that no other beats
     checkpoint         weights written tensor by tensor
     export             the output folder and compression.json
     cli                the command line

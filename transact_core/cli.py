@@ -193,9 +193,7 @@ def _prune(chosen: argparse.Namespace) -> None:
         decision = decided(bench, mha_ratio, mlp_ratio, _choices(chosen), progress)
         if decision.why:
             tqdm.write(decision.why, file=sys.stderr)
-        compression = export.describe_compression(
-            bench, decision.plan, chosen.recovery, chosen.seed, chosen.steps, decision
-        )
+        compression = export.describe_compression(bench, decision, chosen.recovery)
         _carry_out(bench, compression, chosen, progress)
 
 

@@ -53,8 +53,7 @@ def evaluate(
     losses = []
     for done, window in enumerate(windows.ids.to(model.device)):
         progress(stage, done, len(windows))
-        logits = model(window[None], use_cache=False).logits[0, :-1]
-        losses.append(functional.cross_entropy(logits.float(), window[1:], reduction="none").cpu())
+        losses.append(token_losses(model, window))
     progress(stage, len(windows), len(windows))
     return Evaluation(nll=require_losses(torch.stack(losses)))
 
@@ -71,6 +70,17 @@ def require_losses(nll: torch.Tensor) -> torch.Tensor:
             "dtype; compute and save in float32 or bfloat16."
         )
     return nll
+
+
+@torch.inference_mode()
+def token_losses(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """The negative log-likelihood of each token after the first, given those before it, in nats.
+
+    `ids` has shape (tokens,) and lies on the model's device; the result has shape (tokens − 1,),
+    float32 on the CPU.
+    """
+    logits = model(ids[None], use_cache=False).logits[0, :-1]
+    return functional.cross_entropy(logits.float(), ids[1:], reduction="none").cpu()
 
 
 def paired_difference(pruned: Evaluation, dense: Evaluation) -> tuple[float, float]:

@@ -86,23 +86,15 @@ class Compression(Data):
         return re.sub(r"\[[\d,\s]+\]", lambda found: "".join(found[0].split()), indented) + "\n"
 
 
-def describe_compression(
-    bench: Bench,
-    plan: PruningPlan,
-    recovery: str,
-    seed: int = 0,
-    steps: int = 1,
-    decision: Decision | None = None,
-) -> Compression:
-    """The compression that `bench.compress` carries out with these arguments, as data."""
+def describe_compression(bench: Bench, decision: Decision, recovery: str) -> Compression:
+    """The compression that `bench.compress` carries out by this decision's plan, as data."""
     require_recovery(recovery)
-    decision = decision or Decision(plan)
     loaded = bench.loaded
     return Compression(
         model=ModelReference(source=loaded.source, weight_files=loaded.weight_files),
-        plan=plan,
+        plan=decision.plan,
         recovery=recovery,
-        steps=steps,
+        steps=decision.steps,
         earlier_steps=decision.earlier_steps,
         sequential=decision.sequential,
         granularity_losses=decision.granularity_losses,
@@ -110,7 +102,7 @@ def describe_compression(
         evaluation=_text_reference(bench.evaluation),
         sequence_length=bench.evaluation.sequence_length,
         save_dtype=bench.save_dtype,
-        seed=seed,
+        seed=bench.seed,
         environment=Environment(
             device=loaded.device.type,
             dtype=dtype_name(loaded.dtype),

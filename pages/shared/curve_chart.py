@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from pages.shared.charts import BOTH, DENSE, MHA, MLP, laid_out
@@ -18,6 +19,57 @@ RECOVERIES = {
 """Name, dash and filling of the markers."""
 SHAPES = ("circle", "square", "triangle-up", "star", "hexagon", "cross", "triangle-down")
 """Of the markers, one for each importance and granularity that is told apart."""
+PALETTE = (MHA, MLP, BOTH, "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
+"""For choices other than what was cut."""
+TOLERATED = 1.2
+"""Times the dense perplexity that titles take for a small loss."""
+
+COLOURED_BY = {
+    "what is cut": lambda kind, point: kind,
+    "granularity": lambda kind, point: point.plan.granularity,
+    "importance": lambda kind, point: point.plan.importance,
+    "recovery": lambda kind, point: point.recovery,
+}
+"""What colours may stand for."""
+
+
+def removed_shares(point: Measurement, widths: tuple[int, int]) -> tuple[float, float]:
+    """Shares of the MHA and of the MLP width that were really removed, not those asked for."""
+    return (
+        1 - point.footprint.mha_width / widths[0],
+        1 - point.footprint.mlp_width / widths[1],
+    )
+
+
+def what_is_cut(point: Measurement, widths: tuple[int, int]) -> str | None:
+    """One of `KINDS`, or None where nothing is."""
+    removed = removed_shares(point, widths)
+    if not any(removed):
+        return None
+    return "both" if all(removed) else "MHA only" if removed[0] else "MLP only"
+
+
+def interval(point: Measurement) -> tuple[float, float]:
+    """How far perplexity's 95 % interval reaches up and down; NaN where one window was measured."""
+    return (
+        point.perplexity * np.expm1(1.96 * point.delta_nll_se),
+        -point.perplexity * np.expm1(-1.96 * point.delta_nll_se),
+    )
+
+
+def points_table(points: Sequence[Measurement]) -> pd.DataFrame:
+    """A row for each point: its choices, then the fields of `points.csv`."""
+    return pd.DataFrame(
+        [
+            {
+                "granularity": point.plan.granularity,
+                "importance": point.plan.importance,
+                "recovery": point.recovery,
+                **point.row(),
+            }
+            for point in points
+        ]
+    )
 
 
 def perplexity_curve(
@@ -25,28 +77,31 @@ def perplexity_curve(
     dense: Evaluation | None,
     widths: tuple[int, int],
     logarithmic: bool = False,
+    coloured_by: str = "what is cut",
 ) -> go.Figure:
     """Perplexity against the share of width that was really removed.
 
     `widths` are the dense model's MHA and MLP widths. Bars are 95 % intervals of the paired
-    difference from the dense model.
+    difference from the dense model. `coloured_by` is one of `COLOURED_BY`.
     """
     figure = go.Figure()
     series = _series(points, widths)
     variants = list(dict.fromkeys(variant for *_, variant in series))
+    colours = _colours(series, coloured_by)
     for (kind, recovery, variant), members in series.items():
         members.sort(key=lambda member: member[0])
         measured = [point for _, point in members]
-        error = [point.perplexity * np.expm1(1.96 * point.delta_nll_se) for point in measured]
-        lower = [-point.perplexity * np.expm1(-1.96 * point.delta_nll_se) for point in measured]
+        # Cuts of both modules that share the larger ratio are no steps along one line.
+        line = len({removed for removed, _ in members}) == len(members)
+        error, lower = zip(*map(interval, measured), strict=True)
         name, dash, filling = RECOVERIES[recovery]
         shape = SHAPES[variants.index(variant) % len(SHAPES)]
         figure.add_scatter(
             x=[removed for removed, _ in members],
             y=[point.perplexity for point in measured],
             error_y={"type": "data", "array": error, "arrayminus": lower, "thickness": 1.2},
-            mode="lines+markers", name=", ".join((kind, name, *variant)),
-            line={"color": KINDS[kind], "dash": dash},
+            mode="lines+markers" if line else "markers", name=", ".join((kind, name, *variant)),
+            line={"color": colours[COLOURED_BY[coloured_by](kind, measured[0])], "dash": dash},
             marker={"symbol": shape + filling, "size": 10},
             customdata=[
                 [cost.mha_width, cost.mlp_width, cost.parameters / 1e6,
@@ -91,20 +146,27 @@ def _series(
     }
     series = {}
     for point in points:
-        removed = (
-            1 - point.footprint.mha_width / widths[0],
-            1 - point.footprint.mlp_width / widths[1],
-        )
-        if not any(removed):
+        kind = what_is_cut(point, widths)
+        if kind is None:
             continue
-        kind = "both" if all(removed) else "MHA only" if removed[0] else "MLP only"
         variant = ()
-        if removed[0] and len(granularities) > 1:
+        if kind != "MLP only" and len(granularities) > 1:
             variant += (point.plan.granularity,)
         if len(importances) > 1:
             variant += (point.plan.importance,)
-        series.setdefault((kind, point.recovery, variant), []).append((max(removed), point))
+        removed = max(removed_shares(point, widths))
+        series.setdefault((kind, point.recovery, variant), []).append((removed, point))
     return dict(sorted(series.items()))
+
+
+def _colours(series: dict, coloured_by: str) -> dict[str, str]:
+    if coloured_by == "what is cut":
+        return KINDS
+    values = sorted(
+        {COLOURED_BY[coloured_by](kind, point)
+         for (kind, *_), members in series.items() for _, point in members}
+    )  # fmt: skip
+    return {value: PALETTE[number % len(PALETTE)] for number, value in enumerate(values)}
 
 
 def _curve_title(points: Sequence[Measurement], dense: Evaluation | None) -> str:
@@ -112,11 +174,11 @@ def _curve_title(points: Sequence[Measurement], dense: Evaluation | None) -> str
         return "Perplexity against ratio"
     if not points:
         return f"The dense model's perplexity is {dense.perplexity:.2f}; no cut is measured yet"
-    within = [point for point in points if point.perplexity <= 1.2 * dense.perplexity]
+    within = [point for point in points if point.perplexity <= TOLERATED * dense.perplexity]
     if not within:
-        return f"Every measured cut costs more than 1.2 × the dense {dense.perplexity:.2f}"
+        return f"Every measured cut costs more than {TOLERATED} × the dense {dense.perplexity:.2f}"
     smallest = min(within, key=lambda point: point.footprint.parameters)
     return (
-        f"Within 1.2 × the dense {dense.perplexity:.2f}, the smallest model measured has "
+        f"Within {TOLERATED} × the dense {dense.perplexity:.2f}, the smallest model measured has "
         f"{smallest.footprint.parameters / 1e6:,.1f} M parameters"
     )

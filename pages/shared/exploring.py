@@ -1,13 +1,12 @@
 """What a visitor finds out about a model before cutting it, and the jobs that find it out."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import streamlit as st
 import torch
 
 from pages.shared.jobs import Job
-from pages.shared.workbench import Request, visit, workbench
-from transact_core.bench import Bench
+from pages.shared.workbench import start, visit, workbench
 from transact_core.corpora import Windows
 from transact_core.errors import Progress
 from transact_core.heads import WithoutHead, attention_pattern, without_head
@@ -30,63 +29,69 @@ class Findings:
 
 
 def findings() -> Findings:
-    """This session's own, on the bench in view."""
-    every: dict[Request, Findings] = st.session_state.setdefault("findings", {})
-    return every.setdefault(visit().request, Findings())
+    """This visitor's own, on the bench in view."""
+    return visit().visitor.found.setdefault(("findings", visit().request), Findings())
 
 
-def start_strengths(bench: Bench, disturbance: str, strengths: list[float], windows: int) -> None:
-    """Queues the disturbance of all layers at once; its points join this session's one by one."""
-    found = findings().disturbed
+def start_strengths(disturbance: str, strengths: list[float], windows: int) -> None:
+    """Queues the disturbance of all layers at once; its points join this visitor's one by one."""
+    found, request = findings().disturbed, visit().request
 
     def work(report: Progress) -> None:
+        bench = workbench().bench(request, report)
         for point in disturb_all_layers(bench, disturbance, strengths, windows, report):
             found[windows, disturbance, point.strength, None, point.site] = point
 
-    visit().job = workbench().queue.submit("Disturbing all layers", work)
+    start("Disturbing all layers", work, ("premise", request))
 
 
-def start_layers(
-    bench: Bench, disturbance: str, strength: float, layers: list[int], windows: int
-) -> None:
+def start_layers(disturbance: str, strength: float, layers: list[int], windows: int) -> None:
     """Queues the disturbance of one layer after the other."""
-    found = findings().disturbed
+    found, request = findings().disturbed, visit().request
 
     def work(report: Progress) -> None:
+        bench = workbench().bench(request, report)
         for point in disturb_layer_by_layer(bench, disturbance, strength, layers, windows, report):
             found[windows, disturbance, strength, point.layer, point.site] = point
 
-    visit().job = workbench().queue.submit("Disturbing layer by layer", work)
+    start("Disturbing layer by layer", work, ("premise", request))
 
 
-def start_without_heads(bench: Bench, heads: list[tuple[int, int]]) -> None:
+def start_without_heads(heads: list[tuple[int, int]]) -> None:
     """Queues the measuring of the model without each of these (layer, head), one at a time."""
-    found = findings().without
+    found, request = findings().without, visit().request
 
-    def work(report: Progress) -> None:
+    def work(report: Progress) -> Iterator[tuple[int, int]]:
         for number, (layer, head) in enumerate(heads, start=1):
 
             def told(stage: str, done: int, total: int, name: str = f"{number} of {len(heads)}"):
                 report(f"Without head {name}", done, total)
 
+            bench = workbench().bench(request, report)
             found[layer, head] = without_head(bench, layer, head, told)
+            del bench
+            yield number, len(heads)
 
-    visit().job = workbench().queue.submit("Measuring without heads", work)
+    start("Measuring without heads", work, ("heads", request))
 
 
-def pattern_job(bench: Bench, layer: int, windows: Windows) -> Job:
+def pattern_job(layer: int, windows: Windows) -> Job:
     """The job that reads a sample up to one layer; its result is `heads.attention_pattern`'s.
 
     A job that was cancelled or failed is given anew.
     """
-    patterns, key = findings().patterns, (layer, sha256_of_tokens(windows.ids))
+    request, patterns = visit().request, findings().patterns
+    key = (layer, sha256_of_tokens(windows.ids))
     job = patterns.get(key)
     if job is None or (job.finished and job.result is None):
 
         def work(report: Progress) -> torch.Tensor:
-            return attention_pattern(bench.loaded.model, windows, layer, report)
+            model = workbench().bench(request, report).loaded.model
+            return attention_pattern(model, windows, layer, report)
 
-        job = patterns[key] = workbench().queue.submit("Reading the sample", work)
+        # A page waits for it, and it takes a few seconds at most.
+        job = workbench().queue.submit("Reading the sample", work, urgent=True)
+        patterns[key] = job
     while len(patterns) > PATTERNS_KEPT:
         patterns.pop(next(iter(patterns)))
     return job

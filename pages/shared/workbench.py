@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import streamlit as st
 import torch
@@ -110,6 +110,8 @@ class Visitor:
     points: dict[Request, list[Measurement]] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
     """Those that this visitor started, the oldest first."""
+    found: dict[Hashable, Any] = field(default_factory=dict)
+    """What pages found out beside points, each under a key of its own."""
 
     @property
     def unfinished_jobs(self) -> list[Job]:
@@ -400,7 +402,7 @@ def plan_at(bench: Bench, cut: Cut) -> PruningPlan:
     return decision.plan if decision else bench.plan(*cut.ratios, first_look(cut.choices))
 
 
-def start(title: str, work: Work, about: Hashable) -> None:
+def start(title: str, work: Work, about: Hashable) -> Job:
     """Queues work of this visitor's.
 
     The work asks `Workbench.bench` for its bench when its turn has come: what waits holds no model.
@@ -410,6 +412,7 @@ def start(title: str, work: Work, about: Hashable) -> None:
     job = workbench().queue.submit(title, work, owner=visitor, about=about)
     visitor.jobs[:] = [each for each in visitor.jobs if not each.finished or each in finished]
     visitor.jobs.append(job)
+    return job
 
 
 def start_cut(bench: Bench, cut: Cut) -> None:
@@ -462,22 +465,26 @@ def in_words(ratios: Pair) -> str:
     return f"MHA {ratios[0]:.0%}, MLP {ratios[1]:.0%}"
 
 
+def point_of(cut: Cut, request: Request, known: list[Measurement], report: Progress) -> Measurement:
+    """The point of a cut among those known, or measured now and added to them; for jobs."""
+    own = (point for point in known if Cut.of(point) == cut)
+    point = next(own, None) or workbench().measure(request, cut, report)
+    add_point(known, point)
+    return point
+
+
 def start_export(cut: Cut, folder: Path) -> None:
     """Queues the writing of a checkpoint; its cut is made and measured where that is not known."""
     mine, request = points(), visit().request
 
     def work(report: Progress) -> Path:
         require_free_output(folder)
-        own = (point for point in mine if Cut.of(point) == cut)
-        point = next(own, None) or workbench().measure(request, cut, report)
-        add_point(mine, point)
+        point = point_of(cut, request, mine, report)
         require_room(folder, point.footprint)
         model = workbench().model(request, point, report)
         report("Writing the checkpoint", 0, 1)
-        bench, decision = workbench().bench(request, report), point.decision
-        compression = describe_compression(
-            bench, decision.plan, point.recovery, bench.seed, decision.steps, decision
-        )
+        bench = workbench().bench(request, report)
+        compression = describe_compression(bench, point.decision, point.recovery)
         write_checkpoint(folder, model, bench, point, compression)
         return folder
 

@@ -61,8 +61,9 @@ def test_journey(page: Page, address: str, tmp_path: Path):
     expect_no_exception(page)
 
     go_to(page, "Perplexity")
-    expect(page.locator(CHART)).to_be_visible()
-    series = page.locator(CHART).evaluate(
+    # The curve, the map and two frontiers.
+    expect(page.locator(CHART)).to_have_count(4)
+    series = page.locator(CHART).first.evaluate(
         "chart => chart.data.map(trace => [trace.name, Array.from(trace.y.bdata ? [] : trace.y)])"
     )
     points = dict(series)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pages.shared import charts, curve_chart, options, plan_charts
+from pages.shared import charts, curve_chart, options, plan_charts, tradeoff_charts
 from transact_core.evaluation import Evaluation
 from transact_core.importance import IMPORTANCES
 from transact_core.plan import LayerPlan, PruningPlan
@@ -166,7 +166,87 @@ def test_series_are_told_apart_by_no_more_than_differs():
     ]
 
 
+def test_cuts_that_are_no_steps_along_one_line_are_not_joined():
+    steps = [point(), measured(mha=40, mlp=40)]
+    steps[1].recovery = "least-squares"
+    assert curve_chart.perplexity_curve(steps, None, (100, 100)).data[0].mode == "lines+markers"
+    steps.append(point(mha=80))
+    assert curve_chart.perplexity_curve(steps, None, (100, 100)).data[0].mode == "markers"
+
+
 def test_importance_is_told_in_the_hover():
     figure = curve_chart.perplexity_curve([point("taylor", "bias")], None, (100, 100))
     assert figure.data[0].customdata[0][4] == "taylor"
     assert "bias" in figure.data[0].hovertemplate
+
+
+def measured(
+    mha=50, mlp=50, parameters=1_000_000, kv=100, perplexity=12.0, importance="activation"
+):
+    plan = SimpleNamespace(importance=importance, granularity="query-heads")
+    cost = SimpleNamespace(
+        mha_width=mha, mlp_width=mlp, parameters=parameters, kv_bytes_per_token=kv
+    )
+    return SimpleNamespace(
+        plan=plan,
+        footprint=cost,
+        recovery="none",
+        perplexity=perplexity,
+        delta_nll=float(np.log(perplexity / 10)),
+        delta_nll_se=0.01,
+        row=lambda: {
+            "mha_ratio": 1 - mha / 100,
+            "mlp_ratio": 1 - mlp / 100,
+            "parameters": parameters,
+            "kv_bytes_per_token": kv,
+            "perplexity": perplexity,
+        },
+    )
+
+
+def test_colours_tell_what_they_are_asked_to():
+    points = [point("taylor"), point("activation"), point("activation", mha=100)]
+    figure = curve_chart.perplexity_curve(points, None, (100, 100), coloured_by="importance")
+    by_importance = {trace.customdata[0][4]: trace.line.color for trace in figure.data}
+    assert len(set(by_importance.values())) == 2
+    for trace in figure.data:
+        assert trace.line.color == by_importance[trace.customdata[0][4]]
+
+
+def test_the_frontier_joins_what_no_other_beats():
+    dense = (
+        SimpleNamespace(parameters=2_000_000, kv_bytes_per_token=100),
+        Evaluation(torch.full((2, 3), float(np.log(10)))),
+    )
+    points = [
+        measured(mlp=100, parameters=1_500_000, perplexity=11),
+        measured(parameters=1_600_000, perplexity=13),
+        measured(mha=100, parameters=1_000_000, perplexity=20),
+    ]
+    table = tradeoff_charts.frontier_table(points, dense, "parameters")
+    assert table["on_frontier"].tolist() == [True, False, True, True]
+    figure = tradeoff_charts.frontier_chart(points, dense, (100, 100), "parameters")
+    line = figure.data[0]
+    assert list(line.x) == [1.0, 1.5, 2.0]
+    assert list(line.y) == pytest.approx([20, 11, 10])
+    symbols = {trace.name: trace.marker.symbol for trace in figure.data[1:]}
+    assert symbols["both"] == ("circle-open",)
+    assert title(figure) == "Within 1.2 × the dense perplexity: down to 1.5 of 2.0 M parameters"
+    cache = tradeoff_charts.frontier_chart(points, dense, (100, 100), "kv_bytes_per_token")
+    assert "saves KV cache" in title(cache)
+
+
+def test_the_map_holds_the_best_of_each_measured_pair_and_nothing_else():
+    points = [
+        measured(perplexity=15),
+        measured(perplexity=11, importance="taylor"),
+        measured(mlp=100, perplexity=30),
+        measured(mha=100, mlp=100, perplexity=10),
+    ]
+    figure = tradeoff_charts.ratio_map(points, (100, 100))
+    (squares,) = figure.data
+    assert list(zip(squares.x, squares.y, strict=True)) == [(0.5, 0.0), (0.5, 0.5)]
+    assert list(squares.text) == ["3.00", "1.10"]
+    assert squares.customdata[1][3] == "taylor"
+    assert title(figure).startswith("1 of 2 measured pairs cost at most 1.2 ×")
+    assert "No pair" in title(tradeoff_charts.ratio_map([], (100, 100)))

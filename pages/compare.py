@@ -1,0 +1,157 @@
+"""The dense and the pruned model side by side on the user's own prompt."""
+
+import streamlit as st
+
+from pages.shared import marked_text
+from pages.shared.cuts import choose_cut, in_words
+from pages.shared.jobs import job_threads
+from pages.shared.progress import require_bench, require_prepared, show_job
+from pages.shared.side_by_side import DENSE, PRUNED, Comparison, last_comparison, start_comparison
+from pages.shared.workbench import Cut, visit
+from transact_core.bench import Bench
+from transact_core.errors import TransActError
+from transact_core.generation import (
+    Sampling,
+    decode,
+    encode_prompt,
+    pieces,
+    tokens_per_second,
+)
+
+PROMPT = "Explain in three sentences why the sky is blue."
+# Characters of a prompt.
+LONGEST = 8000
+TEXTS = {"The dense model's answer": "continuation", "My text": "text"}
+
+
+def choose_and_start(bench: Bench, cut: Cut) -> None:
+    tokenizer = bench.loaded.tokenizer
+    prompt = st.text_area(
+        "Prompt", PROMPT, max_chars=LONGEST, height=110, key="prompt", persist_state="session"
+    )
+    columns = st.columns([2, 2, 2, 2], vertical_alignment="bottom")
+    has_template = bool(tokenizer.chat_template)
+    chat = columns[0].toggle(
+        "Chat template", value=has_template, disabled=not has_template, key="chat",
+        persist_state="session",
+        help="The prompt as a user's turn, in the form that this model was tuned for."
+        if has_template else "This tokenizer has none: the text is simply continued.",
+    )  # fmt: skip
+    count = columns[1].number_input(
+        "New tokens, at most", 1, 1024, 96, 16, key="new_tokens", persist_state="session"
+    )
+    temperature = columns[2].number_input(
+        "Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature", persist_state="session",
+        help="0 takes the likeliest token each time; above, tokens are drawn, in both models from "
+        "the same seed.",
+    )  # fmt: skip
+    seed = columns[3].number_input(
+        "Seed", 0, 2**31, 0, 1, key="seed", persist_state="session", disabled=temperature == 0
+    )
+    if show_job("compare", visit().request):
+        return
+    if st.button("Run both", type="primary", icon=":material/play_arrow:"):
+        try:
+            ids = encode_prompt(tokenizer, prompt, chat and has_template)
+        except TransActError as error:
+            st.error(str(error), icon=":material/error:")
+            return
+        start_comparison(
+            cut, ids, tokenizer(prompt)["input_ids"], int(count),
+            Sampling(temperature=temperature, seed=int(seed)),
+        )  # fmt: skip
+        st.rerun()
+
+
+def show_answers(bench: Bench, comparison: Comparison) -> None:
+    speeds = {name: tokens_per_second(tokens) for name, tokens in comparison.tokens.items()}
+    for column, name in zip(st.columns(2, gap="large"), (DENSE, PRUNED), strict=True):
+        tokens = list(comparison.tokens[name])
+        with column.container(border=True):
+            st.subheader(name.capitalize())
+            figures = st.columns(3)
+            speed = speeds[name]
+            change = (
+                f"{speed / speeds[DENSE] - 1:+.0%}"
+                if name == PRUNED and speed and speeds[DENSE]
+                else None
+            )
+            figures[0].metric(
+                "Tokens/s", f"{speed:,.1f}" if speed else "–", change,
+                help="Of the tokens after the first.",
+            )  # fmt: skip
+            figures[1].metric(
+                "Prompt", f"{1e3 * tokens[0].seconds:,.0f} ms" if tokens else "–",
+                help=f"{len(comparison.prompt):,} tokens, until the first new one.",
+            )  # fmt: skip
+            figures[2].metric("New tokens", f"{len(tokens):,}")
+            st.html(
+                marked_text.plain(decode(bench.loaded.tokenizer, [token.id for token in tokens]))
+            )
+
+
+def show_losses(bench: Bench, comparison: Comparison) -> None:
+    st.subheader("Where the loss changed")
+    offered = [name for name, field in TEXTS.items() if getattr(comparison, field) is not None]
+    which = st.segmented_control(
+        "Text", offered, default=offered[0], required=True, key="marked_text",
+        label_visibility="collapsed",
+    )  # fmt: skip
+    text = getattr(comparison, TEXTS[which])
+    table = marked_text.losses_of_pieces(
+        pieces(bench.loaded.tokenizer, text.ids), text.losses[DENSE], text.losses[PRUNED],
+        text.start,
+    )  # fmt: skip
+    if table.empty:
+        st.caption("There is no token to score in this text.")
+        return
+    mean = table["change"].sum() / table["tokens"].sum()
+    worse, better = (table["change"] > 1).sum(), (table["change"] < -1).sum()
+    st.write(
+        f"The pruned model's loss differs by **{mean:+.3f} nats** a token on average; {worse} of "
+        f"{len(table)} marks cost it over 1 nat more, {better} over 1 nat less."
+    )
+    st.html(marked_text.scale())
+    with st.container(border=True):
+        st.html(marked_text.marked(table))
+    st.caption(
+        "How to read it: each mark is a token, or those of one character. Orange ones surprise the "
+        "pruned model more than the dense one, blue ones less, both given the same words before. "
+        "The numbers are under the pointer, and in the table."
+    )
+    with st.expander("As a table"):
+        st.dataframe(table, hide_index=True)
+        st.download_button(
+            "CSV", table.to_csv(index=False).encode(), "losses.csv", "text/csv",
+            icon=":material/download:", type="tertiary", on_click="ignore",
+        )  # fmt: skip
+
+
+@st.fragment(run_every=0.4 if visit().visitor.unfinished_jobs else None)
+def show(bench: Bench) -> None:
+    comparison = last_comparison()
+    if comparison is None:
+        st.info(
+            "Nothing is generated yet. The pruned model is made and measured first where it is not "
+            "at hand.",
+            icon=":material/info:",
+        )
+        return
+    st.caption(f"Pruned: {in_words(comparison.cut)}")
+    show_answers(bench, comparison)
+    st.caption(
+        f"Both models take turns, token by token, on {job_threads()} thread(s) of this machine; "
+        "other jobs wait meanwhile. The Latency page measures with repeats."
+    )
+    if comparison.continuation is not None and comparison.job.finished:
+        show_losses(bench, comparison)
+
+
+st.title("Compare")
+st.caption("What the cut does to the model's words: one prompt, both models, side by side.")
+bench = require_bench()
+cut = choose_cut(bench)
+if not require_prepared(bench, cut.choices, "compare"):
+    st.stop()
+choose_and_start(bench, cut)
+show(bench)

@@ -1,0 +1,85 @@
+"""How much faster the pruned model is on this machine, in prefill and in decode."""
+
+import os
+
+import streamlit as st
+
+from pages.shared.cuts import choose_cut, in_words
+from pages.shared.figure import show
+from pages.shared.latency_chart import latency_chart, latency_table
+from pages.shared.progress import require_bench, require_prepared, show_job
+from pages.shared.side_by_side import last_latency, start_latency
+from pages.shared.workbench import Cut, visit
+from transact_core.bench import Bench
+
+USUAL = (64, 128, 256, 512)
+LENGTHS = (16, 32, *USUAL, 1024, 2048, 4096, 8192, 16384, 32768)
+# Tokens after each prompt whose time is taken.
+DECODE = 16
+
+
+def choose_and_start(bench: Bench, cut: Cut) -> None:
+    left, right, _ = st.columns([5, 2, 3], vertical_alignment="bottom")
+    longest = bench.loaded.model.config.max_position_embeddings - DECODE
+    possible = [length for length in LENGTHS if length <= longest]
+    lengths = left.multiselect(
+        "Lengths of the prompt, tokens", possible,
+        [length for length in USUAL if length in possible] or possible[-1:], key="lengths",
+        persist_state="session",
+    )  # fmt: skip
+    repeats = right.number_input(
+        "Repeats", 1, 50, 5, 1, key="repeats", persist_state="session",
+        help="Of each model at each length, after one that is not counted.",
+    )  # fmt: skip
+    if show_job("latency", visit().request):
+        return
+    if st.button("Time both models", type="primary", icon=":material/timer:", disabled=not lengths):
+        start_latency(cut, sorted(lengths), DECODE, int(repeats))
+        st.rerun()
+
+
+@st.fragment(run_every=1.0 if visit().visitor.unfinished_jobs else None)
+def show_run(bench: Bench) -> None:
+    run = last_latency()
+    if run is None or not run.points:
+        st.info(
+            "Nothing is timed yet. The pruned model is made and measured first where it is not at "
+            "hand.",
+            icon=":material/info:",
+        )
+        return
+    points = list(run.points)
+    table = latency_table(points)
+    st.caption(f"Pruned: {in_words(run.cut)}")
+    loaded = bench.loaded
+    show(
+        latency_chart(points),
+        "latency-chart",
+        f"marks are medians of {run.repeats} repeats, bars their middle half; decode is the mean "
+        f"of the {run.decode} tokens after the prompt. Both models take turns in "
+        f"{str(loaded.dtype)[6:]} on {loaded.device.type} with {run.threads} thread(s) of this "
+        f"machine's {os.cpu_count()} cores, batch 1; other jobs waited, the pages did not.",
+        lambda: table,
+    )
+    st.dataframe(
+        table.dropna(axis="columns", how="all"), hide_index=True,
+        column_config={
+            name: st.column_config.NumberColumn(format="%.1f")
+            for name in table.columns if name.endswith(("ms", "lower", "upper", "per_s"))
+        },
+    )  # fmt: skip
+    if table["working_bytes"].isna().all():
+        st.caption(
+            "Memory is not measured: this device does not tell how much one pass takes. The KV "
+            "cache's size is exact and stands on the Compress page."
+        )
+
+
+st.title("Latency")
+st.caption("What the cut saves in time on this machine, against the length of the prompt.")
+bench = require_bench()
+cut = choose_cut(bench)
+if not require_prepared(bench, cut.choices, "latency"):
+    st.stop()
+choose_and_start(bench, cut)
+show_run(bench)

@@ -1,0 +1,38 @@
+"""Which cut a page is about."""
+
+import streamlit as st
+
+from pages.shared.workbench import Cut, find_cut, find_point, first_look, points, visit
+from transact_core.bench import Bench, Measurement
+
+
+def choose_cut(bench: Bench) -> Cut:
+    """The cut at the sliders, or one of those this visitor measured."""
+    cuts = [visit().cut]
+    cuts += [Cut.of(point) for point in reversed(points())]
+    cuts = list(dict.fromkeys(cuts))
+
+    def point_of(cut: Cut) -> Measurement | None:
+        own = next((point for point in points() if Cut.of(point) == cut), None)
+        if own or not bench.prepared(first_look(cut.choices)):
+            return own
+        decision = find_cut(bench, cut)
+        return find_point(decision.plan, cut.recovery) if decision else None
+
+    def describe(cut: Cut) -> str:
+        point = point_of(cut)
+        return (
+            f"{in_words(cut)} · "
+            + (f"perplexity {point.perplexity:.2f}" if point else "not measured yet")
+            + (" · at the sliders" if cut == cuts[0] else "")
+        )
+
+    described = {cut: describe(cut) for cut in cuts}
+    return st.selectbox("Cut", cuts, format_func=described.__getitem__)
+
+
+def in_words(cut: Cut) -> str:
+    return (
+        f"MHA {cut.mha_ratio:.0%}, MLP {cut.mlp_ratio:.0%} · {cut.granularity} · "
+        f"{cut.importance} · {cut.recovery}" + (f" · {cut.steps} steps" if cut.steps > 1 else "")
+    )
