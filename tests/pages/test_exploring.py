@@ -35,7 +35,7 @@ def test_the_premise_is_measured_once(open_page, where):
     page.segmented_control(key="premise_where").set_value(where).run()
     assert "The chart begins with the first measured point." in texts(page)
     button(page, "Run the experiment").click().run()
-    job = page.session_state["visit"].job
+    job = page.session_state["visit"].visitor.jobs[-1]
     assert ended(job).error is None
     page.run()
     assert not page.exception
@@ -65,13 +65,13 @@ def test_a_head_is_chosen_looked_at_and_measured(opened, open_page):
     assert not page.exception
     assert len(page.get("plotly_chart")) == 3
     button(page, "Measure without head 4 of layer 2").click().run()
-    assert ended(page.session_state["visit"].job).error is None
+    assert ended(page.session_state["visit"].visitor.jobs[-1]).error is None
     page.run()
     assert list(found(page).without) == [(2, 4)]
     assert "Perplexity without it" in metrics(page)
     assert button(page, "Measure without head 4 of layer 2").disabled
     button(page, "Measure without each head of layer 2").click().run()
-    ended(page.session_state["visit"].job)
+    ended(page.session_state["visit"].visitor.jobs[-1])
     page.run()
     assert sorted(found(page).without) == [(2, head) for head in range(6)]
     assert len(page.dataframe[0].value) == 6
@@ -88,7 +88,7 @@ def test_redundancy_is_estimated_at_once_and_measured_on_demand(open_page, granu
     assert not page.exception
     assert len(page.get("plotly_chart")) == 1
     button(page, "Measure both curves").click().run()
-    assert ended(page.session_state["visit"].job).error is None
+    assert ended(page.session_state["visit"].visitor.jobs[-1]).error is None
     page.run()
     assert not page.exception
     assert len(page.get("plotly_chart")) == 2

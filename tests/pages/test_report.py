@@ -178,7 +178,7 @@ def test_the_export_page_offers_it_before_and_after_measuring(open_page):
     assert "not measured yet" in offered[0].proto.help
     compress_page = open_page("compress")
     button(compress_page, "Prune and measure perplexity").click().run()
-    ended(compress_page.session_state["visit"].job)
+    ended(compress_page.session_state["visit"].visitor.jobs[-1])
     page = open_page("export")
     offered = [each for each in page.get("download_button") if each.proto.label == "Report"]
     assert "not measured yet" not in offered[0].proto.help

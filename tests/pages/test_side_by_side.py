@@ -89,7 +89,7 @@ def test_a_prompt_that_does_not_fit_is_refused_in_a_sentence(open_page):
     page = open_page("compare")
     page.text_area(key="prompt").set_value("word " * 300).run()
     button(page, "Run both").click().run()
-    ended(page.session_state["visit"].job)
+    ended(page.session_state["visit"].visitor.jobs[-1])
     page.run()
     assert "shorten it" in page.error[0].value
 
@@ -100,14 +100,14 @@ def test_a_cancelled_answer_stays_as_far_as_it_came(open_page, monkeypatch):
     def cancelling(streams):
         for number, each in enumerate(real(streams)):
             if number == 6:
-                visit.job.cancel()
+                visit.visitor.jobs[-1].cancel()
             yield each
 
     monkeypatch.setattr(side_by_side, "in_turns", cancelling)
     page = open_page("compare")
     visit = page.session_state["visit"]
     button(page, "Run both").click().run()
-    ended(visit.job)
+    ended(visit.visitor.jobs[-1])
     page.run()
     assert not page.exception
     assert "was cancelled" in texts(page)
