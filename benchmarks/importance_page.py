@@ -104,7 +104,7 @@ def go_to(page: Page, name: str, charts: int) -> float:
     expect(page.locator(f"{CHART} .main-svg").first).to_be_visible()
     page.wait_for_function(
         "([selector, count]) => [...document.querySelectorAll(selector)]"
-        ".filter(chart => chart.querySelector('.plot')).length >= count",
+        ".filter(chart => chart.querySelector('.nsewdrag')).length >= count",
         arg=[CHART, charts],
     )
     settle(page)
