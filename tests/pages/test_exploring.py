@@ -20,7 +20,7 @@ def one_workbench(opened, monkeypatch):
 
 
 def found(page):
-    return page.session_state["findings"][Request()]
+    return page.session_state["visit"].visitor.found["findings", Request()]
 
 
 def test_activations_are_shown_at_the_waists_and_between(open_page):

@@ -9,7 +9,7 @@ from plotly.offline import get_plotlyjs
 from pages.shared import charts
 from pages.shared.report import LIMITS, make_report
 from pages.shared.side_by_side import LatencyRun
-from pages.shared.workbench import Cut, Request
+from pages.shared.workbench import Cut
 from tests.pages.conftest import ended
 from tests.pages.test_pages import button
 from transact_core.bench import Choices, compress
@@ -137,7 +137,7 @@ def test_a_cut_measured_beside_others_stands_among_them(gqa_bench):
 def test_latency_is_told_where_it_was_timed(gqa_bench):
     timing = Timing((0.5,))
     timed = [LatencyPoint(name, 16, timing, timing, None) for name in ("dense", "pruned")]
-    run = LatencyRun(Request(), Cut(), gqa_bench.plan(0.5, 0.5, Choices()), 1, 16, 1, None, timed)
+    run = LatencyRun(Cut(), 1, 16, 1, None, gqa_bench.plan(0.5, 0.5, Choices()), timed)
     document = report(gqa_bench, latency=run)
     assert "Time on the machine that measured" in Page(document).text
     assert r"takes 1.00 \u00d7 (within the spread) the dense one" in document

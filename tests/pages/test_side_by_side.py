@@ -23,13 +23,17 @@ def shared(opened, monkeypatch):
     return opened
 
 
+def found(page, what):
+    return page.session_state["visit"].visitor.found[what, Request()]
+
+
 def answered(open_page):
     page = open_page("compare")
     assert not page.exception
     page.text_area(key="prompt").set_value(PROMPT)
     page.number_input(key="new_tokens").set_value(12).run()
     button(page, "Run both").click().run()
-    comparison = page.session_state["visit"].comparison
+    comparison = found(page, "compare")
     assert ended(comparison.job).error is None
     page.run()
     assert not page.exception
@@ -111,7 +115,7 @@ def test_a_cancelled_answer_stays_as_far_as_it_came(open_page, monkeypatch):
     page.run()
     assert not page.exception
     assert "was cancelled" in texts(page)
-    assert [len(tokens) for tokens in visit.comparison.tokens.values()] == [4, 3]
+    assert [len(tokens) for tokens in found(page, "compare").tokens.values()] == [4, 3]
     assert "Where the loss changed" not in [each.value for each in page.subheader]
 
 
@@ -121,7 +125,7 @@ def test_both_models_are_timed(open_page):
     page.multiselect(key="lengths").set_value([16, 32])
     page.number_input(key="repeats").set_value(2).run()
     button(page, "Time both models").click().run()
-    run = page.session_state["visit"].latency
+    run = found(page, "latency")
     assert ended(run.job).error is None
     page.run()
     assert not page.exception
