@@ -14,6 +14,8 @@ Data flows one way, and a module imports only from those before it:
     rotary             rotary pairs: their effect on attention, slots of narrower heads
     plan               scores and two ratios → what each layer keeps
     footprint          architecture → parameters, FLOPs, KV-cache bytes
+    preview            what every position of the sliders leaves, as tables to draw from
+    targets            the position that meets a target
     surgery            model and plan → a pruned stock LlamaForCausalLM
     narrowing          queries, keys and values of narrower heads, fitted
     recovery           closed-form repair after the cut
