@@ -19,7 +19,7 @@ def cost_at(shape, granularity, mha, mlp):
     return footprint(widths(shape, mha / 100, mlp / 100, granularity).applied_to(shape), "float32")
 
 
-@settings(max_examples=15)
+@settings(deadline=None, max_examples=15)
 @given(
     shape=architectures(), granularity=st.sampled_from(GRANULARITIES), share=st.floats(0.3, 1.2),
     goal=st.sampled_from(["parameters", "kv-cache"]),
@@ -33,7 +33,7 @@ def test_a_size_is_met_with_the_most_parameters_or_refused(shape, granularity, s
         return cost.kv_bytes_per_token / dense.kv_bytes_per_token
 
     at_most = share * size(dense)
-    costs = [cost_at(shape, granularity, *pair) for pair in product(POSITIONS[::5], repeat=2)]
+    costs = [cost_at(shape, granularity, *pair) for pair in product(POSITIONS[::12], repeat=2)]
     meeting = [cost.parameters for cost in costs if size(cost) <= at_most]
     try:
         found = find(Target(goal, at_most), structure(shape, granularity))
@@ -89,13 +89,13 @@ def test_a_perplexity_is_met_with_the_fewest_parameters():
         table.mha.options[table.mha.option_at[found.mha_position]].width,
         table.mlp.options[table.mlp.option_at[found.mlp_position]].width,
     )
-    assert prediction[taken].middle <= 1.5
+    assert prediction[taken].mid <= 1.5
     fewest = min(
         table.cost(mha, mlp).parameters
         for (mha, one), (mlp, other) in product(
             enumerate(table.mha.options), enumerate(table.mlp.options)
         )
-        if prediction[one.width, other.width].middle <= 1.5
+        if prediction[one.width, other.width].mid <= 1.5
     )
     option = table.mha.option_at[found.mha_position], table.mlp.option_at[found.mlp_position]
     assert table.cost(*option).parameters == fewest

@@ -16,7 +16,7 @@ class Interval:
     """Perplexity as a multiple of the dense model's."""
 
     low: float
-    middle: float
+    mid: float
     high: float
 
 
@@ -72,7 +72,7 @@ def find(
 
     def predicted(pair: tuple[int, int]) -> float:
         interval = prediction.get(_widths(table, pair))
-        return interval.middle if interval else float("inf")
+        return interval.mid if interval else float("inf")
 
     def parameters(pair: tuple[int, int]) -> int:
         return table.cost(*pair).parameters
@@ -107,7 +107,7 @@ def _size(
     if goal == "kv-cache":
         return table.cost(*pair).kv_values / table.dense.kv_values
     interval = prediction.get(_widths(table, pair))
-    return interval.middle if interval else float("inf")
+    return interval.mid if interval else float("inf")
 
 
 def _in_words(goal: Goal, size: float) -> str:

@@ -56,18 +56,27 @@ class Cut:
     granularity: Granularity = Choices.granularity
     importance: str = Choices.importance
     recovery: str = Choices.recovery
+    multiple_of: int = Choices.multiple_of
 
     @property
     def choices(self) -> Choices:
         return Choices(
-            granularity=self.granularity, importance=self.importance, recovery=self.recovery
+            granularity=self.granularity,
+            importance=self.importance,
+            recovery=self.recovery,
+            multiple_of=self.multiple_of,
         )
 
     @classmethod
     def of(cls, point: Measurement) -> "Cut":
         plan = point.plan
         return cls(
-            plan.mha_ratio, plan.mlp_ratio, plan.granularity, plan.importance, point.recovery
+            plan.mha_ratio,
+            plan.mlp_ratio,
+            plan.granularity,
+            plan.importance,
+            point.recovery,
+            plan.multiple_of,
         )
 
 

@@ -35,12 +35,12 @@ def start_chromium(playwright: Playwright) -> Browser:
 
 
 @contextmanager
-def running_app(log: Path) -> Iterator[str]:
+def running_app(log: Path, script: str = "app.py") -> Iterator[str]:
     """Address of an app started on a free port; it ends with the block."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "streamlit", "run", "app.py"]
+    command = [sys.executable, "-m", "streamlit", "run", script]
     options = ["--server.port", str(port), "--server.headless", "true"]
     with log.open("w") as output:
         server = subprocess.Popen(
