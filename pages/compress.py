@@ -11,7 +11,13 @@ import streamlit as st
 from pages.shared import plan_charts
 from pages.shared.jobs import DONE
 from pages.shared.live import KEY, Measured, Position, live, predicted, tables
-from pages.shared.options import GRANULARITY_HELP, IMPORTANCE_HELP, MULTIPLE_HELP, RECOVERY_HELP
+from pages.shared.options import (
+    GRANULARITY_HELP,
+    IMPORTANCE_HELP,
+    MULTIPLE_HELP,
+    RECOVERY_HELP,
+    STEPS_HELP,
+)
 from pages.shared.progress import require_bench, require_prepared, show_dense, show_job
 from pages.shared.workbench import Cut, find_point, points, start_cut, visit, workbench
 from transact_core.bench import Bench, Choices, Measurement
