@@ -19,9 +19,11 @@ Data flows one way, and a module imports only from those before it:
     surgery            model and plan → a pruned stock LlamaForCausalLM
     narrowing          queries, keys and values of narrower heads, fitted
     recovery           closed-form repair after the cut
+    damage             what each layer would lose at every width
     evaluation         perplexity with its uncertainty
     store              measured tensors on disk, keyed by what determined them
     bench              one model on one pair of texts: plan, cut, repair, measure
+    prediction         damage and measured points → perplexity everywhere, with an interval
     decide             which granularity, and cuts in several steps
     results            measured points on disk, so that nothing is measured twice
     sweep              ratios → measured points
