@@ -18,29 +18,49 @@ from pages.shared.options import (
     RECOVERY_HELP,
     STEPS_HELP,
 )
-from pages.shared.progress import require_bench, require_prepared, show_dense, show_job
-from pages.shared.workbench import Cut, find_point, points, start_cut, visit, workbench
+from pages.shared.progress import (
+    SOON,
+    require_bench,
+    require_prepared,
+    show_dense,
+    show_job,
+    watch,
+)
+from pages.shared.workbench import (
+    Cut,
+    find_cut,
+    find_point,
+    first_look,
+    plan_at,
+    points,
+    start_cut,
+    visit,
+    what_to_learn,
+    workbench,
+)
 from transact_core.bench import Bench, Choices, Measurement
 from transact_core.decide import granularities_of
 from transact_core.errors import TransActError
 from transact_core.importance import IMPORTANCES
-from transact_core.plan import GRANULARITIES, PruningPlan
+from transact_core.plan import GRANULARITIES, Decision, PruningPlan
+from transact_core.prediction import Point, Ratio, keep_score, predict_grid
 from transact_core.preview import EnergyKept, Structure, energy_kept, maps, structure
 from transact_core.recovery import RECOVERIES
-from transact_core.targets import Found, Prediction, Target, find
+from transact_core.targets import Found, Target, find
 
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # The choices beside the ratios, by the name that they have in the address, and what there is.
 CONTROLS = {
-    "granularity": GRANULARITIES,
+    "granularity": (*GRANULARITIES, "auto"),
     "importance": tuple(IMPORTANCES),
     "recovery": RECOVERIES,
+    "steps": tuple(range(1, 21)),
     "multiple_of": MULTIPLES,
 }
 GOALS = {
-    "parameters": ("At most, in millions of parameters", 1.0, None),
-    "kv-cache": ("At most, in % of the dense KV cache", 5.0, 100.0),
-    "perplexity": ("At most, times the dense perplexity", 0.05, None),
+    "parameters": ("At most, in millions of parameters", 0.001, None),
+    "kv-cache": ("At most, in % of the dense KV cache", 1.0, 100.0),
+    "perplexity": ("At most, times the dense perplexity", 1.0, None),
 }
 GOAL_NAMES = {"parameters": "Parameters", "kv-cache": "KV cache", "perplexity": "Perplexity"}
 
@@ -54,9 +74,10 @@ def choose() -> Choices:
         "granularity": ("Granularity", GRANULARITY_HELP),
         "importance": ("Importance", IMPORTANCE_HELP),
         "recovery": ("Recovery", RECOVERY_HELP),
+        "steps": ("Steps", STEPS_HELP),
         "multiple_of": ("Multiple of", MULTIPLE_HELP),
     }
-    columns = st.columns([3, 3, 3, 2])
+    columns = st.columns([6, 6, 6, 3, 4])
     chosen = {
         name: column.selectbox(
             label, CONTROLS[name], key=name, bind="query-params", persist_state="session",
@@ -123,7 +144,7 @@ def tables_of(
     bench: Bench, choices: Choices
 ) -> tuple[list[Structure], EnergyKept | None, dict[str, Any]]:
     """What the live view draws from, made once for each bench and choices."""
-    prepared = bench.prepared(choices)
+    prepared = bench.prepared(first_look(choices))
     mine = _tables_of_benches().setdefault(bench, {})
     # Of the recovery only this counts: biases are parameters.
     key = replace(choices, recovery="bias" if choices.recovery == "bias" else "none"), prepared
@@ -145,7 +166,12 @@ def tables_of(
     return mine[key]
 
 
-def measured_at(table: Structure, choices: Choices, bench: Bench) -> list[Measured]:
+def choices_of(point: Measurement) -> Choices:
+    """With the granularity that was taken, where `auto` took one."""
+    return replace(Cut.of(point).choices, granularity=point.plan.granularity)
+
+
+def measured_at(table: Structure, choices: Choices) -> list[Measured]:
     """This visitor's points with these choices, at the options they have the widths of."""
     mha = {option.width: number for number, option in enumerate(table.mha.options)}
     mlp = {option.width: number for number, option in enumerate(table.mlp.options)}
@@ -155,15 +181,71 @@ def measured_at(table: Structure, choices: Choices, bench: Bench) -> list[Measur
             round(math.exp(point.delta_nll), 4),
         )
         for point in points()
-        if Cut.of(point).choices == choices
+        if choices_of(point) == choices
         and point.footprint.mha_width in mha
         and point.footprint.mlp_width in mlp
     ]  # fmt: skip
 
 
-def prediction_of(bench: Bench, choices: Choices) -> Prediction | None:
-    """Predicted perplexity by widths, where there is one yet."""
-    return None
+# --- prediction ------------------------------------------------------------------------------
+
+
+def prediction_of(
+    bench: Bench, choices: Choices, table: Structure
+) -> dict[tuple[int, int], Ratio] | None:
+    """Predicted perplexity by widths, once it is known what each layer loses."""
+    if choices.granularity == "auto" or not bench.damage_known(choices):
+        return None
+    return predict_grid(
+        bench,
+        choices,
+        prediction_points(),
+        [option.width for option in table.mha.options],
+        [option.width for option in table.mlp.options],
+    )
+
+
+def prediction_points() -> list[Point]:
+    return [Point.of(point, choices_of(point)) for point in points()]
+
+
+def learn(bench: Bench, choices: Choices) -> None:
+    """Sees to what a prediction needs; where that takes long, at the visitor's wish."""
+    if choices.granularity == "auto" or bench.damage_known(choices):
+        return
+    request, board = visit().request, workbench()
+    long = choices.granularity == "head-dims"
+    job = board.open(request).damages.get(what_to_learn(choices))
+    if job is None and not long:
+        job = board.learn(request, choices)
+    if job is not None and not job.wait(SOON):
+        watch(job, "learn")
+        return
+    if bench.damage_known(choices):
+        st.rerun()
+    if job is not None and job.error:
+        st.error(f"{job.title} failed. {job.error}", icon=":material/error:")
+    if st.button(
+        "Predict perplexity for these choices", icon=":material/query_stats:",
+        help="Measures what each layer loses at every width"
+        + (", by repairing each layer's attention several times." if long else "."),
+    ):  # fmt: skip
+        board.learn(request, choices, anew=True)
+        st.rerun()
+
+
+def show_score(bench: Bench) -> None:
+    """How well what was predicted came out."""
+    scored = keep_score(bench, prediction_points())
+    if not scored:
+        return
+    errors = sorted(abs(each.relative_error) for each in scored)
+    inside = sum(each.inside for each in scored)
+    st.caption(
+        f"Predictions so far: of {len(scored)} cuts predicted before they were measured {inside} "
+        f"came out inside the interval, meant for 9 in 10; the median error is "
+        f"{errors[len(errors) // 2]:.1%}."
+    )
 
 
 # --- targets ---------------------------------------------------------------------------------
@@ -179,7 +261,9 @@ def choose_target(
         goal, most = state["goal"], state[f"at-most-{state['goal']}"]
         scale = {"parameters": 1e6, "kv-cache": 0.01, "perplexity": 1.0}[goal]
         try:
-            found = find(Target(goal, most * scale), table, prediction_of(bench, choices), energy)
+            found = find(
+                Target(goal, most * scale), table, prediction_of(bench, choices, table), energy
+            )
         except TransActError as error:
             state["target-told"] = (False, str(error))
             return
@@ -187,17 +271,17 @@ def choose_target(
         state["target-told"] = (True, found_in_words(found))
 
     dense = table.dense.parameters / 1e6
-    usual = {"parameters": round(0.75 * dense, 1), "kv-cache": 50.0, "perplexity": 1.2}
+    usual = {"parameters": round(0.75 * dense, 3), "kv-cache": 50.0, "perplexity": 1.2}
     button, told = st.columns([1, 3], vertical_alignment="center")
     with button.popover("A target instead of ratios", icon=":material/target:", width="stretch"):
         goal = st.segmented_control(
             "Of what", list(GOALS), format_func=GOAL_NAMES.get, default="parameters",
             required=True, key="goal",
         )  # fmt: skip
-        label, step, most = GOALS[goal]
+        label, least, most = GOALS[goal]
         st.number_input(
-            label, min_value=step, max_value=most, value=usual[goal], step=step,
-            key=f"at-most-{goal}",
+            label, min_value=least, max_value=most, value=max(least, usual[goal]),
+            step=0.05 if goal == "perplexity" else 1.0, key=f"at-most-{goal}",
         )  # fmt: skip
         st.button("Find the ratios", type="primary", on_click=search)
     met, words = st.session_state.pop("target-told", (True, ""))
@@ -272,11 +356,34 @@ def show_point(point: Measurement) -> None:
                 st.plotly_chart(plan_charts.layer_fits(point.fits, point.recovery), key="fits")
 
 
-def show_measurement(bench: Bench, cut: Cut, plan: PruningPlan) -> None:
+def show_decision(decision: Decision | None, plan: PruningPlan) -> None:
+    """How `auto` and steps decided, or what stands in for it until they have."""
+    if decision is None:
+        st.caption(
+            f"What `auto` takes, and which units several steps keep, is found when the cut is "
+            f"measured. Until then the maps are of `{plan.granularity}` scored once."
+        )
+        return
+    if decision.why:
+        st.caption(decision.why)
+    if decision.earlier_steps:
+        st.caption(
+            "On the way: "
+            + "; ".join(
+                f"{step.num_attention_heads} heads of {step.head_dim} and "
+                f"{step.intermediate_size:,} channels, perplexity {step.perplexity:.2f}"
+                for step in decision.earlier_steps
+            )
+            + "."
+        )
+
+
+def show_measurement(bench: Bench, cut: Cut, decision: Decision | None, plan: PruningPlan) -> None:
     """The measured point of this cut, or the button that measures it."""
-    point = find_point(plan, cut.recovery)
+    point = find_point(decision.plan, cut.recovery) if decision else None
+    show_decision(decision, plan)
     show_dense("cut")
-    busy = show_job("cut")
+    busy = show_job("cut", visit().request, cut)
     if point is not None:
         show_point(point)
     elif not busy:
@@ -287,7 +394,7 @@ def show_measurement(bench: Bench, cut: Cut, plan: PruningPlan) -> None:
             help="Nothing is cut at these ratios." if nothing else
             f"Cuts the model, repairs it, and measures on {bench.evaluation.tokens:,} tokens.",
         ):  # fmt: skip
-            start_cut(bench, plan, cut.recovery)
+            start_cut(bench, cut)
             st.rerun()
 
 
@@ -295,33 +402,35 @@ def show_measurement(bench: Bench, cut: Cut, plan: PruningPlan) -> None:
 def workbench_view(bench: Bench) -> None:
     choices = choose()
     structures, energy, given = tables_of(bench, choices)
-    choose_target(bench, choices, structures[0], energy)
-    start, revision = starting_position()
+    table = structures[0]
+    choose_target(bench, choices, table, energy)
+    position, revision = starting_position()
     dense = workbench().open(visit().request).dense
-    prediction = prediction_of(bench, choices)
+    prediction = prediction_of(bench, choices, table)
     position = live(
         given,
-        start,
+        position,
         revision,
         in_address(choices),
         bench.dense().perplexity if dense.state == DONE else None,
-        prediction and predicted(structures[0], prediction),
-        measured_at(structures[0], choices, bench),
+        prediction and predicted(table, prediction),
+        measured_at(table, choices),
         f"Scoring by {choices.importance}",
         restore_choices,
     )
     cut = keep(position, choices)
     if not require_prepared(bench, choices, "cut"):
         return
-    plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, choices)
+    learn(bench, choices)
+    decision = find_cut(bench, cut)
+    plan = decision.plan if decision else plan_at(bench, cut)
     show_reading(choices.granularity)
-    show_measurement(bench, cut, plan)
-    if choices.granularity == "head-dims":
+    show_measurement(bench, cut, decision, plan)
+    show_score(bench)
+    if plan.granularity == "head-dims":
         show_pairs(bench, plan)
 
 
 st.title("Compress")
 st.caption("Move a slider: everything follows the thumb. The address keeps the view.")
-if (job := visit().job) is not None and job.state == DONE:
-    visit().job = None
 workbench_view(require_bench())

@@ -11,8 +11,9 @@ from tests.test_preview import even_scores, small_shape, statistics_for
 from transact_core.errors import TransActError
 from transact_core.footprint import footprint
 from transact_core.plan import GRANULARITIES, widths
+from transact_core.prediction import Ratio
 from transact_core.preview import POSITIONS, energy_kept, structure
-from transact_core.targets import Interval, Target, find
+from transact_core.targets import Target, find
 
 
 def cost_at(shape, granularity, mha, mlp):
@@ -68,7 +69,7 @@ def predicted(table):
     for mha, mlp in product(table.mha.options, table.mlp.options):
         middle = 4 - 3 * mha.width / table.mha.options[0].width * 0.75
         middle -= 0.75 * mlp.width / table.mlp.options[0].width
-        prediction[mha.width, mlp.width] = Interval(middle * 0.9, middle, middle * 1.1)
+        prediction[mha.width, mlp.width] = Ratio(middle * 0.9, middle, middle * 1.1)
     return prediction
 
 

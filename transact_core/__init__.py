@@ -15,7 +15,6 @@ Data flows one way, and a module imports only from those before it:
     plan               scores and two ratios → what each layer keeps
     footprint          architecture → parameters, FLOPs, KV-cache bytes
     preview            what every position of the sliders leaves, as tables to draw from
-    targets            the position that meets a target
     surgery            model and plan → a pruned stock LlamaForCausalLM
     narrowing          queries, keys and values of narrower heads, fitted
     recovery           closed-form repair after the cut
@@ -24,6 +23,7 @@ Data flows one way, and a module imports only from those before it:
     store              measured tensors on disk, keyed by what determined them
     bench              one model on one pair of texts: plan, cut, repair, measure
     prediction         damage and measured points → perplexity everywhere, with an interval
+    targets            the position that meets a target
     decide             which granularity, and cuts in several steps
     results            measured points on disk, so that nothing is measured twice
     sweep              ratios → measured points

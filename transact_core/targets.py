@@ -6,21 +6,13 @@ from itertools import product
 from typing import Literal
 
 from transact_core.errors import TransActError
+from transact_core.prediction import Ratio
 from transact_core.preview import EnergyKept, Structure
 
 Goal = Literal["parameters", "kv-cache", "perplexity"]
 
 
-@dataclass(frozen=True)
-class Interval:
-    """Perplexity as a multiple of the dense model's."""
-
-    low: float
-    mid: float
-    high: float
-
-
-Prediction = Mapping[tuple[int, int], Interval]
+Prediction = Mapping[tuple[int, int], Ratio]
 """By the transitional widths (MHA, MLP)."""
 
 

@@ -13,8 +13,8 @@ from transact_core.activations import ActivationStatistics, ModuleStatistics
 from transact_core.architecture import Architecture
 from transact_core.importance import Scores
 from transact_core.plan import GRANULARITIES, Granularity
+from transact_core.prediction import Ratio
 from transact_core.preview import energy_kept, maps, structure
-from transact_core.targets import Interval
 
 SHAPES = {
     "small": Architecture(96, 200, 4, 12, 4, 8, 320, True, False, False),
@@ -64,7 +64,7 @@ def view() -> None:
             cut = (
                 2 - mha.width / table.mha.options[0].width - mlp.width / table.mlp.options[0].width
             )
-            prediction[mha.width, mlp.width] = Interval(1 + 0.8 * cut, 1 + cut, 1 + 1.3 * cut)
+            prediction[mha.width, mlp.width] = Ratio(1 + 0.8 * cut, 1 + cut, 1 + 1.3 * cut)
         measured = [Measured(table.mha.option_at[33], table.mlp.option_at[30], 1.7)]
     start, revision = st.session_state.setdefault("start", (Position(), 1))
     position = live(

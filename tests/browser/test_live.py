@@ -65,6 +65,7 @@ def move(page: Page, side: str, value: int) -> None:
 @pytest.mark.parametrize("granularity", ["query-heads", "kv-groups", "head-dims"])
 def test_figures_at_positions_are_the_footprints(view: Page, granularity: str):
     choose(view, "Granularity", granularity)
+    expect(view.locator(".live")).to_have_attribute("data-choices", granularity)
     for mha, mlp in itertools.product((0, 20, 33, 67, 95), (0, 1, 30, 50, 95)):
         move(view, "MHA", mha)
         move(view, "MLP", mlp)

@@ -18,7 +18,7 @@ from plotly.colors import sample_colorscale
 from pages.shared.charts import COLOURS, MAGNITUDE
 from transact_core.architecture import DTYPE_BYTES, Architecture
 from transact_core.footprint import CONTEXT_LENGTH
-from transact_core.plan import Widths, head_counts
+from transact_core.plan import Granularity, Widths, head_counts
 from transact_core.preview import POSITIONS, EnergyKept, Maps, Option, Side, Structure
 from transact_core.targets import Prediction
 
@@ -134,7 +134,10 @@ def _options(side: Side, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _mha(table: Structure, architecture: Architecture) -> dict[str, Any]:
-    words = [heads_in_words(option.widths, architecture) for option in table.mha.options]
+    words = [
+        heads_in_words(option.widths, table.granularity, architecture)
+        for option in table.mha.options
+    ]
     if table.granularity == "head-dims":
         possible = "Possible: any even number."
     else:
@@ -156,12 +159,13 @@ def _mlp(table: Structure, architecture: Architecture) -> dict[str, Any]:
     return {"possible": "", **_options(table.mlp, [words(each) for each in table.mlp.options])}
 
 
-def heads_in_words(widths: Widths, architecture: Architecture) -> str:
+def heads_in_words(widths: Widths, granularity: Granularity, architecture: Architecture) -> str:
     """What stays of the heads."""
-    if widths.head_dim:
+    if granularity == "head-dims":
+        kept = widths.head_dim or architecture.head_dim
         return (
-            f"Every head keeps {widths.head_dim} of {architecture.head_dim} dims, "
-            f"{widths.head_dim // 2} of {architecture.head_dim // 2} rotary pairs."
+            f"Every head keeps {kept} of {architecture.head_dim} dims, "
+            f"{kept // 2} of {architecture.head_dim // 2} rotary pairs."
         )
     return (
         f"{widths.num_attention_heads} of {architecture.num_attention_heads} query heads stay, "

@@ -217,6 +217,7 @@ class LiveView {
       this.frame = null;
       this.write();
       this.draw();
+      this.find(".live").dataset.choices = Object.values(this.data.choices).join(",");
       this.find(".live").dataset.shown = `${this.view.mha},${this.view.mlp},${this.view.context}`;
     });
   }
@@ -253,8 +254,8 @@ class LiveView {
     this.find(".reading").textContent = data.serving;
     for (const button of this.root.querySelectorAll(".presets button"))
       button.setAttribute("aria-pressed", Number(button.dataset.mha) === view.mha && Number(button.dataset.mlp) === view.mlp);
-    this.find('[data-do="undo"]').disabled = this.step <= 0;
-    this.find('[data-do="redo"]').disabled = this.step >= this.history.length - 1;
+    this.find('[data-do="undo"]').setAttribute("aria-disabled", this.step <= 0);
+    this.find('[data-do="redo"]').setAttribute("aria-disabled", this.step >= this.history.length - 1);
     this.writeLayer(mha, mlp);
     this.writeCaptions(mha, mlp);
   }
