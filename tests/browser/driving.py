@@ -113,3 +113,13 @@ def set_number(page: Page, label: str, value: int) -> None:
     field.fill(str(value))
     field.press("Enter")
     expect(field).to_have_value(str(value))
+
+
+def slider(page: Page, side: str) -> Locator:
+    """MHA's or MLP's."""
+    return page.get_by_role("slider", name=f"{side} ratio")
+
+
+def at(page: Page, mha: int, mlp: int, context: int = 1024) -> None:
+    """Waits until the live view has drawn that position."""
+    expect(page.locator(".live")).to_have_attribute("data-shown", f"{mha},{mlp},{context}")

@@ -6,7 +6,7 @@ import re
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.driving import button, choose, running_app, settle
+from tests.browser.driving import at, button, choose, running_app, settle, slider
 from tests.browser.live_page import SHAPES
 from transact_core.footprint import footprint
 from transact_core.plan import widths
@@ -28,15 +28,6 @@ def view(page: Page, live_address: str) -> Page:
     at(page, 33, 30)
     settle(page)
     return page
-
-
-def slider(page: Page, side: str):
-    return page.get_by_role("slider", name=f"{side} ratio")
-
-
-def at(page: Page, mha: int, mlp: int, context: int = 1024) -> None:
-    """Waits until that position is drawn."""
-    expect(page.locator(".live")).to_have_attribute("data-shown", f"{mha},{mlp},{context}")
 
 
 def rests(page: Page, mha: int, mlp: int, context: int = 1024) -> None:
