@@ -8,7 +8,6 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from transact_core.activations import ModuleStatistics
-from transact_core.plan import PruningPlan
 from transact_core.preview import are_positions, relative
 
 MHA, MLP, BOTH, DENSE = "#0072B2", "#E69F00", "#009E73", "#999999"
@@ -123,10 +122,8 @@ def head_differences(scores: np.ndarray) -> str:
     return f"Heads differ most in layer {int(weakest.argmin())}"
 
 
-def head_map(
-    scores: np.ndarray, plan: PruningPlan | None = None, title: str = "", height: int = 520
-) -> go.Figure:
-    """Layer × head; removed heads are crossed out where a plan is given.
+def head_map(scores: np.ndarray, title: str = "", height: int = 520) -> go.Figure:
+    """Layer × head.
 
     `scores` has shape (layers, heads); shown as a share of the layer's best head, on a logarithmic
     scale where most are far below it.
@@ -141,18 +138,6 @@ def head_map(
             "(%{customdata[1]:.2%} of the layer's best)<extra></extra>",
         )
     )  # fmt: skip
-    if plan is not None:
-        removed = [
-            (layer, head)
-            for layer, kept in enumerate(plan.layers)
-            for head in sorted(set(range(heads)) - set(kept.kept_heads))
-        ]
-        figure.add_scatter(
-            x=[head for _, head in removed], y=[layer for layer, _ in removed], mode="markers",
-            marker={"symbol": "x", "color": "#ffffff", "size": 9,
-                    "line": {"color": "#000000", "width": 1.5}},
-            name="removed", hovertemplate="layer %{y}, head %{x}: removed<extra></extra>",
-        )  # fmt: skip
     figure.update_xaxes(
         title="head", tick0=0, dtick=1 if heads <= 16 else 4 if heads <= 64 else 16, tickangle=0,
         range=[-0.5, heads - 0.5], showgrid=False,

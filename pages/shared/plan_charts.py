@@ -10,50 +10,6 @@ from transact_core.plan import PruningPlan
 from transact_core.recovery import LayerFit
 
 
-def energy_kept(shares: dict[str, np.ndarray]) -> go.Figure:
-    """Share of each layer's activation energy in what a plan keeps."""
-    figure = go.Figure()
-    for module, values in shares.items():
-        figure.add_scatter(
-            y=values, name=NAMES[module], mode="lines+markers", line_color=COLOURS[module],
-            hovertemplate=f"{NAMES[module]} layer %{{x}}: %{{y:.2%}} kept<extra></extra>",
-        )  # fmt: skip
-    lowest, module = min((values.min(), module) for module, values in shares.items())
-    figure.update_xaxes(**layer_axis(len(shares[module]))).update_yaxes(
-        title="activation energy kept", tickformat=".0%", range=[min(0.5, lowest) - 0.02, 1.02]
-    )
-    title = (
-        "Nothing is cut: all of the energy is kept"
-        if lowest > 1 - 1e-12
-        else f"Least energy is kept in layer {int(shares[module].argmin())}'s {NAMES[module]}: "
-        f"{lowest:.1%}"
-    )
-    return laid_out(figure, title, 320)
-
-
-def kept_channels(plan: PruningPlan, width: int, height: int = 320) -> go.Figure:
-    """Layer × channel by index: the share of each bin of channels that a plan keeps."""
-    kept = np.zeros((len(plan.layers), width), dtype=np.float32)
-    for row, layer in zip(kept, plan.layers, strict=True):
-        row[list(layer.kept_channels)] = 1
-    bins = min(width, 128)
-    starts = np.unique(np.linspace(0, width, bins, endpoint=False).astype(int))
-    sizes = np.diff(np.append(starts, width))
-    share = np.add.reduceat(kept, starts, axis=1) / sizes
-    figure = go.Figure(
-        go.Heatmap(
-            z=share.astype(np.float32), x=starts, colorscale=MAGNITUDE, zmin=0, zmax=1,
-            colorbar={"title": {"text": "kept", "side": "right"}, "tickformat": ".0%"},
-            hovertemplate="layer %{y}, channels from %{x}: %{z:.0%} kept<extra></extra>",
-        )
-    )  # fmt: skip
-    figure.update_xaxes(title="MLP channel, by index", range=[0, width], showgrid=False)
-    figure.update_yaxes(**layer_axis(len(plan.layers), downwards=True), showgrid=False)
-    return laid_out(
-        figure, f"{plan.intermediate_size:,} of {width:,} MLP channels stay in each layer", height
-    )
-
-
 def pair_map(
     effects: np.ndarray, plan: PruningPlan, inv_freq: np.ndarray, height: int = 660
 ) -> go.Figure:
