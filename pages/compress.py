@@ -2,147 +2,301 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
-import numpy as np
 import streamlit as st
-from streamlit.delta_generator import DeltaGenerator
 
-from pages.shared import charts, plan_charts
-from pages.shared.options import GRANULARITY_HELP, IMPORTANCE_HELP, RECOVERY_HELP, STEPS_HELP
-from pages.shared.progress import require_bench, require_prepared, show_dense, show_job
+from pages.shared import plan_charts
+from pages.shared.jobs import DONE
+from pages.shared.live import KEY, Measured, Position, live, predicted, tables
+from pages.shared.options import (
+    GRANULARITY_HELP,
+    IMPORTANCE_HELP,
+    MULTIPLE_HELP,
+    RECOVERY_HELP,
+    STEPS_HELP,
+)
+from pages.shared.progress import (
+    SOON,
+    require_bench,
+    require_prepared,
+    show_dense,
+    show_job,
+    watch,
+)
 from pages.shared.workbench import (
     Cut,
     find_cut,
     find_point,
+    first_look,
     plan_at,
+    points,
     start_cut,
     visit,
+    what_to_learn,
+    workbench,
 )
-from transact_core.architecture import Architecture
-from transact_core.bench import Bench, Measurement
+from transact_core.bench import Bench, Choices, Measurement
+from transact_core.decide import granularities_of
+from transact_core.errors import TransActError
 from transact_core.importance import IMPORTANCES
-from transact_core.plan import GRANULARITIES, Decision, LayerPlan, PruningPlan, head_counts
+from transact_core.plan import GRANULARITIES, Decision, PruningPlan
+from transact_core.prediction import Point, Ratio, keep_score, predict_grid
+from transact_core.preview import EnergyKept, Structure, energy_kept, maps, structure
 from transact_core.recovery import RECOVERIES
-from transact_core.surgery import head_rows
+from transact_core.targets import Found, Target, find
+
+MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# The choices beside the ratios, by the name that they have in the address, and what there is.
+CONTROLS = {
+    "granularity": (*GRANULARITIES, "auto"),
+    "importance": tuple(IMPORTANCES),
+    "recovery": RECOVERIES,
+    "steps": tuple(range(1, 21)),
+    "multiple_of": MULTIPLES,
+}
+GOALS = {
+    "parameters": ("At most, in millions of parameters", 0.001, None),
+    "kv-cache": ("At most, in % of the dense KV cache", 1.0, 100.0),
+    "perplexity": ("At most, times the dense perplexity", 1.0, None),
+}
+GOAL_NAMES = {"parameters": "Parameters", "kv-cache": "KV cache", "perplexity": "Perplexity"}
 
 
-def choose() -> tuple[Cut, tuple[DeltaGenerator, DeltaGenerator]]:
-    """The cut at the controls, and room below the two sliders."""
-    left, right = st.columns(2, gap="large")
-    mha = left.slider(
-        "MHA ratio: attention width removed", 0, 95, 33, 1, format="%d%%",
-        key="mha", bind="query-params",
-    )  # fmt: skip
-    mlp = right.slider(
-        "MLP ratio: MLP width removed", 0, 95, 30, 1, format="%d%%",
-        key="mlp", bind="query-params",
-    )  # fmt: skip
-    below = left.container(), right.container()
-    columns = st.columns([3, 3, 3, 1])
-    granularity = columns[0].selectbox(
-        "Granularity", [*GRANULARITIES, "auto"], key="granularity", bind="query-params",
-        help=GRANULARITY_HELP,
-    )  # fmt: skip
-    importance = columns[1].selectbox(
-        "Importance", list(IMPORTANCES), key="importance", bind="query-params",
-        help=IMPORTANCE_HELP,
-    )  # fmt: skip
-    recovery = columns[2].selectbox(
-        "Recovery", RECOVERIES, key="recovery", bind="query-params", help=RECOVERY_HELP
-    )
-    steps = columns[3].number_input(
-        "Steps", 1, 20, key="steps", bind="query-params", help=STEPS_HELP
-    )
-    cut = visit().cut = Cut(mha / 100, mlp / 100, granularity, importance, recovery, int(steps))
-    return cut, below
+# --- choices and position --------------------------------------------------------------------
 
 
-def heads_in_words(plan: PruningPlan, shape: Architecture) -> str:
-    """What stays of the heads, and which widths there are."""
-    if plan.granularity == "head-dims":
-        kept = plan.head_dim or shape.head_dim
-        return (
-            f"Every head keeps **{kept} of {shape.head_dim}** dims, {kept // 2} of "
-            f"{shape.head_dim // 2} rotary pairs. Possible: any even number."
-        )
-    counts = ", ".join(str(count) for count in head_counts(shape, plan.granularity))
-    return (
-        f"**{plan.num_attention_heads} of {shape.num_attention_heads}** query heads stay, over "
-        f"{plan.num_key_value_heads} of {shape.num_key_value_heads} KV heads. "
-        f"Possible here: {counts}."
-    )
-
-
-def show_footprint(bench: Bench, plan: PruningPlan, recovery: str) -> None:
-    dense, pruned = bench.dense_footprint, bench.footprint(plan, recovery)
-    rows = (
-        ("Parameters", dense.parameters, pruned.parameters, 1e6, "M"),
-        ("Weights", dense.weight_bytes, pruned.weight_bytes, 1e6, "MB"),
-        ("KV/token", dense.kv_bytes_per_token, pruned.kv_bytes_per_token, 1e3, "kB"),
-        ("FLOPs/token", dense.flops_per_token, pruned.flops_per_token, 1e6, "M"),
-        ("MHA width", dense.mha_width, pruned.mha_width, 1, ""),
-        ("MLP width", dense.mlp_width, pruned.mlp_width, 1, ""),
-    )
-    details = {
-        "KV/token": " bytes of KV cache for each token, keys and values of all layers.",
-        "FLOPs/token": f"; attention at {dense.context_length:,} tokens.",
+def choose() -> Choices:
+    """The choices beside the ratios, at their controls."""
+    names = {
+        "granularity": ("Granularity", GRANULARITY_HELP),
+        "importance": ("Importance", IMPORTANCE_HELP),
+        "recovery": ("Recovery", RECOVERY_HELP),
+        "steps": ("Steps", STEPS_HELP),
+        "multiple_of": ("Multiple of", MULTIPLE_HELP),
     }
-    for column, (label, before, after, scale, unit) in zip(
-        st.columns(len(rows), gap="xsmall"), rows, strict=True
-    ):
-        digits = 1 if scale > 1 and after < 100 * scale else 0
-        change = after / before - 1
-        column.metric(
-            label,
-            f"{after / scale:,.{digits}f} {unit}".strip(),
-            f"{change:.1%}" if change else "unchanged",
-            delta_color="inverse" if change else "off",
-            delta_arrow="auto" if change else "off",
-            help=f"Exactly {after:,}, of the dense model's {before:,}" + details.get(label, "."),
-            border=True,
+    columns = st.columns([6, 6, 6, 3, 4])
+    chosen = {
+        name: column.selectbox(
+            label, CONTROLS[name], key=name, bind="query-params", persist_state="session",
+            help=explained,
         )
+        for column, (name, (label, explained)) in zip(columns, names.items(), strict=True)
+    }  # fmt: skip
+    return Choices(**chosen)
 
 
-def attention_channels(layer: LayerPlan, shape: Architecture) -> list[int]:
-    if not layer.value_dims:
-        return head_rows(layer.kept_heads, shape.head_dim).tolist()
+def in_address(choices: Choices) -> dict[str, Any]:
+    return {name: getattr(choices, name) for name in CONTROLS}
+
+
+def restore_choices() -> None:
+    """Sets the controls as an undone or redone step has them; the browser asks for it."""
+    view = st.session_state[KEY].get("view")
+    wanted = view.get("choices") if isinstance(view, dict) else None
+    if isinstance(wanted, dict):
+        for name, options in CONTROLS.items():
+            if wanted.get(name) in options:
+                st.session_state[name] = wanted[name]
+
+
+def starting_position() -> tuple[Position, int]:
+    """Where the thumbs are put, and the number of times that they were put somewhere.
+
+    A link decides at a visit's first sight of the page, and later what the visitor left.
+    """
+    state = st.session_state
+    if KEY not in state:
+        cut = visit().cut
+        left = Position(round(100 * cut.mha_ratio), round(100 * cut.mlp_ratio))
+        if "position" in state:
+            left = replace(left, context=state["position"].context)
+        put_at(Position.read(st.query_params, left))
+    return state["start"]
+
+
+def put_at(position: Position) -> None:
+    _, before = st.session_state.get("start", (None, 0))
+    st.session_state["start"] = (position, before + 1)
+
+
+def keep(position: Position, choices: Choices) -> Cut:
+    """The address and the visit follow the thumbs."""
+    st.session_state["position"] = position
+    told = {name: str(value) for name, value in asdict(position).items()}
+    if any(st.query_params.get(name) != value for name, value in told.items()):
+        st.query_params.update(told)
+    cut = visit().cut = Cut(position.mha / 100, position.mlp / 100, **in_address(choices))
+    return cut
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+
+@st.cache_resource(show_spinner=False)
+def _tables_of_benches() -> WeakKeyDictionary[Bench, dict[Choices, tuple]]:
+    return WeakKeyDictionary()
+
+
+def tables_of(
+    bench: Bench, choices: Choices
+) -> tuple[list[Structure], EnergyKept | None, dict[str, Any]]:
+    """What the live view draws from, made once for each bench and choices."""
+    prepared = bench.prepared(first_look(choices))
+    mine = _tables_of_benches().setdefault(bench, {})
+    # Of the recovery only this counts: biases are parameters.
+    key = replace(choices, recovery="bias" if choices.recovery == "bias" else "none"), prepared
+    if key not in mine:
+        shape = bench.loaded.architecture
+        several = choices.granularity == "auto"
+        granularities = granularities_of(bench) if several else (choices.granularity,)
+        structures = [
+            structure(shape, each, choices.multiple_of, choices.recovery == "bias")
+            for each in granularities
+        ]
+        drawn = energy = None
+        if prepared:
+            scores = bench.scores(choices.importance)
+            drawn = maps(structures[0], scores, shape)
+            energy = energy_kept(structures[0], scores, bench.statistics(), shape)
+        made = tables(shape, structures, drawn, energy, bench.save_dtype)
+        mine[key] = (structures, energy, made)
+    return mine[key]
+
+
+def choices_of(point: Measurement) -> Choices:
+    """With the granularity that was taken, where `auto` took one."""
+    return replace(Cut.of(point).choices, granularity=point.plan.granularity)
+
+
+def measured_at(table: Structure, choices: Choices) -> list[Measured]:
+    """This visitor's points with these choices, at the options they have the widths of."""
+    mha = {option.width: number for number, option in enumerate(table.mha.options)}
+    mlp = {option.width: number for number, option in enumerate(table.mlp.options)}
     return [
-        head * shape.head_dim + dim
-        for head in layer.kept_heads
-        for dim in layer.value_dims[head // shape.queries_per_group]
-    ]
-
-
-def energy_shares(bench: Bench, plan: PruningPlan) -> dict[str, np.ndarray]:
-    statistics, shape = bench.statistics(), bench.loaded.architecture
-    kept = {
-        "mha": [attention_channels(layer, shape) for layer in plan.layers],
-        "mlp": [list(layer.kept_channels) for layer in plan.layers],
-    }
-    shares = {}
-    for module, indices in kept.items():
-        energy = getattr(statistics, module).sum_of_squares
-        shares[module] = np.array(
-            [
-                (row[columns].sum() / row.sum().clamp_min(1e-300)).item()
-                for row, columns in zip(energy, indices, strict=True)
-            ]
+        Measured(
+            mha[point.footprint.mha_width], mlp[point.footprint.mlp_width],
+            round(math.exp(point.delta_nll), 4),
         )
-    return shares
+        for point in points()
+        if choices_of(point) == choices
+        and point.footprint.mha_width in mha
+        and point.footprint.mlp_width in mlp
+    ]  # fmt: skip
 
 
-def show_heads(bench: Bench, plan: PruningPlan) -> None:
-    shape = bench.loaded.architecture
-    removed = shape.num_attention_heads - plan.num_attention_heads
-    st.plotly_chart(
-        charts.head_map(
-            bench.scores(plan.importance).heads.numpy(),
-            plan,
-            f"{removed} of {shape.num_attention_heads} heads go in each layer (×)",
-            height=660,
-        ),
-        key="plan-heads",
+# --- prediction ------------------------------------------------------------------------------
+
+
+def prediction_of(
+    bench: Bench, choices: Choices, table: Structure
+) -> dict[tuple[int, int], Ratio] | None:
+    """Predicted perplexity by widths, once it is known what each layer loses."""
+    if choices.granularity == "auto" or not bench.damage_known(choices):
+        return None
+    return predict_grid(
+        bench,
+        choices,
+        prediction_points(),
+        [option.width for option in table.mha.options],
+        [option.width for option in table.mlp.options],
     )
+
+
+def prediction_points() -> list[Point]:
+    return [Point.of(point, choices_of(point)) for point in points()]
+
+
+def learn(bench: Bench, choices: Choices) -> None:
+    """Sees to what a prediction needs; where that takes long, at the visitor's wish."""
+    if choices.granularity == "auto" or bench.damage_known(choices):
+        return
+    request, board = visit().request, workbench()
+    long = choices.granularity == "head-dims"
+    job = board.open(request).damages.get(what_to_learn(choices))
+    if job is None and not long:
+        job = board.learn(request, choices)
+    if job is not None and not job.wait(SOON):
+        watch(job, "learn")
+        return
+    if bench.damage_known(choices):
+        st.rerun()
+    if job is not None and job.error:
+        st.error(f"{job.title} failed. {job.error}", icon=":material/error:")
+    if st.button(
+        "Predict perplexity for these choices", icon=":material/query_stats:",
+        help="Measures what each layer loses at every width"
+        + (", by repairing each layer's attention several times." if long else "."),
+    ):  # fmt: skip
+        board.learn(request, choices, anew=True)
+        st.rerun()
+
+
+def show_score(bench: Bench) -> None:
+    """How well what was predicted came out."""
+    scored = keep_score(bench, prediction_points())
+    if not scored:
+        return
+    errors = sorted(abs(each.relative_error) for each in scored)
+    inside = sum(each.inside for each in scored)
+    st.caption(
+        f"Predictions so far: of {len(scored)} cuts predicted before they were measured {inside} "
+        f"came out inside the interval, meant for 9 in 10; the median error is "
+        f"{errors[len(errors) // 2]:.1%}."
+    )
+
+
+# --- targets ---------------------------------------------------------------------------------
+
+
+def choose_target(
+    bench: Bench, choices: Choices, table: Structure, energy: EnergyKept | None
+) -> None:
+    """A popover in which a target is named; what is found moves the thumbs."""
+
+    def search() -> None:
+        state = st.session_state
+        goal, most = state["goal"], state[f"at-most-{state['goal']}"]
+        scale = {"parameters": 1e6, "kv-cache": 0.01, "perplexity": 1.0}[goal]
+        try:
+            found = find(
+                Target(goal, most * scale), table, prediction_of(bench, choices, table), energy
+            )
+        except TransActError as error:
+            state["target-told"] = (False, str(error))
+            return
+        put_at(replace(state["position"], mha=found.mha_position, mlp=found.mlp_position))
+        state["target-told"] = (True, found_in_words(found))
+
+    dense = table.dense.parameters / 1e6
+    usual = {"parameters": round(0.75 * dense, 3), "kv-cache": 50.0, "perplexity": 1.2}
+    button, told = st.columns([1, 3], vertical_alignment="center")
+    with button.popover("A target instead of ratios", icon=":material/target:", width="stretch"):
+        goal = st.segmented_control(
+            "Of what", list(GOALS), format_func=GOAL_NAMES.get, default="parameters",
+            required=True, key="goal",
+        )  # fmt: skip
+        label, least, most = GOALS[goal]
+        st.number_input(
+            label, min_value=least, max_value=most, value=max(least, usual[goal]),
+            step=0.05 if goal == "perplexity" else 1.0, key=f"at-most-{goal}",
+        )  # fmt: skip
+        st.button("Find the ratios", type="primary", on_click=search)
+    met, words = st.session_state.pop("target-told", (True, ""))
+    if words:
+        (told.caption if met else told.warning)(words)
+
+
+def found_in_words(found: Found) -> str:
+    return (
+        f"MHA {found.mha_position} %, MLP {found.mlp_position} %: of {found.of:,} pairs of widths "
+        f"{found.meeting:,} meet the target; this one because {found.why}."
+    )
+
+
+# --- what is drawn on rest -------------------------------------------------------------------
 
 
 def in_ranges(numbers: Sequence[int]) -> str:
@@ -170,24 +324,15 @@ def show_pairs(bench: Bench, plan: PruningPlan) -> None:
         )
 
 
-def show_plan(bench: Bench, plan: PruningPlan) -> None:
-    shape = bench.loaded.architecture
-    narrower = plan.granularity == "head-dims"
-    left, right = st.columns([1, 1] if narrower else [2, 3])
-    with left:
-        (show_pairs if narrower else show_heads)(bench, plan)
-    with right:
-        st.plotly_chart(plan_charts.energy_kept(energy_shares(bench, plan)), key="plan-energy")
-        st.plotly_chart(
-            plan_charts.kept_channels(plan, shape.intermediate_size), key="plan-channels"
-        )
+def show_reading(granularity: str) -> None:
     st.caption(
-        "Energy is `Σ a²` over the calibration tokens. It says which units are quiet, not what "
-        "their loss costs: that is measured by the button above."
+        "How to read it: each layer's MHA and MLP are drawn as two trapezoids around their waist; "
+        "the residual stream runs whole through all of them. Energy is `Σ a²` over the calibration "
+        "tokens. It says which units are quiet, not what their loss costs: that is measured."
         + (
             " For narrower heads it is that of the dims of the values that the bare cut keeps; "
             "`least-squares` finds a better basis of as many."
-            if narrower
+            if granularity == "head-dims"
             else ""
         )
     )
@@ -216,7 +361,7 @@ def show_decision(decision: Decision | None, plan: PruningPlan) -> None:
     if decision is None:
         st.caption(
             f"What `auto` takes, and which units several steps keep, is found when the cut is "
-            f"measured. Until then this is `{plan.granularity}` scored once."
+            f"measured. Until then the maps are of `{plan.granularity}` scored once."
         )
         return
     if decision.why:
@@ -233,19 +378,8 @@ def show_decision(decision: Decision | None, plan: PruningPlan) -> None:
         )
 
 
-@st.fragment
-def workbench_view(bench: Bench) -> None:
-    cut, (left, right) = choose()
-    if not require_prepared(bench, cut.choices, "cut"):
-        return
-    decision, shape = find_cut(bench, cut), bench.loaded.architecture
-    plan = decision.plan if decision else plan_at(bench, cut)
-    left.caption(heads_in_words(plan, shape))
-    right.caption(
-        f"**{plan.intermediate_size:,} of {shape.intermediate_size:,}** channels stay "
-        "in each layer."
-    )
-    show_footprint(bench, plan, cut.recovery)
+def show_measurement(bench: Bench, cut: Cut, decision: Decision | None, plan: PruningPlan) -> None:
+    """The measured point of this cut, or the button that measures it."""
     point = find_point(decision.plan, cut.recovery) if decision else None
     show_decision(decision, plan)
     show_dense("cut")
@@ -253,7 +387,7 @@ def workbench_view(bench: Bench) -> None:
     if point is not None:
         show_point(point)
     elif not busy:
-        nothing = not plan.cuts_anything(shape)
+        nothing = not plan.cuts_anything(bench.loaded.architecture)
         if st.button(
             "Prune and measure perplexity", type="primary", icon=":material/content_cut:",
             disabled=nothing,
@@ -262,9 +396,41 @@ def workbench_view(bench: Bench) -> None:
         ):  # fmt: skip
             start_cut(bench, cut)
             st.rerun()
-    show_plan(bench, plan)
+
+
+@st.fragment
+def workbench_view(bench: Bench) -> None:
+    choices = choose()
+    structures, energy, given = tables_of(bench, choices)
+    table = structures[0]
+    choose_target(bench, choices, table, energy)
+    position, revision = starting_position()
+    dense = workbench().open(visit().request).dense
+    prediction = prediction_of(bench, choices, table)
+    position = live(
+        given,
+        position,
+        revision,
+        in_address(choices),
+        bench.dense().perplexity if dense.state == DONE else None,
+        prediction and predicted(table, prediction),
+        measured_at(table, choices),
+        f"Scoring by {choices.importance}",
+        restore_choices,
+    )
+    cut = keep(position, choices)
+    if not require_prepared(bench, choices, "cut"):
+        return
+    learn(bench, choices)
+    decision = find_cut(bench, cut)
+    plan = decision.plan if decision else plan_at(bench, cut)
+    show_reading(choices.granularity)
+    show_measurement(bench, cut, decision, plan)
+    show_score(bench)
+    if plan.granularity == "head-dims":
+        show_pairs(bench, plan)
 
 
 st.title("Compress")
-st.caption("Move a slider: everything below follows at once. The address keeps the positions.")
+st.caption("Move a slider: everything follows the thumb. The address keeps the view.")
 workbench_view(require_bench())

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from playwright.sync_api import expect, sync_playwright
 
-from tests.browser.driving import CHART, ROOT, TIMEOUT_MS, metric, running_app, start_chromium
+from tests.browser.driving import ROOT, TIMEOUT_MS, metric, running_app, start_chromium
 
 PICTURE = ROOT / "assets" / "compress.png"
 WIDTH = 1440
 CUT_MS = 600_000
 """A whole cut with its repair, computed beside the browser."""
 SETTLING_MS = 1500
-"""Plotly draws for a moment after its element is there."""
+"""The page settles for a moment after its last figure is there."""
 
 
 def take(address: str, picture: Path) -> None:
@@ -29,7 +29,7 @@ def take(address: str, picture: Path) -> None:
         page.get_by_test_id("stSidebarNav").get_by_text("Compress", exact=True).click()
         page.get_by_role("button", name="Prune and measure perplexity").click()
         expect(metric(page, "Perplexity, measured")).to_be_visible(timeout=CUT_MS)
-        expect(page.locator(CHART).last).to_be_visible()
+        expect(page.locator(".live[data-shown]")).to_be_visible()
         inside = page.get_by_test_id("stMainBlockContainer").bounding_box()
         page.set_viewport_size({"width": WIDTH, "height": round(inside["height"])})
         page.mouse.move(WIDTH - 1, 0)

@@ -14,9 +14,11 @@ Data flows one way, and a module imports only from those before it:
     rotary             rotary pairs: their effect on attention, slots of narrower heads
     plan               scores and two ratios → what each layer keeps
     footprint          architecture → parameters, FLOPs, KV-cache bytes
+    preview            what every position of the sliders leaves, as tables to draw from
     surgery            model and plan → a pruned stock LlamaForCausalLM
     narrowing          queries, keys and values of narrower heads, fitted
     recovery           closed-form repair after the cut
+    damage             what each layer would lose at every width
     evaluation         perplexity with its uncertainty
     interventions      the loss when activations are changed on the way
     generation         a prompt → tokens one by one, and how long each took
@@ -26,6 +28,8 @@ Data flows one way, and a module imports only from those before it:
     premise            which activations may be disturbed
     heads              where a head looks, and the loss without it
     redundancy         what of the waists a plan keeps, and the damage it does
+    prediction         damage and measured points → perplexity everywhere, with an interval
+    targets            the position that meets a target
     decide             which granularity; cuts in several steps, or module by module
     results            measured points on disk, so that nothing is measured twice
     sweep              ratios → measured points

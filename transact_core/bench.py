@@ -6,7 +6,7 @@ of the calibration pass and the dense model's own losses.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -15,6 +15,15 @@ from transformers import LlamaForCausalLM
 
 from transact_core.activations import ActivationStatistics
 from transact_core.corpora import Windows
+from transact_core.damage import (
+    NARROW_RATIOS,
+    RIDGES,
+    Damage,
+    curves,
+    kept_first,
+    measure_curves,
+    narrow_heads,
+)
 from transact_core.errors import Progress, silent
 from transact_core.evaluation import Evaluation, evaluate, paired_difference
 from transact_core.footprint import Footprint, footprint
@@ -142,6 +151,60 @@ class Bench:
             lambda: measure_pairs(self.loaded.model, self.calibration, progress).to_tensors(),
         )
         return PairEffects(**tensors)
+
+    def damage(self, choices: Choices, progress: Progress = silent) -> Damage:
+        """What each layer loses at every width; measured at the first call, read from then on.
+
+        Of cuts in one step; `choices` must name a granularity, not `auto`. One pass serves all
+        recoveries and granularities of an importance, but for `head-dims`, which takes a repair of
+        every layer's attention for each of `NARROW_RATIOS` and each recovery.
+        """
+        shape = self.loaded.architecture
+        tensors = self._remember(
+            self._curves_of(choices.importance),
+            lambda: measure_curves(
+                self.loaded.model,
+                self.calibration,
+                kept_first(self.scores(choices.importance, progress), shape),
+                progress,
+            ),
+        )
+        if choices.granularity == "head-dims":
+            tensors = tensors | self._remember(
+                self._narrowing_by(choices),
+                lambda: narrow_heads(
+                    self.loaded.model,
+                    self.calibration,
+                    self._narrow_plans(choices, progress),
+                    choices.recovery,
+                    progress,
+                ),
+            )
+        return curves(tensors, shape, choices.granularity, choices.recovery)
+
+    def damage_known(self, choices: Choices) -> bool:
+        """Whether `damage` with these choices needs no measuring any more."""
+        narrowed = (
+            choices.granularity != "head-dims" or self._narrowing_by(choices) in self._measured
+        )
+        return self._curves_of(choices.importance) in self._measured and narrowed
+
+    def _curves_of(self, importance: str) -> str:
+        return f"what each width loses by {importance}, seed {self.seed}, ridges {RIDGES}"
+
+    def _narrowing_by(self, choices: Choices) -> str:
+        return (
+            f"what narrower heads lose by {choices.importance}, seed {self.seed}, "
+            f"{choices.recovery}, at {NARROW_RATIOS}"
+        )
+
+    def _narrow_plans(self, choices: Choices, progress: Progress) -> list[PruningPlan]:
+        plans = {}
+        for ratio in NARROW_RATIOS:
+            plan = self.plan(ratio, 0.0, replace(choices, multiple_of=1), progress)
+            if plan.head_dim:
+                plans[plan.head_dim] = plan
+        return list(plans.values())
 
     def release_model(self) -> None:
         """Lets go of the dense model; what was measured on it stays, and nothing more can be."""

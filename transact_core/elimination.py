@@ -98,8 +98,12 @@ def weighted_rows(stream: Stream, number: int, module: str, eps: float) -> Itera
     Shape (tokens, width), float32; moves the stream past the module. `eps` is the RMSNorm's.
     """
     for transitional, residual in stream.advance(number, module):
-        weight = (residual.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-        yield (transitional.float() * weight).flatten(0, -2)
+        yield (transitional.float() * stream_weights(residual, eps)).flatten(0, -2)
+
+
+def stream_weights(residual: torch.Tensor, eps: float) -> torch.Tensor:
+    """One over the root mean square of the stream, shape (…, 1); `eps` is the RMSNorm's."""
+    return (residual.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt()
 
 
 def damped_inverse(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

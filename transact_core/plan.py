@@ -8,6 +8,8 @@ transformers: `LlamaConfig` refuses a `num_attention_heads` that does not divide
 """
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -43,13 +45,21 @@ class Widths:
     head_dim: int | None = None
     """None is the dense model's."""
 
-    def applied_to(self, architecture: Architecture) -> Architecture:
-        return replace(
+    def applied_to(self, architecture: Architecture, with_biases: bool = False) -> Architecture:
+        """What the cut leaves; `with_biases` as `surgery.prune` takes it."""
+        cut = replace(
             architecture,
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=self.num_key_value_heads,
             intermediate_size=self.intermediate_size,
             head_dim=self.head_dim or architecture.head_dim,
+        )
+        if not with_biases:
+            return cut
+        return replace(
+            cut,
+            attention_bias=cut.attention_bias or cut.mha_width < architecture.mha_width,
+            mlp_bias=cut.mlp_bias or cut.intermediate_size < architecture.intermediate_size,
         )
 
 
@@ -99,12 +109,7 @@ class PruningPlan(Data):
 
     def applied_to(self, architecture: Architecture, with_biases: bool = False) -> Architecture:
         """What the cut leaves; `with_biases` as `surgery.prune` takes it."""
-        return replace(
-            self.widths.applied_to(architecture),
-            attention_bias=architecture.attention_bias
-            or (with_biases and self.cuts_mha(architecture)),
-            mlp_bias=architecture.mlp_bias or (with_biases and self.cuts_mlp(architecture)),
-        )
+        return self.widths.applied_to(architecture, with_biases)
 
     def check(self, architecture: Architecture) -> None:
         """Refuses a plan that this architecture cannot be cut by.
@@ -279,7 +284,7 @@ def widths(
             groups = heads // architecture.queries_per_group
     channels = architecture.intermediate_size
     if mlp_ratio:
-        multiples = list(range(multiple_of, channels + 1, multiple_of))
+        multiples = range(multiple_of, channels + 1, multiple_of)
         channels = _nearest(channels, mlp_ratio, multiples or [channels])
     return Widths(heads, groups, channels, head_dim)
 
@@ -289,15 +294,18 @@ def _narrower_head_dim(
 ) -> int | None:
     """The nearest even multiple of `multiple_of`, or None where that is the dense head_dim."""
     dense, step = architecture.head_dim, math.lcm(2, multiple_of)
-    multiples = list(range(step, dense + 1, step)) or [dense]
+    multiples = range(step, dense + 1, step) or [dense]
     nearest = _nearest(dense, mha_ratio, multiples) if mha_ratio else dense
     return nearest if nearest < dense else None
 
 
-def _nearest(dense: int, ratio: float, allowed: list[int]) -> int:
+def _nearest(dense: int, ratio: float, allowed: Sequence[int]) -> int:
+    """The nearest of ascending widths."""
     # The decimal the user wrote, not its binary neighbour, decides a tie.
     wanted = dense * (1 - Fraction(str(ratio)))
-    return min(allowed, key=lambda width: (abs(width - wanted), -width))
+    above = bisect_left(allowed, wanted)
+    around = allowed[max(0, above - 1) : above + 1]
+    return min(around, key=lambda width: (abs(width - wanted), -width))
 
 
 def make_plan(
@@ -317,16 +325,14 @@ def make_plan(
     Of equal scores the unit with the lower index is kept.
     """
     target = widths(architecture, mha_ratio, mlp_ratio, granularity, multiple_of)
-    heads = _kept_heads(scores.heads, target, architecture)
-    channels = _best(scores.channels, target.intermediate_size).sort(dim=1).values
+    heads = kept_heads(scores.heads, target, architecture)
+    channels = best_first(scores.channels)[:, : target.intermediate_size].sort(dim=1).values
     slots: tuple[int, ...] = ()
     dims = [{} for _ in range(architecture.num_hidden_layers)]
     if target.head_dim:
         slots = pairs.slots(target.head_dim // 2)
-        by_group = scores.head_channels.unflatten(
-            1, (architecture.num_key_value_heads, -1, architecture.head_dim)
-        ).mean(dim=2)
-        values = _best(by_group, target.head_dim).sort(dim=2).values
+        ordered = best_first(value_dim_scores(scores, architecture))
+        values = ordered[..., : target.head_dim].sort(dim=2).values
         dims = [
             {"slot_pairs": layer_pairs, "value_dims": layer_values}
             for layer_pairs, layer_values in zip(
@@ -355,19 +361,26 @@ def make_plan(
     )
 
 
-def _kept_heads(scores: torch.Tensor, target: Widths, architecture: Architecture) -> torch.Tensor:
+def kept_heads(scores: torch.Tensor, target: Widths, architecture: Architecture) -> torch.Tensor:
     """Which heads stay, shape (layers, num_attention_heads), bool."""
     grouped = scores.unflatten(1, (architecture.num_key_value_heads, -1))
     if target.num_key_value_heads == architecture.num_key_value_heads:
         queries = target.num_attention_heads // target.num_key_value_heads
         kept = torch.zeros_like(grouped, dtype=torch.bool)
-        kept.scatter_(2, _best(grouped, queries), True)
+        kept.scatter_(2, best_first(grouped)[..., :queries], True)
     else:
-        groups = _best(grouped.mean(dim=2), target.num_key_value_heads)
+        groups = best_first(grouped.mean(dim=2))[..., : target.num_key_value_heads]
         kept = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter_(1, groups, True)
         kept = kept.unsqueeze(2).expand_as(grouped)
     return kept.flatten(1)
 
 
-def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
-    return scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
+def value_dim_scores(scores: Scores, architecture: Architecture) -> torch.Tensor:
+    """Of each key-value head's dims, shape (layers, num_key_value_heads, head_dim)."""
+    groups = (architecture.num_key_value_heads, -1, architecture.head_dim)
+    return scores.head_channels.unflatten(1, groups).mean(dim=2)
+
+
+def best_first(scores: torch.Tensor) -> torch.Tensor:
+    """Indices along the last axis in the order in which units are kept."""
+    return scores.argsort(dim=-1, descending=True, stable=True)

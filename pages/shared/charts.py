@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from transact_core.plan import PruningPlan
+from transact_core.preview import are_positions, relative
 
 MHA, MLP, BOTH, DENSE = "#0072B2", "#E69F00", "#009E73", "#999999"
 RESIDUAL = "#CC79A7"
@@ -40,19 +41,6 @@ def laid_out(figure: go.Figure, title: str, height: int = 380) -> go.Figure:
 
 
 # --- importance ------------------------------------------------------------------------------
-
-
-def relative(scores: np.ndarray) -> np.ndarray:
-    """Shares of the layer's best, 0 where a layer has no score above 0; shape (layers, units)."""
-    best = scores.max(axis=1, keepdims=True)
-    return np.clip(np.divide(scores, best, out=np.zeros_like(scores), where=best > 0), 0, 1)
-
-
-def are_positions(scores: np.ndarray) -> bool:
-    """Whether each layer's scores are the numbers from 0 on, each once: an order, no sizes."""
-    return np.array_equal(
-        np.sort(scores, axis=1), np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
-    )
 
 
 def _shaded(share: np.ndarray, logarithmic: bool, label: str = BEST, **ticks: object) -> dict:

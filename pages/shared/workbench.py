@@ -60,6 +60,8 @@ class Opening:
     dense: Job
     preparations: dict[Choices, Job] = field(default_factory=dict)
     """The jobs that measured what plans need beyond the opening."""
+    damages: dict[Choices, Job] = field(default_factory=dict)
+    """The jobs that measured what a prediction needs."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Cut:
     importance: str = Choices.importance
     recovery: str = Choices.recovery
     steps: int = Choices.steps
+    multiple_of: int = Choices.multiple_of
 
     @property
     def ratios(self) -> Pair:
@@ -84,6 +87,7 @@ class Cut:
             importance=self.importance,
             recovery=self.recovery,
             steps=self.steps,
+            multiple_of=self.multiple_of,
         )
 
     @classmethod
@@ -96,6 +100,7 @@ class Cut:
             plan.importance,
             point.recovery,
             decision.steps,
+            plan.multiple_of,
         )
 
 
@@ -222,6 +227,25 @@ class Workbench:
                     f"Scoring by {choices.importance}",
                     lambda report: self.bench(request, report).prepare(wanted, report),
                     urgent=True,
+                )
+            return job
+
+    def learn(self, request: Request, choices: Choices, anew: bool = False) -> Job:
+        """The job that measures what predictions with these choices need; shared as openings are.
+
+        The request must be open. `anew` is for what failed or was cancelled.
+        """
+        wanted = what_to_learn(choices)
+        with self._lock:
+            opening = self.open(request)
+            job = opening.damages.get(wanted)
+            if job is None or (anew and job.finished):
+
+                def measure(report: Progress) -> None:
+                    self.bench(request, report).damage(wanted, report)
+
+                job = opening.damages[wanted] = self.queue.submit(
+                    "Measuring what each layer loses", measure
                 )
             return job
 
@@ -388,6 +412,13 @@ def first_look(choices: Choices) -> Choices:
     """What a plan is drawn by while `auto` and steps are not decided."""
     granularity = choices.granularity if choices.granularity != "auto" else Choices.granularity
     return replace(choices, granularity=granularity, steps=1)
+
+
+def what_to_learn(choices: Choices) -> Choices:
+    """The choices that a prediction's measurements depend on; the rest are as usual."""
+    if choices.granularity == "head-dims":
+        return replace(choices, steps=1, multiple_of=1)
+    return Choices(importance=choices.importance)
 
 
 def find_cut(bench: Bench, cut: Cut) -> Decision | None:

@@ -35,12 +35,12 @@ def start_chromium(playwright: Playwright) -> Browser:
 
 
 @contextmanager
-def running_app(log: Path) -> Iterator[str]:
+def running_app(log: Path, script: str = "app.py") -> Iterator[str]:
     """Address of an app started on a free port; it ends with the block."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "streamlit", "run", "app.py"]
+    command = [sys.executable, "-m", "streamlit", "run", script]
     options = ["--server.port", str(port), "--server.headless", "true"]
     with log.open("w") as output:
         server = subprocess.Popen(
@@ -113,3 +113,13 @@ def set_number(page: Page, label: str, value: int) -> None:
     field.fill(str(value))
     field.press("Enter")
     expect(field).to_have_value(str(value))
+
+
+def slider(page: Page, side: str) -> Locator:
+    """MHA's or MLP's."""
+    return page.get_by_role("slider", name=f"{side} ratio")
+
+
+def at(page: Page, mha: int, mlp: int, context: int = 1024) -> None:
+    """Waits until the live view has drawn that position."""
+    expect(page.locator(".live")).to_have_attribute("data-shown", f"{mha},{mlp},{context}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,15 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.driving import CHART, button, choose, metric, open_with_few_tokens
+from tests.browser.driving import (
+    CHART,
+    at,
+    button,
+    choose,
+    metric,
+    open_with_few_tokens,
+    slider,
+)
 
 pytestmark = [pytest.mark.browser, pytest.mark.builtin]
 
@@ -38,20 +47,19 @@ def test_journey(page: Page, address: str, tmp_path: Path):
     expect_no_exception(page)
 
     go_to(page, "Compress")
-    expect(metric(page, "MHA width")).to_have_text("384")
-    expect(metric(page, "MLP width")).to_have_text("1,075")
-    mha, mlp = page.get_by_role("slider").all()[:2]
-    mlp.press("ArrowRight")
-    expect(metric(page, "MLP width")).to_have_text("1,060")
-    mha.press("End")
-    expect(metric(page, "MHA width")).to_have_text("192")
-    mha.press("Home")
-    expect(metric(page, "MHA width")).to_have_text("576")
-    expect(metric(page, "MLP width")).to_have_text("1,060")
-    assert "mlp=31" in page.url
+    numbers = page.locator(".numbers")
+    expect(numbers).to_contain_text("384 of 576")
+    expect(numbers).to_contain_text("1,075 of 1,536")
+    slider(page, "MLP").press("ArrowRight")
+    expect(numbers).to_contain_text("1,060 of 1,536")
+    slider(page, "MHA").press("End")
+    expect(numbers).to_contain_text("192 of 576")
+    slider(page, "MHA").press("Home")
+    expect(numbers).to_contain_text("576 of 576")
+    expect(page).to_have_url(re.compile("mha=0&mlp=31"))
     choose(page, "Importance", "activation-weight")
-    expect(metric(page, "MLP width")).to_have_text("1,060")
-    assert "importance=activation-weight" in page.url
+    expect(page).to_have_url(re.compile("importance=activation-weight"))
+    at(page, 0, 31)
 
     page.get_by_role("button", name="Prune and measure perplexity").click()
     measured = metric(page, "Perplexity, measured")
@@ -97,12 +105,37 @@ def test_journey(page: Page, address: str, tmp_path: Path):
 
 def test_cancel_keeps_the_page_usable(page: Page, address: str):
     open_with_few_tokens(page, f"{address}/compress?mha=60&mlp=50")
-    expect(metric(page, "MHA width")).to_have_text("192")
+    at(page, 60, 50)
     page.get_by_role("button", name="Prune and measure perplexity").click()
     button(page, "Cancel").last.click()
     expect(page.get_by_text("was cancelled")).to_be_visible()
-    page.get_by_role("slider").first.press("Home")
-    expect(metric(page, "MHA width")).to_have_text("576")
+    slider(page, "MHA").press("Home")
+    at(page, 0, 50)
+    expect_no_exception(page)
+
+
+def test_a_link_reopens_its_view_and_another_page_keeps_it(page: Page, address: str):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    open_with_few_tokens(page, f"{address}/compress")
+    slider(page, "MHA").press("End")
+    choose(page, "Granularity", "kv-groups")
+    page.get_by_label("Context of").fill("4096")
+    at(page, 95, 30, 4096)
+    expect(page).to_have_url(re.compile("mha=95&mlp=30&context=4096"))
+    go_to(page, "Activations")
+    go_to(page, "Compress")
+    at(page, 95, 30, 4096)
+    expect(page.get_by_role("combobox", name="Granularity")).to_have_value("kv-groups")
+
+    button(page, "Copy link").click()
+    expect(button(page, "Copied")).to_be_visible()
+    link = page.evaluate("navigator.clipboard.readText()")
+    slider(page, "MLP").press("Home")
+    at(page, 95, 0, 4096)
+    page.goto(link)
+    at(page, 95, 30, 4096)
+    expect(page.get_by_role("combobox", name="Granularity")).to_have_value("kv-groups")
+    expect(page.locator(".words").first).to_contain_text("3 of 9 query heads stay, over 1 of 3")
     expect_no_exception(page)
 
 

@@ -1,5 +1,6 @@
 """What the pages make of the choices, on the tiny model and without a browser."""
 
+import json
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from transact_core import results
 from transact_core.bench import Choices
 from transact_core.errors import TransActError, silent
 from transact_core.importance import IMPORTANCES, register, score
+from transact_core.plan import GRANULARITIES
 
 
 @pytest.fixture
@@ -42,6 +44,21 @@ def metrics(page) -> dict[str, str]:
     return {metric.label: metric.value for metric in page.metric}
 
 
+def live(page) -> dict:
+    """What the live view was given, and in words and numbers what it shows at its position."""
+    given = json.loads(page.get("bidi_component")[0].proto.json)
+    at = page.session_state["position"]
+    mha, mlp = (
+        side["options"][side["option_at"][place]]
+        for side, place in ((given["mha"][0], at.mha), (given["mlp"], at.mlp))
+    )
+    costs = {
+        name: dense - mha["saving"][name] - mlp["saving"][name]
+        for name, dense in given["dense"].items()
+    }
+    return {**given, "mha_at": mha, "mlp_at": mlp, "costs": costs}
+
+
 def button(page, label: str):
     return next((each for each in page.button if each.label == label), None)
 
@@ -50,53 +67,58 @@ def preparation(opened, choices: Choices):
     return opened.prepare(Request(), choices)
 
 
-def test_each_importance_gives_a_plan(open_page):
+def test_each_importance_gives_a_plan(opened, open_page):
     page = open_page("compress")
     for importance in IMPORTANCES:
         page.selectbox(key="importance").set_value(importance).run()
+        ended(preparation(opened, Choices(importance=importance)))
+        page.run()
         assert not page.exception
-        assert metrics(page)["MHA width"] == "24", importance
+        assert live(page)["maps"], importance
         assert page.session_state["visit"].cut.importance == importance
 
 
 def test_whole_heads_are_shown_by_their_numbers(open_page):
     page = open_page("compress")
-    assert "**3 of 6** query heads stay, over 3 of 3 KV heads. Possible here: 3, 6." in texts(page)
+    assert live(page)["mha_at"]["words"] == "3 of 6 query heads stay, over 3 of 3 KV heads."
+    assert live(page)["mha"][0]["possible"] == "Possible here: 3, 6."
+    assert live(page)["mlp_at"]["words"] == "28 of 40 channels stay in each layer."
 
 
 def test_narrower_heads_are_shown_by_their_dims(open_page):
     page = open_page("compress", granularity="head-dims")
     assert not page.exception
-    assert "Every head keeps **6 of 8** dims, 3 of 4 rotary pairs" in texts(page)
+    assert live(page)["mha_at"]["words"] == "Every head keeps 6 of 8 dims, 3 of 4 rotary pairs."
     assert "those of pairs" in texts(page)
-    assert metrics(page)["MHA width"] == "36"
-    # 3 layers, keys and values of 3 heads of 6 dims in float32.
-    assert metrics(page)["KV/token"] == f"{3 * 2 * 3 * 6 * 4 / 1e3:.1f} kB"
-    page.slider(key="mha").set_value(0).run()
+    assert live(page)["mha_at"]["width"] == 36
+    # 3 layers, keys and values of 3 heads of 6 dims.
+    assert live(page)["costs"]["kv_values"] == 3 * 2 * 3 * 6
+    page = open_page("compress", granularity="head-dims", mha="0")
     assert not page.exception
-    assert "Every head keeps **8 of 8** dims" in texts(page)
+    assert live(page)["mha_at"]["words"] == "Every head keeps 8 of 8 dims, 4 of 4 rotary pairs."
 
 
 def test_parameters_of_a_repair_by_bias_are_counted(open_page):
     page = open_page("compress")
-    before = next(metric for metric in page.metric if metric.label == "Parameters").proto.help
+    before = live(page)["costs"]["parameters"]
     page.selectbox(key="recovery").set_value("bias").run()
-    after = next(metric for metric in page.metric if metric.label == "Parameters").proto.help
-    assert before != after
+    # Biases of queries, keys, values and outputs; of gate, up and down.
+    more = 3 * (3 * 8 + 2 * 3 * 8 + 48 + 2 * 28 + 48)
+    assert live(page)["costs"]["parameters"] == before + more
 
 
 def test_scoring_is_shown_and_shared_and_the_page_goes_on_after_it(opened, open_page, gated):
     page = open_page("compress", importance="gated")
     job = preparation(opened, Choices(importance="gated"))
     assert not job.finished
-    assert metrics(page) == {}
+    assert live(page)["maps"] is None
     assert button(page, "Cancel") is not None
     page.selectbox(key="recovery").set_value("none").run()
     assert preparation(opened, Choices(importance="gated", recovery="none")) is job
     gated.set()
     ended(job)
     page.run()
-    assert metrics(page)["MHA width"] == "24"
+    assert live(page)["maps"]
 
 
 def test_cancelled_scoring_is_said_and_can_be_made_up_for(opened, open_page, gated):
@@ -106,11 +128,11 @@ def test_cancelled_scoring_is_said_and_can_be_made_up_for(opened, open_page, gat
     ended(preparation(opened, Choices(importance="gated")))
     page.run()
     assert "Scoring by gated was cancelled" in texts(page)
-    assert metrics(page) == {}
+    assert live(page)["maps"] is None
     button(page, "Measure it").click().run()
     ended(preparation(opened, Choices(importance="gated")))
     page.run()
-    assert metrics(page)["MHA width"] == "24"
+    assert live(page)["maps"]
 
 
 def test_what_a_model_cannot_have_is_refused_in_a_sentence(open_page, gqa_bench, monkeypatch):
@@ -123,7 +145,64 @@ def test_what_a_model_cannot_have_is_refused_in_a_sentence(open_page, gqa_bench,
     assert [error.value for error in page.error] == ["Choose query-heads."]
     assert button(page, "Measure it") is None
     page.selectbox(key="granularity").set_value("kv-groups").run()
-    assert metrics(page)["MHA width"] == "32"
+    assert live(page)["mha_at"]["width"] == 32
+
+
+def test_an_address_reopens_its_view_and_nonsense_in_it_does_not_matter(open_page):
+    page = open_page(
+        "compress", mha="50", mlp="x", context="4096", granularity="kv-groups",
+        importance="magnitude", recovery="none", multiple_of="8",
+    )  # fmt: skip
+    assert not page.exception
+    given = live(page)
+    assert given["start"] == {"revision": 1, "mha": 50, "mlp": 30, "context": 4096}
+    assert given["choices"] == {
+        "granularity": "kv-groups", "importance": "magnitude", "recovery": "none", "steps": 1,
+        "multiple_of": 8,
+    }  # fmt: skip
+    assert given["mlp_at"]["width"] == 32
+    assert page.query_params["mlp"] == "30"
+    cut = page.session_state["visit"].cut
+    assert (cut.mha_ratio, cut.mlp_ratio, cut.multiple_of) == (0.5, 0.3, 8)
+
+
+def test_auto_shows_what_it_will_choose_from(open_page):
+    given = live(open_page("compress", granularity="auto"))
+    assert [each["granularity"] for each in given["mha"]] == list(GRANULARITIES)
+    assert given["prediction"] is None
+
+
+def test_a_target_moves_the_thumbs(open_page):
+    page = open_page("compress")
+    dense = live(page)["dense"]["parameters"]
+    page.number_input(key="at-most-parameters").set_value(0.8 * dense / 1e6).run()
+    button(page, "Find the ratios").click().run()
+    assert not page.exception
+    given = live(page)
+    assert given["start"]["revision"] == 2
+    assert given["costs"]["parameters"] <= 0.8 * dense
+    assert "meet the target" in texts(page)
+    page.number_input(key="at-most-parameters").set_value(0.001).run()
+    button(page, "Find the ratios").click().run()
+    assert live(page)["start"]["revision"] == 2
+    assert "No position of the sliders comes down to" in page.warning[0].value
+
+
+def test_perplexity_is_predicted_and_the_prediction_keeps_its_score(opened, open_page):
+    page = open_page("compress")
+    ended(opened.learn(Request(), Choices()))
+    page.run()
+    given = live(page)
+    row, column = given["mha"][0]["option_at"][33], given["mlp"]["option_at"][30]
+    low, mid, high = (given["prediction"][name][row][column] for name in ("low", "mid", "high"))
+    assert low < mid < high
+    button(page, "Prune and measure perplexity").click().run()
+    ended(page.session_state["visit"].visitor.jobs[-1])
+    page.run()
+    (measured,) = live(page)["measured"]
+    assert (measured["mha"], measured["mlp"]) == (row, column)
+    assert live(page)["prediction"]["mid"][row][column] != mid
+    assert "of 1 cuts predicted before they were measured" in texts(page)
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
@@ -278,7 +357,9 @@ def test_one_curve_does_not_keep_others_waiting(opened, open_page, slow_points):
     other = open_page("compress", stranger, mlp="50", recovery="none")
     button(other, "Prune and measure perplexity").click().run()
     (cut,) = stranger.visitor.jobs
-    assert progress.waiting_in_words(cut) == "waiting, 1 ahead: another visitor's"
+    assert progress.waiting_in_words(cut) == (
+        "waiting, 2 ahead: Measuring what each layer loses, another visitor's"
+    )
     slow_points.release(2)
     ended(cut)
     assert cut.state == "done"

@@ -1,0 +1,203 @@
+"""How far predicted perplexity is from what is then measured.
+
+    python -m benchmarks.prediction --calibration FILE --evaluation FILE \\
+        --granularity kv-groups --importance fluctuation --recovery least-squares \\
+        --output points.jsonl
+
+The predictor names the first points itself, one after the other, each after the last was measured
+and counted in. Then positions all over the useful range are measured, and set against what was said
+of them after those first points. Points are appended to the file as they are measured; those that
+are there already are not measured again, so an interrupted run goes on. The constants of
+`transact_core.prediction` come from the built-in text, `activation` and `query-heads`: another
+text, another importance and another granularity are what shows whether they hold.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from transact_core.bench import Bench, Choices, compress
+from transact_core.corpora import calibration_and_evaluation, read_corpus
+from transact_core.errors import TransActError
+from transact_core.models import load_model
+from transact_core.plan import GRANULARITIES
+from transact_core.prediction import (
+    USEFUL,
+    Point,
+    Ratio,
+    Scored,
+    keep_score,
+    next_points,
+    predict_grid,
+)
+from transact_core.recovery import RECOVERIES
+
+Place = tuple[int, int]
+"""Attention and MLP width."""
+
+
+class Points:
+    """Measured points of one bench and choices, kept in a file, one JSON object a line."""
+
+    def __init__(self, bench: Bench, choices: Choices, path: Path) -> None:
+        self.bench, self.choices, self.path = bench, choices, path
+        self._key = {
+            "model": bench.loaded.source,
+            "calibration": bench.calibration.sha256,
+            "calibration_tokens": bench.calibration.tokens,
+            "evaluation": bench.evaluation.sha256,
+            "evaluation_tokens": bench.evaluation.tokens,
+            "sequence_length": bench.evaluation.sequence_length,
+            **asdict(choices),
+        }
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self._known = {
+            (row["mha_width"], row["mlp_width"]): row
+            for row in rows
+            if self._key.items() <= row.items()
+        }
+
+    def at(self, place: Place) -> Point:
+        """The point at these widths, measured if it is not in the file."""
+        if place not in self._known:
+            shape = self.bench.loaded.architecture
+            ratios = (1 - place[0] / shape.mha_width, 1 - place[1] / shape.intermediate_size)
+            plan = self.bench.plan(*ratios, self.choices)
+            measurement = compress(self.bench, plan, self.choices.recovery)[1]
+            row = self._key | measurement.row()
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            self._known[place] = row
+        row = self._known[place]
+        print(f"{place}: {math.exp(row['delta_nll']):.3f} × dense", file=sys.stderr, flush=True)
+        return Point(self.choices, *place, row["delta_nll"], row["delta_nll_se"])
+
+
+def first_points(points: Points, count: int, limit: float) -> list[Point]:
+    """As many points as asked for, each where the predictor, fitted on those before, wants it."""
+    found: list[Point] = []
+    while len(found) < count:
+        places = next_points(points.bench, points.choices, found, limit=limit)
+        if not places:
+            break
+        found.append(points.at(places[0]))
+    return found
+
+
+def to_check(bench: Bench, choices: Choices, first: list[Point], count: int, limit: float):
+    """Positions over the range predicted to be useful, evenly spread by what is predicted."""
+    taken = {(point.mha_width, point.mlp_width) for point in first}
+    grid = predict_grid(bench, choices, first)
+    useful = sorted(
+        (ratio.mid, place)
+        for place, ratio in grid.items()
+        if 1 < ratio.mid <= limit and place not in taken
+    )
+    step = max(1, len(useful) // count)
+    return [place for _, place in useful[step // 2 :: step]][:count]
+
+
+def checked(bench: Bench, first: list[Point], later: list[Point]) -> list[Scored]:
+    """What was said of the later points once the first ones were measured, and how it came out."""
+    found = []
+    for point in later:
+        place = (point.mha_width, point.mlp_width)
+        said: Ratio = predict_grid(bench, point.choices, first, [place[0]], [place[1]])[place]
+        found.append(Scored(point, said, math.exp(point.delta_nll)))
+    return found
+
+
+def left_out(bench: Bench, points: list[Point]) -> list[Scored]:
+    """What is said of each point by a predictor fitted on all others."""
+    return [
+        score
+        for number, point in enumerate(points)
+        for score in checked(bench, points[:number] + points[number + 1 :], [point])
+    ]
+
+
+def table(scored: Sequence[Scored]) -> Iterator[str]:
+    yield "| attention | MLP | said (90 % interval) | measured | error | inside |"
+    yield "| ---: | ---: | ---: | ---: | ---: | --- |"
+    for each in scored:
+        yield (
+            f"| {each.point.mha_width} | {each.point.mlp_width} | {each.said.mid:.3f} "
+            f"({each.said.low:.3f} to {each.said.high:.3f}) | {each.measured:.3f} | "
+            f"{each.relative_error:+.1%} | {'yes' if each.inside else 'no'} |"
+        )
+
+
+def summary(scored: Sequence[Scored], limit: float) -> str:
+    """Of the points that turned out to lie in the useful range."""
+    within = [each for each in scored if each.measured <= limit]
+    if not within:
+        return f"none was measured at up to {limit:g} × dense"
+    sizes = [abs(each.relative_error) for each in within]
+    return (
+        f"{len(within)} points up to {limit:g} × dense: error at most {max(sizes):.1%}, median "
+        f"{statistics.median(sizes):.1%}; {sum(each.inside for each in within)} inside"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures and prints; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.prediction", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--model", default="builtin")
+    parser.add_argument("--calibration", default="builtin", metavar="SOURCE")
+    parser.add_argument("--evaluation", default="builtin", metavar="SOURCE")
+    parser.add_argument("--calibration-tokens", type=int, default=4096, metavar="N")
+    parser.add_argument("--evaluation-tokens", type=int, default=2048, metavar="N")
+    parser.add_argument("--sequence-length", type=int, default=512, metavar="L")
+    parser.add_argument("--granularity", choices=GRANULARITIES, default="query-heads")
+    parser.add_argument("--importance", default="activation")
+    parser.add_argument("--recovery", choices=RECOVERIES, default="least-squares")
+    parser.add_argument("--first", type=int, default=5, metavar="N", help="points to fit on")
+    parser.add_argument("--check", type=int, default=8, metavar="N", help="points to check")
+    parser.add_argument("--limit", type=float, default=USEFUL, help="the useful range, × dense")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl")
+    chosen = parser.parse_args(arguments)
+    try:
+        _run(chosen)
+    except TransActError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(chosen: argparse.Namespace) -> None:
+    loaded = load_model(chosen.model)
+    windows = calibration_and_evaluation(
+        read_corpus(chosen.calibration),
+        read_corpus(chosen.evaluation),
+        loaded.tokenizer,
+        loaded.architecture.vocab_size,
+        chosen.calibration_tokens,
+        chosen.evaluation_tokens,
+        chosen.sequence_length,
+    )
+    bench = Bench(loaded, *windows)
+    choices = Choices(chosen.granularity, chosen.importance, chosen.recovery)
+    bench.damage(choices)
+    points = Points(bench, choices, chosen.output)
+    first = first_points(points, chosen.first, chosen.limit)
+    print(f"# {chosen.granularity}, {chosen.importance}, {chosen.recovery}\n")
+    print("Said of each of the first points before it was measured:\n")
+    print(*table(keep_score(bench, first)), sep="\n")
+    places = to_check(bench, choices, first, chosen.check, chosen.limit)
+    scored = checked(bench, first, [points.at(place) for place in places])
+    print(f"\nSaid of other points after the first {len(first)}:\n")
+    print(*table(scored), sep="\n")
+    print(f"\n{summary(scored, chosen.limit)}.")
+    everything = first + [each.point for each in scored]
+    print(f"Each point by all others: {summary(left_out(bench, everything), chosen.limit)}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

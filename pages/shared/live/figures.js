@@ -1,0 +1,77 @@
+// Numbers at a position, from the tables that Python made: sums of whole numbers, and words.
+
+const PERCENT = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
+
+const COSTS = ["parameters", "flops", "flops_per_context", "kv_values"];
+
+// Every granularity that is possible here has a table of its own; `auto` has several.
+function costsAt(data, view) {
+  const mlp = data.mlp.options[data.mlp.option_at[view.mlp]];
+  return data.mha.map((side) => {
+    const mha = side.options[side.option_at[view.mha]];
+    const cost = {};
+    for (const name of COSTS) cost[name] = data.dense[name] - mha.saving[name] - mlp.saving[name];
+    return cost;
+  });
+}
+
+function figuresOf(data, cost, context) {
+  const kv = cost.kv_values * context * data.saved_bytes;
+  return {
+    parameters: cost.parameters,
+    weights4: cost.parameters * 4,
+    weights2: cost.parameters * 2,
+    kv,
+    flops: cost.flops + cost.flops_per_context * context,
+    serve: cost.parameters * data.saved_bytes + kv,
+  };
+}
+
+function scaled(value, unit) {
+  const steps = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
+  const names = unit === "" ? { T: "T", G: "B", M: "M", k: "k" } : { T: "T", G: "G", M: "M", k: "k" };
+  const [size, prefix] = steps.find(([size]) => value >= size) ?? [1, ""];
+  const shown = value / size;
+  const digits = size === 1 ? 0 : shown < 10 ? 2 : shown < 100 ? 1 : 0;
+  return `${shown.toFixed(digits)} ${prefix ? names[prefix] : ""}${unit}`.trim();
+}
+
+const UNITS = { parameters: "", weights4: "B", weights2: "B", kv: "B", flops: "FLOP", serve: "B" };
+
+function rangeInWords(values, unit) {
+  const low = scaled(Math.min(...values), unit), high = scaled(Math.max(...values), unit);
+  return low === high ? low : `${low} – ${high}`;
+}
+
+function changeInWords(values, dense) {
+  const low = Math.min(...values) / dense - 1, high = Math.max(...values) / dense - 1;
+  const words = (change) => (change ? `${change > 0 ? "+" : "−"}${PERCENT.format(Math.abs(change))}` : "unchanged");
+  return low === high ? words(low) : `${words(low)} to ${words(high)}`;
+}
+
+function predictionAt(data, view) {
+  if (!data.prediction || data.mha.length > 1) return null;
+  const row = data.mha[0].option_at[view.mha], column = data.mlp.option_at[view.mlp];
+  const mid = data.prediction.mid[row]?.[column];
+  if (mid === null || mid === undefined) return null;
+  return { low: data.prediction.low[row][column], mid, high: data.prediction.high[row][column] };
+}
+
+function measuredAt(data, view) {
+  if (data.mha.length > 1) return null;
+  const row = data.mha[0].option_at[view.mha], column = data.mlp.option_at[view.mlp];
+  return data.measured.find((point) => point.mha === row && point.mlp === column) ?? null;
+}
+
+function ratioInWords(ratio, dense) {
+  return dense ? `${(ratio * dense).toFixed(2)} (${ratio.toFixed(2)} × dense)` : `${ratio.toFixed(2)} × dense`;
+}
+
+function bytesOf(text) {
+  return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+}
+
+// Tables of shares come as two bytes a value.
+function sharesOf(text) {
+  return new Uint16Array(bytesOf(text).buffer);
+}

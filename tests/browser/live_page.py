@@ -1,0 +1,82 @@
+"""The live view alone, on random scores of a model of any shape: for its tests and its timing.
+
+The address gives the shape: ?shape=small or ?shape=large, and ?predicted=1 for a prediction.
+"""
+
+from dataclasses import asdict, replace
+
+import streamlit as st
+import torch
+
+from pages.shared.live import KEY, Measured, Position, live, predicted, tables
+from transact_core.activations import ActivationStatistics, ModuleStatistics
+from transact_core.architecture import Architecture
+from transact_core.importance import Scores
+from transact_core.plan import GRANULARITIES, Granularity
+from transact_core.prediction import Ratio
+from transact_core.preview import energy_kept, maps, structure
+
+SHAPES = {
+    "small": Architecture(96, 200, 4, 12, 4, 8, 320, True, False, False),
+    "large": Architecture(4096, 11_008, 32, 32, 32, 128, 32_000, False, False, False),
+    "largest": Architecture(8192, 14_336, 80, 64, 8, 128, 128_256, False, False, False),
+}
+
+
+@st.cache_resource
+def made(shape: str, granularity: Granularity) -> tuple:
+    architecture = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+
+    def random(width: int) -> torch.Tensor:
+        layers = architecture.num_hidden_layers
+        return torch.rand(layers, width, generator=generator, dtype=torch.float64)
+
+    width = architecture.mha_width
+    scores = Scores(
+        random(architecture.num_attention_heads), random(width),
+        random(architecture.intermediate_size),
+    )  # fmt: skip
+    sums = [random(width), random(architecture.intermediate_size)]
+    statistics = ActivationStatistics(*(ModuleStatistics(each, each, each, 1) for each in sums))
+    table = structure(architecture, granularity)
+    energy = energy_kept(table, scores, statistics, architecture)
+    drawn = maps(table, scores, architecture)
+    return table, tables(architecture, [table], drawn, energy, "float16")
+
+
+def restore() -> None:
+    choices = st.session_state[KEY]["view"].get("choices")
+    if choices:
+        st.session_state["granularity"] = choices["granularity"]
+
+
+@st.fragment
+def view() -> None:
+    granularity = st.selectbox("Granularity", GRANULARITIES, key="granularity")
+    table, given = made(st.query_params.get("shape", "small"), granularity)
+    prediction = None
+    measured = []
+    if "predicted" in st.query_params:
+        pairs = [(mha, mlp) for mha in table.mha.options for mlp in table.mlp.options]
+        prediction = {}
+        for mha, mlp in pairs:
+            cut = (
+                2 - mha.width / table.mha.options[0].width - mlp.width / table.mlp.options[0].width
+            )
+            prediction[mha.width, mlp.width] = Ratio(1 + 0.8 * cut, 1 + cut, 1 + 1.3 * cut)
+        measured = [Measured(table.mha.option_at[33], table.mlp.option_at[30], 1.7)]
+    start, revision = st.session_state.setdefault("start", (Position(), 1))
+    position = live(
+        given, start, revision, {"granularity": granularity}, 20.0,
+        prediction and predicted(table, prediction), measured, on_change=restore,
+    )  # fmt: skip
+    st.session_state["rested"] = position
+    runs = st.session_state["runs"] = st.session_state.get("runs", 0) + 1
+    st.text(f"rests at {asdict(position)}, run {runs}")
+    if st.button("Put at 50"):
+        st.session_state["start"] = (replace(position, mha=50, mlp=50), revision + 1)
+        st.rerun(scope="fragment")
+
+
+view()

@@ -1,0 +1,413 @@
+"""Predicted perplexity at every position of the two sliders, with an interval, and its score.
+
+    bench.damage(choices, progress)              # once for an importance; over a second, so a job
+    points = [Point.of(measurement, choices), ...]
+    predict_grid(bench, choices, points)         # {(mha width, mlp width): Ratio(low, mid, high)}
+    next_points(bench, choices, points, count=5) # where to measure next, the most telling first
+    keep_score(bench, points)                    # what was said of each point before it came
+
+`predict_grid` takes milliseconds once `bench.damage_known(choices)`. A `Ratio` is of perplexity
+over the dense model's on the bench's evaluation text; the interval is meant to hold what would be
+*measured* there nine times in ten. What another text would give, it does not say.
+
+What is known before any cut is measured is `damage`: the mean over layers of the relative error m
+of the attention's output and p of the MLP's at a position's widths. The law from there to the mean
+NLL, in nats over the dense model's, is
+
+    Δ = (uᵍ + vᵍ)^(1/g),    u = A (m / 0.1)^α,    v = B (p / 0.1)^β,
+
+nothing where nothing is cut and rising in both errors whatever the five parameters, which are
+positive and fitted as logarithms. Around the law, log Δ departs by a smooth Gaussian process in
+(√m, √p), and each measurement by its own noise. With Gaussian priors on the parameters all of it is
+one Gaussian process, made linear where its parameters are likeliest (Gauss-Newton): a few points
+are enough to fit it, none is enough to say something, and many make it follow them. Points with
+other choices count too, as far as their choices' parameters are alike: each choice has its own
+parameters about shared ones.
+"""
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from transact_core.bench import Bench, Choices, Measurement
+
+REFERENCE = 0.1
+PRIOR = np.array([-0.7, 0.26, -1.05, 0.2, 0.0])
+"""Of log A, log α, log B, log β, log g; here and below from `benchmarks.prediction`."""
+SHARED = np.array([0.6, 0.15, 0.4, 0.15, 0.1])
+"""Standard deviations of what all choices have in common."""
+OWN = np.array([0.6, 0.15, 0.25, 0.1, 0.1])
+"""And of what one of them has for itself."""
+DEPARTURE = 0.06
+"""Standard deviation of log Δ about the law."""
+LENGTH = 0.1
+"""In √m and √p, over which a departure lasts."""
+FAR = 0.05
+MOST_FAR = 0.5
+"""Standard deviation of log Δ over Δ², and at most: far from the dense model the law is a guess."""
+NOISE = 0.5
+"""Share of a point's standard error that its neighbours do not share."""
+TYPICAL_ERROR = 0.04
+"""Standard error of Δ over √Δ, where nothing measured tells it."""
+SMALLEST_NOISE = 0.001
+"""In nats."""
+DOUBTS = 6
+"""Weight, in points, of the belief that points depart from the law as far as said above."""
+NORMAL = 1.645
+"""Standard deviations to each side that hold 90 %."""
+ITERATIONS = 30
+SETTLED = 1e-4
+MOST = 30.0
+"""Nats beyond which nothing is told apart."""
+SIDE = 96
+"""Positions along each side of the largest grid."""
+USEFUL = 2.0
+"""Perplexity over the dense model's up to which points are worth measuring."""
+CANDIDATES = 24
+"""Positions along each side among which the next points are chosen."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured point: where it is, and what was measured."""
+
+    choices: Choices
+    mha_width: int
+    mlp_width: int
+    delta_nll: float
+    """Mean per-token difference of NLL from the dense model, in nats."""
+    delta_nll_se: float = math.nan
+    """Its standard error, NaN where it is not known."""
+
+    @classmethod
+    def of(cls, measurement: Measurement, choices: Choices) -> "Point":
+        cost = measurement.footprint
+        return cls(
+            choices,
+            cost.mha_width,
+            cost.mlp_width,
+            measurement.delta_nll,
+            measurement.delta_nll_se,
+        )
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of perplexity over the dense model's: the likeliest, and where nine in ten are expected."""
+
+    low: float
+    mid: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What was said of a point before it was measured, and how it came out."""
+
+    point: Point
+    said: Ratio
+    measured: float
+    """Perplexity over the dense model's."""
+
+    @property
+    def relative_error(self) -> float:
+        """Of the predicted perplexity, positive where it was too high."""
+        return self.said.mid / self.measured - 1
+
+    @property
+    def inside(self) -> bool:
+        return self.said.low <= self.measured <= self.said.high
+
+
+def predict_grid(
+    bench: Bench,
+    choices: Choices,
+    points: Iterable[Point],
+    mha_widths: Sequence[int] | None = None,
+    mlp_widths: Sequence[int] | None = None,
+) -> dict[tuple[int, int], Ratio]:
+    """The ratio at every pair of these widths; by default all attention widths and 96 MLP widths.
+
+    Measures the damage where it is not known. `points` may hold other choices of the same bench;
+    those whose damage is not known are left out. `mid` and `high` never fall where a width does;
+    at the dense widths all three are 1.
+    """
+    damage = bench.damage(choices)
+    mha = sorted(mha_widths or _mha_widths(bench, choices, SIDE), reverse=True)
+    mlp = sorted(mlp_widths or _evenly(damage.mlp.widths.tolist(), SIDE), reverse=True)
+    low, mid, high = fitted(bench, points).predict(
+        _group(choices), damage.mha.at(mha)[:, None], damage.mlp.at(mlp)[None]
+    )
+    # Of neighbours the smooth departure may leave the narrower one a little lower.
+    mid, high = (_rising(_rising(each, 0), 1) for each in (mid, high))
+    low, mid, high = (np.exp(np.minimum(each, MOST)).tolist() for each in (low, mid, high))
+    return {
+        (mha_width, mlp_width): Ratio(low[row][column], mid[row][column], high[row][column])
+        for row, mha_width in enumerate(mha)
+        for column, mlp_width in enumerate(mlp)
+    }
+
+
+def keep_score(bench: Bench, points: Sequence[Point]) -> list[Scored]:
+    """What the predictor, fitted on the points before each, said of it; in the order measured.
+
+    Points whose damage is not known are left out.
+    """
+    known = [point for point in points if bench.damage_known(point.choices)]
+    scored = []
+    for number, point in enumerate(known):
+        damage = bench.damage(point.choices)
+        said = fitted(bench, known[:number]).predict(
+            _group(point.choices),
+            damage.mha.at([point.mha_width]),
+            damage.mlp.at([point.mlp_width]),
+        )
+        ratio = Ratio(*(math.exp(min(each.item(), MOST)) for each in said))
+        scored.append(Scored(point, ratio, math.exp(min(point.delta_nll, MOST))))
+    return scored
+
+
+def next_points(
+    bench: Bench,
+    choices: Choices,
+    points: Iterable[Point],
+    count: int = 1,
+    limit: float = USEFUL,
+) -> list[tuple[int, int]]:
+    """Where measuring would tell most: (mha width, mlp width), the most telling first.
+
+    One after the other, the position whose measurement takes most off the variance of Δ summed over
+    all positions that are predicted to cost at most `limit` times the dense perplexity. Fewer than
+    `count` where there are no more of them.
+    """
+    damage, points = bench.damage(choices), list(points)
+    mha = _mha_widths(bench, choices, CANDIDATES)
+    mlp = _evenly(damage.mlp.widths.tolist(), CANDIDATES)
+    m, p = (each.ravel() for each in np.meshgrid(damage.mha.at(mha), damage.mlp.at(mlp)))
+    places = [(mha_width, mlp_width) for mlp_width in mlp for mha_width in mha]
+    fit, group = fitted(bench, points), _group(choices)
+    _, mid, _ = fit.predict(group, m, p)
+    useful = (mid <= math.log(limit)) & (mid > 0)
+    m, p, mid = m[useful], p[useful], mid[useful]
+    places = [place for place, taken in zip(places, useful, strict=True) if taken]
+    # In nats, where 5 % of perplexity are the same everywhere.
+    covariance = fit.covariance(group, m, p) * np.outer(mid, mid)
+    noise = fit.noise(group, mid) ** 2 + (mid * _far(mid)) ** 2
+    measured = {(point.mha_width, point.mlp_width) for point in points if point.choices == choices}
+    free = np.array([place not in measured for place in places], dtype=bool)
+    chosen = []
+    while len(chosen) < count and free.any():
+        gain = (covariance**2).sum(axis=0) / (covariance.diagonal() + noise)
+        best = int(np.where(free, gain, -1).argmax())
+        chosen.append(places[best])
+        free[best] = False
+        column = covariance[:, best]
+        covariance = covariance - np.outer(column, column) / (column[best] + noise[best])
+    return chosen
+
+
+def fitted(bench: Bench, points: Iterable[Point]) -> "Fit":
+    """The predictor that has seen these points, as far as their damage is known."""
+    rows = [
+        (_group(point.choices), point, bench.damage(point.choices))
+        for point in points
+        if bench.damage_known(point.choices) and math.isfinite(point.delta_nll)
+    ]
+    return Fit(
+        [group for group, _, _ in rows],
+        np.array([damage.mha.at([point.mha_width])[0] for _, point, damage in rows]),
+        np.array([damage.mlp.at([point.mlp_width])[0] for _, point, damage in rows]),
+        np.array([point.delta_nll for _, point, _ in rows]),
+        np.array([point.delta_nll_se for _, point, _ in rows]),
+    )
+
+
+def _group(choices: Choices) -> Choices:
+    """Choices whose points obey one law: which widths are offered is not among them."""
+    return replace(choices, multiple_of=1)
+
+
+def _mha_widths(bench: Bench, choices: Choices, most: int) -> list[int]:
+    shape, known = bench.loaded.architecture, bench.damage(choices).mha.widths.tolist()
+    if choices.granularity == "head-dims":
+        step = 2 * shape.num_attention_heads
+        known = list(range(math.ceil(known[0] / step) * step, known[-1] + 1, step))
+    return _evenly(known, most)
+
+
+def _evenly(values: list[int], most: int) -> list[int]:
+    """At most so many of the values, the first and the last among them."""
+    places = np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int)
+    return [values[place] for place in places]
+
+
+def _rising(values: np.ndarray, axis: int) -> np.ndarray:
+    return np.maximum.accumulate(values, axis=axis)
+
+
+# --- the law, and the process about it -------------------------------------------------------
+
+
+def law(parameters: np.ndarray, m: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """log Δ, shape (n,), and its derivative by each parameter, shape (n, 5).
+
+    `parameters` has shape (5,) or (n, 5), m and p shape (n,). Minus infinity where both are 0, the
+    derivatives there being 0.
+    """
+    log_a, log_alpha, log_b, log_beta, log_g = np.moveaxis(parameters, -1, 0)
+    alpha, beta, g = np.exp(log_alpha), np.exp(log_beta), np.exp(log_g)
+    tiny = np.finfo(float).tiny
+    m_size, p_size = (np.log(np.maximum(each, tiny) / REFERENCE) for each in (m, p))
+    u, v = log_a + alpha * m_size, log_b + beta * p_size
+    u, v = np.where(m > 0, u, -np.inf), np.where(p > 0, v, -np.inf)
+    total = np.logaddexp(g * u, g * v)
+    nothing = np.isneginf(total)
+    with np.errstate(invalid="ignore"):
+        u_share, v_share = (np.where(nothing, 0, np.exp(g * each - total)) for each in (u, v))
+        by_g = np.where(u_share > 0, u_share * u, 0) + np.where(v_share > 0, v_share * v, 0)
+        by_g = np.where(nothing, 0, by_g - total / g)
+    derivatives = [u_share, u_share * alpha * m_size, v_share, v_share * beta * p_size, by_g]
+    return total / g, np.stack(np.broadcast_arrays(*derivatives), axis=-1)
+
+
+class Fit:
+    """The law and the process about it, fitted to points of any groups.
+
+    Takes for each point its group (anything hashable), the errors m and p, Δ and its standard error
+    or NaN, the last four as arrays of shape (points,).
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Hashable],
+        m: np.ndarray,
+        p: np.ndarray,
+        delta: np.ndarray,
+        errors: np.ndarray,
+    ) -> None:
+        # A point that cuts nothing is known to be 0 and tells nothing.
+        kept = (m > 0) | (p > 0)
+        self._groups = [group for group, taken in zip(groups, kept, strict=True) if taken]
+        self._m, self._p, delta, errors = (each[kept] for each in (m, p, delta, errors))
+        self._same = _equal(self._groups, self._groups)
+        self._spreads = np.where(
+            np.isfinite(errors) & (delta > 0), errors / np.sqrt(np.maximum(delta, 1e-9)), np.nan
+        )
+        typical = TYPICAL_ERROR * np.sqrt(np.maximum(delta, 0))
+        noise = np.maximum(NOISE * np.where(np.isfinite(errors), errors, typical), SMALLEST_NOISE)
+        # Of a point that came out at nothing or less, all that is known is that it is small.
+        seen = np.maximum(delta, noise)
+        self._noise = np.diag((noise / seen) ** 2 + _far(seen) ** 2)
+        self._observed = np.log(seen)
+        self._fit()
+
+    def _fit(self) -> None:
+        parameters = np.tile(PRIOR, (len(self._m), 1))
+        for _ in range(ITERATIONS):
+            value, self._slopes = law(parameters, self._m, self._p)
+            surprise = (
+                self._observed - value - (self._slopes * (PRIOR - parameters)).sum(axis=-1)
+            )  # fmt: skip
+            covariance = self._kernel(self._slopes, self._m, self._p, self._same) + self._noise
+            self._inverse = np.linalg.inv(covariance)
+            self._pull = self._inverse @ surprise
+            wanted = self._towards(self._same)
+            # The first steps may be far too long, where the law is anything but a line.
+            step = np.clip(wanted - parameters, -0.5, 0.5)
+            parameters = parameters + step
+            if not np.abs(step).max(initial=0) > SETTLED:
+                break
+        chi_squared = surprise @ self._pull if len(self._m) else 0.0
+        spread = (DOUBTS + chi_squared) / (DOUBTS + len(self._m))
+        # A few points that happen to lie well are no reason to be surer than others allowed.
+        self._scale = math.sqrt(max(1.0, spread))
+
+    def parameters(self, group: Hashable) -> np.ndarray:
+        """The likeliest parameters of a group, shape (5,)."""
+        return self._towards(_equal([group], self._groups))[0]
+
+    def _towards(self, same: np.ndarray) -> np.ndarray:
+        variances = SHARED**2 + OWN**2 * same[..., None]
+        return PRIOR + np.einsum("gnk,nk,n->gk", variances, self._slopes, self._pull)
+
+    def _kernel(
+        self, slopes: np.ndarray, m: np.ndarray, p: np.ndarray, same: np.ndarray
+    ) -> np.ndarray:
+        """Covariance of log Δ of some places with the points, shape (places, points)."""
+        return _covariance((slopes, m, p), (self._slopes, self._m, self._p), same)
+
+    def predict(
+        self, group: Hashable, m: np.ndarray, p: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Δ in nats at every place, m and p being broadcast: low, likeliest and high."""
+        m, p = np.broadcast_arrays(m, p)
+        shape, m, p = m.shape, m.ravel(), p.ravel()
+        cut = (m > 0) | (p > 0)
+        mid, spread = np.zeros(len(m)), np.zeros(len(m))
+        value, weights, slopes = self._mean(group, m[cut], p[cut])
+        variance = _variance(slopes) - np.einsum(
+            "pn,pn->p", weights @ self._inverse, weights
+        )  # fmt: skip
+        mid[cut] = np.exp(np.minimum(value, math.log(MOST)))
+        spread[cut] = NORMAL * self._scale * np.sqrt(np.maximum(variance, 0) + _far(mid[cut]) ** 2)
+        noise = NORMAL * self.noise(group, mid)
+        low = mid - np.hypot(mid * -np.expm1(-spread), noise)
+        high = mid + np.hypot(mid * np.expm1(np.minimum(spread, MOST)), noise)
+        return tuple(each.reshape(shape) for each in (low, mid, high))
+
+    def _mean(
+        self, group: Hashable, m: np.ndarray, p: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        parameters = self.parameters(group)
+        value, slopes = law(parameters, m, p)
+        weights = self._kernel(slopes, m, p, _equal([group], self._groups))
+        return value + slopes @ (PRIOR - parameters) + weights @ self._pull, weights, slopes
+
+    def covariance(self, group: Hashable, m: np.ndarray, p: np.ndarray) -> np.ndarray:
+        """Covariance of log Δ between places that cut something, shape (places, places)."""
+        _, weights, slopes = self._mean(group, m, p)
+        places = (slopes, m, p)
+        prior = _covariance(places, places, np.ones((1, 1)))
+        return self._scale**2 * (prior - weights @ self._inverse @ weights.T)
+
+    def noise(self, group: Hashable, delta: np.ndarray) -> np.ndarray:
+        """Standard deviation, in nats, of what a measurement does not share with its neighbours.
+
+        Its square grows as Δ does; how fast, the group's measured standard errors say.
+        """
+        spreads = self._spreads[_equal([group], self._groups)[0] & np.isfinite(self._spreads)]
+        spread = np.median(spreads) if len(spreads) else TYPICAL_ERROR
+        return np.where(delta > 0, np.maximum(NOISE * spread * np.sqrt(delta), SMALLEST_NOISE), 0)
+
+
+def _far(delta: np.ndarray) -> np.ndarray:
+    return np.minimum(FAR * delta**2, MOST_FAR)
+
+
+Places = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""The law's slopes, (n, 5), and the errors m and p, each (n,)."""
+
+
+def _covariance(here: Places, there: Places, same: np.ndarray) -> np.ndarray:
+    slopes, m, p = here
+    other_slopes, other_m, other_p = there
+    shared = (slopes * SHARED**2) @ other_slopes.T
+    own = (slopes * OWN**2) @ other_slopes.T
+    apart = sum(
+        np.subtract.outer(np.sqrt(each), np.sqrt(other)) ** 2
+        for each, other in ((m, other_m), (p, other_p))
+    )
+    return shared + same * (own + DEPARTURE**2 * np.exp(-apart / (2 * LENGTH**2)))
+
+
+def _variance(slopes: np.ndarray) -> np.ndarray:
+    return (slopes**2) @ (SHARED**2 + OWN**2) + DEPARTURE**2
+
+
+def _equal(groups: Sequence[Hashable], others: Sequence[Hashable]) -> np.ndarray:
+    """Which are the same, shape (groups, others), bool."""
+    return np.array(
+        [[group == other for other in others] for group in groups], dtype=bool
+    ).reshape(len(groups), len(others))  # fmt: skip
