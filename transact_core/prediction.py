@@ -67,6 +67,8 @@ SIDE = 96
 """Positions along each side of the largest grid."""
 USEFUL = 2.0
 """Perplexity over the dense model's up to which points are worth measuring."""
+FAIR_CHANCE = 0.2
+"""Of being useful, which a point must have to be named as the next."""
 CANDIDATES = 24
 """Positions along each side among which the next points are chosen."""
 
@@ -181,8 +183,9 @@ def next_points(
     """Where measuring would tell most: (mha width, mlp width), the most telling first.
 
     One after the other, the position whose measurement takes most off the variance of Δ summed over
-    all positions that are predicted to cost at most `limit` times the dense perplexity. Fewer than
-    `count` where there are no more of them.
+    all positions, each counted as far as it is likely to cost at most `limit` times the dense
+    perplexity. Only such are named as have a fair chance of that: fewer than `count` where there
+    are no more of them.
     """
     damage, points = bench.damage(choices), list(points)
     mha = _mha_widths(bench, choices, CANDIDATES)
@@ -190,24 +193,36 @@ def next_points(
     m, p = (each.ravel() for each in np.meshgrid(damage.mha.at(mha), damage.mlp.at(mlp)))
     places = [(mha_width, mlp_width) for mlp_width in mlp for mha_width in mha]
     fit, group = fitted(bench, points), _group(choices)
+    cut = (m > 0) | (p > 0)
+    m, p = m[cut], p[cut]
+    places = [place for place, taken in zip(places, cut, strict=True) if taken]
     _, mid, _ = fit.predict(group, m, p)
-    useful = (mid <= math.log(limit)) & (mid > 0)
-    m, p, mid = m[useful], p[useful], mid[useful]
-    places = [place for place, taken in zip(places, useful, strict=True) if taken]
+    covariance = fit.covariance(group, m, p)
+    chance = _chance_below(limit, mid, np.sqrt(np.maximum(covariance.diagonal(), 0)))
     # In nats, where 5 % of perplexity are the same everywhere.
-    covariance = fit.covariance(group, m, p) * np.outer(mid, mid)
-    noise = fit.noise(group, mid) ** 2 + (mid * _far(mid)) ** 2
+    weight = chance * np.minimum(mid, math.log(limit))
+    covariance = covariance * np.outer(weight, weight)
+    noise = (weight * np.hypot(fit.noise(group, mid) / mid, _far(mid))) ** 2
     measured = {(point.mha_width, point.mlp_width) for point in points if point.choices == choices}
-    free = np.array([place not in measured for place in places], dtype=bool)
+    free = (chance >= FAIR_CHANCE) & np.array([place not in measured for place in places])
     chosen = []
     while len(chosen) < count and free.any():
-        gain = (covariance**2).sum(axis=0) / (covariance.diagonal() + noise)
+        total = np.maximum(covariance.diagonal() + noise, np.finfo(float).tiny)
+        gain = (covariance**2).sum(axis=0) / total
         best = int(np.where(free, gain, -1).argmax())
         chosen.append(places[best])
         free[best] = False
         column = covariance[:, best]
-        covariance = covariance - np.outer(column, column) / (column[best] + noise[best])
+        covariance = covariance - np.outer(column, column) / total[best]
     return chosen
+
+
+def _chance_below(limit: float, mid: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """Of perplexity at most `limit` times the dense one, Δ being log-normal about `mid`."""
+    if limit <= 1:
+        return np.zeros(len(mid))
+    away = (math.log(math.log(limit)) - np.log(mid)) / np.maximum(spread, 1e-9)
+    return np.array([(1 + math.erf(each / math.sqrt(2))) / 2 for each in away])
 
 
 def fitted(bench: Bench, points: Iterable[Point]) -> "Fit":
