@@ -84,9 +84,9 @@ def test_disturbances_are_as_strong_as_asked(gqa_bench, strength, layer, site):
         gone = (zeroed == 0).all(dim=0).all(dim=0)
         assert gone.sum().item() == round(strength * len(energies))
         assert torch.equal(zeroed[..., ~gone], activation[..., ~gone])
-    assert (0 < gone.sum() < len(energies) and energies[gone].max() <= energies[~gone].min()) or (
-        gone.all() or not gone.any()
-    )
+    # Of the last disturbance, which zeroes the weakest.
+    if 0 < gone.sum() < len(energies):
+        assert energies[gone].max() <= energies[~gone].min()
     assert torch.equal(activation, before)
 
 
