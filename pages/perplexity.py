@@ -109,7 +109,7 @@ def choose_curve(bench: Bench) -> None:
 
 def choose_shown(measured: Sequence[Measurement]) -> tuple[list[Measurement], str, bool]:
     """The points to show, what their colours stand for, and whether perplexity is logarithmic."""
-    columns = st.columns([3, 3, 3, 2, 1.4], vertical_alignment="bottom")
+    columns = st.columns([3, 3, 3, 2.4, 2], vertical_alignment="bottom")
     shown = list(measured)
     for column, (name, value_of) in zip(columns, SHOWN_BY.items(), strict=False):
         values = sorted({value_of(point) for point in measured})

@@ -23,7 +23,7 @@ from transact_core.frontier import frontier
 
 COSTS = {
     "parameters": ("parameters (M)", 1e6, "M parameters", "parameters"),
-    "kv_bytes_per_token": ("KV cache per token (kB)", 1e3, "kB of KV cache a token", "KV cache"),
+    "kv_bytes_per_token": ("KV cache per token (kB)", 1e3, "kB KV/token", "KV cache"),
 }
 """By the field of a footprint: the axis, its scale, the unit in words, what is saved."""
 MAP_TICKS = (1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100)
@@ -117,11 +117,8 @@ def _frontier_title(table: pd.DataFrame, field: str) -> str:
     within = table[table["perplexity"] <= TOLERATED * dense["perplexity"]]
     least = within[field].min()
     if least >= dense[field]:
-        return f"No measured cut within {TOLERATED} × the dense perplexity saves {saved}"
-    return (
-        f"Within {TOLERATED} × the dense perplexity: down to {least / scale:,.1f} of "
-        f"{dense[field] / scale:,.1f} {unit}"
-    )
+        return f"Within {TOLERATED} × dense no measured cut saves {saved}"
+    return f"Within {TOLERATED} × dense: {least / scale:,.1f} of {dense[field] / scale:,.1f} {unit}"
 
 
 def best_at_each_pair(

@@ -231,7 +231,7 @@ def test_the_frontier_joins_what_no_other_beats():
     assert list(line.y) == pytest.approx([20, 11, 10])
     symbols = {trace.name: trace.marker.symbol for trace in figure.data[1:]}
     assert symbols["both"] == ("circle-open",)
-    assert title(figure) == "Within 1.2 × the dense perplexity: down to 1.5 of 2.0 M parameters"
+    assert title(figure) == "Within 1.2 × dense: 1.5 of 2.0 M parameters"
     cache = tradeoff_charts.frontier_chart(points, dense, (100, 100), "kv_bytes_per_token")
     assert "saves KV cache" in title(cache)
 
