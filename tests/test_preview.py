@@ -76,7 +76,8 @@ def statistics_for(shape, seed: int) -> ActivationStatistics:
         )
         return ModuleStatistics(energy, energy, energy, tokens=1)
 
-    return ActivationStatistics(module(shape.mha_width), module(shape.intermediate_size))
+    widths = (shape.mha_width, shape.intermediate_size, shape.hidden_size)
+    return ActivationStatistics(*map(module, widths))
 
 
 def kept_channels_of_attention(layer, shape) -> list[int]:
@@ -121,7 +122,7 @@ def test_a_layer_without_energy_has_none_to_lose():
     zero = torch.zeros(1, 8, dtype=torch.float64)
     quiet = ModuleStatistics(zero, zero, zero, tokens=1)
     table = structure(shape, "query-heads")
-    kept = energy_kept(table, even_scores(), ActivationStatistics(quiet, quiet), shape)
+    kept = energy_kept(table, even_scores(), ActivationStatistics(quiet, quiet, quiet), shape)
     assert (kept.mha == 1).all()
     assert (kept.mlp == 1).all()
     assert kept.mean(0, 0) == 1
