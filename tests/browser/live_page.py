@@ -79,4 +79,5 @@ def view() -> None:
         st.rerun(scope="fragment")
 
 
+st.set_page_config(layout="wide")
 view()

@@ -104,7 +104,7 @@ def tables(
         "undecided": "auto decides among these when the cut is measured.",
         "heads_caption": "Heads: all stay, each is narrower"
         if first.granularity == "head-dims" and len(structures) == 1
-        else "Heads, by index: × goes"
+        else "Heads, by index: thin ones go"
         if len(structures) == 1
         else "Heads: auto has not decided",
         "maps": _maps(maps, energy),

@@ -28,15 +28,17 @@ function figuresOf(data, cost, context) {
 }
 
 function scaled(value, unit) {
+  // Parameters are counted in millions, however many there are.
+  if (unit === "M" && value >= 1e8) return `${Math.round(value / 1e6).toLocaleString("en")} M`;
+  if (unit === "M") unit = "";
   const steps = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
-  const names = unit === "" ? { T: "T", G: "B", M: "M", k: "k" } : { T: "T", G: "G", M: "M", k: "k" };
   const [size, prefix] = steps.find(([size]) => value >= size) ?? [1, ""];
   const shown = value / size;
   const digits = size === 1 ? 0 : shown < 10 ? 2 : shown < 100 ? 1 : 0;
-  return `${shown.toFixed(digits)} ${prefix ? names[prefix] : ""}${unit}`.trim();
+  return `${shown.toFixed(digits)} ${prefix}${unit}`.trim();
 }
 
-const UNITS = { parameters: "", weights4: "B", weights2: "B", kv: "B", flops: "FLOP", serve: "B" };
+const UNITS = { parameters: "M", weights4: "B", weights2: "B", kv: "B", flops: "", serve: "B" };
 
 function rangeInWords(values, unit) {
   const low = scaled(Math.min(...values), unit), high = scaled(Math.max(...values), unit);

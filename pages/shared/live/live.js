@@ -267,13 +267,14 @@ class LiveView {
     const value = this.find('[data-figure="predicted"]'), note = this.find('[data-note="predicted"]');
     value.value = predicted?.mid ?? "";
     value.classList.toggle("none", !predicted);
-    value.textContent = predicted ? ratioInWords(predicted.mid, data.dense_perplexity)
+    const scale = data.dense_perplexity ?? 1, unit = data.dense_perplexity ? "" : " × dense";
+    value.textContent = predicted ? (predicted.mid * scale).toFixed(2) + unit
       : data.mha.length > 1 ? "not predicted while auto is undecided" : nothing ? "nothing is cut" : "not predicted yet: measure a point";
-    const scale = data.dense_perplexity ?? 1, unit = data.dense_perplexity ? "" : " ×";
     const parts = [];
-    if (predicted) parts.push(`${(predicted.low * scale).toFixed(2)} to ${(predicted.high * scale).toFixed(2)}${unit}, ${data.interval}`);
+    if (predicted && data.dense_perplexity) parts.push(`${predicted.mid.toFixed(2)} × dense`);
+    if (predicted) parts.push(`${(predicted.low * scale).toFixed(2)} to ${(predicted.high * scale).toFixed(2)} ${data.interval}`);
     if (measured) parts.push(`measured ${ratioInWords(measured.ratio, data.dense_perplexity)}`);
-    note.textContent = parts.join("; ");
+    note.textContent = parts.join("\n");
   }
 
   writeLayer(mha, mlp) {
@@ -289,13 +290,13 @@ class LiveView {
     if (tables && data.mha.length === 1) {
       const option = data.mha[0].option_at[this.view.mha];
       const gone = Array.from({ length: data.heads }, (_, head) => head).filter((head) => tables.staysUntil[layer * data.heads + head] < option);
-      rows.push(["Heads out", gone.length ? gone.join(", ") : "none"]);
+      rows.push(["Heads out", gone.length ? `${gone.length}: ${gone.join(", ")}` : "none"]);
       rows.push(["MHA energy", PERCENT.format(this.energy("mha")[layer])]);
     }
     if (tables) rows.push(["MLP energy", PERCENT.format(this.energy("mlp")[layer])]);
     this.find(".numbers").replaceChildren(...rows.flatMap(([name, value]) => {
       const [term, detail] = [document.createElement("dt"), document.createElement("dd")];
-      [term.textContent, detail.textContent] = [name, value];
+      [term.textContent, detail.textContent, detail.title] = [name, value, value];
       return [term, detail];
     }));
   }

@@ -109,19 +109,7 @@ function drawHeads(canvas, data, tables, option, ink, chosen) {
         pen.fillRect(x, y, w, h);
         continue;
       }
-      pen.globalAlpha = 0.28;
-      pen.fillRect(x, y, w, h);
-      pen.globalAlpha = 1;
-      pen.strokeStyle = ink.text;
-      pen.lineWidth = 1;
-      pen.beginPath();
-      pen.moveTo(x + w * 0.25, y + h * 0.2);
-      pen.lineTo(x + w * 0.75, y + h * 0.8);
-      if (row > 8) {
-        pen.moveTo(x + w * 0.75, y + h * 0.2);
-        pen.lineTo(x + w * 0.25, y + h * 0.8);
-      }
-      pen.stroke();
+      pen.fillRect(x, y + h * 0.36, w, Math.max(1, h * 0.28));
     }
   }
 }
@@ -203,11 +191,13 @@ function drawStrip(canvas, data, side, view, ink) {
   const { pen, width, height } = prepared(canvas);
   const at = (place) => 8 + place / 95 * (width - 16);
   const along = Array.from({ length: 96 }, (_, place) => predictionAt(data, { ...view, [side]: place }));
-  const dots = [];
+  const places = new Map();
   for (let place = 0; place < 96; place++) {
     const point = measuredAt(data, { ...view, [side]: place });
-    if (point && !dots.some(([, other]) => other === point)) dots.push([place, point]);
+    if (point) places.set(point, [...(places.get(point) ?? []), place]);
   }
+  // A point stands for all places of its width: where the thumb is, or in their middle.
+  const dots = [...places].map(([point, all]) => [all.includes(view[side]) ? view[side] : all[all.length >> 1], point]);
   if (along.every((each) => !each) && !dots.length) {
     pen.fillStyle = ink.quiet;
     pen.fillText(data.mha.length > 1 ? "" : "Perplexity along this slider: nothing is measured or predicted yet", 0, height / 2, width);
@@ -243,7 +233,7 @@ function drawStrip(canvas, data, side, view, ink) {
     pen.beginPath(); pen.arc(at(place), y(ratio), 4, 0, 2 * Math.PI);
     pen.fillStyle = fill; pen.strokeStyle = ink.text; pen.fill(); pen.stroke();
   };
-  dots.forEach(([place, point]) => dot(place, point.ratio, ink.paper));
   const here = along[view[side]];
   if (here) dot(view[side], here.mid, ink[side]);
+  dots.forEach(([place, point]) => dot(place, point.ratio, ink.paper));
 }
