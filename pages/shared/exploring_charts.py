@@ -163,11 +163,10 @@ def attention(pattern: np.ndarray, tokens: Sequence[str], layer: int, head: int)
     first = float(pattern[1:, 0].mean()) if len(tokens) > 1 else 1.0
     own = float(np.diagonal(pattern)[1:].mean()) if len(tokens) > 1 else 1.0
     before = float(np.diagonal(pattern, -1).mean()) if len(tokens) > 1 else 0.0
-    shares = {"the first token": first, "the token itself": own, "the token before": before}
-    words = ", ".join(f"{share:.0%} to {name}" for name, share in shares.items())
     return laid_out(
         figure,
-        f"Layer {layer}, head {head} attends {words}",
+        f"Layer {layer}, head {head}: {first:.0%} first token, {own:.0%} itself, "
+        f"{before:.0%} token before",
         max(420, 13 * len(tokens) + 180),
     )
 
