@@ -17,6 +17,15 @@ LARGEST = 1e12
 """Perplexities beyond this are drawn here; the hover tells them."""
 
 
+def _add_level(figure: go.Figure, value: float, words: str) -> None:
+    """A dotted line across a logarithmic chart, whose annotations Plotly places by exponents."""
+    figure.add_hline(value, line={"color": DENSE, "dash": "dot"})
+    figure.add_annotation(
+        text=words, x=1, xref="paper", xanchor="right", y=np.log10(value), yanchor="top",
+        showarrow=False,
+    )  # fmt: skip
+
+
 # --- premise ---------------------------------------------------------------------------------
 
 
@@ -43,10 +52,7 @@ def _perplexities(
             hovertemplate=f"{names[site]}: perplexity %{{customdata[1]:.4g}}, "
             "%{customdata[0]:.4g} × undisturbed<extra></extra>",
         )  # fmt: skip
-    figure.add_hline(
-        undisturbed, line={"color": DENSE, "dash": "dot"}, annotation_text="undisturbed",
-        annotation_position="bottom right",
-    )  # fmt: skip
+    _add_level(figure, undisturbed, "undisturbed")
     return figure.update_yaxes(title="perplexity", type="log", exponentformat="power")
 
 
@@ -163,11 +169,10 @@ def attention(pattern: np.ndarray, tokens: Sequence[str], layer: int, head: int)
     first = float(pattern[1:, 0].mean()) if len(tokens) > 1 else 1.0
     own = float(np.diagonal(pattern)[1:].mean()) if len(tokens) > 1 else 1.0
     before = float(np.diagonal(pattern, -1).mean()) if len(tokens) > 1 else 0.0
-    shares = {"the first token": first, "the token itself": own, "the token before": before}
-    words = ", ".join(f"{share:.0%} to {name}" for name, share in shares.items())
     return laid_out(
         figure,
-        f"Layer {layer}, head {head} attends {words}",
+        f"Layer {layer}, head {head}: {first:.0%} first token, {own:.0%} itself, "
+        f"{before:.0%} token before",
         max(420, 13 * len(tokens) + 180),
     )
 
@@ -234,10 +239,7 @@ def bare_perplexities(frame: pd.DataFrame, dense: float) -> go.Figure:
             hovertemplate=f"{NAMES[module]}: %{{x:.0%}} removed, perplexity %{{y:.4g}}"
             "<extra></extra>",
         )  # fmt: skip
-    figure.add_hline(
-        dense, line={"color": DENSE, "dash": "dot"}, annotation_text="dense",
-        annotation_position="bottom right",
-    )  # fmt: skip
+    _add_level(figure, dense, "dense")
     figure.update_xaxes(title="share of the width removed", tickformat=".0%", range=[-0.02, 1])
     figure.update_yaxes(title="perplexity", type="log", exponentformat="power")
     title = "Measured: perplexity of bare cuts of one module"

@@ -1,5 +1,7 @@
 """Clicking a head on the map, and choosing one by the menus instead."""
 
+import re
+
 import pytest
 from playwright.sync_api import Page, expect
 
@@ -20,7 +22,8 @@ def click_head(page: Page, layer: int, head: int) -> None:
 
 def expect_head(page: Page, layer: int, head: int) -> None:
     expect(page.get_by_text(f"Layer {layer}, head {head}: channel")).to_be_visible()
-    expect(page.get_by_text(f"Layer {layer}, head {head} attends")).to_be_visible()
+    pattern = re.compile(f"Layer {layer}, head {head}: .* first token")
+    expect(page.get_by_text(pattern)).to_be_visible()
     expect(page.get_by_role("button", name=f"without head {head} of layer {layer}")).to_be_visible()
     settle(page)
 
