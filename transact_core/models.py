@@ -8,6 +8,7 @@ read yet. Weights come from safetensors or GGUF only; nothing is unpickled, no r
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -182,8 +183,7 @@ def load_model(
         # A GGUF file is kept as a checkpoint, which later loads in a second. It was looked through
         # before it was converted.
         folder = cache_folder() / "models" / sha256_of_file(path)
-        known = folder.is_dir()
-        found = replace(inspect_folder(folder), files=[path]) if known else inspect_gguf(path)
+        found = _inspect_converted(folder, path) or inspect_gguf(path)
     elif path.suffix in PICKLE_SUFFIXES:
         raise TransActError(_pickle_refusal(path.name))
     else:
@@ -575,6 +575,17 @@ def _read_gguf(path: Path) -> GGUFReader:
     return reader
 
 
+def _inspect_converted(folder: Path, path: Path) -> Inspection | None:
+    """What was kept of a GGUF file; what is damaged is removed, to be converted again."""
+    if not folder.is_dir():
+        return None
+    try:
+        return replace(inspect_folder(folder), files=[path])
+    except TransActError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
 def _convert_gguf(path: Path, stored: torch.dtype, folder: Path) -> None:
     try:
         model = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
@@ -589,9 +600,14 @@ def _convert_gguf(path: Path, stored: torch.dtype, folder: Path) -> None:
     model = model.to(stored)
     if not all(torch.isfinite(weight).all() for weight in model.parameters()):
         raise TransActError(f"{path} holds weights that {dtype_name(stored)} cannot represent.")
-    with staged_folder(folder) as staging:
-        model.save_pretrained(staging, max_shard_size="1000GB")
-        tokenizer.save_pretrained(staging)
+    try:
+        with staged_folder(folder) as staging:
+            model.save_pretrained(staging, max_shard_size="1000GB")
+            tokenizer.save_pretrained(staging)
+    except TransActError:
+        # Another process that converts the same file may have been quicker.
+        if not folder.is_dir():
+            raise
 
 
 def _gguf_dtype(reader: GGUFReader) -> torch.dtype:
