@@ -109,9 +109,14 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(tmp_path
 
 def test_what_another_process_wrote_meanwhile_is_kept(tmp_path):
     final = tmp_path / "final"
-    with pytest.raises(TransActError, match="filled by another process"), staged_folder(final):
-        final.mkdir()
-        (final / "file").write_text("theirs")
+
+    def write() -> None:
+        with staged_folder(final):
+            final.mkdir()
+            (final / "file").write_text("theirs")
+
+    with pytest.raises(TransActError, match="filled by another process"):
+        write()
     assert os.listdir(tmp_path) == ["final"]
     assert (final / "file").read_text() == "theirs"
 

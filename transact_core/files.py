@@ -23,6 +23,8 @@ except ImportError:  # not on Windows, where leftovers stay: hidden, and never t
 
 STAGING_SUFFIX = ".transact-partial"
 MAX_NAME_BYTES = 255
+MAX_TEXT_BYTES = 200_000_000
+"""Of files that are read in one piece; the largest tokenizers take some tens of megabytes."""
 
 
 def cache_folder() -> Path:
@@ -30,6 +32,22 @@ def cache_folder() -> Path:
     if own := os.environ.get("TRANSACT_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transact"
+
+
+def read_text(path: Path) -> str:
+    """A file's text, where it is an ordinary file of ordinary size.
+
+    Raises:
+        OSError: it is not, or cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    if not path.is_file():
+        raise OSError(f"{path} is not a file")
+    with path.open("rb") as file:
+        raw = file.read(MAX_TEXT_BYTES + 1) if path.stat().st_size <= MAX_TEXT_BYTES else None
+    if raw is None or len(raw) > MAX_TEXT_BYTES:
+        raise OSError(f"{path} is larger than {MAX_TEXT_BYTES // 10**6} MB")
+    return raw.decode("utf-8")
 
 
 def sha256_of_file(path: Path) -> str:
