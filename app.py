@@ -5,8 +5,9 @@ from pathlib import Path
 import streamlit as st
 import torch
 
+from pages.shared.progress import show_jobs
 from pages.shared.workbench import Request, begin_visit, keep_upload, visit, workbench
-from transact_core import corpora
+from transact_core import corpora, results
 from transact_core.models import BUILTIN, BUILTIN_NAME
 
 MODEL_KINDS = {
@@ -18,22 +19,48 @@ MODEL_KINDS = {
 TEXT_KINDS = ("Built-in", "Uploaded file", "Hub dataset")
 
 
-def choose_model() -> str:
-    kind = st.selectbox("Model", list(MODEL_KINDS), key="model_kind", persist_state="session")
+def model_kind(model: str) -> str:
+    """Where a model of that name is looked for."""
+    if model == BUILTIN:
+        return "Built-in"
+    if model.endswith(".gguf"):
+        return "GGUF file"
+    return "Local folder" if Path(model).is_dir() else "Hub id"
+
+
+def text_kind(source: str) -> str:
+    if source == corpora.BUILTIN:
+        return "Built-in"
+    return "Hub dataset" if source.startswith("hub:") else "Uploaded file"
+
+
+def choose_model(before: str) -> str:
+    kinds, kind_before = list(MODEL_KINDS), model_kind(before)
+    kind = st.selectbox(
+        "Model", kinds, kinds.index(kind_before), key="model_kind", persist_state="session"
+    )
     if kind == "Built-in":
         st.caption(f"{BUILTIN_NAME}, installed with the app")
         return BUILTIN
     label, example = MODEL_KINDS[kind]
-    return st.text_input(label, key=f"model_{kind}", placeholder=example, persist_state="session")
+    return st.text_input(
+        label, before if kind == kind_before else "", key=f"model_{kind}", placeholder=example,
+        persist_state="session",
+    )  # fmt: skip
 
 
-def choose_text(name: str) -> str:
-    kind = st.selectbox(f"{name} text", TEXT_KINDS, key=f"{name}_kind", persist_state="session")
+def choose_text(name: str, before: str) -> str:
+    kind_before = text_kind(before)
+    kind = st.selectbox(
+        f"{name} text", TEXT_KINDS, TEXT_KINDS.index(kind_before), key=f"{name}_kind",
+        persist_state="session",
+    )  # fmt: skip
     if kind == "Built-in":
         return corpora.BUILTIN
     if kind == "Hub dataset":
         dataset = st.text_input(
             f"{name} dataset",
+            before.removeprefix("hub:") if kind == kind_before else "",
             placeholder="DATASET:CONFIG:SPLIT:COLUMN",
             help="As `wikitext:wikitext-2-raw-v1:test`; all but the dataset may be left out.",
             key=f"{name}_dataset",
@@ -45,14 +72,14 @@ def choose_text(name: str) -> str:
     )
     if file is not None:
         st.session_state[f"{name}_path"] = keep_upload(file.name, file.getvalue())
-    return st.session_state.get(f"{name}_path", "")
+    return st.session_state.get(f"{name}_path", before if kind == kind_before else "")
 
 
 def choose_request() -> Request:
-    defaults = Request()
-    model = choose_model()
-    calibration = choose_text("Calibration")
-    evaluation = choose_text("Evaluation")
+    defaults = visit().began_with
+    model = choose_model(defaults.model)
+    calibration = choose_text("Calibration", defaults.calibration)
+    evaluation = choose_text("Evaluation", defaults.evaluation)
     if calibration == evaluation:
         st.caption("Of one text, evaluation takes the beginning and calibration what follows.")
     with st.expander("How much, and on what"):
@@ -86,10 +113,15 @@ def choose_request() -> Request:
         devices = ["auto", "cpu"]
         if torch.cuda.is_available():
             devices += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-        device = st.selectbox("Device", devices, key="device", persist_state="session")
+        device = st.selectbox(
+            "Device", devices, devices.index(defaults.device), key="device",
+            persist_state="session",
+        )  # fmt: skip
+        dtypes = ["auto", "float32", "bfloat16", "float16"]
         dtype = st.selectbox(
             "Dtype",
-            ["auto", "float32", "bfloat16", "float16"],
+            dtypes,
+            dtypes.index(defaults.dtype),
             key="dtype",
             help="auto computes in float32 on a CPU and in bfloat16 on a GPU.",
             persist_state="session",
@@ -141,6 +173,9 @@ def sidebar() -> None:
             loaded.notices + opened.calibration.notices + opened.evaluation.notices
         ):
             st.warning(notice)
+    for notice in results.notices:
+        st.warning(notice)
+    show_jobs()
 
 
 st.set_page_config(page_title="TransAct workbench", page_icon="assets/icon.svg", layout="wide")

@@ -8,14 +8,20 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from pages.shared import charts, plan_charts
-from pages.shared.jobs import DONE
-from pages.shared.options import GRANULARITY_HELP, IMPORTANCE_HELP, RECOVERY_HELP
+from pages.shared.options import GRANULARITY_HELP, IMPORTANCE_HELP, RECOVERY_HELP, STEPS_HELP
 from pages.shared.progress import require_bench, require_prepared, show_dense, show_job
-from pages.shared.workbench import Cut, find_point, start_cut, visit
+from pages.shared.workbench import (
+    Cut,
+    find_cut,
+    find_point,
+    plan_at,
+    start_cut,
+    visit,
+)
 from transact_core.architecture import Architecture
 from transact_core.bench import Bench, Measurement
 from transact_core.importance import IMPORTANCES
-from transact_core.plan import GRANULARITIES, LayerPlan, PruningPlan, head_counts
+from transact_core.plan import GRANULARITIES, Decision, LayerPlan, PruningPlan, head_counts
 from transact_core.recovery import RECOVERIES
 from transact_core.surgery import head_rows
 
@@ -32,10 +38,11 @@ def choose() -> tuple[Cut, tuple[DeltaGenerator, DeltaGenerator]]:
         key="mlp", bind="query-params",
     )  # fmt: skip
     below = left.container(), right.container()
-    columns = st.columns(3)
+    columns = st.columns([3, 3, 3, 1])
     granularity = columns[0].selectbox(
-        "Granularity", GRANULARITIES, key="granularity", bind="query-params", help=GRANULARITY_HELP
-    )
+        "Granularity", [*GRANULARITIES, "auto"], key="granularity", bind="query-params",
+        help=GRANULARITY_HELP,
+    )  # fmt: skip
     importance = columns[1].selectbox(
         "Importance", list(IMPORTANCES), key="importance", bind="query-params",
         help=IMPORTANCE_HELP,
@@ -43,7 +50,10 @@ def choose() -> tuple[Cut, tuple[DeltaGenerator, DeltaGenerator]]:
     recovery = columns[2].selectbox(
         "Recovery", RECOVERIES, key="recovery", bind="query-params", help=RECOVERY_HELP
     )
-    cut = visit().cut = Cut(mha / 100, mlp / 100, granularity, importance, recovery)
+    steps = columns[3].number_input(
+        "Steps", 1, 20, key="steps", bind="query-params", help=STEPS_HELP
+    )
+    cut = visit().cut = Cut(mha / 100, mlp / 100, granularity, importance, recovery, int(steps))
     return cut, below
 
 
@@ -201,21 +211,45 @@ def show_point(point: Measurement) -> None:
                 st.plotly_chart(plan_charts.layer_fits(point.fits, point.recovery), key="fits")
 
 
+def show_decision(decision: Decision | None, plan: PruningPlan) -> None:
+    """How `auto` and steps decided, or what stands in for it until they have."""
+    if decision is None:
+        st.caption(
+            f"What `auto` takes, and which units several steps keep, is found when the cut is "
+            f"measured. Until then this is `{plan.granularity}` scored once."
+        )
+        return
+    if decision.why:
+        st.caption(decision.why)
+    if decision.earlier_steps:
+        st.caption(
+            "On the way: "
+            + "; ".join(
+                f"{step.num_attention_heads} heads of {step.head_dim} and "
+                f"{step.intermediate_size:,} channels, perplexity {step.perplexity:.2f}"
+                for step in decision.earlier_steps
+            )
+            + "."
+        )
+
+
 @st.fragment
 def workbench_view(bench: Bench) -> None:
     cut, (left, right) = choose()
     if not require_prepared(bench, cut.choices, "cut"):
         return
-    plan, shape = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices), bench.loaded.architecture
+    decision, shape = find_cut(bench, cut), bench.loaded.architecture
+    plan = decision.plan if decision else plan_at(bench, cut)
     left.caption(heads_in_words(plan, shape))
     right.caption(
         f"**{plan.intermediate_size:,} of {shape.intermediate_size:,}** channels stay "
         "in each layer."
     )
     show_footprint(bench, plan, cut.recovery)
-    point = find_point(plan, cut.recovery)
+    point = find_point(decision.plan, cut.recovery) if decision else None
+    show_decision(decision, plan)
     show_dense("cut")
-    busy = show_job("cut")
+    busy = show_job("cut", visit().request, cut)
     if point is not None:
         show_point(point)
     elif not busy:
@@ -226,13 +260,11 @@ def workbench_view(bench: Bench) -> None:
             help="Nothing is cut at these ratios." if nothing else
             f"Cuts the model, repairs it, and measures on {bench.evaluation.tokens:,} tokens.",
         ):  # fmt: skip
-            start_cut(bench, plan, cut.recovery)
+            start_cut(bench, cut)
             st.rerun()
     show_plan(bench, plan)
 
 
 st.title("Compress")
 st.caption("Move a slider: everything below follows at once. The address keeps the positions.")
-if (job := visit().job) is not None and job.state == DONE:
-    visit().job = None
 workbench_view(require_bench())

@@ -7,27 +7,30 @@ import streamlit as st
 
 from pages.shared.jobs import DONE
 from pages.shared.progress import require_bench, require_prepared, show_job
-from pages.shared.workbench import Cut, find_point, points, start_export, visit
+from pages.shared.workbench import Cut, find_cut, find_point, points, start_export, visit
 from transact_core.bench import Bench, Choices, Measurement
 from transact_core.export import apply_command, describe_compression, reproduce_command
 
 
 def choose_cut(bench: Bench) -> Cut:
-    """The cut at the sliders, or one of those measured in this session."""
+    """The cut at the sliders, or one of those this visitor measured."""
     cuts = [visit().cut]
     cuts += [Cut.of(point) for point in reversed(points())]
     cuts = list(dict.fromkeys(cuts))
 
     def point_of(cut: Cut) -> Measurement | None:
-        if not bench.prepared(cut.choices):
-            return next((point for point in points() if Cut.of(point) == cut), None)
-        return find_point(bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices), cut.recovery)
+        own = next((point for point in points() if Cut.of(point) == cut), None)
+        if own or not bench.prepared(cut.choices):
+            return own
+        decision = find_cut(bench, cut)
+        return find_point(decision.plan, cut.recovery) if decision else None
 
     def describe(cut: Cut) -> str:
         point = point_of(cut)
         return (
             f"MHA {cut.mha_ratio:.0%}, MLP {cut.mlp_ratio:.0%} · {cut.granularity} · "
             f"{cut.importance} · {cut.recovery} · "
+            + (f"{cut.steps} steps · " if cut.steps > 1 else "")
             + (f"perplexity {point.perplexity:.2f}" if point else "not measured yet")
             + (" · at the sliders" if cut == cuts[0] else "")
         )
@@ -42,8 +45,16 @@ def show_configuration(bench: Bench, cut: Cut) -> None:
         "and the weights by their fingerprints. It makes the checkpoint again, on this machine bit "
         "for bit."
     )
-    plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices)
-    compression = describe_compression(bench, plan, cut.recovery)
+    decision = find_cut(bench, cut)
+    if decision is None:
+        st.info(
+            "What this cut keeps is decided by `auto` or in steps when it is measured: measure it "
+            "on the Compress page, or write the checkpoint.",
+            icon=":material/info:",
+        )
+        return
+    plan = decision.plan
+    compression = describe_compression(bench, plan, cut.recovery, bench.seed, cut.steps, decision)
     st.download_button(
         "compression.json", compression.to_json(), "compression.json", "application/json",
         icon=":material/download:", type="primary", on_click="ignore",
@@ -52,16 +63,20 @@ def show_configuration(bench: Bench, cut: Cut) -> None:
     st.code(apply_command(), language="bash", wrap_lines=True)
     st.write("Without it, from the ratios:")
     st.code(reproduce_command(compression), language="bash", wrap_lines=True)
+    if decision.why:
+        st.caption(decision.why)
     if not plan.cuts_anything(bench.loaded.architecture):
         st.info("Nothing is cut at these ratios: this is the dense model.")
 
 
 def write_checkpoint(bench: Bench, cut: Cut) -> None:
     st.subheader("Checkpoint")
-    plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices)
-    size = bench.footprint(plan, cut.recovery).weight_bytes
+    decision = find_cut(bench, cut)
+    size = "A folder"
+    if decision:
+        size += f" of {bench.footprint(decision.plan, cut.recovery).weight_bytes / 1e6:,.0f} MB"
     st.write(
-        f"A folder of {size / 1e6:,.0f} MB that stock `transformers` loads, with the tokenizer, "
+        f"{size} that stock `transformers` loads, with the tokenizer, "
         "`compression.json`, `report.json` and a model card."
     )
     name = f"{bench.loaded.name}-mha{cut.mha_ratio * 100:.0f}-mlp{cut.mlp_ratio * 100:.0f}"
@@ -71,19 +86,20 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
         "Folder on the machine that runs this app", str(Path.home() / "transact" / name),
         key=f"folder-{name}", help="New or empty; it appears whole or not at all.",
     )  # fmt: skip
-    busy = show_job("export")
-    mine = visit()
-    if mine.job and mine.job.state == DONE and isinstance(mine.job.result, Path):
-        st.success(f"Written to {mine.job.result}", icon=":material/check_circle:")
+    about = ("export", visit().request)
+    busy = show_job(*about)
+    job = visit().latest_job(about)
+    if job and job.state == DONE:
+        st.success(f"Written to {job.result}", icon=":material/check_circle:")
         st.code(
             "from transformers import AutoModelForCausalLM\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{mine.job.result}")',
+            f'model = AutoModelForCausalLM.from_pretrained("{job.result}")',
             language="python",
         )
     if not busy and st.button("Write the checkpoint", type="primary", disabled=not folder.strip()):
-        start_export(bench, cut, Path(folder.strip()).expanduser())
+        start_export(cut, Path(folder.strip()).expanduser())
         st.rerun()
-    if find_point(plan, cut.recovery) is None:
+    if decision is None or find_point(decision.plan, cut.recovery) is None:
         st.caption("This cut is not measured yet; writing it measures it too.")
 
 

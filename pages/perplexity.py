@@ -6,9 +6,9 @@ import streamlit as st
 
 from pages.shared import curve_chart
 from pages.shared.jobs import DONE
-from pages.shared.options import GRANULARITY_HELP, IMPORTANCE_HELP, RECOVERY_HELP
+from pages.shared.options import GRANULARITY_HELP, IMPORTANCE_HELP, RECOVERY_HELP, STEPS_HELP
 from pages.shared.progress import require_bench, show_dense, show_job
-from pages.shared.workbench import points, start_curve, visit, workbench
+from pages.shared.workbench import first_look, points, start_curve, visit, workbench
 from transact_core.bench import Bench, Choices
 from transact_core.importance import IMPORTANCES
 from transact_core.plan import GRANULARITIES, head_counts, widths
@@ -19,15 +19,15 @@ CURVES = ("MHA only", "MLP only", "Both")
 
 def counts_heads(curve: str, granularity: str) -> bool:
     """Whether the curve's points are the numbers of whole heads."""
-    return curve == "MHA only" and granularity != "head-dims"
+    return curve == "MHA only" and granularity not in ("head-dims", "auto")
 
 
 def curve_ratios(
     bench: Bench, curve: str, largest: float, count: int, choices: Choices
 ) -> list[tuple[float, float]]:
     """Pairs of ratios to measure: every number of heads there is, or evenly spaced shares."""
-    shape, granularity = bench.loaded.architecture, choices.granularity
-    if counts_heads(curve, granularity):
+    shape, granularity = bench.loaded.architecture, first_look(choices).granularity
+    if counts_heads(curve, choices.granularity):
         shares = [
             1 - heads / shape.num_attention_heads
             for heads in reversed(head_counts(shape, granularity))
@@ -39,19 +39,21 @@ def curve_ratios(
         (0.0 if curve == "MLP only" else step, 0.0 if curve == "MHA only" else step)
         for step in steps
     ]
+    if choices.granularity == "auto":
+        return pairs
     return list({widths(shape, *pair, granularity): pair for pair in pairs}.values())
 
 
 def choose_curve(bench: Bench) -> None:
     with st.expander("Measure a whole curve", icon=":material/timeline:", expanded=True):
-        columns = st.columns(3) + st.columns(3)
+        columns = st.columns(3) + st.columns([3, 3, 3, 1])
         curve = columns[0].selectbox("Cut", CURVES, key="curve", persist_state="session")
         largest = columns[1].number_input(
             "Largest ratio", 0.05, 0.95, 0.7, 0.05, key="largest", persist_state="session"
         )
         granularity = columns[3].selectbox(
-            "Granularity", GRANULARITIES, key="curve_granularity", persist_state="session",
-            help=GRANULARITY_HELP,
+            "Granularity", [*GRANULARITIES, "auto"], key="curve_granularity",
+            persist_state="session", help=GRANULARITY_HELP,
         )  # fmt: skip
         importance = columns[4].selectbox(
             "Importance", list(IMPORTANCES), key="curve_importance", persist_state="session",
@@ -61,6 +63,9 @@ def choose_curve(bench: Bench) -> None:
             "Recovery", RECOVERIES, key="curve_recovery", persist_state="session",
             help=RECOVERY_HELP,
         )  # fmt: skip
+        steps = columns[6].number_input(
+            "Steps", 1, 20, key="curve_steps", persist_state="session", help=STEPS_HELP
+        )
         count = columns[2].number_input(
             "Points",
             1,
@@ -71,13 +76,16 @@ def choose_curve(bench: Bench) -> None:
             disabled=counts_heads(curve, granularity),
             help="Whole heads alone have only as many points as there are numbers of them.",
         )
-        choices = Choices(granularity=granularity, importance=importance, recovery=recovery)
+        choices = Choices(
+            granularity=granularity, importance=importance, recovery=recovery, steps=int(steps)
+        )
         ratios = curve_ratios(bench, curve, largest, int(count), choices)
         asked = ", ".join(f"{max(pair):g}" for pair in ratios)
         known = [
             point.seconds
             for point in points()
             if (point.plan.granularity, point.recovery) == (granularity, recovery)
+            and choices.single_pass
         ]
         estimate = f" Points like these took {np.mean(known):.0f} s each." if known else ""
         st.caption(
@@ -91,7 +99,7 @@ def choose_curve(bench: Bench) -> None:
             st.rerun()
 
 
-@st.fragment(run_every=1.0 if visit().job and not visit().job.finished else None)
+@st.fragment(run_every=1.0 if visit().visitor.unfinished_jobs else None)
 def show_curve(bench: Bench) -> None:
     dense_job = workbench().open(visit().request).dense
     dense = bench.dense() if dense_job.state == DONE else None
@@ -137,6 +145,6 @@ def show_curve(bench: Bench) -> None:
 st.title("Perplexity against ratio")
 bench = require_bench()
 show_dense("curve")
-if not show_job("curve"):
-    choose_curve(bench)
+show_job("curve", visit().request)
+choose_curve(bench)
 show_curve(bench)

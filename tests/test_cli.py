@@ -149,7 +149,8 @@ def test_sweep_writes_a_row_for_every_pair(checkpoint, text_file, tmp_path):
     grid = ["--mha-ratio", "0,0.5", "--mlp-ratio", "0,0.25,0.5", "--recovery", "none"]
     assert main(["sweep", "--model", str(checkpoint), *grid, "--output", str(output), *texts]) == 0
     frame = pd.read_csv(output)
-    assert len(frame) == 6
+    asked = [(mha, mlp) for mha in (0, 0.5) for mlp in (0, 0.25, 0.5)]
+    assert list(zip(frame.mha_ratio, frame.mlp_ratio, strict=True)) == asked
     assert frame.delta_nll[0] == 0
     assert os.listdir(tmp_path).count("points.csv") == 1
 

@@ -1,18 +1,80 @@
-import pytest
+import math
+from functools import partial
+from itertools import pairwise, product
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transact_core import results
 from transact_core.bench import Bench, Choices, compress
 from transact_core.errors import Cancelled, TransActError
-from transact_core.sweep import sweep
+from transact_core.sweep import most_informative_first, sweep
+
+
+def pair_of(point):
+    return point.plan.mha_ratio, point.plan.mlp_ratio
 
 
 def test_points_are_those_of_single_cuts(gqa_bench):
     pairs = [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5)]
-    points = list(sweep(gqa_bench, pairs, Choices()))
-    assert [(point.plan.mha_ratio, point.plan.mlp_ratio) for point in points] == pairs
-    for pair, point in zip(pairs, points, strict=True):
+    points = {pair_of(point): point for point in sweep(gqa_bench, pairs, Choices())}
+    assert set(points) == set(pairs)
+    for pair, point in points.items():
         alone = compress(gqa_bench, gqa_bench.plan(*pair, Choices()), "least-squares")[1]
         assert point.perplexity == alone.perplexity
-    assert points[0].perplexity == gqa_bench.dense().perplexity
+    assert points[0.0, 0.0].perplexity == gqa_bench.dense().perplexity
+
+
+@pytest.mark.parametrize("choices", [Choices(recovery="none"), Choices("auto", steps=2)])
+def test_a_sweep_that_was_stopped_goes_on_where_it_was(gqa_bench, choices, cache, monkeypatch):
+    pairs = [(0.1, 0.1), (0.3, 0.3), (0.5, 0.5), (0.7, 0.7)]
+    first = []
+    for point in sweep(gqa_bench, pairs, choices):
+        first.append(point)
+        if len(first) == 2:
+            break
+    assert [pair_of(point) for point in first] == [(0.7, 0.7), (0.1, 0.1)]
+
+    made = []
+    compress_really = results.compress
+
+    def counted(bench, plan, *rest):
+        made.append((plan.mha_ratio, plan.mlp_ratio))
+        return compress_really(bench, plan, *rest)
+
+    monkeypatch.setattr("transact_core.sweep.measured", partial(results.measured, compress=counted))
+    again = Bench(gqa_bench.loaded, gqa_bench.calibration, gqa_bench.evaluation)
+    points = list(sweep(again, pairs, choices))
+    assert sorted(made) == [(0.3, 0.3), (0.5, 0.5)]
+    assert {pair_of(point) for point in points} == set(pairs)
+    by_pair = {pair_of(point): point for point in points}
+    for point in first:
+        same = by_pair[pair_of(point)]
+        assert (same.perplexity, same.seconds) == (point.perplexity, point.seconds)
+        assert same.decision == point.decision
+
+
+@given(st.integers(1, 40))
+def test_a_line_is_filled_from_its_ends_by_halving(count):
+    line = [(number / 64, 0.0) for number in range(1, count + 1)]
+    ordered = most_informative_first(line)
+    assert sorted(ordered) == line
+    assert ordered[: min(2, count)] == [line[-1], line[0]][: min(2, count)]
+    for taken in range(2, count):
+        before = sorted(ordered[:taken])
+        gaps = [(after[0] - at[0]) / 2 for at, after in pairwise(before)]
+        nearest = min(math.dist(ordered[taken], other) for other in before)
+        # No other point of the line would have been further from those before it.
+        assert max(gaps) - 1 / 64 < nearest <= max(gaps)
+
+
+def test_a_grid_begins_with_its_corners():
+    grid = list(product((0.0, 0.2, 0.4), repeat=2))
+    ordered = most_informative_first(grid)
+    assert ordered[:2] == [(0.4, 0.4), (0.0, 0.0)]
+    assert set(ordered[:4]) == set(product((0.0, 0.4), repeat=2))
+    assert ordered[4] == (0.2, 0.2)
 
 
 def test_one_calibration_pass_serves_every_position(gqa_bench, monkeypatch):

@@ -21,6 +21,7 @@ Data flows one way, and a module imports only from those before it:
     store              measured tensors on disk, keyed by what determined them
     bench              one model on one pair of texts: plan, cut, repair, measure
     decide             which granularity, and cuts in several steps
+    results            measured points on disk, so that nothing is measured twice
     sweep              ratios → measured points
     checkpoint         weights written tensor by tensor
     export             the output folder and compression.json

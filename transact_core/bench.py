@@ -6,7 +6,7 @@ of the calibration pass and the dense model's own losses.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -20,7 +20,7 @@ from transact_core.evaluation import Evaluation, evaluate, paired_difference
 from transact_core.footprint import Footprint, footprint
 from transact_core.importance import Evidence, Scores, score
 from transact_core.models import LoadedModel, dtype_name, resolve_dtype
-from transact_core.plan import Granularity, PruningPlan, make_plan
+from transact_core.plan import Decision, Granularity, PruningPlan, make_plan
 from transact_core.recovery import LayerFit, recover, require_recovery
 from transact_core.rotary import PairEffects, measure_pairs, require_exact_rope
 from transact_core.store import Tensors, remembered, sha256_of_tokens
@@ -37,6 +37,11 @@ class Choices:
     multiple_of: int = 1
     steps: int = 1
     """How often units are scored anew on the model as pruned so far; see `decide`."""
+
+    @property
+    def single_pass(self) -> bool:
+        """Whether one set of scores decides, so that nothing need be tried on the way."""
+        return self.granularity != "auto" and self.steps == 1
 
 
 class Bench:
@@ -104,13 +109,27 @@ class Bench:
         return self._dense
 
     def _determined_by(self, windows: Windows) -> dict[str, object]:
+        return {**self._model_identity, "tokens": sha256_of_tokens(windows.ids)}
+
+    @cached_property
+    def _model_identity(self) -> dict[str, object]:
         loaded = self.loaded
         return {
             "weights": sorted(loaded.weight_files.values()),
             "config": loaded.model.config.to_json_string(),
-            "tokens": sha256_of_tokens(windows.ids),
             "device": loaded.device.type,
             "dtype": dtype_name(loaded.dtype),
+        }
+
+    @cached_property
+    def identity(self) -> dict[str, object]:
+        """All that determines what a cut on this bench costs, beside the cut itself; JSON."""
+        return {
+            **self._model_identity,
+            "calibration": sha256_of_tokens(self.calibration.ids),
+            "evaluation": sha256_of_tokens(self.evaluation.ids),
+            "save_dtype": self.save_dtype,
+            "seed": self.seed,
         }
 
     def pairs(self, progress: Progress = silent) -> PairEffects:
@@ -124,7 +143,7 @@ class Bench:
 
     def release_model(self) -> None:
         """Lets go of the dense model; what was measured on it stays, and nothing more can be."""
-        self.loaded = replace(self.loaded, model=None)
+        self.loaded = self.loaded.release()
 
     def prepared(self, choices: Choices) -> bool:
         """Whether a plan with these choices needs no measuring any more."""
@@ -173,7 +192,7 @@ class Bench:
 class Measurement:
     """One measured point: what was cut, what is left, what it costs in perplexity."""
 
-    plan: PruningPlan
+    decision: Decision
     recovery: str
     footprint: Footprint
     evaluation: Evaluation = field(repr=False)
@@ -183,6 +202,11 @@ class Measurement:
     """Its standard error, over evaluation windows."""
     fits: tuple[LayerFit, ...]
     seconds: float
+    """That cutting, repairing and measuring took when it was done."""
+
+    @property
+    def plan(self) -> PruningPlan:
+        return self.decision.plan
 
     @property
     def perplexity(self) -> float:
@@ -216,13 +240,21 @@ def compress(
     require_recovery(recovery)
     bench.dense(progress)
     start = time.perf_counter()
+    model, fits = carry_out(bench, plan, recovery, progress)
+    return model, measure(bench, model, plan, recovery, fits, start, progress)
+
+
+def carry_out(
+    bench: Bench, plan: PruningPlan, recovery: str, progress: Progress = silent
+) -> tuple[LlamaForCausalLM, tuple[LayerFit, ...]]:
+    """Cuts and repairs, and rounds the weights as they would be saved; nothing is measured."""
     dense = bench.loaded.model
     model = prune(dense, plan, with_biases=recovery == "bias")
     fits: tuple[LayerFit, ...] = ()
     if recovery != "none" and plan.cuts_anything(bench.loaded.architecture):
         fits = recover(dense, model, plan, bench.calibration, recovery, progress).fits
     round_weights(model, resolve_dtype(bench.save_dtype, bench.loaded.device))
-    return model, measure(bench, model, plan, recovery, fits, start, progress)
+    return model, fits
 
 
 def measure(
@@ -241,7 +273,7 @@ def measure(
     evaluation = evaluate(model, bench.evaluation, progress)
     delta_nll, delta_nll_se = paired_difference(evaluation, bench.dense())
     return Measurement(
-        plan=plan,
+        decision=Decision(plan),
         recovery=recovery,
         footprint=bench.footprint(plan, recovery),
         evaluation=evaluation,

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from transact_core import corpora, export
 from transact_core.bench import Bench, Choices, model_report
-from transact_core.decide import decide
 from transact_core.errors import Progress, TransActError
 from transact_core.evaluation import evaluate
 from transact_core.files import disk_trouble, require_free_output, staged_file
@@ -29,6 +28,7 @@ from transact_core.importance import IMPORTANCES, Evidence, score
 from transact_core.models import LoadedModel, dtype_name, load_model
 from transact_core.plan import GRANULARITIES, parse_ratio
 from transact_core.recovery import RECOVERIES
+from transact_core.results import decided
 from transact_core.sweep import sweep
 
 # Its thread redraws slow bars from outside, in the middle of an error's line if it comes to that.
@@ -182,7 +182,7 @@ def _prune(chosen: argparse.Namespace) -> None:
     require_free_output(chosen.output)
     with _Bar() as progress:
         bench = _bench(chosen, progress)
-        decision = decide(bench, mha_ratio, mlp_ratio, _choices(chosen), progress)
+        decision = decided(bench, mha_ratio, mlp_ratio, _choices(chosen), progress)
         if decision.why:
             tqdm.write(decision.why, file=sys.stderr)
         compression = export.describe_compression(
@@ -291,14 +291,14 @@ def _sweep(chosen: argparse.Namespace) -> None:
         )
     )
     _require_new_file(chosen.output)
-    rows = []
+    rows = {}
     with _Bar() as progress:
         bench = _bench(chosen, progress)
         for measurement in sweep(bench, pairs, _choices(chosen), progress):
-            rows.append(measurement.row())
-            frame = pd.DataFrame(rows)
+            rows[measurement.plan.mha_ratio, measurement.plan.mlp_ratio] = measurement.row()
+            frame = pd.DataFrame([rows[pair] for pair in pairs if pair in rows])
             _write_file(chosen.output, lambda path, frame=frame: frame.to_csv(path, index=False))
-    print(f"{len(rows)} points in {chosen.output}")
+    print(f"{len(pairs)} points in {chosen.output}")
 
 
 # --- pieces ----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ not depend on it, so a stored plan is applied without deciding again.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fractions import Fraction
 
 import torch
@@ -18,9 +18,10 @@ from transact_core.evaluation import evaluate
 from transact_core.importance import Evidence, Scores, score
 from transact_core.plan import (
     GRANULARITIES,
-    Data,
+    Decision,
     Granularity,
     PruningPlan,
+    Step,
     Widths,
     head_counts,
     widths,
@@ -28,38 +29,6 @@ from transact_core.plan import (
 from transact_core.recovery import recover, require_recovery
 from transact_core.rotary import require_exact_rope
 from transact_core.surgery import head_rows, prune
-
-
-class Step(Data):
-    """A pruned model on the way to the plan: its widths, and its perplexity after recovery."""
-
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    perplexity: float
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A plan and what was tried on the way to it."""
-
-    plan: PruningPlan
-    granularity_losses: dict[Granularity, float] = field(default_factory=dict)
-    """Mean NLL in nats on held-out calibration windows of each granularity that `auto` tried."""
-    earlier_steps: tuple[Step, ...] = ()
-
-    @property
-    def why(self) -> str | None:
-        """One sentence on the granularity that `auto` took."""
-        if not self.granularity_losses:
-            return None
-        losses = sorted(self.granularity_losses.items(), key=lambda item: item[1])
-        tried = ", ".join(f"{name} {loss:.3f}" for name, loss in losses)
-        return (
-            f"auto takes {self.plan.granularity}: the lowest loss on held-out calibration windows "
-            f"(nats a token: {tried})."
-        )
 
 
 def decide(
@@ -84,7 +53,7 @@ def decide(
     if choices.steps == 1:
         return Decision(bench.plan(mha_ratio, mlp_ratio, choices, progress), losses)
     plan, earlier = _stepwise(bench, mha_ratio, mlp_ratio, choices, progress)
-    return Decision(plan, losses, earlier)
+    return Decision(plan, losses, choices.steps, earlier)
 
 
 # --- auto ------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from transact_core import __version__
 from transact_core.bench import Bench, Measurement, measure, model_report
 from transact_core.checkpoint import CheckpointWriter
 from transact_core.corpora import Windows, describe
-from transact_core.decide import Decision, Step
 from transact_core.errors import Progress, TransActError, silent
 from transact_core.evaluation import Evaluation
 from transact_core.files import (
@@ -33,7 +32,7 @@ from transact_core.files import (
 )
 from transact_core.footprint import Footprint
 from transact_core.models import ATTENTION, LoadedModel, dtype_name
-from transact_core.plan import Data, Granularity, PruningPlan
+from transact_core.plan import Data, Decision, Granularity, PruningPlan, Step
 from transact_core.recovery import LayerFit, RecoveryName, recover, require_recovery
 from transact_core.surgery import Cut
 

@@ -88,7 +88,7 @@ STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloa
 class LoadedModel:
     """A dense model ready to be measured; nothing here ever changes it."""
 
-    model: LlamaForCausalLM
+    model: "LlamaForCausalLM | ReleasedModel"
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
     source: str
@@ -111,6 +111,26 @@ class LoadedModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
+
+    @property
+    def released(self) -> bool:
+        return isinstance(self.model, ReleasedModel)
+
+    def release(self) -> "LoadedModel":
+        """The same without the weights: what is small stays known."""
+        if self.released:
+            return self
+        shell = ReleasedModel(self.model.config, self.model.device, self.model.dtype)
+        return replace(self, model=shell)
+
+
+@dataclass(frozen=True)
+class ReleasedModel:
+    """What stays known of a model that was let go of."""
+
+    config: LlamaConfig
+    device: torch.device
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)

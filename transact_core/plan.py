@@ -8,7 +8,7 @@ transformers: `LlamaConfig` refuses a `num_attention_heads` that does not divide
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Annotated, Literal, get_args
@@ -187,6 +187,40 @@ def _check_indices(what: str, kept: tuple[int, ...], width: int, dense_width: in
 def kept_groups(kept_heads: tuple[int, ...], architecture: Architecture) -> tuple[int, ...]:
     """Key-value heads that the kept query heads read, ascending."""
     return tuple(sorted({head // architecture.queries_per_group for head in kept_heads}))
+
+
+class Step(Data):
+    """A pruned model on the way to the plan: its widths, and its perplexity after recovery."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A plan and what was tried on the way to it."""
+
+    plan: PruningPlan
+    granularity_losses: dict[Granularity, float] = field(default_factory=dict)
+    """Mean NLL in nats on held-out calibration windows of each granularity that `auto` tried."""
+    steps: int = 1
+    """As asked for; those that would have cut nothing are not among the earlier ones."""
+    earlier_steps: tuple[Step, ...] = ()
+
+    @property
+    def why(self) -> str | None:
+        """One sentence on the granularity that `auto` took."""
+        if not self.granularity_losses:
+            return None
+        losses = sorted(self.granularity_losses.items(), key=lambda item: item[1])
+        tried = ", ".join(f"{name} {loss:.3f}" for name, loss in losses)
+        return (
+            f"auto takes {self.plan.granularity}: the lowest loss on held-out calibration windows "
+            f"(nats a token: {tried})."
+        )
 
 
 def parse_ratio(text: str | float, name: str) -> float:

@@ -1,5 +1,7 @@
 """A job on the page: what it is doing, how long it will take, a button to stop it."""
 
+from collections.abc import Hashable
+
 import streamlit as st
 
 from pages.shared.jobs import CANCELLED, DONE, FAILED, QUEUED, Job
@@ -17,6 +19,33 @@ def seconds_in_words(seconds: float) -> str:
     return f"{round(seconds / 60)} min"
 
 
+def waiting_in_words(job: Job) -> str:
+    """What a job waits for; of other visitors' jobs only their number is told."""
+    ahead = workbench().queue.ahead_of(job)
+    if not ahead:
+        return "next in line"
+    told = [each.title for each in ahead if each.owner in (job.owner, each)]
+    if others := len(ahead) - len(told):
+        told.append("another visitor's" if others == 1 else f"{others} of other visitors")
+    return f"waiting, {len(ahead)} ahead: {', '.join(told)}"
+
+
+def job_in_words(job: Job) -> str:
+    """How far a job is, without its title."""
+    parts = [job.stage] if job.stage and job.stage != job.title else []
+    if job.stopping:
+        return " · ".join([*parts, "stopping"])
+    if job.state == QUEUED:
+        parts = [f"{job.pieces_done} of {job.pieces} done"] if job.pieces_done else []
+        parts.append(waiting_in_words(job))
+    elif not job.stage:
+        parts.append("starting")
+    if (left := job.seconds_left) is not None:
+        scope = "" if job.pieces_done else " in this step"
+        parts.append(f"about {seconds_in_words(left)} left{scope}")
+    return " · ".join(parts)
+
+
 @st.fragment(run_every=0.5)
 def watch(job: Job, key: str) -> None:
     """Follows a job until it ends, then draws the whole page again."""
@@ -28,35 +57,58 @@ def watch(job: Job, key: str) -> None:
             "Cancel", key=f"cancel-{key}", width="stretch", on_click=job.cancel,
             disabled=job.stopping,
         )  # fmt: skip
-        ahead = workbench().queue.ahead_of(job)
-        if job.state == QUEUED:
-            waiting = "next in line" if ahead <= 1 else f"{ahead} jobs ahead"
-            line.progress(0.0, f"**{job.title}** · waiting, {waiting}")
-        else:
-            left = None if job.stopping else job.seconds_left
-            text = f"**{job.title}**"
-            if job.stage != job.title:
-                text += f" · {job.stage or 'starting'}"
-            if job.stopping:
-                text += " · stopping"
-            if left is not None:
-                text += f" · about {seconds_in_words(left)} left in this step"
-            line.progress(job.fraction, text)
+        words = " · ".join(filter(None, (f"**{job.title}**", job_in_words(job))))
+        line.progress(job.fraction, words)
 
 
-def show_job(key: str) -> bool:
-    """Shows this session's own job where there is one; True while it is unfinished."""
-    job = visit().job
+def show_job(*about: Hashable) -> bool:
+    """Shows this visitor's last job about this where there is one; True while it is unfinished."""
+    job = visit().latest_job(about)
     if job is None:
         return False
     if not job.finished:
-        watch(job, key)
+        watch(job, f"job-{about[0]}")
         return True
     if job.state == FAILED:
         st.error(f"{job.title} failed. {job.error}", icon=":material/error:")
     if job.state == CANCELLED:
         st.info(f"{job.title} was cancelled. What was measured before is kept.")
     return False
+
+
+STATES = {
+    DONE: ":material/check_circle:",
+    FAILED: ":material/error:",
+    CANCELLED: ":material/cancel:",
+}
+
+
+def show_jobs() -> None:
+    """This visitor's jobs, from every tab; the page is drawn again when one of them ends."""
+    visitor = visit().visitor
+    unfinished = visitor.unfinished_jobs
+
+    @st.fragment(run_every=1.0 if unfinished else None)
+    def list_jobs() -> None:
+        if any(job.finished for job in unfinished):
+            st.rerun()
+        for number, job in enumerate(reversed(visitor.jobs)):
+            if job.finished:
+                reason = f": {job.error}" if job.error else ""
+                st.caption(f"{STATES[job.state]} {job.title} · {job.state}{reason}")
+                continue
+            line, button = st.columns([5, 1], vertical_alignment="center", gap="small")
+            line.progress(job.fraction, f"**{job.title}**")
+            button.button(
+                "", icon=":material/close:", key=f"cancel-job-{number}", type="tertiary",
+                help=f"Cancel: {job.title}", on_click=job.cancel, disabled=job.stopping,
+            )  # fmt: skip
+            st.caption(job_in_words(job))
+
+    if visitor.jobs:
+        st.divider()
+        st.markdown("**Jobs**")
+        list_jobs()
 
 
 def require_bench() -> Bench:

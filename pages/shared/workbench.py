@@ -1,26 +1,36 @@
-"""What the pages share: a visitor's request, the bench it opens, the points measured on it."""
+"""What the pages share: visitors and what is theirs, open models, the points measured on them."""
 
 import hashlib
+import threading
 from collections import OrderedDict
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
+from typing import Literal
 
 import streamlit as st
 import torch
 from transformers import LlamaForCausalLM
 
-from pages.shared.jobs import DONE, Job, JobQueue, job_threads
+from pages.shared.jobs import DONE, Job, JobQueue, Work, job_threads
 from transact_core import corpora
-from transact_core.bench import Bench, Choices, Measurement, compress
-from transact_core.errors import Progress
+from transact_core.bench import Bench, Choices, Measurement, carry_out, compress
+from transact_core.errors import Progress, TransActError
 from transact_core.export import describe_compression, require_room, write_checkpoint
 from transact_core.files import cache_folder, require_free_output, staged_file
 from transact_core.models import BUILTIN, LoadedModel, load_model
-from transact_core.plan import Granularity, PruningPlan
-from transact_core.sweep import sweep
+from transact_core.plan import Decision, Granularity, PruningPlan
+from transact_core.results import decided, find_decision, measured
+from transact_core.sweep import Pair, most_informative_first, point_at
+from transact_core.sweep import find_point as find_kept_point
 
 MODELS_KEPT = 2
-BENCHES_KEPT = 4
+BENCHES_KEPT = 12
+"""More than models: without its model a bench is small, and the pages need no more of it."""
+VISITORS_KEPT = 200
+FINISHED_JOBS_KEPT = 4
+XSRF_COOKIE = "_streamlit_xsrf"
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,11 @@ class Request:
     calibration_tokens: int = 8192
     evaluation_tokens: int = 4096
     sequence_length: int = 512
+
+    @property
+    def model_key(self) -> tuple[str, str, str]:
+        """What tells one loaded model from another."""
+        return self.model, self.device, self.dtype
 
 
 @dataclass
@@ -53,91 +68,191 @@ class Cut:
 
     mha_ratio: float = 0.33
     mlp_ratio: float = 0.3
-    granularity: Granularity = Choices.granularity
+    granularity: Granularity | Literal["auto"] = Choices.granularity
     importance: str = Choices.importance
     recovery: str = Choices.recovery
+    steps: int = Choices.steps
+
+    @property
+    def ratios(self) -> Pair:
+        return self.mha_ratio, self.mlp_ratio
 
     @property
     def choices(self) -> Choices:
         return Choices(
-            granularity=self.granularity, importance=self.importance, recovery=self.recovery
+            granularity=self.granularity,
+            importance=self.importance,
+            recovery=self.recovery,
+            steps=self.steps,
         )
 
     @classmethod
     def of(cls, point: Measurement) -> "Cut":
-        plan = point.plan
+        plan, decision = point.plan, point.decision
         return cls(
-            plan.mha_ratio, plan.mlp_ratio, plan.granularity, plan.importance, point.recovery
+            plan.mha_ratio,
+            plan.mlp_ratio,
+            "auto" if decision.granularity_losses else plan.granularity,
+            plan.importance,
+            point.recovery,
+            decision.steps,
         )
 
 
-@dataclass
-class Visit:
-    """One visitor's own things, kept in the session."""
+@dataclass(eq=False)
+class Visitor:
+    """What one visitor has on this server, the same in every tab."""
 
     request: Request = field(default_factory=Request)
+    """As it was last opened in any tab; a new tab begins with it."""
     cut: Cut = field(default_factory=Cut)
+    """As the controls had it last in any tab."""
     points: dict[Request, list[Measurement]] = field(default_factory=dict)
-    job: Job | None = None
-    """The last job this visitor started from a page."""
+    jobs: list[Job] = field(default_factory=list)
+    """Those that this visitor started, the oldest first."""
+
+    @property
+    def unfinished_jobs(self) -> list[Job]:
+        return [job for job in self.jobs if not job.finished]
+
+
+class Visit:
+    """One tab of a visitor's: it looks at one request and one cut, and has the rest in common."""
+
+    def __init__(self, visitor: Visitor | None = None) -> None:
+        self.visitor = visitor or Visitor()
+        self._request, self._cut = self.visitor.request, self.visitor.cut
+        self.began_with = self._request
+        """What the sidebar's controls stand at when the tab is new."""
+
+    @property
+    def request(self) -> Request:
+        return self._request
+
+    @request.setter
+    def request(self, request: Request) -> None:
+        self._request = self.visitor.request = request
+
+    @property
+    def cut(self) -> Cut:
+        return self._cut
+
+    @cut.setter
+    def cut(self, cut: Cut) -> None:
+        self._cut = self.visitor.cut = cut
+
+    @property
+    def points(self) -> dict[Request, list[Measurement]]:
+        return self.visitor.points
+
+    def latest_job(self, about: Hashable) -> Job | None:
+        """This visitor's last job about this, or None."""
+        return next((job for job in reversed(self.visitor.jobs) if job.about == about), None)
 
 
 class Workbench:
-    """What all sessions of one server share: the queue, loaded models, open benches."""
+    """What all sessions of one server share: the queue, visitors, loaded models, open benches."""
 
     def __init__(self) -> None:
         # The number of threads that results depend on is the jobs' own.
         torch.set_num_threads(job_threads())
         self.queue = JobQueue()
-        self._models: OrderedDict[tuple[str, str, str], LoadedModel] = OrderedDict()
+        # Sessions come in threads of their own; models and the last cut are the worker's alone.
+        self._lock = threading.RLock()
+        self._visitors: OrderedDict[str, Visitor] = OrderedDict()
         self._openings: OrderedDict[Request, Opening] = OrderedDict()
-        self._last_cut: tuple[Request, PruningPlan, str, LlamaForCausalLM] | None = None
+        self._models: OrderedDict[tuple[str, str, str], LoadedModel] = OrderedDict()
+        self._last_cut: tuple[Request, tuple, LlamaForCausalLM] | None = None
+
+    def visitor(self, identity: str | None) -> Visitor:
+        """The visitor of that identity; without one, a new visitor that is not found again."""
+        if identity is None:
+            return Visitor()
+        with self._lock:
+            known = self._visitors.setdefault(identity, Visitor())
+            self._visitors.move_to_end(identity)
+            idle = [key for key, each in self._visitors.items() if not each.unfinished_jobs]
+            for key in idle[: max(0, len(self._visitors) - VISITORS_KEPT)]:
+                if key != identity:
+                    del self._visitors[key]
+            return known
 
     def open(self, request: Request) -> Opening:
         """The jobs that open this request; sessions that ask for the same share them."""
-        opening = self._openings.get(request)
-        if opening is None:
-            bench = self.queue.submit(
-                "Opening the model", lambda report: self._bench(request, report)
-            )
-            opening = self._openings[request] = Opening(bench, self._dense(bench))
-        self._openings.move_to_end(request)
-        while len(self._openings) > BENCHES_KEPT:
-            self._openings.popitem(last=False)
-        return opening
+        with self._lock:
+            opening = self._openings.get(request)
+            if opening is None:
+                bench = self.queue.submit(
+                    "Opening the model", lambda report: self._bench(request, report), urgent=True
+                )
+                opening = self._openings[request] = Opening(bench, self._dense(request, bench))
+            self._openings.move_to_end(request)
+            while len(self._openings) > BENCHES_KEPT:
+                self._openings.popitem(last=False)
+            return opening
 
     def reopen(self, request: Request) -> Opening:
         """Opens anew what failed or was cancelled, at the visitor's wish."""
-        self._openings.pop(request, None)
-        return self.open(request)
+        with self._lock:
+            if self._openings[request].bench.finished:
+                del self._openings[request]
+            return self.open(request)
 
     def measure_dense(self, request: Request) -> None:
         """Measures the dense model anew where that failed or was cancelled."""
-        opening = self.open(request)
-        if opening.dense.finished:
-            opening.dense = self._dense(opening.bench)
+        with self._lock:
+            opening = self.open(request)
+            if opening.dense.finished:
+                opening.dense = self._dense(request, opening.bench)
 
     def prepare(self, request: Request, choices: Choices, anew: bool = False) -> Job:
         """The job that measures what plans with these choices need; shared as openings are.
 
         The request must be open. `anew` is for what failed or was cancelled.
         """
-        opening = self.open(request)
-        # No plan looks at the recovery.
-        wanted = replace(choices, recovery=Choices.recovery)
-        job = opening.preparations.get(wanted)
-        if job is None or (anew and job.finished):
-            bench = opening.bench.result
-            job = opening.preparations[wanted] = self.queue.submit(
-                f"Scoring by {choices.importance}", lambda report: bench.prepare(wanted, report)
-            )
-        return job
+        # No plan looks at the recovery, and what auto and steps try is tried when it is measured.
+        wanted = replace(first_look(choices), recovery=Choices.recovery)
+        with self._lock:
+            opening = self.open(request)
+            job = opening.preparations.get(wanted)
+            if job is None or (anew and job.finished):
+                job = opening.preparations[wanted] = self.queue.submit(
+                    f"Scoring by {choices.importance}",
+                    lambda report: self.bench(request, report).prepare(wanted, report),
+                    urgent=True,
+                )
+            return job
 
-    def _dense(self, bench: Job) -> Job:
+    def bench(self, request: Request, report: Progress) -> Bench:
+        """The bench of a request with its model at hand; for jobs, and held by none over a turn.
+
+        Raises:
+            TransActError: it cannot be opened any more, or the weights are not those they were.
+        """
+        opening = self._openings.get(request)
+        if opening is None or opening.bench.state != DONE:
+            return self._bench(request, report)
+        bench = opening.bench.result
+        if bench.loaded.released:
+            loaded = self._model(request, report)
+            if loaded.weight_files != bench.loaded.weight_files:
+                with self._lock:
+                    self._openings.pop(request, None)
+                raise TransActError(
+                    f"The weights of {loaded.source} have changed since they were opened; "
+                    "try again with the new ones."
+                )
+            bench.loaded = loaded
+        elif request.model_key in self._models:
+            self._models.move_to_end(request.model_key)
+        return bench
+
+    def _dense(self, request: Request, bench: Job) -> Job:
         def measure(report: Progress) -> None:
             if bench.state == DONE:
-                bench.result.dense(report)
+                self.bench(request, report).dense(report)
 
+        # Not urgent, so that it waits for every opening; its first turn comes before other jobs'.
         return self.queue.submit("Measuring the dense model", measure)
 
     def _bench(self, request: Request, report: Progress) -> Bench:
@@ -162,7 +277,7 @@ class Workbench:
         return bench
 
     def _model(self, request: Request, report: Progress) -> LoadedModel:
-        key = (request.model, request.device, request.dtype)
+        key = request.model_key
         if key not in self._models:
             # Room is made first, so that the old and the new model are not held at once.
             while len(self._models) >= MODELS_KEPT:
@@ -173,31 +288,39 @@ class Workbench:
         return self._models[key]
 
     def _forget(self, key: tuple[str, str, str]) -> None:
-        for request in list(self._openings):
-            if (request.model, request.device, request.dtype) == key:
-                del self._openings[request]
-        if self._last_cut and self._last_cut[0].model == key[0]:
+        """Lets go of a model: its benches stay, with what was measured on them."""
+        with self._lock:
+            openings = list(self._openings.items())
+        for request, opening in openings:
+            if request.model_key == key and opening.bench.state == DONE:
+                opening.bench.result.release_model()
+        if self._last_cut and self._last_cut[0].model_key == key:
             self._last_cut = None
 
-    def cut(
-        self,
-        request: Request,
-        bench: Bench,
-        plan: PruningPlan,
-        recovery: str,
-        report: Progress,
-        known: Measurement | None = None,
-    ) -> tuple[LlamaForCausalLM, Measurement]:
-        """Cuts and measures; the model is kept until the next cut, for an export.
+    def measure(self, request: Request, cut: Cut, report: Progress) -> Measurement:
+        """The point of a cut; a model made for it is kept until the next cut, for an export."""
+        bench = self.bench(request, report)
 
-        Where the last cut is the one asked for and its point is `known`, neither is made again.
-        """
-        asked = (request, plan, recovery)
-        if known is None or self._last_cut is None or self._last_cut[:3] != asked:
+        def compress_and_hold(
+            bench: Bench, plan: PruningPlan, recovery: str, progress: Progress
+        ) -> tuple[LlamaForCausalLM, Measurement]:
             self._last_cut = None
-            model, known = compress(bench, plan, recovery, report)
+            model, point = compress(bench, plan, recovery, progress)
+            self._last_cut = (request, identity(plan, recovery), model)
+            return model, point
+
+        decision = decided(bench, *cut.ratios, cut.choices, report)
+        return measured(bench, decision, cut.recovery, report, compress_and_hold)
+
+    def model(self, request: Request, point: Measurement, report: Progress) -> LlamaForCausalLM:
+        """The pruned model of a point: that of the last cut where it is the same, or made anew."""
+        asked = (request, identity(point.plan, point.recovery))
+        if self._last_cut is None or self._last_cut[:2] != asked:
+            self._last_cut = None
+            bench = self.bench(request, report)
+            model, _ = carry_out(bench, point.plan, point.recovery, report)
             self._last_cut = (*asked, model)
-        return self._last_cut[3], known
+        return self._last_cut[2]
 
 
 @st.cache_resource(show_spinner=False)
@@ -205,13 +328,28 @@ def workbench() -> Workbench:
     return Workbench()
 
 
+def visitor_id() -> str | None:
+    """What tells this browser from others and survives a reload; None where it has no cookie.
+
+    It is made of the token that Streamlit gives each browser against forged requests, masked anew
+    on every answer: `version|mask|masked token|time`. The token itself is kept nowhere.
+    """
+    try:
+        _, mask, masked, _ = st.context.cookies.get(XSRF_COOKIE, "").strip('"').split("|")
+        token = bytes(a ^ b for a, b in zip(bytes.fromhex(masked), cycle(bytes.fromhex(mask))))
+    except ValueError:
+        return None
+    return hashlib.sha256(token).hexdigest() if len(token) >= 16 else None
+
+
 def begin_visit() -> None:
     """Called by app.py, through which every visit begins."""
-    st.session_state.setdefault("visit", Visit())
+    if "visit" not in st.session_state:
+        st.session_state["visit"] = Visit(workbench().visitor(visitor_id()))
 
 
 def visit() -> Visit:
-    """This session's own things."""
+    """What this tab looks at, and what is its visitor's."""
     if "visit" not in st.session_state:
         # A server's first visitor who comes by a page's own address gets that page run alone:
         # until `st.navigation` was called once, Streamlit takes `pages/` for its older kind of app.
@@ -220,7 +358,7 @@ def visit() -> Visit:
 
 
 def points() -> list[Measurement]:
-    """What was measured in this session on the bench in view."""
+    """What this visitor measured on the bench in view."""
     mine = visit()
     return mine.points.setdefault(mine.request, [])
 
@@ -231,62 +369,119 @@ def identity(plan: PruningPlan, recovery: str) -> tuple:
 
 
 def find_point(plan: PruningPlan, recovery: str) -> Measurement | None:
-    """A point of this session with the same cut."""
+    """A point of this visitor with the same cut."""
     wanted = identity(plan, recovery)
     return next(
         (point for point in points() if identity(point.plan, point.recovery) == wanted), None
     )
 
 
-def start_cut(bench: Bench, plan: PruningPlan, recovery: str) -> None:
-    """Queues one cut; its point joins this session's when it is measured."""
-    mine, mine_points, request = visit(), points(), visit().request
+def add_point(known: list[Measurement], point: Measurement) -> None:
+    """A point joins others; it takes the place of one with the same cut."""
+    same = identity(point.plan, point.recovery)
+    known[:] = [each for each in known if identity(each.plan, each.recovery) != same] + [point]
+
+
+def first_look(choices: Choices) -> Choices:
+    """What a plan is drawn by while `auto` and steps are not decided."""
+    granularity = choices.granularity if choices.granularity != "auto" else Choices.granularity
+    return replace(choices, granularity=granularity, steps=1)
+
+
+def find_cut(bench: Bench, cut: Cut) -> Decision | None:
+    """How a cut was or would be decided; None where that takes trying, and it was not tried."""
+    own = (point.decision for point in points() if Cut.of(point) == cut)
+    return next(own, None) or find_decision(bench, *cut.ratios, cut.choices)
+
+
+def plan_at(bench: Bench, cut: Cut) -> PruningPlan:
+    """The plan of a cut, or a first look at one that is not decided yet."""
+    decision = find_cut(bench, cut)
+    return decision.plan if decision else bench.plan(*cut.ratios, first_look(cut.choices))
+
+
+def start(title: str, work: Work, about: Hashable) -> None:
+    """Queues work of this visitor's.
+
+    The work asks `Workbench.bench` for its bench when its turn has come: what waits holds no model.
+    """
+    visitor = visit().visitor
+    finished = [job for job in visitor.jobs if job.finished][-FINISHED_JOBS_KEPT:]
+    job = workbench().queue.submit(title, work, owner=visitor, about=about)
+    visitor.jobs[:] = [each for each in visitor.jobs if not each.finished or each in finished]
+    visitor.jobs.append(job)
+
+
+def start_cut(bench: Bench, cut: Cut) -> None:
+    """The point of a cut joins this visitor's: at once where it is kept, or measured by a job."""
+    mine, request = points(), visit().request
+    known = find_kept_point(bench, cut.ratios, cut.choices)
+    if known is not None:
+        add_point(mine, known)
+        return
 
     def work(report: Progress) -> Measurement:
-        measurement = workbench().cut(request, bench, plan, recovery, report)[1]
-        mine_points.append(measurement)
-        return measurement
+        point = workbench().measure(request, cut, report)
+        add_point(mine, point)
+        return point
 
-    mine.job = workbench().queue.submit("Pruning and measuring", work)
+    start(f"Cut of {in_words(cut.ratios)}", work, ("cut", request, cut))
 
 
-def start_curve(bench: Bench, ratios: list[tuple[float, float]], choices: Choices) -> None:
-    """Queues a curve; each point joins this session's as soon as it is measured."""
-    mine, mine_points = visit(), points()
+def start_curve(bench: Bench, ratios: list[Pair], choices: Choices) -> None:
+    """Each point of a curve joins this visitor's as soon as it is measured, at once where kept."""
+    mine, request, missing = points(), visit().request, list(ratios)
+    if bench.prepared(first_look(choices)):
+        kept = {pair: find_kept_point(bench, pair, choices) for pair in ratios}
+        missing = [pair for pair in ratios if kept[pair] is None]
+        for pair in set(ratios) - set(missing):
+            add_point(mine, kept[pair])
+    if not missing:
+        return
+    missing = most_informative_first(missing)
 
-    def work(report: Progress) -> int:
-        bench.prepare(choices, report)
-        known = {identity(point.plan, point.recovery) for point in mine_points}
-        missing = [
-            pair
-            for pair in ratios
-            if identity(bench.plan(*pair, choices), choices.recovery) not in known
-        ]
-        for measurement in sweep(bench, missing, choices, report):
-            mine_points.append(measurement)
+    def work(report: Progress) -> Iterator[tuple[int, int]]:
+        bench = workbench().bench(request, report)
+        bench.prepare(first_look(choices), report)
+        bench.dense(report)
+        del bench
+        yield 0, len(missing)
+        for number, pair in enumerate(missing, start=1):
+
+            def counted(stage: str, done: int, total: int, number: int = number) -> None:
+                report(f"point {number} of {len(missing)}: {stage.lower()}", done, total)
+
+            add_point(mine, point_at(workbench().bench(request, report), pair, choices, counted))
+            yield number, len(missing)
         return len(missing)
 
-    mine.job = workbench().queue.submit("Measuring a curve", work)
+    start(f"Curve up to {in_words(missing[0])}", work, ("curve", request))
 
 
-def start_export(bench: Bench, cut: Cut, folder: Path) -> None:
-    """Queues the writing of a checkpoint; its cut is made and measured where none is at hand."""
-    mine, mine_points, request = visit(), points(), visit().request
-    plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices)
-    point = find_point(plan, cut.recovery)
+def in_words(ratios: Pair) -> str:
+    return f"MHA {ratios[0]:.0%}, MLP {ratios[1]:.0%}"
+
+
+def start_export(cut: Cut, folder: Path) -> None:
+    """Queues the writing of a checkpoint; its cut is made and measured where that is not known."""
+    mine, request = points(), visit().request
 
     def work(report: Progress) -> Path:
         require_free_output(folder)
-        require_room(folder, bench.footprint(plan, cut.recovery))
-        model, measurement = workbench().cut(request, bench, plan, cut.recovery, report, point)
-        if point is None:
-            mine_points.append(measurement)
+        own = (point for point in mine if Cut.of(point) == cut)
+        point = next(own, None) or workbench().measure(request, cut, report)
+        add_point(mine, point)
+        require_room(folder, point.footprint)
+        model = workbench().model(request, point, report)
         report("Writing the checkpoint", 0, 1)
-        compression = describe_compression(bench, plan, cut.recovery)
-        write_checkpoint(folder, model, bench, measurement, compression)
+        bench, decision = workbench().bench(request, report), point.decision
+        compression = describe_compression(
+            bench, decision.plan, point.recovery, bench.seed, decision.steps, decision
+        )
+        write_checkpoint(folder, model, bench, point, compression)
         return folder
 
-    mine.job = workbench().queue.submit("Writing the checkpoint", work)
+    start("Writing the checkpoint", work, ("export", request))
 
 
 def keep_upload(name: str, content: bytes) -> str:

@@ -34,8 +34,9 @@ def own_workbench(monkeypatch):
 
 
 @pytest.fixture
-def opened(own_workbench, monkeypatch, gqa_bench):
-    """That workbench with the tiny model opened, as a visit finds it."""
+def opened(own_workbench, monkeypatch, gqa_bench, tmp_path):
+    """That workbench with the tiny model opened, as a visit finds it, and nothing measured."""
+    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
 
     def open_bench(request, report):
         gqa_bench.scores(Choices().importance)
@@ -48,10 +49,13 @@ def opened(own_workbench, monkeypatch, gqa_bench):
 
 @pytest.fixture
 def open_page(opened):
-    """Runs a page in a session of its own, by its file's name; more calls share the visit."""
-    visit = Visit()
+    """Runs a page in a session of its own, by its file's name; more calls share the visit.
 
-    def run(name: str, **query: str) -> AppTest:
+    A visit that is given is another tab's, or another visitor's.
+    """
+    usual = Visit()
+
+    def run(name: str, visit: Visit = usual, **query: str) -> AppTest:
         page = AppTest.from_file(ROOT / "pages" / f"{name}.py", default_timeout=WAIT)
         page.session_state["visit"] = visit
         for key, value in query.items():

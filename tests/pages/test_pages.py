@@ -3,12 +3,14 @@
 import threading
 
 import pytest
+from streamlit.testing.v1 import AppTest
 
 from pages.shared import progress
-from pages.shared.workbench import Request
+from pages.shared.workbench import Cut, Request, Visit
 from tests.pages.conftest import ended
+from transact_core import results
 from transact_core.bench import Choices
-from transact_core.errors import TransActError
+from transact_core.errors import TransActError, silent
 from transact_core.importance import IMPORTANCES, register, score
 
 
@@ -136,7 +138,7 @@ def test_a_cut_is_measured_and_taken_away_with_its_choices(opened, open_page):
     page = open_page("compress", granularity="head-dims", importance="fluctuation", recovery="bias")
     visit = page.session_state["visit"]
     button(page, "Prune and measure perplexity").click().run()
-    ended(visit.job)
+    ended(visit.visitor.jobs[-1])
     page.run()
     assert "Perplexity, measured" in metrics(page)
     page.selectbox(key="importance").set_value("magnitude").run()
@@ -164,10 +166,192 @@ def test_a_curve_scores_first_and_then_measures(opened, open_page, granularity):
     assert "Scoring by magnitude comes first." in texts(page)
     button(page, "Measure the curve").click().run()
     visit = page.session_state["visit"]
-    assert ended(visit.job).error is None
+    job = ended(visit.visitor.jobs[-1])
+    assert job.error is None
     points = visit.points[Request()]
     assert {point.plan.importance for point in points} == {"magnitude"}
-    assert len(points) == visit.job.result > 0
+    assert len(points) == job.result > 0
     assert {point.plan.granularity for point in points} == {granularity}
     page.run()
     assert not page.exception
+
+
+@pytest.fixture
+def slow_points(opened, monkeypatch):
+    """Cuts that take until they are let through one by one; the semaphore."""
+    permits = threading.Semaphore(0)
+    really = results.compress
+
+    def compress(*arguments):
+        permits.acquire(timeout=10)
+        return really(*arguments)
+
+    monkeypatch.setattr(results.measured, "__defaults__", (silent, compress))
+    yield permits
+    permits.release(100)
+
+
+def measure_curve(page):
+    page.selectbox(key="curve").set_value("MLP only")
+    page.selectbox(key="curve_recovery").set_value("none").run()
+    button(page, "Measure the curve").click().run()
+    return page.session_state["visit"].visitor.jobs[-1]
+
+
+def mlp_ratios(visit) -> list[float]:
+    return [point.plan.mlp_ratio for point in visit.points.get(Request(), [])]
+
+
+def wait_until(true):
+    for _ in range(1000):
+        if true():
+            return
+        threading.Event().wait(0.01)
+    pytest.fail("it did not come to that")
+
+
+def test_points_stream_in_from_the_ends_and_are_kept_when_the_curve_is_cancelled(
+    opened, open_page, slow_points
+):
+    page = open_page("perplexity")
+    visit = page.session_state["visit"]
+    job = measure_curve(page)
+    slow_points.release(2)
+    wait_until(lambda: len(mlp_ratios(visit)) == 2)
+    assert mlp_ratios(visit) == [0.7, 0.14]
+    page.run()
+    assert not page.exception
+    assert len(page.dataframe[0].value) == 2
+    job.cancel()
+    slow_points.release()
+    ended(job)
+    page.run()
+    assert "was cancelled" in texts(page)
+    assert job.state == "cancelled"
+    before = mlp_ratios(visit)
+
+    again = measure_curve(page)
+    slow_points.release(3)
+    ended(again)
+    assert again.pieces == 5 - len(before)
+    assert sorted(mlp_ratios(visit)) == [0.14, 0.28, 0.42, 0.56, 0.7]
+
+
+def test_another_tab_finds_the_job_and_its_points(opened, open_page, slow_points):
+    page = open_page("perplexity")
+    visit = page.session_state["visit"]
+    job = measure_curve(page)
+    slow_points.release(1)
+    wait_until(lambda: len(mlp_ratios(visit)) == 1)
+    tab = open_page("perplexity", Visit(visit.visitor))
+    assert not tab.exception
+    assert len(tab.dataframe[0].value) == 1
+    assert button(tab, "Cancel") is not None
+    button(tab, "Cancel").click().run()
+    slow_points.release(5)
+    assert ended(job).state == "cancelled"
+
+
+def test_another_visitor_sees_nothing_of_it_and_has_known_points_at_once(
+    opened, open_page, slow_points
+):
+    page = open_page("perplexity")
+    slow_points.release(5)
+    ended(measure_curve(page))
+    mine = page.session_state["visit"]
+
+    stranger = Visit()
+    other = open_page("perplexity", stranger)
+    assert not other.dataframe
+    other.selectbox(key="curve").set_value("MLP only")
+    other.selectbox(key="curve_recovery").set_value("none").run()
+    button(other, "Measure the curve").click().run()
+    assert stranger.visitor.jobs == []
+    assert sorted(mlp_ratios(stranger)) == sorted(mlp_ratios(mine))
+    assert len(other.dataframe[0].value) == 5
+
+
+def test_one_curve_does_not_keep_others_waiting(opened, open_page, slow_points):
+    page = open_page("perplexity")
+    curve = measure_curve(page)
+    stranger = Visit()
+    other = open_page("compress", stranger, mlp="50", recovery="none")
+    button(other, "Prune and measure perplexity").click().run()
+    (cut,) = stranger.visitor.jobs
+    assert progress.waiting_in_words(cut) == "waiting, 1 ahead: another visitor's"
+    slow_points.release(2)
+    ended(cut)
+    assert cut.state == "done"
+    assert not curve.finished
+    other.run()
+    assert "Perplexity, measured" in metrics(other)
+    curve.cancel()
+
+
+def test_auto_is_tried_when_the_cut_is_measured_and_goes_into_the_export(
+    opened, open_page, gqa_bench
+):
+    page = open_page("compress", granularity="auto", steps="2", mha="50")
+    assert not page.exception
+    assert "is found when the cut is measured" in texts(page)
+    button(page, "Prune and measure perplexity").click().run()
+    visit = page.session_state["visit"]
+    job = ended(visit.visitor.jobs[-1])
+    assert job.error is None
+    page.run()
+    decision = job.result.decision
+    assert decision.why in texts(page)
+    assert "On the way:" in texts(page)
+    assert "Perplexity, measured" in metrics(page)
+
+    export = open_page("export")
+    assert not export.exception
+    assert decision.why in texts(export)
+    assert "--steps 2" in export.code[1].value
+    assert f"--granularity {decision.plan.granularity}" in export.code[1].value
+
+    # A restart forgets the visitor and not what was decided.
+    stranger = Visit()
+    later = open_page("compress", stranger, granularity="auto", steps="2", mha="50")
+    assert decision.why in texts(later)
+    button(later, "Prune and measure perplexity").click().run()
+    assert stranger.visitor.jobs == []
+    assert Cut.of(stranger.points[Request()][0]) == visit.cut
+
+
+def test_a_curve_with_auto_and_steps_is_measured(opened, open_page):
+    page = open_page("perplexity")
+    page.selectbox(key="curve").set_value("Both")
+    page.selectbox(key="curve_granularity").set_value("auto").run()
+    page.number_input(key="curve_steps").set_value(2)
+    page.number_input(key="count").set_value(2)
+    page.selectbox(key="curve_recovery").set_value("none").run()
+    button(page, "Measure the curve").click().run()
+    visit = page.session_state["visit"]
+    job = ended(visit.visitor.jobs[-1])
+    assert job.error is None
+    assert all(point.decision.why for point in visit.points[Request()])
+    assert job.result == 2
+
+
+def test_jobs_are_listed_with_what_became_of_them(opened, open_page, slow_points, monkeypatch):
+    visitor = Visit()
+    page = open_page("perplexity", visitor)
+    running = measure_curve(page)
+
+    def sidebar():
+        from pages.shared.progress import show_jobs
+
+        show_jobs()
+
+    listed = AppTest.from_function(sidebar)
+    listed.session_state["visit"] = visitor
+    listed.run()
+    assert not listed.exception
+    assert running.title in "".join(str(each) for each in listed.main.children.values())
+    listed.button[0].click().run()
+    slow_points.release()
+    ended(running)
+    listed.run()
+    assert f"{running.title} · cancelled" in texts(listed)
+    assert not listed.button

@@ -1,0 +1,133 @@
+"""Jobs and their visitors in a real browser: a reload in the middle of a sweep, two at once.
+
+The model is a tiny one and the text long, so that a point takes a moment and the opening does not.
+"""
+
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, expect
+
+from tests.browser.driving import TIMEOUT_MS, button, choose, set_number, settle
+from tests.conftest import make_model
+
+pytestmark = pytest.mark.browser
+
+CURVE = "Curve up to MHA 0%, MLP 70%"
+DONE = f"{CURVE} · done"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_model(hidden_size=96, intermediate_size=256, num_hidden_layers=4).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def another_page(browser: Browser):
+    """Another visitor's."""
+    context = browser.new_context(viewport={"width": 1440, "height": 1400})
+    page = context.new_page()
+    page.set_default_timeout(TIMEOUT_MS)
+    yield page
+    context.close()
+
+
+def open_tiny_model(page: Page, address: str, folder: Path, evaluation_tokens: int) -> None:
+    page.goto(address)
+    expect(page.get_by_test_id("stSidebarNavLink").first).to_be_visible()
+    page.goto(f"{address}/perplexity")
+    stop = button(page, "Cancel").first
+    expect(
+        stop.or_(button(page, "Try again")).or_(button(page, "Measure the curve"))
+    ).to_be_visible()
+    if stop.is_visible():
+        stop.click()
+    choose(page, "Model", "Local folder")
+    name = page.get_by_label("Checkpoint folder", exact=True)
+    name.fill(str(folder))
+    name.press("Enter")
+    page.get_by_text("How much, and on what").click()
+    set_number(page, "Calibration tokens", 1024)
+    set_number(page, "Evaluation tokens", evaluation_tokens)
+    set_number(page, "Sequence length", 64)
+    expect(button(page, "Load")).to_be_enabled()
+    button(page, "Load").click()
+    expect(button(page, "Measure the curve")).to_be_visible()
+    settle(page)
+
+
+def measure_curve(page: Page, points: int) -> None:
+    choose(page, "Cut", "MLP only")
+    choose(page, "Recovery", "none")
+    set_number(page, "Points", points)
+    settle(page)
+    button(page, "Measure the curve").click()
+
+
+def sidebar(page: Page) -> Locator:
+    return page.get_by_test_id("stSidebar")
+
+
+def points_drawn(page: Page) -> int:
+    """On the chart, the dense model's not counted."""
+    count = page.evaluate(
+        """() => {
+            const chart = document.querySelector('.js-plotly-plot');
+            const traces = chart ? chart.data.filter(trace => trace.name !== 'dense') : [];
+            return traces.reduce((sum, trace) => sum + (trace.x.length ?? trace._length), 0);
+        }"""
+    )
+    return int(count)
+
+
+def test_a_reload_in_the_middle_of_a_sweep(page: Page, address: str, model_folder: Path):
+    open_tiny_model(page, address, model_folder, evaluation_tokens=60_000)
+    measure_curve(page, 8)
+    page.wait_for_function(
+        "document.querySelector('.js-plotly-plot')?.data.some(trace => trace.name !== 'dense')"
+    )
+
+    page.reload()
+    expect(sidebar(page).get_by_text(CURVE)).to_be_visible()
+    expect(button(page, "Cancel")).to_be_visible()
+    assert points_drawn(page) >= 1
+    expect(page.get_by_label("Checkpoint folder", exact=True)).to_have_value(str(model_folder))
+    expect(button(page, "Load")).to_be_disabled()
+
+    tab = page.context.new_page()
+    tab.goto(f"{address}/perplexity")
+    expect(sidebar(tab).get_by_text(CURVE)).to_be_visible()
+    assert "?" not in tab.url
+    tab.close()
+
+    expect(sidebar(page).get_by_text(DONE)).to_be_visible()
+    page.wait_for_function("document.querySelector('.js-plotly-plot').data[0].x.length === 8")
+    expect(page.get_by_test_id("stException")).to_have_count(0)
+
+
+def test_two_visitors_at_once(page: Page, another_page: Page, address: str, model_folder: Path):
+    open_tiny_model(page, address, model_folder, evaluation_tokens=50_000)
+    open_tiny_model(another_page, address, model_folder, evaluation_tokens=50_000)
+    measure_curve(page, 20)
+    expect(sidebar(page).get_by_text(CURVE)).to_be_visible()
+
+    # The other one sees nothing of it, and gets a turn before it has ended.
+    another_page.reload()
+    expect(button(another_page, "Measure the curve")).to_be_visible()
+    settle(another_page)
+    expect(sidebar(another_page).get_by_text("Curve")).to_have_count(0)
+    measure_curve(another_page, 1)
+    expect(sidebar(another_page).get_by_text(DONE)).to_be_visible()
+    expect(sidebar(page).get_by_text(DONE)).to_have_count(0)
+    assert points_drawn(another_page) == 1
+
+    # The first cancels its own; both keep what they have.
+    sidebar(page).get_by_role("button", name="close").click()
+    expect(sidebar(page).get_by_text(f"{CURVE} · cancelled")).to_be_visible()
+    assert points_drawn(page) >= 1
+    expect(sidebar(another_page).get_by_text(DONE)).to_be_visible()
+    for each in (page, another_page):
+        expect(each.get_by_test_id("stException")).to_have_count(0)
