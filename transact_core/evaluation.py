@@ -57,7 +57,7 @@ def evaluate(
         losses.append(functional.cross_entropy(logits.float(), window[1:], reduction="none").cpu())
     progress(stage, len(windows), len(windows))
     nll = torch.stack(losses)
-    if nll.isnan().any():
+    if not nll.isfinite().all():
         raise TransActError(
             "The model's loss is not a number: its weights are damaged, or it overflows in its "
             "dtype; compute and save in float32 or bfloat16."
