@@ -6,6 +6,7 @@ import streamlit as st
 import torch
 
 from pages.shared.progress import show_jobs
+from pages.shared.text import plain
 from pages.shared.workbench import Request, begin_visit, keep_upload, visit, workbench
 from transact_core import corpora, results
 from transact_core.models import BUILTIN, BUILTIN_NAME
@@ -172,9 +173,9 @@ def sidebar() -> None:
         for notice in dict.fromkeys(
             loaded.notices + opened.calibration.notices + opened.evaluation.notices
         ):
-            st.warning(notice)
+            st.warning(plain(notice))
     for notice in results.notices:
-        st.warning(notice)
+        st.warning(plain(notice))
     show_jobs()
 
 

@@ -11,6 +11,7 @@ from pages.shared.jobs import DONE
 from pages.shared.progress import require_bench, require_prepared, show_job
 from pages.shared.report import make_report
 from pages.shared.side_by_side import last_latency
+from pages.shared.text import plain
 from pages.shared.workbench import (
     Cut,
     find_cut,
@@ -99,10 +100,10 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
     busy = show_job(*about)
     job = visit().latest_job(about)
     if job and job.state == DONE:
-        st.success(f"Written to {job.result}", icon=":material/check_circle:")
+        st.success(f"Written to {plain(job.result)}", icon=":material/check_circle:")
         st.code(
             "from transformers import AutoModelForCausalLM\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{job.result}")',
+            f"model = AutoModelForCausalLM.from_pretrained({str(job.result)!r})",
             language="python",
         )
     if not busy and st.button("Write the checkpoint", type="primary", disabled=not folder.strip()):

@@ -43,8 +43,7 @@ def cache(tmp_path_factory):
         os.environ["TRANSACT_CACHE"] = before
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def make_tokenizer() -> PreTrainedTokenizerFast:
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -58,6 +57,11 @@ def tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=trained, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
 
 
 def make_model(**changes) -> LlamaForCausalLM:

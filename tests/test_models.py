@@ -325,6 +325,15 @@ def test_a_gguf_file_is_converted_once(wide_model, tokenizer, tmp_path, monkeypa
     assert same_weights(load_model(str(path)).model, snapshot(first.model))
 
 
+def test_a_damaged_conversion_is_made_again(wide_model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer)
+    load_model(str(path))
+    (kept,) = (tmp_path / "cache" / "models").glob("*/model.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-10])
+    assert same_weights(load_model(str(path)).model, snapshot(wide_model))
+
+
 def test_a_quantised_gguf_file_is_read_as_float16(wide_model, tokenizer, tmp_path):
     kind = gguf.GGMLQuantizationType.Q8_0
     path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer, kind)

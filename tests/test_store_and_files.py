@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from transact_core.errors import TransActError
-from transact_core.files import require_disk_space, require_free_output, staged_folder
+from transact_core.files import (
+    STAGING_SUFFIX,
+    remove_leftovers,
+    require_disk_space,
+    require_free_output,
+    staged_file,
+    staged_folder,
+)
 from transact_core.store import remembered
 
 
@@ -80,6 +87,38 @@ def test_folders_made_on_the_way_go_too_when_writing_fails(tmp_path):
     with pytest.raises(ValueError, match="x"), staged_folder(tmp_path / "new" / "deep" / "final"):
         raise ValueError("x")
     assert os.listdir(tmp_path) == []
+
+
+def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(tmp_path):
+    dead_file = tmp_path / f".points.csv.abcdefgh{STAGING_SUFFIX}"
+    dead_file.write_text("half")
+    dead_folder = tmp_path / f".out.abcdefgh{STAGING_SUFFIX}"
+    dead_folder.mkdir()
+    (dead_folder / "model.safetensors").write_text("half")
+    mine = tmp_path / ".out.mine"
+    mine.write_text("precious")
+    with staged_folder(tmp_path / "out") as living, staged_file(tmp_path / "points.csv") as file:
+        assert not dead_file.exists()
+        assert not dead_folder.exists()
+        remove_leftovers(tmp_path)
+        assert living.is_dir()
+        file.write_text("whole")
+    assert sorted(os.listdir(tmp_path)) == [".out.mine", "out", "points.csv"]
+    assert (tmp_path / "points.csv").read_text() == "whole"
+
+
+def test_what_another_process_wrote_meanwhile_is_kept(tmp_path):
+    final = tmp_path / "final"
+
+    def write() -> None:
+        with staged_folder(final):
+            final.mkdir()
+            (final / "file").write_text("theirs")
+
+    with pytest.raises(TransActError, match="filled by another process"):
+        write()
+    assert os.listdir(tmp_path) == ["final"]
+    assert (final / "file").read_text() == "theirs"
 
 
 def test_outputs_that_hold_something_are_refused(tmp_path):

@@ -7,11 +7,9 @@ exit status 2.
 import argparse
 import dataclasses
 import json
-import os
 import signal
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import NoReturn
@@ -24,7 +22,7 @@ from transact_core import corpora, export
 from transact_core.bench import Bench, Choices, model_report
 from transact_core.errors import Progress, TransActError
 from transact_core.evaluation import evaluate
-from transact_core.files import require_free_output
+from transact_core.files import disk_trouble, require_free_output, staged_file
 from transact_core.footprint import footprint
 from transact_core.importance import IMPORTANCES, Evidence, score
 from transact_core.models import LoadedModel, dtype_name, load_model
@@ -381,17 +379,15 @@ def _require_new_file(path: Path) -> None:
         raise TransActError(f"The folder of {path} does not exist.")
 
 
-def _write_file(path: Path, write) -> None:
+def _write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Writes beside the file and renames, so that readers never see a part of it."""
-    handle, staging = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
-    os.close(handle)
     try:
-        write(staging)
-        os.replace(staging, path)
+        with staged_file(path) as staging:
+            write(staging)
     except OSError as error:
-        raise TransActError(f"{path} was not written: {error.strerror}.") from None
-    finally:
-        Path(staging).unlink(missing_ok=True)
+        raise TransActError(
+            f"{path} was not written: {disk_trouble(error) or error.strerror or error}."
+        ) from None
 
 
 def _table(result: dict[str, dict], output: Path) -> str:

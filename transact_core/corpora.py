@@ -9,6 +9,7 @@ import pydoc_data.topics
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import pyarrow
@@ -17,12 +18,15 @@ import torch
 from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
-from transact_core.errors import Progress, TransActError, silent
+from transact_core.errors import INTERRUPTIONS, Progress, TransActError, silent
 from transact_core.files import sha256_of_text
 
 BUILTIN = "builtin"
 MAX_CHARACTERS = 16_000_000
 """Longer texts are read this far: some millions of tokens, more than any measurement here takes."""
+MAX_GROUP_BYTES = 500_000_000
+BATCH_ROWS = 64
+"""Few, since a packed column may repeat one long text in every row."""
 HUB_TIMEOUT_S = 10
 TEXT_COLUMNS = ("text", "content", "document")
 
@@ -86,7 +90,7 @@ def corpus_from_text(source: str, text: str) -> Corpus:
     if len(text) >= MAX_CHARACTERS:
         text = text[:MAX_CHARACTERS]
         notices = (f"Only the first {MAX_CHARACTERS:,} characters of {source} are used.",)
-    if not text.strip():
+    if not text.replace("\ufeff", "").strip():
         raise TransActError(f"The text {source} is empty.")
     try:
         sha256 = sha256_of_text(text)
@@ -144,11 +148,16 @@ def _plain_text(path: Path) -> str:
 def _json_lines(path: Path) -> str:
     def rows() -> Iterator[str | None]:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number in count(1):
+                line = file.readline(4 * MAX_CHARACTERS)
+                if not line:
+                    return
+                if len(line) == 4 * MAX_CHARACTERS:
+                    raise TransActError(f"Line {number} of {path} is too long to be read.")
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode())
                 except (ValueError, RecursionError):
                     raise TransActError(f"Line {number} of {path} is not JSON.") from None
                 if isinstance(row, str):
@@ -165,14 +174,30 @@ def _parquet(path: Path) -> str:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         column = _text_column(file.schema_arrow.names, str(path))
+        _require_modest_rows(file.metadata, column, path)
         rows = (
             _as_text(value, f"The column {column!r} of {path}")
-            for batch in file.iter_batches(columns=[column])
+            for batch in file.iter_batches(BATCH_ROWS, columns=[column])
             for value in batch.column(0).to_pylist()
         )
         return _join(rows)
-    except (pyarrow.ArrowException, OSError):
+    except (pyarrow.ArrowException, OSError, MemoryError):
         raise TransActError(f"{path} is truncated, corrupt or not a Parquet file.") from None
+
+
+def _require_modest_rows(metadata: pyarrow.parquet.FileMetaData, column: str, path: Path) -> None:
+    """Refuses row groups that would fill the memory once they are unpacked."""
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        for number in range(metadata.num_columns):
+            chunk = row_group.column(number)
+            if chunk.path_in_schema != column or chunk.total_uncompressed_size <= MAX_GROUP_BYTES:
+                continue
+            raise TransActError(
+                f"The column {column!r} of {path} unpacks to "
+                f"{chunk.total_uncompressed_size / 1e6:,.0f} MB in one row group; write the file "
+                "in smaller row groups."
+            )
 
 
 def _hub_text(source: str) -> str:
@@ -235,9 +260,17 @@ def tokenise(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocab_size: int
     """The whole corpus as one row of token ids, with the tokenizer's own special tokens.
 
     Raises:
-        TransActError: the tokenizer makes ids that the model has no embedding for.
+        TransActError: the tokenizer fails, or makes ids that the model has no embedding for.
     """
-    ids = tokenizer(corpus.text, return_tensors="pt", verbose=False)["input_ids"][0]
+    try:
+        ids = tokenizer(corpus.text, return_tensors="pt", verbose=False)["input_ids"][0].long()
+    except INTERRUPTIONS:
+        raise
+    except BaseException as error:
+        raise TransActError(
+            f"The tokenizer cannot split {corpus.source} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); its files may be damaged."
+        ) from None
     if ids.numel() and int(ids.max()) >= vocab_size:
         raise TransActError(
             f"The tokenizer makes the id {int(ids.max())} and the model's vocabulary ends at "

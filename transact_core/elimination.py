@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM
 
 from transact_core.activations import MODULES, transitional_inputs
 from transact_core.corpora import Windows
-from transact_core.errors import Progress, silent
+from transact_core.errors import Progress, TransActError, silent
 from transact_core.streams import Stream, second_moments
 
 RIDGE = 1e-2
@@ -82,7 +82,14 @@ def eliminate_module(
     """
     projection = transitional_inputs(model, number)[module]
     # The second moments are handed over unnamed, so that they can be freed when inverted.
-    scale, inverse = damped_inverse(second_moments(weighted, projection.in_features))
+    try:
+        scale, inverse = damped_inverse(second_moments(weighted, projection.in_features))
+    except torch.linalg.LinAlgError:
+        raise TransActError(
+            f"The second moments of the {module} of layer {number} cannot be inverted: the "
+            "residual stream there is NaN or infinite; compute in float32, and if it stays "
+            "so the weights are damaged."
+        ) from None
     columns = projection.weight.to(scale.device).double() * scale
     order, _ = eliminate_channels(inverse, columns)
     if module == "mlp":

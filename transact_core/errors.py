@@ -17,3 +17,8 @@ Progress = Callable[[str, int, int], None]
 
 def silent(stage: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
+
+
+INTERRUPTIONS = (KeyboardInterrupt, SystemExit, GeneratorExit, Cancelled)
+"""What passes through where everything else is caught: a library written in Rust panics with an
+exception that is no `Exception`."""

@@ -62,9 +62,9 @@ def require_losses(nll: torch.Tensor) -> torch.Tensor:
     """The losses, where all of them are numbers.
 
     Raises:
-        TransActError: one is NaN.
+        TransActError: one is NaN or infinite.
     """
-    if nll.isnan().any():
+    if not nll.isfinite().all():
         raise TransActError(
             "The model's loss is not a number: its weights are damaged, or it overflows in its "
             "dtype; compute and save in float32 or bfloat16."

@@ -24,9 +24,14 @@ from transact_core.checkpoint import CheckpointWriter
 from transact_core.corpora import Windows, describe
 from transact_core.errors import Progress, TransActError, silent
 from transact_core.evaluation import Evaluation
-from transact_core.files import require_disk_space, require_free_output, staged_folder
+from transact_core.files import (
+    read_text,
+    require_disk_space,
+    require_free_output,
+    staged_folder,
+)
 from transact_core.footprint import Footprint
-from transact_core.models import LoadedModel, dtype_name
+from transact_core.models import ATTENTION, LoadedModel, dtype_name
 from transact_core.plan import Data, Decision, Granularity, PruningPlan, Step
 from transact_core.recovery import LayerFit, RecoveryName, recover, require_recovery
 from transact_core.surgery import Cut
@@ -134,7 +139,7 @@ def read_compression(path: Path) -> Compression:
             the sentence names it.
     """
     try:
-        text = path.read_text()
+        text = read_text(path)
     except (OSError, UnicodeDecodeError):
         raise TransActError(f"{path} cannot be read.") from None
     return parse_compression(text, str(path))
@@ -267,7 +272,11 @@ def compress_to_folder(
         fits = _write_layers(folder, bench, compression, progress)
         bench.release_model()
         model = LlamaForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            attn_implementation=ATTENTION,
         ).to(device)
         model.eval().requires_grad_(False)
         measurement = measure(bench, model, plan, recovery, fits, start, progress)

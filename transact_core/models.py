@@ -8,6 +8,7 @@ read yet. Weights come from safetensors or GGUF only; nothing is unpickled, no r
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,13 +16,16 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from gguf import (
     MODEL_ARCH,
     GGMLQuantizationType,
     GGUFReader,
+    GGUFValueType,
     ReaderTensor,
     get_tensor_name_map,
 )
@@ -32,8 +36,15 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from transact_core.architecture import Architecture
-from transact_core.errors import Progress, TransActError, silent
-from transact_core.files import cache_folder, sha256_of_file, staged_folder
+from transact_core.errors import INTERRUPTIONS, Progress, TransActError, silent
+from transact_core.files import (
+    MAX_NAME_BYTES,
+    MAX_TEXT_BYTES,
+    cache_folder,
+    read_text,
+    sha256_of_file,
+    staged_folder,
+)
 
 BUILTIN = "builtin"
 BUILTIN_NAME = "SmolLM2-135M-Instruct"
@@ -44,6 +55,8 @@ disable_progress_bar()  # ours is reported through the callback, once
 set_verbosity_error()  # what is wrong with a model is said here, in one sentence
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+READ_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
+"""Of the files in a checkpoint folder that transformers or this package may read."""
 QUANTISED_ADVICE = {
     "gptq": "GPTQ",
     "awq": "AWQ",
@@ -61,6 +74,13 @@ REQUIRED_METADATA = (
     "tokenizer.ggml.tokens",
 )
 """llama.cpp demands these too; transformers would put defaults of other models in their place."""
+ATTENTION = "sdpa"
+"""Named wherever a model is loaded: a config.json may name code on the hub that would be run."""
+MOST_GROWTH = 64
+"""How many characters a tokenizer may make of one before it splits the text."""
+MOST_LABELS = 100_000
+MOST_ITEMS = 10_000_000
+"""In an array of a GGUF file's metadata; vocabularies have some hundred thousand."""
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -199,11 +219,11 @@ def load_model(
     if path.is_dir():
         found = inspect_folder(path)
     elif path.suffix.lower() == ".gguf":
+        _require_plausible_size(path, target)
         # A GGUF file is kept as a checkpoint, which later loads in a second. It was looked through
         # before it was converted.
         folder = cache_folder() / "models" / sha256_of_file(path)
-        known = folder.is_dir()
-        found = replace(inspect_folder(folder), files=[path]) if known else inspect_gguf(path)
+        found = _inspect_converted(folder, path) or inspect_gguf(path)
     elif path.suffix in PICKLE_SUFFIXES:
         raise TransActError(_pickle_refusal(path.name))
     else:
@@ -339,9 +359,17 @@ def inspect_folder(folder: Path) -> Inspection:
     Raises:
         TransActError: anything that keeps the folder from being a dense `LlamaForCausalLM`.
     """
+    _require_own_files(folder)
     raw = _read_config(folder)
     _require_llama(folder, raw)
     try:
+        if (labels := raw.get("num_labels", 0)) > MOST_LABELS:
+            raise ValueError(f"num_labels is {labels}")
+        for name in ("output_attentions", "output_hidden_states"):
+            if raw.get(name):
+                raise ValueError(f"{name} is on, which keeps every layer's in memory")
+        if not raw.get("return_dict", True):
+            raise ValueError("return_dict is off")
         config = LlamaConfig.from_dict(raw)
         architecture = Architecture.from_config(config)
         rotary = (config.rope_parameters or {}).get("rope_type", "default")
@@ -349,8 +377,13 @@ def inspect_folder(folder: Path) -> Inspection:
             raise ValueError(f"the rope_type {rotary!r} is not one that transformers knows")
         if config.max_position_embeddings < 1:
             raise ValueError(f"max_position_embeddings is {config.max_position_embeddings}")
+        if not 0 <= config.rms_norm_eps < math.inf:
+            raise ValueError(f"rms_norm_eps is {config.rms_norm_eps}")
+        theta = (config.rope_parameters or {}).get("rope_theta", 1.0)
+        if not 0 < theta < math.inf:
+            raise ValueError(f"rope_theta is {theta}")
     except Exception as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = _last_line(error)
         raise TransActError(
             f"{folder / 'config.json'} is not a valid configuration: {reason}."
         ) from None
@@ -380,6 +413,33 @@ def _stored_dtype(
     return STORED_DTYPES[max(parameters, key=parameters.get)]
 
 
+def _require_own_files(folder: Path) -> None:
+    """Refuses links that lead out of the folder, and what is absurdly large for its kind.
+
+    What is read here may be written into an output folder, so a link could carry any file of this
+    machine into it. The hub's cache, whose files are links into its own store, is as it should be.
+    """
+    home = folder.resolve()
+    in_hub_cache = home.parent.name == "snapshots" and home.parent.parent.name.startswith(
+        "models--"
+    )
+    roots = [home, home.parent.parent / "blobs"] if in_hub_cache else [home]
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in READ_SUFFIXES:
+            continue
+        try:
+            target = path.resolve(strict=True)
+        except (OSError, RuntimeError):
+            raise TransActError(f"{path} is a link that leads nowhere; remove it.") from None
+        if not any(target.is_relative_to(root) for root in roots):
+            raise TransActError(
+                f"{path} is a link out of its folder, to {target}; put the file itself there."
+            )
+        too_large = path.suffix != ".safetensors" and target.stat().st_size > MAX_TEXT_BYTES
+        if not target.is_file() or too_large:
+            raise TransActError(f"{path} is no file, or far too large for its kind; remove it.")
+
+
 def _read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if any((folder / f"adapter_{name}").is_file() for name in ("config.json", "model.safetensors")):
@@ -392,7 +452,7 @@ def _read_config(folder: Path) -> dict:
             raise TransActError(f"{folder} holds GGUF files; name one of them, as {ggufs[0]}.")
         raise TransActError(f"{folder} has no config.json, so it is not a checkpoint folder.")
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         raise TransActError(f"{path} cannot be read as JSON.") from None
     if not isinstance(raw, dict):
@@ -433,8 +493,10 @@ def _safetensors_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
+            if any(len(str(name)) > MAX_NAME_BYTES for name in names):
+                raise ValueError("no file has so long a name")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise TransActError(f"{index} is not a valid index of weight files.") from None
         files = [folder / str(name) for name in names]
         for file in files:
@@ -474,7 +536,7 @@ def _stored_tensors(files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]
                 for name in stored.keys():  # noqa: SIM118 - not a mapping
                     header = stored.get_slice(name)
                     tensors[name] = tuple(header.get_shape()), header.get_dtype()
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError) as error:
             raise TransActError(f"{file} is truncated or corrupt ({error}).") from None
     return tensors
 
@@ -485,7 +547,11 @@ def _load_folder(
     tokenizer = _load_tokenizer(folder)
     try:
         model = LlamaForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            attn_implementation=ATTENTION,
         )
     except Exception as error:
         raise TransActError(
@@ -495,14 +561,47 @@ def _load_folder(
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    _require_modest_tokenizer(folder / "tokenizer.json")
     try:
         # Left to itself, transformers would ask at the terminal whether to run a folder's code.
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
+    except INTERRUPTIONS:
+        raise
+    except BaseException as error:
         raise TransActError(
             f"{folder} has no tokenizer that transformers can load ({_first_line(error)}); "
             "copy the tokenizer files of the original model into it."
         ) from None
+
+
+def _require_modest_tokenizer(path: Path) -> None:
+    """Refuses replacements that blow a text up: they run before anything can look at the length."""
+    if not path.is_file():
+        return
+    try:
+        stored = json.loads(read_text(path))
+        parts = [stored.get("normalizer"), stored.get("pre_tokenizer"), stored.get("decoder")]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise TransActError(f"{path} cannot be read as a tokenizer.") from None
+    for part in parts:
+        growth, waiting = 1, [part]
+        while waiting:
+            step = waiting.pop()
+            if isinstance(step, dict):
+                words = (step.get("content"), step.get("prepend"), step.get("replacement"))
+                growth *= max(1, *(len(word) for word in words if isinstance(word, str)), 1)
+                waiting += step.values()
+            elif isinstance(step, list):
+                waiting += step
+        if growth > MOST_GROWTH:
+            raise TransActError(
+                f"{path} replaces characters by up to {growth:,} others, which no tokenizer of a "
+                "llama model does; it may be made to use up the memory."
+            )
+
+
+def _last_line(error: Exception) -> str:
+    return [type(error).__name__, *str(error).strip().rstrip(".").splitlines()][-1].strip()
 
 
 def _first_line(error: Exception) -> str:
@@ -584,9 +683,31 @@ def _huggingface_shapes(
     }
 
 
+class _BoundedReader(GGUFReader):
+    """The reader of the gguf package, which walks past the end of a file that claims too much."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
+        end = int(offset) + int(count) * np.dtype(dtype).itemsize
+        if int(count) < 0 or not 0 <= offset <= end <= len(self.data):
+            raise ValueError("something is said to lie past the end of the file")
+        return super()._get(offset, dtype, count, *rest, **named)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type == GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > MOST_ITEMS:
+            raise ValueError("an array is longer than any vocabulary")
+        return super()._get_field_parts(orig_offs, raw_type)
+
+
+def _require_plausible_size(path: Path, device: torch.device) -> None:
+    """Refuses a file that cannot fit, before it is read to be fingerprinted."""
+    # Its weights are float32 on the way, which is no less than any GGUF type takes.
+    size = path.stat().st_size
+    MemoryEstimate(needed=size, available=_available_memory(), device=str(device)).verdict()
+
+
 def _read_gguf(path: Path) -> GGUFReader:
     try:
-        reader = GGUFReader(path)
+        reader = _BoundedReader(path)
         end = max(int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors)
     except Exception:
         raise TransActError(f"{path} is truncated, corrupt or not a GGUF file.") from None
@@ -595,9 +716,22 @@ def _read_gguf(path: Path) -> GGUFReader:
     return reader
 
 
+def _inspect_converted(folder: Path, path: Path) -> Inspection | None:
+    """What was kept of a GGUF file; what is damaged is removed, to be converted again."""
+    if not folder.is_dir():
+        return None
+    try:
+        return replace(inspect_folder(folder), files=[path])
+    except TransActError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
 def _convert_gguf(path: Path, stored: torch.dtype, folder: Path) -> None:
     try:
-        model = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+        model = LlamaForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, attn_implementation=ATTENTION
+        )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
         raise TransActError(f"transformers could not read {path}: {_first_line(error)}.") from None
@@ -609,9 +743,14 @@ def _convert_gguf(path: Path, stored: torch.dtype, folder: Path) -> None:
     model = model.to(stored)
     if not all(torch.isfinite(weight).all() for weight in model.parameters()):
         raise TransActError(f"{path} holds weights that {dtype_name(stored)} cannot represent.")
-    with staged_folder(folder) as staging:
-        model.save_pretrained(staging, max_shard_size="1000GB")
-        tokenizer.save_pretrained(staging)
+    try:
+        with staged_folder(folder) as staging:
+            model.save_pretrained(staging, max_shard_size="1000GB")
+            tokenizer.save_pretrained(staging)
+    except TransActError:
+        # Another process that converts the same file may have been quicker.
+        if not folder.is_dir():
+            raise
 
 
 def _gguf_dtype(reader: GGUFReader) -> torch.dtype:

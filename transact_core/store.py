@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from transact_core import __version__
-from transact_core.files import cache_folder
+from transact_core.files import cache_folder, staged_file
 
 Tensors = dict[str, torch.Tensor]
 
@@ -51,16 +50,10 @@ def digest(key: dict[str, object]) -> str:
 
 
 def _keep(path: Path, tensors: Tensors) -> None:
-    staging = None
-    try:
+    with suppress(OSError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, staging = tempfile.mkstemp(prefix=".", dir=path.parent)
-        os.close(handle)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging)
-        os.replace(staging, path)
-    except (OSError, SafetensorError):
-        if staging is not None:
-            Path(staging).unlink(missing_ok=True)
+        with staged_file(path) as staging:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging)
 
 
 def sha256_of_tokens(ids: torch.Tensor) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Hashable
 import streamlit as st
 
 from pages.shared.jobs import CANCELLED, DONE, FAILED, QUEUED, Job
+from pages.shared.text import plain
 from pages.shared.workbench import Opening, visit, workbench
 from transact_core.bench import Bench, Choices
 from transact_core.evaluation import Evaluation
@@ -70,7 +71,7 @@ def show_job(*about: Hashable) -> bool:
         watch(job, f"job-{about[0]}")
         return True
     if job.state == FAILED:
-        st.error(f"{job.title} failed. {job.error}", icon=":material/error:")
+        st.error(f"{job.title} failed. {plain(job.error)}", icon=":material/error:")
     if job.state == CANCELLED:
         st.info(f"{job.title} was cancelled. What was measured before is kept.")
     return False
@@ -94,7 +95,7 @@ def show_jobs() -> None:
             st.rerun()
         for number, job in enumerate(reversed(visitor.jobs)):
             if job.finished:
-                reason = f": {job.error}" if job.error else ""
+                reason = f": {plain(job.error)}" if job.error else ""
                 st.caption(f"{STATES[job.state]} {job.title} · {job.state}{reason}")
                 continue
             line, button = st.columns([5, 1], vertical_alignment="center", gap="small")
@@ -120,7 +121,7 @@ def require_bench() -> Bench:
         watch(job, "opening")
         st.stop()
     if job.state != DONE:
-        st.error(job.error or "The loading was cancelled.", icon=":material/error:")
+        st.error(plain(job.error or "The loading was cancelled."), icon=":material/error:")
         st.caption("Change the model or the text in the sidebar, or try again.")
         if st.button("Try again", type="primary"):
             workbench().reopen(visit().request)
@@ -140,7 +141,7 @@ def require_prepared(bench: Bench, choices: Choices, key: str) -> bool:
     if job.state == DONE:
         return True
     if job.state == FAILED:
-        st.error(job.error, icon=":material/error:")
+        st.error(plain(job.error), icon=":material/error:")
     else:
         st.info(
             f"{job.title} was cancelled. Choose what was measured before, or measure this.",
@@ -163,7 +164,7 @@ def show_dense(key: str) -> Evaluation | None:
     if job.state == DONE:
         return opening.bench.result.dense()
     if job.state == FAILED:
-        st.error(f"{job.title} failed. {job.error}", icon=":material/error:")
+        st.error(f"{job.title} failed. {plain(job.error)}", icon=":material/error:")
     if st.button("Measure the dense model", key=f"dense-{key}"):
         workbench().measure_dense(visit().request)
         st.rerun()

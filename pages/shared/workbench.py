@@ -18,7 +18,7 @@ from transact_core import corpora
 from transact_core.bench import Bench, Choices, Measurement, carry_out, compress
 from transact_core.errors import Progress, TransActError
 from transact_core.export import describe_compression, require_room, write_checkpoint
-from transact_core.files import cache_folder, require_free_output
+from transact_core.files import cache_folder, require_free_output, staged_file
 from transact_core.models import BUILTIN, LoadedModel, load_model
 from transact_core.plan import Decision, Granularity, PruningPlan
 from transact_core.results import decided, find_decision, measured
@@ -528,5 +528,6 @@ def keep_upload(name: str, content: bytes) -> str:
     path = cache_folder() / "uploads" / digest / Path(name).name
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        with staged_file(path) as staging:
+            staging.write_bytes(content)
     return str(path)

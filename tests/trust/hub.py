@@ -1,0 +1,69 @@
+"""As much of a model hub as `snapshot_download` asks for, serving one folder on this machine."""
+
+import hashlib
+import json
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "c" * 40
+
+
+class _Hub(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, *arguments, folder: Path) -> None:
+        self.folder = folder
+        super().__init__(*arguments)
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, with_body: bool) -> None:
+        path = self.path.split("?")[0]
+        names = sorted(file.name for file in self.folder.iterdir())
+        headers, status = {}, 200
+        if "/resolve/" in path:
+            name = path.rsplit("/", 1)[1]
+            if name not in names:
+                self.send_error(404)
+                return
+            body = (self.folder / name).read_bytes()
+            headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            if wanted := self.headers.get("Range"):
+                first = int(wanted.removeprefix("bytes=").split("-")[0])
+                headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
+                body, status = body[first:], 206
+        elif "/tree/" in path:
+            files = [self.folder / name for name in names]
+            body = json.dumps(
+                [
+                    {
+                        "type": "file",
+                        "path": file.name,
+                        "size": file.stat().st_size,
+                        "oid": "0" * 40,
+                    }
+                    for file in files
+                ]
+            ).encode()
+        else:
+            siblings = [{"rfilename": name} for name in names]
+            body = json.dumps({"id": "tiny/model", "sha": COMMIT, "siblings": siblings}).encode()
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def hub_of(folder: Path, port: int) -> ThreadingHTTPServer:
+    """A server of this folder's files, as the model `tiny/model`."""
+    return ThreadingHTTPServer(("127.0.0.1", port), partial(_Hub, folder=folder))

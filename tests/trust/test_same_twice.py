@@ -1,0 +1,141 @@
+"""The same inputs give the same bits; elsewhere the same choices and nearly the same perplexity."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import bench_of, make_model, make_tokenizer, same_weights, snapshot, windows_for
+from transact_core.bench import Choices, compress
+from transact_core.export import parse_compression
+from transact_core.models import load_model
+
+ROOT = Path(__file__).parents[2]
+STORED = Path(__file__).parent / "stored"
+TEXTS = ["--calibration-tokens", "1024", "--evaluation-tokens", "256", "--sequence-length", "32"]
+FILES = ("model.safetensors", "compression.json", "report.json", "config.json", "README.md")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A checkpoint and a text."""
+    folder = tmp_path_factory.mktemp("same")
+    make_model(num_key_value_heads=3).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    topics = "\n\n".join(
+        f"The topic {number} is about {number % 7} things." for number in range(900)
+    )
+    (folder / "text.txt").write_text(topics)
+    return folder
+
+
+def command_line(place, *words, **environment) -> None:
+    """The command line in a new process, with a cache of its own."""
+    environment = {"OMP_NUM_THREADS": "1", "TRANSACT_CACHE": str(place / "cache"), **environment}
+    done = subprocess.run(
+        [sys.executable, "-m", "transact_core", *map(str, words)],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def prune(place, output, granularity, **environment) -> Path:
+    text = place / "text.txt"
+    command_line(
+        place, "prune", "--model", place / "model", "--mha-ratio", "0.5", "--mlp-ratio", "0.3",
+        "--granularity", granularity, "--calibration", text, "--evaluation", text, *TEXTS,
+        "--output", place / output, **environment,
+    )  # fmt: skip
+    return place / output
+
+
+def test_a_new_process_gives_the_same_bytes_and_another_machine_the_same_choices(place):
+    first = prune(place, "first", "head-dims")
+    again = prune(place, "again", "head-dims", TRANSACT_CACHE=str(place / "other-cache"))
+    for name in FILES:
+        assert (first / name).read_bytes() == (again / name).read_bytes(), name
+
+    stored = json.loads((first / "compression.json").read_text())
+    perplexity = json.loads((first / "report.json").read_text())["pruned"]["perplexity"]
+    for number, (threads, capability) in enumerate([(2, "default"), (1, "default"), (2, "avx2")]):
+        elsewhere = place / f"{number}.json"
+        environment = {**stored["environment"], "threads": threads}
+        elsewhere.write_text(json.dumps(stored | {"environment": environment}))
+        made = place / f"elsewhere-{number}"
+        command_line(
+            place, "apply", elsewhere, "--output", made, ATEN_CPU_CAPABILITY=capability,
+            MKL_ENABLE_INSTRUCTIONS="SSE4_2", TRANSACT_CACHE=str(place / f"cache-{number}"),
+        )  # fmt: skip
+        kept = json.loads((made / "compression.json").read_text())
+        assert kept["plan"] == stored["plan"]
+        result = json.loads((made / "report.json").read_text())
+        assert result["pruned"]["perplexity"] == pytest.approx(perplexity, rel=1e-3)
+
+
+def test_another_order_of_calls_gives_the_same_bits(tokenizer, tmp_path, monkeypatch):
+    """Three cuts of one bench in every order, each order with nothing kept from before."""
+    cuts = {
+        "query-heads": ("activation", "least-squares"),
+        "kv-groups": ("reconstruction", "bias"),
+        "head-dims": ("taylor", "least-squares"),
+    }
+    first: dict[str, tuple] = {}
+    for number, order in enumerate(permutations(cuts)):
+        monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / str(number)))
+        bench = bench_of(make_model(num_key_value_heads=3), tokenizer, windows_for(tokenizer))
+        for granularity in order:
+            importance, recovery = cuts[granularity]
+            choices = Choices(granularity=granularity, importance=importance, recovery=recovery)
+            plan = bench.plan(0.5, 0.3, choices)
+            model, measurement = compress(bench, plan, recovery)
+            made = first.setdefault(
+                granularity, (plan, snapshot(model), measurement.evaluation.nll)
+            )
+            assert plan == made[0]
+            assert same_weights(model, made[1])
+            assert torch.equal(measurement.evaluation.nll, made[2])
+
+
+@pytest.mark.parametrize("path", sorted(STORED.glob("*.json")), ids=lambda path: path.stem)
+def test_stored_compressions_of_each_schema_are_still_read_and_carried_out(path, tokenizer):
+    """They were made of `make_model`'s model; its text may differ, so the repair is of today's."""
+    compression = parse_compression(path.read_text())
+    bench = bench_of(make_model(num_key_value_heads=3), tokenizer, windows_for(tokenizer))
+    compression.plan.check(bench.loaded.architecture)
+    model, measurement = compress(bench, compression.plan, compression.recovery)
+    widths = compression.plan.widths.applied_to(bench.loaded.architecture)
+    assert model.config.intermediate_size == widths.intermediate_size
+    assert model.config.head_dim == widths.head_dim
+    assert measurement.perplexity > 1
+    layer = compression.plan.layers[0]
+    kept = model.model.layers[0].mlp.up_proj.weight
+    dense = bench.loaded.model.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(kept, dense[list(layer.kept_channels)])
+
+
+def test_there_is_a_stored_compression_of_the_present_schema():
+    from transact_core.export import SCHEMA_VERSION
+
+    stored = [parse_compression(path.read_text()) for path in STORED.glob("*.json")]
+    assert SCHEMA_VERSION in {compression.schema_version for compression in stored}
+
+
+def test_a_stored_compression_is_applied_from_the_command_line(place, tmp_path):
+    """Version 1 with the fingerprints of this test's own model and text put in their places."""
+    loaded = load_model(str(place / "model"))
+    from transact_core.corpora import read_corpus
+
+    text = read_corpus(str(place / "text.txt"))
+    stored = json.loads((STORED / "version-1-query-heads.json").read_text())
+    stored["model"] = {"source": str(place / "model"), "weight_files": loaded.weight_files}
+    for kind in ("calibration", "evaluation"):
+        stored[kind] |= {"source": text.source, "sha256": text.sha256}
+    (tmp_path / "compression.json").write_text(json.dumps(stored))
+    command_line(place, "apply", tmp_path / "compression.json", "--output", tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "compression.json").read_text())
+    assert made["plan"] == stored["plan"]
