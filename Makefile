@@ -1,5 +1,6 @@
 PYTHON ?= python3
 PORT ?= 8501
+ADDRESS ?= localhost
 TORCH_INDEX_URL ?=
 PYTEST_ARGS ?=
 BENCHMARK_ARGS ?= --output outputs/benchmark.csv --markdown outputs/benchmark.md --resume
@@ -17,14 +18,15 @@ SETUP_BENCHMARK := $(VENV)/.setup-benchmark
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON)  PORT=$(PORT)  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  PYTEST_ARGS=$(PYTEST_ARGS)"
+	@echo "Variables: PYTHON=$(PYTHON)  ADDRESS=$(ADDRESS)  PORT=$(PORT)  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  PYTEST_ARGS=$(PYTEST_ARGS)"
 	@echo "           BENCHMARK_ARGS=$(BENCHMARK_ARGS)"
 
 setup: $(SETUP) ## install the app and the built-in model into .venv
 	@echo "Ready: make app"
 
-app: $(SETUP) ## start the app on http://localhost:PORT
-	$(PY) -m streamlit run app.py --server.address localhost --server.port $(PORT) \
+app: $(SETUP) ## start the app on http://ADDRESS:PORT
+	$(PY) -m pages.shared.settings "$(ADDRESS)"
+	$(PY) -m streamlit run app.py --server.address "$(ADDRESS)" --server.port $(PORT) \
 		--server.headless true --browser.gatherUsageStats false
 
 test: $(SETUP_DEV) ## check the code and run the tests (PYTEST_ARGS="-k name")

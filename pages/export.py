@@ -7,6 +7,7 @@ import streamlit as st
 
 from pages.shared.jobs import DONE
 from pages.shared.progress import require_bench, require_prepared, show_job
+from pages.shared.settings import settings
 from pages.shared.workbench import Cut, find_cut, find_point, points, start_export, visit
 from transact_core.bench import Bench, Choices, Measurement
 from transact_core.export import apply_command, describe_compression, reproduce_command
@@ -83,7 +84,7 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
     usual = astuple(Choices())
     name += "".join(f"-{each}" for each in astuple(cut.choices) if each not in usual)
     folder = st.text_input(
-        "Folder on the machine that runs this app", str(Path.home() / "transact" / name),
+        "Folder on the machine that runs this app", str(settings().export_folder / name),
         key=f"folder-{name}", help="New or empty; it appears whole or not at all.",
     )  # fmt: skip
     about = ("export", visit().request)

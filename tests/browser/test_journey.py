@@ -108,7 +108,8 @@ def test_cancel_keeps_the_page_usable(page: Page, address: str):
 @pytest.mark.parametrize(
     ("kind", "label", "source", "sentence"),
     [
-        ("Local folder", "Checkpoint folder", "/no/such/folder", "There is no model at"),
+        ("Local folder", "Checkpoint folder", "{tmp_path}/none", "There is no model at"),
+        ("Local folder", "Checkpoint folder", "/etc", "may not be read from the browser"),
         ("GGUF file", "GGUF file", "{tmp_path}/broken.gguf", "is truncated, corrupt or not a GGUF"),
     ],
 )
