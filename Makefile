@@ -11,7 +11,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 # Nothing is resolved and nothing is built: what is locked is fetched, checked and unpacked.
 LOCKED := $(PIP) install --no-deps --require-hashes --only-binary :all:
-TORCH = $$(grep -o '^torch==[^ ]*' locks/torch.txt)
+TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' locks/torch.txt)
+SITE := $(VENV)/lib/python3*/site-packages
 TOOLS := $(VENV)/tools
 SETUP := $(VENV)/.setup
 SETUP_DEV := $(VENV)/.setup-dev
@@ -54,17 +55,18 @@ format: $(SETUP_DEV) ## format the code and fix what can be fixed
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-lock: $(TOOLS)/bin/uv ## write locks/ anew from the requirements (LOCK_ARGS=--upgrade)
+lock: $(TOOLS)/.setup ## write locks/ anew from the requirements (LOCK_ARGS=--upgrade)
 	PATH="$(TOOLS)/bin:$$PATH" $(PY) -m scripts.lock $(LOCK_ARGS)
 
-audit: $(TOOLS)/bin/pip-audit ## look the locked packages up in the advisories of PyPI
+# --strict, as what could not be looked up would else count as clean.
+audit: $(TOOLS)/.setup ## look the locked packages up in the advisories of PyPI
 	for lock in app torch cuda dev; do \
-		$(TOOLS)/bin/pip-audit --no-deps --disable-pip --progress-spinner off -r locks/$$lock.txt \
-			|| exit 1; \
+		$(TOOLS)/bin/pip-audit --strict --disable-pip --progress-spinner off \
+			-r locks/$$lock.txt || exit 1; \
 	done
 
-licences: $(SETUP_DEV) ## write docs/licences.md anew, from what is installed
-	$(PY) -m scripts.licences
+licences: $(TOOLS)/.setup ## write docs/licences.md anew, from what the locked packages declare
+	$(TOOLS)/bin/python -m scripts.licences
 
 clean: ## remove caches
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
@@ -79,18 +81,21 @@ $(VENV)/bin/pip:
 		"Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-# The default build of torch is checked by hash as the rest is. TORCH_INDEX_URL is for another build
-# of the same version, whose hash is not known here, and neither are those of what it needs. Builds
-# from elsewhere are named, as 2.13.0+cpu, and need nothing of locks/cuda.txt.
+# Whichever build of torch pip would choose is fetched first, as it may lie on this machine, and is
+# unpacked only when its hash is among those of the lock. TORCH_INDEX_URL is for another build of the
+# same version: its hash is not known here, and neither are those of what it needs. Builds that are
+# not PyPI's have a longer version, as 2.13.0+cpu, and need nothing of locks/cuda.txt.
 $(SETUP): locks/app.txt locks/torch.txt locks/cuda.txt requirements-model.txt | $(VENV)/bin/pip
 	$(LOCKED) -r locks/app.txt
 ifneq ($(TORCH_INDEX_URL),)
-	$(PIP) install --no-deps --index-url "$(TORCH_INDEX_URL)" $(TORCH)
-	$(PIP) install $(TORCH)
+	$(PIP) install --no-deps --index-url "$(TORCH_INDEX_URL)" torch==$(TORCH)
+	$(PIP) install torch==$(TORCH)
 else
-	$(LOCKED) -r locks/torch.txt
-	ls -d $(VENV)/lib/python3*/site-packages/torch-*+*.dist-info >/dev/null 2>&1 \
-		|| $(LOCKED) -r locks/cuda.txt
+	ls -d $(SITE)/torch-$(TORCH)*.dist-info >/dev/null 2>&1 || { \
+		$(PIP) download --no-deps --only-binary :all: --dest $(VENV)/wheels torch==$(TORCH) && \
+		$(LOCKED) --no-index --find-links $(VENV)/wheels -r locks/torch.txt; }
+	rm -rf $(VENV)/wheels
+	ls -d $(SITE)/torch-$(TORCH)+*.dist-info >/dev/null 2>&1 || $(LOCKED) -r locks/cuda.txt
 endif
 	$(LOCKED) -r requirements-model.txt
 	@touch $@
@@ -105,6 +110,7 @@ $(SETUP_BENCHMARK): benchmarks/requirements.txt $(SETUP)
 	@touch $@
 
 # The tools are no part of the app, so they have an environment of their own.
-$(TOOLS)/bin/uv $(TOOLS)/bin/pip-audit: | $(VENV)/bin/pip
+$(TOOLS)/.setup: requirements-tools.txt | $(VENV)/bin/pip
 	$(PYTHON) -m venv $(TOOLS)
-	$(TOOLS)/bin/pip --disable-pip-version-check install uv==0.13.9 pip-audit==2.10.1
+	$(TOOLS)/bin/python -m pip --disable-pip-version-check install -r requirements-tools.txt
+	@touch $@

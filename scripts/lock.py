@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 LOCKS = ROOT / "locks"
 OLDEST_PYTHON = "3.11"
 OF_CUDA = re.compile(r"(nvidia|cuda|triton)(-|$)")
+OF_NO_PLATFORM_HERE = re.compile(r"\S+ ; .*sys_platform == '(win32|emscripten)'")
 KNOWN_BUILDS = (
     # CPython 3.11, Linux x86-64, CPU, which is not on PyPI.
     "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",
@@ -20,11 +21,12 @@ KNOWN_BUILDS = (
 
 
 def compile_lock(*arguments: str) -> list[str]:
-    """The locked packages, each with its hashes; versions in the locks so far stay where they can."""
+    """The packages for Linux and macOS, each with its version and hashes."""
     command = ["uv", "pip", "compile", "--universal", "--generate-hashes", "--no-header"]
     command += ["--no-annotate", "--quiet", "--python-version", OLDEST_PYTHON, *arguments]
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    return re.findall(r"^\S.*(?:\n +.*)*", done.stdout, re.MULTILINE)
+    packages = re.findall(r"^\S.*(?:\n +.*)*", done.stdout, re.MULTILINE)
+    return [package for package in packages if not OF_NO_PLATFORM_HERE.match(package)]
 
 
 def name_of(package: str) -> str:
@@ -37,6 +39,7 @@ def write(name: str, about: str, packages: list[str]) -> None:
 
 
 def main() -> None:
+    # Versions stay as they are locked unless an upgrade is asked for.
     before = [str(path) for path in sorted(LOCKS.glob("*.txt"))]
     if "--upgrade" in sys.argv:
         before = []
