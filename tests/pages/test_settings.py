@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from streamlit import get_option
 
 from pages.shared.settings import (
     NAMES,
@@ -109,6 +110,11 @@ def test_a_wrong_setting_is_said_in_a_sentence(environment, complaint):
     with pytest.raises(TransActError, match=complaint) as refused:
         read_settings(environment, "localhost")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("option", ["enableXsrfProtection", "enableCORS"])
+def test_streamlits_protection_is_on(option):
+    assert get_option(f"server.{option}") is True
 
 
 def test_an_empty_list_of_folders_opens_none(tmp_path):
