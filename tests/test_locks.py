@@ -1,0 +1,104 @@
+"""Everything that is installed is pinned, and the locks are those of the requirements."""
+
+import re
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+LOCKS = ("app", "torch", "cuda", "dev")
+PLATFORMS = [
+    {"sys_platform": system, "platform_system": name, "platform_machine": machine}
+    for system, name, machine in (
+        ("linux", "Linux", "x86_64"),
+        ("linux", "Linux", "aarch64"),
+        ("darwin", "Darwin", "arm64"),
+    )
+]
+
+
+def entries(file: str) -> list[tuple[Requirement, list[str]]]:
+    """The requirements of a file, each with its hashes."""
+    text = re.sub(r"\s#.*|^#.*", "", (ROOT / file).read_text(), flags=re.MULTILINE)
+    lines = text.replace("\\\n", " ").splitlines()
+    return [
+        (Requirement(line.partition("--hash")[0].strip()), re.findall(r"--hash=(\S+)", line))
+        for line in filter(str.strip, lines)
+    ]
+
+
+def pins(*files: str) -> dict[str, str]:
+    return {
+        canonicalize_name(each.name): str(each.specifier)
+        for file in files
+        for each, _ in entries(file)
+    }
+
+
+LOCKED = [f"locks/{name}.txt" for name in LOCKS]
+ASKED = [
+    "requirements.txt", "requirements-dev.txt", "requirements-model.txt", "requirements-tools.txt",
+    "benchmarks/requirements.txt",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", [*ASKED, *LOCKED])
+def test_every_requirement_is_pinned(file):
+    assert entries(file)
+    for requirement, _ in entries(file):
+        assert re.fullmatch(r"==[\w.]+", str(requirement.specifier)), requirement
+        assert requirement.url is None
+
+
+@pytest.mark.parametrize("file", ["requirements-model.txt", *LOCKED])
+def test_every_installed_package_has_hashes(file):
+    for requirement, hashes in entries(file):
+        assert hashes, requirement
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", each) for each in hashes), requirement
+
+
+def test_the_locks_agree_with_the_requirements():
+    app, every = pins("locks/app.txt", "locks/torch.txt"), pins(*LOCKED)
+    assert pins("requirements.txt").items() <= app.items()
+    assert pins("requirements-dev.txt").items() <= every.items()
+    assert sum(len(entries(file)) for file in LOCKED) == len(every), "a package is locked twice"
+
+
+def test_only_the_cuda_build_needs_what_is_cudas():
+    assert set(pins("locks/torch.txt")) == {"torch"}
+    names = pins("locks/app.txt", "locks/dev.txt")
+    assert not [name for name in names if re.match("nvidia|cuda|triton", name)]
+    for requirement, _ in entries("locks/cuda.txt"):
+        mac = {**default_environment(), **PLATFORMS[2]}
+        assert requirement.marker, requirement
+        assert not requirement.marker.evaluate(mac), requirement
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("platform", PLATFORMS, ids=lambda each: each["platform_machine"])
+def test_what_is_asked_for_is_locked_on_every_platform(platform, python):
+    environment = {
+        **default_environment(), **platform,
+        "python_version": python, "python_full_version": f"{python}.0",
+    }  # fmt: skip
+    locked = {
+        canonicalize_name(each.name)
+        for file in ("locks/app.txt", "locks/torch.txt")
+        for each, _ in entries(file)
+        if each.marker is None or each.marker.evaluate(environment)
+    }
+    assert set(pins("requirements.txt")) <= locked
+
+
+def test_licences_are_listed_for_what_is_locked():
+    rows = re.findall(
+        r"^\| ([\w.-]+) \| ([\w.]+) \| (.+?) \|",
+        (ROOT / "docs" / "licences.md").read_text(),
+        re.MULTILINE,
+    )
+    listed = {name: f"=={version}" for name, version, _ in rows if name != "package"}
+    asked = pins("requirements-model.txt", "benchmarks/requirements.txt")
+    assert listed == {**pins(*LOCKED), **asked}
