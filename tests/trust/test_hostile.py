@@ -22,6 +22,7 @@ from transact_core.corpora import read_corpus, tokenise
 from transact_core.errors import TransActError
 from transact_core.export import describe_compression, parse_compression, read_compression
 from transact_core.models import load_model
+from transact_core.plan import Decision
 
 fuzzed = settings(
     max_examples=int(os.environ.get("TRANSACT_FUZZ", "10")),
@@ -67,7 +68,7 @@ def sources(tmp_path_factory):
     write_gguf(folder / "model.gguf", wide, tokenizer)
     bench = bench_of(model, tokenizer, windows_for(tokenizer))
     plan = bench.plan(0.5, 0.3, Choices(granularity="head-dims"))
-    stored = describe_compression(bench, plan, "least-squares").to_json()
+    stored = describe_compression(bench, Decision(plan), "least-squares").to_json()
     (folder / "compression.json").write_text(stored)
     words = ["one fish", "two fish", None]
     pyarrow.parquet.write_table(pyarrow.table({"text": words}), folder / "text.parquet")

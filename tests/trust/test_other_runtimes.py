@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.conftest import bench_of, make_model, make_tokenizer, windows_for
 from transact_core.bench import Choices
 from transact_core.export import compress_to_folder, describe_compression
+from transact_core.plan import Decision
 
 WORDS = (
     "The assignment statement is used to bind names to values and to modify attributes or items "
@@ -46,7 +47,7 @@ def exported(tmp_path_factory):
                            num_key_value_heads=2, head_dim=16, **changes)  # fmt: skip
         bench = bench_of(model, tokenizer, windows)
         plan = bench.plan(ratio, 0.3, Choices(granularity=granularity, recovery=recovery))
-        compress_to_folder(place / name, bench, describe_compression(bench, plan, recovery))
+        compress_to_folder(place / name, bench, describe_compression(bench, Decision(plan), recovery))
     return place
 
 
