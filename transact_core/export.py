@@ -9,6 +9,7 @@ import platform
 import re
 import shlex
 import time
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -355,6 +356,8 @@ def model_card(name: str, compression: Compression, result: dict[str, dict]) -> 
         before, after = dense[key] / scale, pruned[key] / scale
         return f"| {label} | {before:,.{digits}f} | {after:,.{digits}f} | {after / before:.1%} |"
 
+    # Names of folders and files may hold anything; a model card is shown as a page.
+    name = escape(" ".join(name.split()), quote=False)
     plan, evaluation = compression.plan, result["evaluation"]
     rows = "\n".join(
         [

