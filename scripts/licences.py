@@ -27,9 +27,9 @@ ASKED_FOR = (
 LONGEST = 80
 HEAD = """# Licences
 
-What each package declares of itself in its metadata, written by `make licences`; versions are
-those of [locks/](../locks). *Direct* is what the requirements files name; the rest is what that
-needs. None of it is part of this repository, which is Apache-2.0.
+What each package declares of itself in its metadata, written by `make licences`; versions are those
+of [locks/](../locks). *Direct* is what the requirements files name; the rest is what that needs.
+None of it is part of this repository, which is Apache-2.0.
 
 | package | version | licence declared | | for |
 | --- | --- | --- | --- | --- |
