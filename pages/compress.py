@@ -273,7 +273,15 @@ def choose_target(
     dense = table.dense.parameters / 1e6
     usual = {"parameters": round(0.75 * dense, 3), "kv-cache": 50.0, "perplexity": 1.2}
     button, told = st.columns([1, 3], vertical_alignment="center")
-    with button.popover("A target instead of ratios", icon=":material/target:", width="stretch"):
+    with button.popover(
+        "A target instead of ratios",
+        icon=":material/target:",
+        width="stretch",
+        disabled=choices.granularity == "auto",
+        help="Not with auto, whose widths are decided when a cut is measured."
+        if choices.granularity == "auto"
+        else None,
+    ):
         goal = st.segmented_control(
             "Of what", list(GOALS), format_func=GOAL_NAMES.get, default="parameters",
             required=True, key="goal",
@@ -416,6 +424,7 @@ def workbench_view(bench: Bench) -> None:
         prediction and predicted(table, prediction),
         measured_at(table, choices),
         f"Scoring by {choices.importance}",
+        "predicted once it is measured what each layer loses",
         restore_choices,
     )
     cut = keep(position, choices)

@@ -216,6 +216,7 @@ def live(
     prediction: dict[str, Any] | None = None,
     measured: Sequence[Measured] = (),
     waiting: str = "",
+    unpredicted: str = "not predicted yet: measure a point",
     on_change: Any = None,
 ) -> Position:
     """Draws the view and says where its thumbs rest.
@@ -234,6 +235,7 @@ def live(
             "interval": "in 9 of 10 cases",
             "measured": [asdict(each) for each in measured],
             "waiting": waiting,
+            "unpredicted": unpredicted,
         },
         on_view_change=on_change or (lambda: None),
     )

@@ -236,7 +236,7 @@ class LiveView {
       input.style.setProperty("--at", `calc(8px + (100% - 16px) * ${view[side] / 95})`);
       box.querySelector("output").textContent = `${view[side]} %`;
       const words = side === "mlp" ? mlp.words : data.mha.map((each, number) =>
-        (data.mha.length > 1 ? `${each.granularity}: ` : "") + mha[number].words).join("; ");
+        (data.mha.length > 1 ? `${each.granularity}: ` : "") + mha[number].words).join(" ");
       input.setAttribute("aria-valuetext", `${view[side]} percent. ${words}`);
       box.querySelector(".words").textContent = `${words} ${side === "mlp" ? data.mlp.possible : data.mha.length > 1 ? data.undecided : data.mha[0].possible}`;
     }
@@ -269,7 +269,7 @@ class LiveView {
     value.classList.toggle("none", !predicted);
     const scale = data.dense_perplexity ?? 1, unit = data.dense_perplexity ? "" : " × dense";
     value.textContent = predicted ? (predicted.mid * scale).toFixed(2) + unit
-      : data.mha.length > 1 ? "not predicted while auto is undecided" : nothing ? "nothing is cut" : "not predicted yet: measure a point";
+      : data.mha.length > 1 ? "not predicted while auto is undecided" : nothing ? "nothing is cut" : data.unpredicted;
     const parts = [];
     if (predicted && data.dense_perplexity) parts.push(`${predicted.mid.toFixed(2)} × dense`);
     if (predicted) parts.push(`${(predicted.low * scale).toFixed(2)} to ${(predicted.high * scale).toFixed(2)} ${data.interval}`);
