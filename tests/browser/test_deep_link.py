@@ -19,5 +19,5 @@ def test_a_page_is_never_drawn_without_the_app_around_it(browser: Browser, tmp_p
         )
         links = page.get_by_test_id("stSidebarNavLink").all_inner_texts()
         page.close()
-    assert len(links) == 8
+    assert len(links) == 10
     assert any("Activations" in link for link in links)
