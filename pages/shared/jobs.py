@@ -4,7 +4,8 @@ A job outlives the page that started it; any page can show it, and cancel it. Wo
 comes in pieces: written as a generator, it gives up its turn at every `yield`, and between two of
 its pieces others have theirs. Turns go round among owners, and among the jobs of one owner, so that
 nobody waits for the whole of another's curve; what a page cannot be drawn without is urgent and
-goes before.
+goes before. What nobody asked for runs in the background: it comes last, and at each of its reports
+whatever waits is done first.
 """
 
 import logging
@@ -43,11 +44,14 @@ class Job:
         owner: object = None,
         urgent: bool = False,
         about: Hashable = None,
+        give_way: Callable[[], None] | None = None,
     ) -> None:
         self.title = title
         self.owner = self if owner is None else owner
         self.urgent = urgent
         self.about = about
+        self.give_way = give_way
+        """Called at each report where the job is one of the background."""
         self.state = QUEUED
         self.stage, self.done, self.total = "", 0, 1
         self.pieces_done, self.pieces = 0, 1
@@ -116,6 +120,8 @@ class Job:
         if stage != self.stage:
             self._stage_started, self._stage_began_with = self._last_report, done
         self.stage, self.done, self.total = stage, done, total
+        if self.give_way is not None:
+            self.give_way()
 
     def take_turn(self) -> None:
         """Works on to the end or to the end of a piece; called by the queue's worker alone."""
@@ -179,8 +185,10 @@ class JobQueue:
         owner: object = None,
         urgent: bool = False,
         about: Hashable = None,
+        background: bool = False,
     ) -> Job:
-        job = Job(title, work, owner, urgent, about)
+        give_way = self._give_way if background else None
+        job = Job(title, work, owner, urgent, about, give_way)
         with self._changed:
             self._unfinished.append(job)
             self._changed.notify()
@@ -189,7 +197,9 @@ class JobQueue:
     def ahead_of(self, job: Job) -> list[Job]:
         """The jobs that have a turn before this one has its next, the running one first."""
         with self._changed:
-            ahead = [self._running] if self._running not in (None, job) else []
+            running = self._running
+            stays = running not in (None, job) and running.give_way is None
+            ahead = [running] if stays else []
             waiting = [each for each in self._unfinished if each not in ahead]
             last_turns, turn = dict(self._last_turns), self._turns
         while (following := _next(waiting, last_turns)) not in (None, job):
@@ -208,21 +218,43 @@ class JobQueue:
         with self._changed:
             while (job := _next(self._unfinished, self._last_turns)) is None:
                 self._changed.wait()
+        self._run(job)
+
+    def _give_way(self) -> None:
+        """Runs what waits in the midst of a background job, in the same thread."""
+        while True:
+            with self._changed:
+                others = [each for each in self._unfinished if each.give_way is None]
+                job = _next(others, self._last_turns)
+            if job is None:
+                return
+            self._run(job)
+
+    def _run(self, job: Job) -> None:
+        with self._changed:
             self._turns += 1
             self._last_turns[job.owner] = job.last_turn = self._turns
-            self._running = job
+            interrupted, self._running = self._running, job
         job.take_turn()
         with self._changed:
-            self._running = None
+            self._running = interrupted
             self._unfinished = [each for each in self._unfinished if not each.finished]
 
 
 def _next(jobs: Iterable[Job], last_turns: Mapping[object, int]) -> Job | None:
-    """Whose turn it is: the urgent, then the owner and the job that have waited longest."""
+    """Whose turn it is: the urgent, then the owner and the job that have waited longest.
+
+    Those of the background come last.
+    """
     waiting = (job for job in jobs if job.state == QUEUED)
     return min(
         waiting,
-        key=lambda job: (not job.urgent, last_turns.get(job.owner, 0), job.last_turn),
+        key=lambda job: (
+            job.give_way is not None,
+            not job.urgent,
+            last_turns.get(job.owner, 0),
+            job.last_turn,
+        ),
         default=None,
     )
 

@@ -246,7 +246,7 @@ class Workbench:
                     self.bench(request, report).damage(wanted, report)
 
                 job = opening.damages[wanted] = self.queue.submit(
-                    "Measuring what each layer loses", measure
+                    "Measuring what each layer loses", measure, background=True
                 )
             return job
 

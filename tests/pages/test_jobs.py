@@ -272,3 +272,49 @@ def test_time_left_is_judged_by_the_pieces_done(queue, monkeypatch):
     gate.set()
     finished(job)
     assert left == [None, None, 30, 20, 20, 10, 10, 0]
+
+
+def test_the_background_comes_last_and_gives_way_at_each_report(queue):
+    order, begun, go_on = [], threading.Event(), threading.Event()
+
+    def background(report):
+        for number in range(3):
+            begun.set()
+            go_on.wait(5)
+            report("Measuring", number, 3)
+            order.append(f"background {number}")
+
+    slow = queue.submit("Background", background, background=True)
+    begun.wait(5)
+    asked = queue.submit("Asked for", lambda report: order.append("asked for"))
+    assert queue.ahead_of(asked) == []
+    go_on.set()
+    finished(slow)
+    assert order == ["asked for", "background 0", "background 1", "background 2"]
+
+    order.clear()
+    gate = hold(queue)
+    slow = queue.submit("Background", lambda report: order.append("background"), background=True)
+    queue.submit("Asked for", lambda report: order.append("asked for"))
+    gate.set()
+    finished(slow)
+    assert order == ["asked for", "background"]
+
+
+def test_what_fails_in_the_midst_of_the_background_leaves_it_alone(queue):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def background(report):
+        begun.set()
+        go_on.wait(5)
+        report("Measuring", 0, 1)
+        return "whole"
+
+    def failing(report):
+        raise TransActError("No.")
+
+    slow = queue.submit("Background", background, background=True)
+    begun.wait(5)
+    other = queue.submit("Failing", failing)
+    go_on.set()
+    assert (finished(slow).result, other.error) == ("whole", "No.")

@@ -48,7 +48,9 @@ def exported(tmp_path_factory):
                            num_key_value_heads=2, head_dim=16, **changes)  # fmt: skip
         bench = bench_of(model, tokenizer, windows)
         plan = bench.plan(ratio, 0.3, Choices(granularity=granularity, recovery=recovery))
-        compress_to_folder(place / name, bench, describe_compression(bench, Decision(plan), recovery))
+        compress_to_folder(
+            place / name, bench, describe_compression(bench, Decision(plan), recovery)
+        )
     return place
 
 
