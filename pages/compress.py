@@ -7,6 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from pages.shared import plan_charts
 from pages.shared.jobs import DONE
@@ -253,8 +254,11 @@ def show_score(bench: Bench) -> None:
 
 def choose_target(
     bench: Bench, choices: Choices, table: Structure, energy: EnergyKept | None
-) -> None:
-    """A popover in which a target is named; what is found moves the thumbs."""
+) -> DeltaGenerator:
+    """A popover in which a target is named; what is found moves the thumbs.
+
+    Gives the room beside it.
+    """
 
     def search() -> None:
         state = st.session_state
@@ -272,7 +276,7 @@ def choose_target(
 
     dense = table.dense.parameters / 1e6
     usual = {"parameters": round(0.75 * dense, 3), "kv-cache": 50.0, "perplexity": 1.2}
-    button, told = st.columns([1, 3], vertical_alignment="center")
+    button, told, room = st.columns([2, 4, 2], vertical_alignment="center")
     with button.popover(
         "A target instead of ratios",
         icon=":material/target:",
@@ -295,6 +299,7 @@ def choose_target(
     met, words = st.session_state.pop("target-told", (True, ""))
     if words:
         (told.caption if met else told.warning)(words)
+    return room
 
 
 def found_in_words(found: Found) -> str:
@@ -386,24 +391,29 @@ def show_decision(decision: Decision | None, plan: PruningPlan) -> None:
         )
 
 
-def show_measurement(bench: Bench, cut: Cut, decision: Decision | None, plan: PruningPlan) -> None:
-    """The measured point of this cut, or the button that measures it."""
+def show_measurement(
+    bench: Bench, cut: Cut, decision: Decision | None, plan: PruningPlan, room: DeltaGenerator
+) -> None:
+    """The measured point of this cut, and in the room at the top the button that measures it."""
     point = find_point(decision.plan, cut.recovery) if decision else None
     show_decision(decision, plan)
     show_dense("cut")
     busy = show_job("cut", visit().request, cut)
     if point is not None:
         show_point(point)
-    elif not busy:
-        nothing = not plan.cuts_anything(bench.loaded.architecture)
-        if st.button(
-            "Prune and measure perplexity", type="primary", icon=":material/content_cut:",
-            disabled=nothing,
-            help="Nothing is cut at these ratios." if nothing else
-            f"Cuts the model, repairs it, and measures on {bench.evaluation.tokens:,} tokens.",
-        ):  # fmt: skip
-            start_cut(bench, cut)
-            st.rerun()
+    if not plan.cuts_anything(bench.loaded.architecture):
+        explained, possible = "Nothing is cut at these ratios.", False
+    elif point is not None:
+        explained, possible = "Measured: the figures are below.", False
+    else:
+        tokens = f"{bench.evaluation.tokens:,} tokens"
+        explained, possible = f"Cuts the model, repairs it, and measures on {tokens}.", True
+    if room.button(
+        "Prune and measure perplexity", type="primary", icon=":material/content_cut:",
+        disabled=busy or not possible, help=explained, width="stretch",
+    ):  # fmt: skip
+        start_cut(bench, cut)
+        st.rerun()
 
 
 @st.fragment
@@ -411,7 +421,7 @@ def workbench_view(bench: Bench) -> None:
     choices = choose()
     structures, energy, given = tables_of(bench, choices)
     table = structures[0]
-    choose_target(bench, choices, table, energy)
+    room = choose_target(bench, choices, table, energy)
     position, revision = starting_position()
     dense = workbench().open(visit().request).dense
     prediction = prediction_of(bench, choices, table)
@@ -434,7 +444,7 @@ def workbench_view(bench: Bench) -> None:
     decision = find_cut(bench, cut)
     plan = decision.plan if decision else plan_at(bench, cut)
     show_reading(choices.granularity)
-    show_measurement(bench, cut, decision, plan)
+    show_measurement(bench, cut, decision, plan, room)
     show_score(bench)
     if plan.granularity == "head-dims":
         show_pairs(bench, plan)
