@@ -8,6 +8,7 @@ goes before. What nobody asked for runs in the background: it comes last, and at
 whatever waits is done first.
 """
 
+import atexit
 import logging
 import os
 import threading
@@ -15,14 +16,15 @@ import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
 from inspect import isgenerator
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 from transact_core.errors import Cancelled, Progress, TransActError
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
-
+STOPPING_SECONDS = 5
+"""What running work is given to come to a report when the process ends."""
 
 Work = Callable[[Progress], Any]
 """Given a progress callback; or a generator that yields (pieces done, pieces) between its pieces.
@@ -177,6 +179,7 @@ class JobQueue:
         self._turns = 0
         self._last_turns: WeakKeyDictionary[object, int] = WeakKeyDictionary()
         threading.Thread(target=self._serve, name="jobs", daemon=True).start()
+        _queues.add(self)
 
     def submit(
         self,
@@ -193,6 +196,15 @@ class JobQueue:
             self._unfinished.append(job)
             self._changed.notify()
         return job
+
+    def stop(self, seconds: float) -> bool:
+        """Cancels all jobs and gives the running one this long; True when nothing runs any more."""
+        with self._changed:
+            jobs = list(self._unfinished)
+        for job in jobs:
+            job.cancel()
+        deadline = time.monotonic() + seconds
+        return all(job.wait(max(0.0, deadline - time.monotonic())) for job in jobs)
 
     def ahead_of(self, job: Job) -> list[Job]:
         """The jobs that have a turn before this one has its next, the running one first."""
@@ -239,6 +251,16 @@ class JobQueue:
         with self._changed:
             self._running = interrupted
             self._unfinished = [each for each in self._unfinished if not each.finished]
+
+
+_queues: WeakSet[JobQueue] = WeakSet()
+
+
+@atexit.register
+def _stop_queues() -> None:
+    # A thread that computes while the interpreter ends takes the process down with it.
+    for queue in list(_queues):
+        queue.stop(STOPPING_SECONDS)
 
 
 def _next(jobs: Iterable[Job], last_turns: Mapping[object, int]) -> Job | None:

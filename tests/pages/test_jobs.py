@@ -318,3 +318,18 @@ def test_what_fails_in_the_midst_of_the_background_leaves_it_alone(queue):
     other = queue.submit("Failing", failing)
     go_on.set()
     assert (finished(slow).result, other.error) == ("whole", "No.")
+
+
+def test_stopping_ends_what_runs_and_what_waits(queue):
+    begun = threading.Event()
+
+    def endless(report):
+        begun.set()
+        while True:
+            report("Going on", 0, 1)
+
+    running = queue.submit("Endless", endless)
+    waiting = queue.submit("Waiting", lambda report: None)
+    begun.wait(5)
+    assert queue.stop(5)
+    assert (running.state, waiting.state) == (CANCELLED, CANCELLED)
