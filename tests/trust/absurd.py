@@ -454,7 +454,10 @@ def text_cases(folder: Path) -> Iterator[Case]:
         text("footer.parquet", b"PAR1" + b"\0" * 100 + struct.pack("<I", 2**31 - 1) + b"PAR1"),
     )
     yield "parquet: 4 GB of one word", lambda: harmless(read_corpus(str(folder / "bomb.parquet")))
-    yield "parquet: a row group of 600 MB", lambda: harmless(read_corpus(str(folder / "one.parquet")))
+    yield (
+        "parquet: a row group of 600 MB",
+        lambda: harmless(read_corpus(str(folder / "one.parquet"))),
+    )
     pyarrow.parquet.write_table(pyarrow.table({"text": [b"\xff"]}), folder / "bytes.parquet")
     yield "parquet: bytes for text", lambda: read_corpus(str(folder / "bytes.parquet"))
 
