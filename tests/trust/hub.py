@@ -64,6 +64,11 @@ class _Hub(BaseHTTPRequestHandler):
         pass
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """Clients that are killed in the middle of an answer are what this server is for."""
+
+
 def hub_of(folder: Path, port: int) -> ThreadingHTTPServer:
     """A server of this folder's files, as the model `tiny/model`."""
-    return ThreadingHTTPServer(("127.0.0.1", port), partial(_Hub, folder=folder))
+    return _Server(("127.0.0.1", port), partial(_Hub, folder=folder))

@@ -182,7 +182,7 @@ def hidden(path: Path) -> bool:
     """
     own = {".locks", "CACHEDIR.TAG"}
     return any(
-        part.endswith(HALF_WRITTEN) or part in own or part.startswith("results.sqlite")
+        part.endswith(HALF_WRITTEN) or part in own or part.startswith(("tmp", "results.sqlite"))
         for part in path.parts
     )
 
