@@ -8,6 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from pages.shared.charts import COLOURS, DENSE, MAGNITUDE, NAMES, head_map, laid_out, layer_axis
+from pages.shared.text import plain_in_chart
 from transact_core.activations import MODULES, SITES
 from transact_core.premise import Disturbed
 
@@ -148,7 +149,7 @@ def head_channels(scores: np.ndarray, layer: int, head: int) -> go.Figure:
 def attention(pattern: np.ndarray, tokens: Sequence[str], layer: int, head: int) -> go.Figure:
     """Attention weights of one head, shape (queries, keys); `tokens` are their labels."""
     numbers = np.arange(len(tokens))
-    shown = [token.replace("\n", "⏎").replace("\t", "⇥") for token in tokens]
+    shown = [plain_in_chart(token.replace("\n", "⏎").replace("\t", "⇥")) for token in tokens]
     seen = np.tril(np.ones_like(pattern, dtype=bool))
     names = np.array(shown, dtype=object)
     figure = go.Figure(

@@ -145,3 +145,10 @@ def test_the_clickable_map_has_a_point_for_every_head():
     assert sorted(zip(points.y.tolist(), points.x.tolist(), strict=True)) == [
         (layer, head) for layer in range(3) for head in range(4)
     ]
+
+
+def test_tokens_in_a_chart_are_no_markup():
+    pattern = np.tril(np.ones((2, 2))) / np.array([[1], [2]])
+    figure = exploring_charts.attention(pattern, ["<b>", "\n"], 0, 0)
+    assert list(figure.layout.xaxis.ticktext) == ["&lt;b&gt;", "⏎"]
+    assert "&lt;b&gt;" in str(figure.data[0].customdata)
