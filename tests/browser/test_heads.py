@@ -10,9 +10,23 @@ from tests.browser.driving import CHART, open_with_few_tokens, settle
 pytestmark = [pytest.mark.browser, pytest.mark.builtin]
 
 LAYERS, HEADS = 30, 9
+TRIES = 5
 
 
 def click_head(page: Page, layer: int, head: int) -> None:
+    """Clicks until it is taken: a chart that is just being drawn again takes none."""
+    taken = page.get_by_text(f"Layer {layer}, head {head}: channel")
+    for _ in range(TRIES):
+        _click_square(page, layer, head)
+        try:
+            expect(taken).to_be_visible(timeout=15_000)
+            return
+        except AssertionError:
+            continue
+    raise AssertionError(f"{TRIES} clicks on head {head} of layer {layer} were not taken")
+
+
+def _click_square(page: Page, layer: int, head: int) -> None:
     area = page.locator(CHART).first.locator(".nsewdrag").first.bounding_box()
     page.mouse.click(
         area["x"] + area["width"] * (head + 0.5) / HEADS,
