@@ -408,16 +408,23 @@ def show_measurement(
     else:
         tokens = f"{bench.evaluation.tokens:,} tokens"
         explained, possible = f"Cuts the model, repairs it, and measures on {tokens}.", True
-    if room.button(
-        "Prune and measure perplexity", type="primary", icon=":material/content_cut:",
-        disabled=busy or not possible, help=explained, width="stretch",
-    ):  # fmt: skip
+
+    def begin() -> None:
         start_cut(bench, cut)
-        st.rerun()
+        st.session_state["begun"] = True
+
+    # As a callback: a run that is interrupted before it comes here would forget the click.
+    room.button(
+        "Prune and measure perplexity", type="primary", icon=":material/content_cut:",
+        disabled=busy or not possible, help=explained, width="stretch", on_click=begin,
+    )  # fmt: skip
 
 
 @st.fragment
 def workbench_view(bench: Bench) -> None:
+    if st.session_state.pop("begun", False):
+        # The sidebar lists the new job.
+        st.rerun()
     choices = choose()
     structures, energy, given = tables_of(bench, choices)
     table = structures[0]
