@@ -38,7 +38,8 @@ def made(shape: str, granularity: Granularity) -> tuple:
         random(architecture.intermediate_size),
     )  # fmt: skip
     sums = [random(width), random(architecture.intermediate_size)]
-    statistics = ActivationStatistics(*(ModuleStatistics(each, each, each, 1) for each in sums))
+    mha, mlp = (ModuleStatistics(each, each, each, 1) for each in sums)
+    statistics = ActivationStatistics(mha, mlp, residual=mha)
     table = structure(architecture, granularity)
     energy = energy_kept(table, scores, statistics, architecture)
     drawn = maps(table, scores, architecture)
