@@ -159,7 +159,14 @@ def _sequentially(
         )
         for name, row in eliminate_module(dense, number, module, rows).items():
             getattr(scores, name)[number] = row
-        chosen = bench.plan(mha_ratio, mlp_ratio, choices, scores=scores).layers[number]
+        # The other module is left out: what it keeps is decided, slots of narrower heads among it.
+        if module == "mha":
+            kept = bench.plan(mha_ratio, 0.0, choices, scores=scores).layers[number].kept_heads
+            update = {"kept_heads": kept}
+        else:
+            kept = bench.plan(0.0, mlp_ratio, choices, scores=scores).layers[number].kept_channels
+            update = {"kept_channels": kept}
+        chosen = cut.plan.layers[number].model_copy(update=update)
         layers = (*cut.plan.layers[:number], chosen, *cut.plan.layers[number + 1 :])
         cut.remake_module(cut.plan.model_copy(update={"layers": layers}), number, module)
         return chosen
