@@ -3,9 +3,9 @@
 import streamlit as st
 
 from pages.shared import marked_text
-from pages.shared.cuts import choose_cut, in_words
+from pages.shared.cuts import in_words, require_cut
 from pages.shared.jobs import job_threads
-from pages.shared.progress import require_bench, require_prepared, show_job
+from pages.shared.progress import show_job
 from pages.shared.side_by_side import DENSE, PRUNED, Comparison, last_comparison, start_comparison
 from pages.shared.workbench import Cut, visit
 from transact_core.bench import Bench
@@ -149,9 +149,6 @@ def show(bench: Bench) -> None:
 
 st.title("Compare")
 st.caption("What the cut does to the model's words: one prompt, both models, side by side.")
-bench = require_bench()
-cut = choose_cut(bench)
-if not require_prepared(bench, cut.choices, "compare"):
-    st.stop()
+bench, cut = require_cut("compare")
 choose_and_start(bench, cut)
 show(bench)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import streamlit as st
 
-from pages.shared.cuts import choose_cut
+from pages.shared.cuts import require_cut
 from pages.shared.jobs import DONE
-from pages.shared.progress import require_bench, require_prepared, show_job
+from pages.shared.progress import show_job
 from pages.shared.report import make_report
 from pages.shared.settings import settings
 from pages.shared.side_by_side import last_latency
@@ -115,10 +115,7 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
 
 
 st.title("Export")
-bench = require_bench()
-cut = choose_cut(bench)
-if not require_prepared(bench, cut.choices, "export"):
-    st.stop()
+bench, cut = require_cut("export")
 left, right = st.columns(2, gap="large")
 with left:
     show_configuration(bench, cut)

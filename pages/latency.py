@@ -4,10 +4,10 @@ import os
 
 import streamlit as st
 
-from pages.shared.cuts import choose_cut, in_words
+from pages.shared.cuts import in_words, require_cut
 from pages.shared.figure import show
 from pages.shared.latency_chart import latency_chart, latency_table
-from pages.shared.progress import require_bench, require_prepared, show_job
+from pages.shared.progress import show_job
 from pages.shared.side_by_side import last_latency, start_latency
 from pages.shared.workbench import Cut, visit
 from transact_core.bench import Bench
@@ -77,9 +77,6 @@ def show_run(bench: Bench) -> None:
 
 st.title("Latency")
 st.caption("What the cut saves in time on this machine, against the length of the prompt.")
-bench = require_bench()
-cut = choose_cut(bench)
-if not require_prepared(bench, cut.choices, "latency"):
-    st.stop()
+bench, cut = require_cut("latency")
 choose_and_start(bench, cut)
 show_run(bench)

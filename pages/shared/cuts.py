@@ -2,8 +2,18 @@
 
 import streamlit as st
 
+from pages.shared.progress import require_bench, require_prepared
 from pages.shared.workbench import Cut, find_cut, find_point, first_look, points, visit
 from transact_core.bench import Bench, Measurement
+
+
+def require_cut(key: str) -> tuple[Bench, Cut]:
+    """The bench and the cut that a page is about; until both can be had, progress in its place."""
+    bench = require_bench()
+    cut = choose_cut(bench)
+    if not require_prepared(bench, cut.choices, key):
+        st.stop()
+    return bench, cut
 
 
 def choose_cut(bench: Bench) -> Cut:
