@@ -1,7 +1,7 @@
 """Two sliders, what they mean at once, and the real cut behind a button."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,7 +20,6 @@ from pages.shared.options import (
     STEPS_HELP,
 )
 from pages.shared.progress import (
-    SOON,
     require_bench,
     require_prepared,
     show_dense,
@@ -197,26 +196,38 @@ def prediction_of(
     """Predicted perplexity by widths, once it is known what each layer loses."""
     if choices.granularity == "auto" or not bench.damage_known(choices):
         return None
-    return predict_grid(
-        bench,
-        choices,
-        prediction_points(),
-        [option.width for option in table.mha.options],
-        [option.width for option in table.mlp.options],
-    )
+    known = prediction_points(bench)
+
+    def predict() -> dict[tuple[int, int], Ratio]:
+        mha, mlp = ([option.width for option in side.options] for side in (table.mha, table.mlp))
+        return predict_grid(bench, choices, known, mha, mlp)
+
+    return while_same("prediction", (visit().request, choices, known), predict)
 
 
-def prediction_points() -> list[Point]:
-    return [Point.of(point, choices_of(point)) for point in points()]
+def prediction_points(bench: Bench) -> list[Point]:
+    """This visitor's points whose damage is known."""
+    made = (Point.of(point, choices_of(point)) for point in points())
+    return [point for point in made if bench.damage_known(point.choices)]
+
+
+def while_same(name: str, key: Any, make: Callable[[], Any]) -> Any:
+    """What was made last in this tab under that name, or made now where the key is another."""
+    if name not in st.session_state or st.session_state[name][0] != key:
+        st.session_state[name] = key, make()
+    return st.session_state[name][1]
 
 
 def learn(bench: Bench, choices: Choices) -> None:
-    """What a prediction needs, at the visitor's wish: it takes minutes."""
+    """Sees to what a prediction needs; where that takes very long, at the visitor's wish."""
     if choices.granularity == "auto" or bench.damage_known(choices):
         return
     request, board = visit().request, workbench()
+    long = choices.granularity == "head-dims"
     job = board.open(request).damages.get(what_to_learn(choices))
-    if job is not None and not job.wait(SOON):
+    if job is None and not long:
+        job = board.learn(request, choices)
+    if job is not None and not job.finished:
         watch(job, "learn")
         return
     if bench.damage_known(choices):
@@ -226,11 +237,7 @@ def learn(bench: Bench, choices: Choices) -> None:
     if st.button(
         "Predict perplexity for these choices", icon=":material/query_stats:",
         help="Measures what each layer loses at every width"
-        + (
-            ", by repairing each layer's attention several times."
-            if choices.granularity == "head-dims"
-            else ", in the background."
-        ),
+        + (", by repairing each layer's attention several times." if long else "."),
     ):  # fmt: skip
         board.learn(request, choices, anew=True)
         st.rerun()
@@ -238,7 +245,8 @@ def learn(bench: Bench, choices: Choices) -> None:
 
 def show_score(bench: Bench) -> None:
     """How well what was predicted came out."""
-    scored = keep_score(bench, prediction_points())
+    known = prediction_points(bench)
+    scored = while_same("score", (visit().request, known), lambda: keep_score(bench, known))
     if not scored:
         return
     errors = sorted(abs(each.relative_error) for each in scored)
@@ -442,7 +450,7 @@ def workbench_view(bench: Bench) -> None:
         prediction and predicted(table, prediction),
         measured_at(table, choices),
         f"Scoring by {choices.importance}",
-        "press “Predict perplexity” below",
+        "predicted once it is measured what each layer loses",
         restore_choices,
     )
     cut = keep(position, choices)

@@ -1,5 +1,6 @@
 """What the pages share: visitors and what is theirs, open models, the points measured on them."""
 
+import gc
 import hashlib
 import threading
 from collections import OrderedDict
@@ -355,6 +356,11 @@ class Workbench:
 
 @st.cache_resource(show_spinner=False)
 def workbench() -> Workbench:
+    # Streamlit collects garbage after every run of a page or a fragment. To look through the half
+    # million objects of imported libraries each time took a third of a second, in which nothing
+    # else in this process moved.
+    gc.collect()
+    gc.freeze()
     return Workbench()
 
 
