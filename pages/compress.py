@@ -17,6 +17,7 @@ from pages.shared.options import (
     IMPORTANCE_HELP,
     MULTIPLE_HELP,
     RECOVERY_HELP,
+    SEQUENTIAL_HELP,
     STEPS_HELP,
 )
 from pages.shared.progress import (
@@ -39,7 +40,7 @@ from pages.shared.workbench import (
     workbench,
 )
 from transact_core.bench import Bench, Choices, Measurement
-from transact_core.decide import granularities_of
+from transact_core.decide import granularities_of, require_sequential
 from transact_core.errors import TransActError
 from transact_core.importance import IMPORTANCES
 from transact_core.plan import GRANULARITIES, Decision, PruningPlan
@@ -56,6 +57,7 @@ CONTROLS = {
     "recovery": RECOVERIES,
     "steps": tuple(range(1, 21)),
     "multiple_of": MULTIPLES,
+    "sequential": (False, True),
 }
 GOALS = {
     "parameters": ("At most, in millions of parameters", 0.001, None),
@@ -77,15 +79,26 @@ def choose() -> Choices:
         "steps": ("Steps", STEPS_HELP),
         "multiple_of": ("Multiple of", MULTIPLE_HELP),
     }
-    columns = st.columns([6, 6, 6, 3, 4])
+    columns = st.columns([6, 6, 6, 3, 4, 5], vertical_alignment="bottom")
     chosen = {
         name: column.selectbox(
             label, CONTROLS[name], key=name, bind="query-params", persist_state="session",
             help=explained,
         )
-        for column, (name, (label, explained)) in zip(columns, names.items(), strict=True)
+        for column, (name, (label, explained)) in zip(columns[:-1], names.items(), strict=True)
     }  # fmt: skip
-    return Choices(**chosen)
+    choices = Choices(**chosen, sequential=True)
+    try:
+        require_sequential(choices)
+        refused = None
+    except TransActError as error:
+        refused = str(error)
+    sequential = columns[-1].toggle(
+        "Sequential", key="sequential", bind="query-params", persist_state="session",
+        help=SEQUENTIAL_HELP if refused is None else f"{SEQUENTIAL_HELP}\n\n{refused}",
+        disabled=refused is not None,
+    )  # fmt: skip
+    return replace(choices, sequential=sequential and refused is None)
 
 
 def in_address(choices: Choices) -> dict[str, Any]:
@@ -382,8 +395,9 @@ def show_decision(decision: Decision | None, plan: PruningPlan) -> None:
     """How `auto` and steps decided, or what stands in for it until they have."""
     if decision is None:
         st.caption(
-            f"What `auto` takes, and which units several steps keep, is found when the cut is "
-            f"measured. Until then the maps are of `{plan.granularity}` scored once."
+            "What `auto` takes, and which units several steps or a sequential choice keep, is "
+            "found when the cut is measured. Until then the maps are of "
+            f"`{plan.granularity}` scored once."
         )
         return
     if decision.why:

@@ -77,6 +77,7 @@ class Cut:
     recovery: str = Choices.recovery
     steps: int = Choices.steps
     multiple_of: int = Choices.multiple_of
+    sequential: bool = Choices.sequential
 
     @property
     def ratios(self) -> Pair:
@@ -90,6 +91,7 @@ class Cut:
             recovery=self.recovery,
             steps=self.steps,
             multiple_of=self.multiple_of,
+            sequential=self.sequential,
         )
 
     @classmethod
@@ -103,6 +105,7 @@ class Cut:
             point.recovery,
             decision.steps,
             plan.multiple_of,
+            decision.sequential,
         )
 
 
@@ -419,15 +422,15 @@ def add_point(known: list[Measurement], point: Measurement) -> None:
 
 
 def first_look(choices: Choices) -> Choices:
-    """What a plan is drawn by while `auto` and steps are not decided."""
+    """What a plan is drawn by while `auto`, steps and sequential choices are not decided."""
     granularity = choices.granularity if choices.granularity != "auto" else Choices.granularity
-    return replace(choices, granularity=granularity, steps=1)
+    return replace(choices, granularity=granularity, steps=1, sequential=False)
 
 
 def what_to_learn(choices: Choices) -> Choices:
     """The choices that a prediction's measurements depend on; the rest are as usual."""
     if choices.granularity == "head-dims":
-        return replace(choices, steps=1, multiple_of=1)
+        return replace(choices, steps=1, multiple_of=1, sequential=False)
     return Choices(importance=choices.importance)
 
 
