@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from playwright.sync_api import Browser, Locator, Page, Playwright, expect
+from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
 ROOT = Path(__file__).parents[2]
 # Loading and measuring take minutes on a busy machine with two cores.
 TIMEOUT_MS = 300_000
+MENU_MS = 5_000
 CHART = ".js-plotly-plot"
 CHROMIUM_FLAGS = [
     "--no-sandbox",
@@ -100,9 +102,21 @@ def settle(page: Page) -> None:
 
 
 def choose(page: Page, label: str, option: str) -> None:
-    page.get_by_role("combobox", name=label).click()
-    page.get_by_role("option", name=option, exact=True).click()
-    settle(page)
+    box = page.get_by_role("combobox", name=label)
+    offered = page.get_by_role("option", name=option, exact=True)
+    deadline = time.monotonic() + TIMEOUT_MS / 1000
+    while True:
+        if box.get_attribute("aria-expanded") != "true":
+            box.click()
+        try:
+            offered.click(timeout=MENU_MS)
+            settle(page)
+            expect(box).to_have_value(option, timeout=MENU_MS)
+            break
+        except (PlaywrightTimeoutError, AssertionError):
+            # A menu closes again when its page is drawn anew at that moment.
+            if time.monotonic() > deadline:
+                raise
 
 
 def button(page: Page, name: str) -> Locator:
