@@ -298,7 +298,7 @@ def choose_target(
 
     dense = table.dense.parameters / 1e6
     usual = {"parameters": round(0.75 * dense, 3), "kv-cache": 50.0, "perplexity": 1.2}
-    button, told, room = st.columns([2, 4, 2], vertical_alignment="center")
+    button, told, room = st.columns([5, 7, 6], vertical_alignment="center")
     with button.popover(
         "A target instead of ratios",
         icon=":material/target:",
