@@ -34,7 +34,8 @@ def show_waste(told: Example) -> None:
     step(
         1, "Where is the waste?",
         "In every layer the signal passes two waists: the outputs of the attention heads, and the "
-        "activation inside the MLP. Few of their channels carry most of it.",
+        "activation inside the MLP. How much of their width carries anything differs from layer to "
+        "layer.",
     )  # fmt: skip
     show(
         charts.concentration(
@@ -141,7 +142,7 @@ def show_recording(told: Example) -> None:
         st.code(told.command, language="bash")
         st.markdown(
             f"- **When and where**: {told.recorded:%d %B %Y, %H:%M %Z}, {told.processor}, "
-            f"{made.threads} of {told.cores} threads, {made.device}, {made.dtype}, "
+            f"{made.threads} thread(s) on {told.cores} cores, {made.device}, {made.dtype}, "
             f"{made.cpu_capability}\n"
             f"- **Model**: {told.name}\n"
             f"- **Text**: {told.text}, {told.calibration.tokens:,} tokens to calibrate and "
@@ -167,7 +168,7 @@ st.write(
 st.caption(
     f":material/history: The numbers on this page are **recorded**: measured on "
     f"{told.recorded:%d %B %Y} on another machine or at another time ({told.processor}, "
-    f"{told.environment.threads} thread). All other pages compute on this machine."
+    f"{told.environment.threads} thread(s)). All other pages compute on this machine."
 )
 show_opening()
 left, right = st.columns(2, gap="large")
