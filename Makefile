@@ -19,7 +19,7 @@ SETUP_DEV := $(VENV)/.setup-dev
 SETUP_BENCHMARK := $(VENV)/.setup-benchmark
 
 .DEFAULT_GOAL := help
-.PHONY: help setup app test benchmark screenshots lint format lock audit licences clean distclean
+.PHONY: help setup app test benchmark example screenshots lint format lock audit licences clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test: $(SETUP_DEV) ## check the code and run the tests (PYTEST_ARGS="-k name")
 
 benchmark: $(SETUP_BENCHMARK) ## compare with other libraries; takes hours (BENCHMARK_ARGS="--help")
 	$(PY) -m benchmarks.table $(BENCHMARK_ARGS)
+
+example: $(SETUP) ## measure the numbers of the first page anew; takes half an hour
+	$(PY) -m scripts.record_example
 
 screenshots: $(SETUP_DEV) ## take the README's picture anew, of the running app
 	$(PY) -m scripts.screenshots

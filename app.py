@@ -6,6 +6,7 @@ import streamlit as st
 import torch
 
 from pages.shared.access import require_access, show_exposure
+from pages.shared.navigation import page_sections
 from pages.shared.progress import show_jobs
 from pages.shared.settings import settings
 from pages.shared.text import plain
@@ -188,20 +189,9 @@ def sidebar() -> None:
 
 st.set_page_config(page_title="TransAct workbench", page_icon="assets/icon.svg", layout="wide")
 st.logo("assets/logo.svg", size="large", icon_image="assets/icon.svg")
-pages = [
-    st.Page("pages/activations.py", title="Activations", icon=":material/show_chart:"),
-    st.Page("pages/premise.py", title="Premise", icon=":material/science:"),
-    st.Page("pages/importance.py", title="Importance", icon=":material/grid_on:"),
-    st.Page("pages/heads.py", title="Heads", icon=":material/visibility:"),
-    st.Page("pages/redundancy.py", title="Redundancy", icon=":material/balance:"),
-    st.Page("pages/compress.py", title="Compress", icon=":material/compress:"),
-    st.Page("pages/perplexity.py", title="Perplexity", icon=":material/trending_up:"),
-    st.Page("pages/compare.py", title="Compare", icon=":material/compare:"),
-    st.Page("pages/latency.py", title="Latency", icon=":material/timer:"),
-    st.Page("pages/export.py", title="Export", icon=":material/download:"),
-]
-user = require_access(pages)
-page = st.navigation(pages)
+sections = page_sections()
+user = require_access([page for section in sections.values() for page in section])
+page = st.navigation(sections, expanded=True)
 st.html(Path("assets/style.css"))
 begin_visit(user)
 with st.sidebar:

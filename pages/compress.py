@@ -6,10 +6,12 @@ from dataclasses import asdict, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import pandas as pd
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from pages.shared import plan_charts
+from pages.shared.figure import show
 from pages.shared.jobs import DONE
 from pages.shared.live import KEY, Measured, Position, live, predicted, tables
 from pages.shared.options import (
@@ -347,13 +349,16 @@ def in_ranges(numbers: Sequence[int]) -> str:
 
 def show_pairs(bench: Bench, plan: PruningPlan) -> None:
     pairs = bench.pairs()
-    st.plotly_chart(
-        plan_charts.pair_map(pairs.effects.numpy(), plan, pairs.inv_freq.numpy()),
-        key="plan-pairs",
+    effects = pairs.effects.numpy()
+    show(
+        plan_charts.pair_map(effects, plan, pairs.inv_freq.numpy()),
+        "plan-pairs",
+        "bright cells are pairs of dims that attention heeds; full cells stay, small pale ones go.",
+        lambda: plan_charts.pairs_table(effects, plan),
     )
     if plan.head_dim:
         st.caption(
-            "Full cells stay, small pale ones go. All heads share the frequencies of the slots "
+            "All heads share the frequencies of the slots "
             f"(▾): those of pairs {in_ranges(plan.slots)}. Each KV head puts its own "
             "best pairs into them. This choice is by effect on attention, whatever the importance."
         )
@@ -361,9 +366,12 @@ def show_pairs(bench: Bench, plan: PruningPlan) -> None:
 
 def show_reading(granularity: str) -> None:
     st.caption(
-        "How to read it: each layer's MHA and MLP are drawn as two trapezoids around their waist; "
-        "the residual stream runs whole through all of them. Energy is `Σ a²` over the calibration "
-        "tokens. It says which units are quiet, not what their loss costs: that is measured."
+        "How to read it: in the anatomy each layer's MHA and MLP are two trapezoids around their "
+        "waist, and the residual stream runs whole through all of them. Heads and channels are the "
+        "brighter the higher they score; thin heads and veiled channels go. The strip under a "
+        "slider is perplexity along it: the band where it is predicted, rings where it was "
+        "measured. Energy is `Σ a²` over the calibration tokens. It says which units are quiet, "
+        "not what their loss costs: that is measured."
         + (
             " For narrower heads it is that of the dims of the values that the bare cut keeps; "
             "`least-squares` finds a better basis of as many."
@@ -388,7 +396,13 @@ def show_point(point: Measurement) -> None:
         figures[3].metric("Took", f"{point.seconds:.0f} s")
         if point.fits:
             with st.expander("What the repair did in each layer"):
-                st.plotly_chart(plan_charts.layer_fits(point.fits, point.recovery), key="fits")
+                show(
+                    plan_charts.layer_fits(point.fits, point.recovery),
+                    "fits",
+                    "the lower the solid line under the dotted one, the more of what the bare cut "
+                    "loses is made up for, on windows that the repair has not seen.",
+                    lambda: pd.DataFrame(map(asdict, point.fits)),
+                )
 
 
 def show_decision(decision: Decision | None, plan: PruningPlan) -> None:

@@ -11,7 +11,7 @@ import streamlit as st
 def show(
     figure: go.Figure,
     key: str,
-    reading: str = "",
+    reading: str,
     frame: Callable[[], pd.DataFrame] | None = None,
     **options: Any,
 ) -> Any:
@@ -26,8 +26,7 @@ def show(
         config={"displaylogo": False, "toImageButtonOptions": image},
     )  # fmt: skip
     with st.container(horizontal=True, vertical_alignment="top"):
-        if reading:
-            st.caption(f"How to read it: {reading}", width="stretch")
+        st.caption(f"How to read it: {reading}", width="stretch")
         if frame:
             st.download_button(
                 "CSV", lambda: frame().to_csv(index=False).encode(), f"{key}.csv", "text/csv",

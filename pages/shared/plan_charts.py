@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from pages.shared.charts import COLOURS, DENSE, MAGNITUDE, NAMES, laid_out, layer_axis
@@ -122,6 +123,21 @@ def pair_map(
         else f"All {pairs} rotary pairs stay"
     )
     return laid_out(figure, title, height)
+
+
+def pairs_table(effects: np.ndarray, plan: PruningPlan) -> pd.DataFrame:
+    """A row for each pair of dims: its effect, and the slot it goes into, none where it goes."""
+    slot = _slots_of_pairs(plan, effects.shape)
+    layer, head, pair = (each.ravel() for each in np.indices(effects.shape))
+    return pd.DataFrame(
+        {
+            "layer": layer,
+            "kv_head": head,
+            "pair": pair,
+            "effect": effects.ravel(),
+            "slot": pd.Series(slot.ravel(), dtype="Int64").where(slot.ravel() >= 0),
+        }
+    )
 
 
 def _slots_of_pairs(plan: PruningPlan, shape: tuple[int, int, int]) -> np.ndarray:

@@ -112,22 +112,30 @@ def show_jobs() -> None:
         list_jobs()
 
 
-def require_bench() -> Bench:
-    """The bench of this session's request; until it is open, its progress instead of the page."""
+def show_opening() -> Bench | None:
+    """The bench of this session's request; until it is open, its progress or the way to it."""
     opening: Opening = workbench().open(visit().request)
     job = opening.bench
     if not job.finished:
         st.caption("The first opening converts the built-in model once; later ones take seconds.")
         watch(job, "opening")
+        return None
+    if job.state == DONE:
+        return job.result
+    st.error(plain(job.error or "The loading was cancelled."), icon=":material/error:")
+    st.caption("Change the model or the text in the sidebar, or try again.")
+    if st.button("Try again", type="primary"):
+        workbench().reopen(visit().request)
+        st.rerun()
+    return None
+
+
+def require_bench() -> Bench:
+    """The bench of this session's request; without it the page ends here."""
+    bench = show_opening()
+    if bench is None:
         st.stop()
-    if job.state != DONE:
-        st.error(plain(job.error or "The loading was cancelled."), icon=":material/error:")
-        st.caption("Change the model or the text in the sidebar, or try again.")
-        if st.button("Try again", type="primary"):
-            workbench().reopen(visit().request)
-            st.rerun()
-        st.stop()
-    return job.result
+    return bench
 
 
 def require_prepared(bench: Bench, choices: Choices, key: str) -> bool:

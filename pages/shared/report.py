@@ -126,12 +126,13 @@ def _verdict(bench: Bench, plan: PruningPlan, recovery: str, point: Measurement 
     if point is None:
         return f"{sizes} What that costs is not measured yet: only the sizes below are known."
     return (
-        f"{sizes} Perplexity is {point.perplexity:.2f}, {_times(point)} the dense model's "
+        f"{sizes} Perplexity is {point.perplexity:.2f}, {times_dense(point)} the dense model's "
         f"{bench.dense().perplexity:.2f}."
     )
 
 
-def _times(point: Measurement) -> str:
+def times_dense(point: Measurement) -> str:
+    """Its perplexity over the dense model's, with the interval where there is one."""
     times = f"{math.exp(point.delta_nll):.3f} ×"
     if math.isnan(point.delta_nll_se):
         return times

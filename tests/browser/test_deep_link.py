@@ -1,23 +1,45 @@
-"""The first visit to a server by a page's own address, which Streamlit would run without app.py."""
+"""The first visit to a server, by the bare address or by a page's own."""
 
+import re
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, expect
 
-from tests.browser.driving import TIMEOUT_MS, running_app
+from tests.browser.driving import CHART, TIMEOUT_MS, button, running_app
 
 pytestmark = pytest.mark.browser
 
 
-def test_a_page_is_never_drawn_without_the_app_around_it(browser: Browser, tmp_path: Path):
+def test_a_first_visit_is_shown_an_example_while_the_model_is_opened(
+    browser: Browser, tmp_path: Path
+):
+    with running_app(tmp_path / "log.txt", TRANSACT_CACHE=str(tmp_path / "cache")) as address:
+        page = browser.new_page()
+        page.set_default_timeout(TIMEOUT_MS)
+        page.goto(address)
+        expect(page.locator(CHART)).to_have_count(3, timeout=TIMEOUT_MS)
+        # The built-in model is not converted yet, so it cannot be open.
+        expect(button(page, "Cancel")).to_be_visible()
+        button(page, "Cancel").click()
+        page.get_by_role("link", name="Open this very cut").click()
+        expect(page).to_have_url(re.compile("/compress.*mha=33&mlp=30"))
+        page.close()
+
+
+# Streamlit would run it alone.
+@pytest.mark.parametrize("name", ["compress", "method", "start"])
+def test_a_page_is_never_drawn_without_the_app_around_it(
+    browser: Browser, tmp_path: Path, name: str
+):
     with running_app(tmp_path / "log.txt") as address:
         page = browser.new_page()
-        page.goto(f"{address}/compress")
+        page.goto(f"{address}/{name}")
         expect(page.get_by_role("combobox", name="Calibration text")).to_be_visible(
             timeout=TIMEOUT_MS
         )
         links = page.get_by_test_id("stSidebarNavLink").all_inner_texts()
         page.close()
-    assert len(links) == 10
-    assert any("Activations" in link for link in links)
+    assert len(links) == 12
+    assert "Start here" in links[0]
+    assert "Method" in links[-1]

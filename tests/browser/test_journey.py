@@ -40,6 +40,9 @@ def weights_sha256(folder: Path) -> str:
 def test_journey(page: Page, address: str, tmp_path: Path):
     open_with_few_tokens(page, address)
     expect(page.get_by_test_id("stSidebar")).to_contain_text("134.5 M parameters")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Start here")
+
+    go_to(page, "Activations")
     expect(page.get_by_text("Measured over 1,024 calibration tokens")).to_be_visible()
 
     go_to(page, "Importance")
@@ -139,6 +142,12 @@ def test_a_link_reopens_its_view_and_another_page_keeps_it(page: Page, address: 
     at(page, 95, 30, 4096)
     expect(page.get_by_role("combobox", name="Granularity")).to_have_value("kv-groups")
     expect(page.locator(".words").first).to_contain_text("3 of 9 query heads stay, over 1 of 3")
+
+    # A link of the first page says what it opens, whatever was chosen before.
+    go_to(page, "Start here")
+    page.get_by_role("link", name="Open this very cut").click()
+    at(page, 33, 30)
+    expect(page.get_by_role("combobox", name="Granularity")).to_have_value("query-heads")
     expect_no_exception(page)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from streamlit.runtime.pages_manager import PagesManager
 from streamlit.testing.v1 import AppTest
 
 from pages.shared import progress
@@ -61,5 +62,30 @@ def open_page(opened):
         for key, value in query.items():
             page.query_params[key] = value
         return page.run()
+
+    return run
+
+
+@pytest.fixture
+def app_ran_before(monkeypatch):
+    """As in a server that has run app.py once; AppTest would begin each run as its first."""
+    begin = PagesManager.__init__
+
+    def begin_later(manager, *arguments, **named):
+        PagesManager.uses_pages_directory = False
+        begin(manager, *arguments, **named)
+
+    monkeypatch.setattr(PagesManager, "__init__", begin_later)
+
+
+@pytest.fixture
+def open_app(own_workbench, app_ran_before):
+    """Runs the whole app at the bare address, or at a page's, by its file's name."""
+
+    def run(name: str = "", visit: Visit | None = None) -> AppTest:
+        page = AppTest.from_file(ROOT / "app.py", default_timeout=WAIT)
+        page.session_state["visit"] = visit or Visit()
+        page.run()
+        return page.switch_page(f"pages/{name}.py").run() if name else page
 
     return run

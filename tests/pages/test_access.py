@@ -4,7 +4,6 @@ import logging
 
 import pytest
 import streamlit as st
-from streamlit.runtime.pages_manager import PagesManager
 from streamlit.testing.v1 import AppTest
 
 from pages.shared import access, settings, workbench
@@ -17,7 +16,7 @@ TOKEN = "correct horse battery staple"
 
 
 @pytest.fixture
-def app(opened, monkeypatch):
+def app(opened, app_ran_before, monkeypatch):
     """Runs the whole app in a session of its own, with these settings, at that address."""
     # The pages of one process share what is cached; each test begins with none of it.
     st.cache_resource.clear()
@@ -44,14 +43,6 @@ def app(opened, monkeypatch):
         return page.run()
 
     monkeypatch.setattr(access, "caller", lambda: "10.0.0.1")
-    # As in a server that has run app.py once; AppTest would begin each run as its first.
-    begin = PagesManager.__init__
-
-    def begin_later(manager, *arguments, **named):
-        PagesManager.uses_pages_directory = False
-        begin(manager, *arguments, **named)
-
-    monkeypatch.setattr(PagesManager, "__init__", begin_later)
     # `app.py` imports the names anew in each run, so they are exchanged where they come from.
     monkeypatch.setattr(workbench, "workbench", lambda: opened)
     yield start

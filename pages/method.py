@@ -1,0 +1,242 @@
+"""What is computed, on one page: formulas, their sources, and where ours differs from the paper."""
+
+import re
+from inspect import getdoc
+
+import streamlit as st
+
+import transact_core
+from pages.shared import waist_chart
+from pages.shared.example import example
+from pages.shared.figure import show
+from pages.shared.formulas import FORMULAS, SOURCES, address, cited
+from pages.shared.navigation import link
+from pages.shared.options import GRANULARITY_HELP, measures
+from pages.shared.workbench import Request, visit
+from transact_core.importance import IMPORTANCES
+from transact_core.recovery import FOLDS, RIDGES
+
+PAPER = "2407.05690"
+LINE = 860
+"""Pixels; longer lines are hard to read."""
+
+
+def show_idea() -> None:
+    told = example()
+    st.subheader("The idea", anchor="idea")
+    st.markdown(
+        "A decoder layer has two modules, attention (MHA) and the MLP. Each reads the residual "
+        "stream $x$ and adds to it what it writes:"
+    )
+    st.latex(
+        r"x \leftarrow x + W_O\, a^{\mathrm{MHA}}, \qquad a^{\mathrm{MHA}} = \bigl[\,\operatorname{"
+        r"softmax}\bigl(q_h k_h^{\!\top}/\sqrt d\,\bigr)\, v_h\,\bigr]_{h = 1 \ldots H}"
+    )
+    st.latex(
+        r"x \leftarrow x + W_{\mathrm{down}}\, a^{\mathrm{MLP}}, \qquad a^{\mathrm{MLP}} = "
+        r"\operatorname{silu}(W_{\mathrm{gate}}\,\hat x) \odot W_{\mathrm{up}}\,\hat x"
+    )
+    st.markdown(
+        r"$\hat x$ is the normalised stream, $q, k, v$ are made from it, with rotary positions in "
+        r"$q$ and $k$. The vector $a$ that the output projection reads is the **transitional "
+        "activation**, the module's waist. Without its channel $j$, a row goes of every matrix "
+        "that makes it and a column of the one that reads it, and nothing else changes: what comes "
+        "out is an ordinary, narrower model. The stream between the modules, the norms and the "
+        "embeddings are left whole, because a disturbance there is said to cost most."
+    )
+    show(
+        waist_chart.section(
+            told.architecture, told.left,
+            "Width goes at the two waists; the residual stream stays whole", 400,
+        ),
+        "method-section",
+        f"one layer of {told.name} from left to right, all widths to scale, cut as in the worked "
+        "example of the first page; grey is what goes.",
+    )  # fmt: skip
+    st.markdown(
+        "| module | transitional activation | its width | with channel $j$ go |\n"
+        "| --- | --- | --- | --- |\n"
+        "| MHA | head outputs, the input of `o_proj` | heads × head_dim | row $j$ of Q, K, V; "
+        "column $j$ of O |\n"
+        "| MLP | silu(gate) · up, the input of `down_proj` | `intermediate_size` | row $j$ of gate "
+        "and up; column $j$ of down |"
+    )
+    with st.container(horizontal=True, gap="medium"):
+        for name in ("start", "premise", "activations"):
+            link(name)
+
+
+def show_importances() -> None:
+    st.subheader("Which units go first: importance", anchor="importance")
+    st.markdown(
+        "Over the $T$ tokens $t$ of the calibration text each channel and each head gets a score; "
+        "low scores go first. $a_{tj}$ is the transitional activation, $W$ the output projection, "
+        r"$\Omega_j$ the weights that go with channel $j$, $d$ the head_dim. Scores are compared "
+        "inside a module of a layer, never across: every layer keeps the same widths, and its own "
+        "units."
+    )
+    for name in IMPORTANCES:
+        with st.container(border=True):
+            show_importance(name)
+
+
+def show_importance(name: str) -> None:
+    st.markdown(f"**`{name}`**: {measures(name)}")
+    formula = FORMULAS.get(name)
+    if formula is None:
+        st.text(getdoc(IMPORTANCES[name]) or "")
+        return
+    channel, head = st.columns([3, 2], gap="medium")
+    with channel:
+        st.caption("Channel")
+        st.latex(formula.channel)
+    with head:
+        st.caption("Head")
+        st.latex(formula.head)
+    sources = ", ".join(map(cited, formula.sources))
+    st.caption(" ".join(filter(None, (formula.note, sources and f"Source: {sources}."))))
+
+
+def show_widths() -> None:
+    st.subheader("What a ratio takes: granularity and steps", anchor="widths")
+    st.markdown(
+        "A ratio is the share of a waist that is removed. The nearest width that can be had is "
+        "taken, the wider one on a tie, and a module whose ratio is 0 is not touched. "
+        + GRANULARITY_HELP
+    )
+    st.markdown(
+        "Narrower heads lose whole rotary pairs of queries and keys. A pair's worth is its effect "
+        r"on attention: with $\ell^p_{qk}$ its share of the logit and $\alpha_{qk}$ the attention "
+        "weights,"
+    )
+    st.latex(
+        r"e_p = \sum_{q} \sum_{k} \alpha_{qk}\,\Bigl(\ell^p_{qk} - \textstyle\sum_{k'} "
+        r"\alpha_{qk'}\,\ell^p_{qk'}\Bigr)^{2}"
+    )
+    st.markdown(
+        "which is twice the second-order Kullback-Leibler divergence of the softmax without the "
+        "pair. All heads share one set of frequencies; each puts its own best pairs into them. "
+        "Values get the basis that loses least of what is written, a truncated singular value "
+        f"decomposition in the metric of the activations ({cited('2403.07378')})."
+    )
+    st.markdown(
+        "In $K$ steps, units are scored anew on the model as pruned so far; with $r$ steps left, "
+        r"the width goes from $c$ towards the target $t$ by "
+        r"$c - \lfloor (c - t) / r \rfloor$, "
+        f"as in the paper ({cited(PAPER)})."
+    )
+
+
+def show_repair() -> None:
+    st.subheader("What is left is repaired: recovery", anchor="recovery")
+    st.markdown(
+        "Layer by layer, on the stream $x$ of the model as pruned so far. With $y_t$ what the "
+        "dense module would write on that stream and $a'_t$ what is left of the transitional "
+        "activation, `least-squares` adds to the output projection $W'$ the change"
+    )
+    st.latex(
+        r"\Delta = \arg\min_{\Delta} \sum_t w_t\,\bigl\lVert y_t - (W' + \Delta)\, a'_t "
+        r"\bigr\rVert^2 + \rho \sum_j h_j\,\bigl\lVert \Delta_{:,j} \bigr\rVert^2, \qquad "
+        r"w_t = \frac{1}{\operatorname{mean}_i\,(x_t + y_t)_i^2 + \varepsilon}"
+    )
+    st.markdown(
+        r"$w_t$ is what the next RMSNorm divides by, so that an error counts relative to the "
+        r"stream it is added to; $h_j = \sum_t w_t\, a'^{\,2}_{tj}$, a little raised, so that loud "
+        r"and quiet channels shrink alike. `bias` is the same with a constant 1 in place of $a'$. "
+        rf"The ridge $\rho$ is one of {', '.join(f'{ridge:g}' for ridge in RIDGES)}: the "
+        f"calibration windows are dealt into {FOLDS} folds, and each is judged by repairs "
+        "fitted on the others. Where no repair does better there, the bare cut "
+        "stays. There is no training."
+    )
+
+
+def show_measuring() -> None:
+    st.subheader("What it costs, and how sure that is", anchor="cost")
+    st.markdown(
+        "Parameters, bytes and FLOPs follow from the widths exactly. Perplexity is measured on "
+        "text that did not calibrate, each window scored alone and its first token not scored:"
+    )
+    st.latex(
+        r"\mathrm{PPL} = \exp\Bigl(\tfrac1N \textstyle\sum_n -\log p(x_n \mid x_{<n})\Bigr), "
+        r"\qquad \frac{\mathrm{PPL}_{\mathrm{pruned}}}{\mathrm{PPL}_{\mathrm{dense}}} = "
+        r"e^{\,\bar\delta\, \pm\, 1.96\, s/\sqrt{n}}"
+    )
+    st.markdown(
+        r"$\bar\delta$ is the mean over the $n$ windows of the difference in loss from the dense "
+        "model on the same tokens, $s$ its standard deviation over windows: an interval of which "
+        "windows were scored, not of other texts. Before a cut is measured, its loss is predicted "
+        "from $m$ and $p$, the mean over layers of the relative error of what MHA and MLP write,"
+    )
+    st.latex(
+        r"\bar\delta \approx (u^g + v^g)^{1/g}, \qquad u = A\,(m/0.1)^{\alpha}, \quad "
+        r"v = B\,(p/0.1)^{\beta}"
+    )
+    st.markdown(
+        "with five positive parameters that begin at what was found before and are fitted to every "
+        "point measured; what the law misses, a Gaussian process follows. This part is ours."
+    )
+
+
+def show_differences() -> None:
+    usual = Request()
+    st.subheader("Where this differs from the paper", anchor="differences")
+    st.markdown(
+        f"| | paper ({cited(PAPER)}) | here |\n"
+        "| --- | --- | --- |\n"
+        "| after the cut | training on plain text, between steps too | repair in closed form on "
+        "the calibration text, no training |\n"
+        "| steps | 8 by default | 1 by default, as many as asked for |\n"
+        "| calibration | 128 samples of 4,096 tokens of RedPajama | "
+        f"{usual.calibration_tokens:,} tokens by default, of any text |\n"
+        "| score | norm of the transitional activation; Taylor in an ablation | the same, and "
+        f"{len(IMPORTANCES) - 2} others |\n"
+        "| number of heads | target over head_dim, rounded up | the nearest that stock "
+        "`transformers` loads |\n"
+        "| grouped queries | a to-do in the published code | one number of queries from every "
+        "group, or whole groups |\n"
+        "| narrower heads | the best dims of each head; rotary frequencies made anew | whole "
+        "rotary pairs, with the original frequencies |\n"
+        "| result | model classes of its own | a stock `LlamaForCausalLM` |"
+    )
+
+
+def stations() -> dict[str, str]:
+    """The modules of the library in the order the data flows, and what each does."""
+    return dict(re.findall(r"^ {4}([a-z, ]+?) {2,}(\S.*)$", transact_core.__doc__, re.MULTILINE))
+
+
+def show_modules() -> None:
+    st.subheader("Which module computes it", anchor="modules")
+    st.markdown(
+        "Each file of `transact_core/` begins with what it does and how; data flows from top to "
+        "bottom.\n\n| module | |\n| --- | --- |\n"
+        + "\n".join(f"| `{name}` | {what} |" for name, what in stations().items())
+    )
+
+
+def show_sources() -> None:
+    st.subheader("Sources", anchor="sources")
+    st.markdown(
+        "\n".join(
+            f"- {words}" + (f" [arXiv {key}]({address(key)})" if "." in key else "")
+            for key, words in SOURCES.items()
+        )
+    )
+
+
+# First of all, since it leads those back to the app who come by this page's own address.
+visit()
+st.title("Method")
+with st.container(width=LINE):
+    st.markdown(
+        f"What is computed here, with formulas and sources. The method is TransAct "
+        f"({cited(PAPER)}); where this app does otherwise, it says so."
+    )
+    show_idea()
+    show_importances()
+    show_widths()
+    show_repair()
+    show_measuring()
+    show_differences()
+    show_modules()
+    show_sources()

@@ -1,0 +1,44 @@
+"""Which pages there are, in the order in which one asks, and links from one to another."""
+
+import streamlit as st
+from streamlit.navigation.page import StreamlitPage
+
+SECTIONS = {
+    "": {"start": ("Start here", ":material/flag:")},
+    "See the waste": {
+        "activations": ("Activations", ":material/show_chart:"),
+        "premise": ("Premise", ":material/science:"),
+        "importance": ("Importance", ":material/grid_on:"),
+        "heads": ("Heads", ":material/visibility:"),
+        "redundancy": ("Redundancy", ":material/balance:"),
+    },
+    "Decide": {"compress": ("Compress", ":material/compress:")},
+    "Measure": {
+        "perplexity": ("Perplexity", ":material/trending_up:"),
+        "compare": ("Compare", ":material/compare:"),
+        "latency": ("Latency", ":material/timer:"),
+    },
+    "Take away": {"export": ("Export", ":material/download:")},
+    "Look up": {"method": ("Method", ":material/functions:")},
+}
+"""Title and icon by file name, by section. The first page is shown at the bare address."""
+
+
+def page_sections() -> dict[str, list[StreamlitPage]]:
+    """For `st.navigation`."""
+    return {
+        section: [
+            st.Page(f"pages/{name}.py", title=title, icon=icon)
+            for name, (title, icon) in members.items()
+        ]
+        for section, members in SECTIONS.items()
+    }
+
+
+def link(name: str, label: str = "", **query: object) -> None:
+    """A link to a page, by its file's name; it opens with this in its address."""
+    title, icon = next(members[name] for members in SECTIONS.values() if name in members)
+    st.page_link(
+        f"pages/{name}.py", label=label or title, icon=icon,
+        query_params={key: str(value) for key, value in query.items()},
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""Records the start page's worked example: real cuts of the built-in model, measured here.
+
+Run from the repository root, on a machine that does nothing else: python -m scripts.record_example
+
+Model, texts, token counts and threads are those that the app begins with, the example's cut is the
+one that its sliders begin at. Nothing that was measured before is used.
+"""
+
+import os
+import platform
+import re
+import sys
+import tempfile
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from pages.shared.example import FILE, Asked, Concentration, Dense, Example, Point
+from pages.shared.jobs import job_threads
+from pages.shared.workbench import Cut, Request
+from transact_core.activations import MODULES, channels_holding
+from transact_core.bench import Bench, Choices, Measurement, compress
+from transact_core.corpora import calibration_and_evaluation, describe, read_corpus
+from transact_core.export import describe_compression
+from transact_core.models import load_model
+from transact_core.plan import Decision, head_counts
+from transact_core.prediction import predict_grid
+from transact_core.sweep import Pair
+
+COMMAND = "python -m scripts.record_example"
+SHARE = 0.9
+"""Of the energy, for the chart of concentration."""
+MLP_RATIOS = (0.15, 0.3, 0.45, 0.6)
+
+
+def progress(stage: str, done: int, total: int) -> None:
+    print(f"\r{stage}: {done} of {total}\033[K", end="", file=sys.stderr, flush=True)
+
+
+def open_bench(request: Request) -> Bench:
+    texts = read_corpus(request.calibration), read_corpus(request.evaluation)
+    loaded = load_model(request.model, request.device, request.dtype, progress)
+    windows = calibration_and_evaluation(
+        *texts, loaded.tokenizer, loaded.architecture.vocab_size, request.calibration_tokens,
+        request.evaluation_tokens, request.sequence_length, progress,
+    )  # fmt: skip
+    return Bench(loaded, *windows)
+
+
+def curve(bench: Bench, cut: Cut) -> list[Pair]:
+    """MHA only, at every number of heads; MLP only; and both."""
+    shape = bench.loaded.architecture
+    counts = head_counts(shape, cut.granularity)
+    heads = [round(1 - count / shape.num_attention_heads, 2) for count in counts]
+    heads = sorted(ratio for ratio in heads if ratio)
+    alone = [(ratio, 0.0) for ratio in heads] + [(0.0, ratio) for ratio in MLP_RATIOS]
+    return [*alone, cut.ratios, *zip(heads, MLP_RATIOS[-len(heads) :], strict=True)]
+
+
+def as_point(measured: Measurement) -> Point:
+    plan = measured.plan
+    return Point(
+        plan=Asked(
+            mha_ratio=plan.mha_ratio, mlp_ratio=plan.mlp_ratio, granularity=plan.granularity,
+            importance=plan.importance,
+        ),
+        recovery=measured.recovery,
+        footprint=measured.footprint,
+        perplexity=measured.perplexity,
+        delta_nll=measured.delta_nll,
+        delta_nll_se=measured.delta_nll_se,
+        seconds=measured.seconds,
+    )  # fmt: skip
+
+
+def measure(bench: Bench, ratios: Pair, choices: Choices) -> Point:
+    plan = bench.plan(*ratios, choices, progress)
+    point = as_point(compress(bench, plan, choices.recovery, progress)[1])
+    print(f"\r{ratios}, {choices.recovery}: {point.perplexity:.3f}\033[K", file=sys.stderr)
+    return point
+
+
+def record(bench: Bench, cut: Cut) -> Example:
+    statistics = bench.statistics(progress)
+    concentration = {
+        module: tuple(channels_holding(getattr(statistics, module), SHARE).tolist())
+        for module in MODULES
+    }
+    plan = bench.plan(*cut.ratios, cut.choices, progress)
+    bench.damage(cut.choices, progress)
+    left = plan.applied_to(bench.loaded.architecture)
+    widths = left.mha_width, left.intermediate_size
+    (predicted,) = predict_grid(bench, cut.choices, [], [widths[0]], [widths[1]]).values()
+    dense = bench.dense(progress)
+    points = {pair: measure(bench, pair, cut.choices) for pair in curve(bench, cut)}
+    texts = (bench.calibration.source, bench.evaluation.source)
+    described = describe_compression(bench, Decision(plan), cut.recovery)
+    return Example(
+        recorded=datetime.now(UTC).replace(microsecond=0),
+        command=COMMAND,
+        processor=processor(),
+        cores=os.cpu_count(),
+        environment=described.environment,
+        name=bench.loaded.name,
+        model=described.model,
+        architecture=bench.loaded.architecture,
+        text=" and ".join(dict.fromkeys(map(describe, texts))),
+        calibration=described.calibration,
+        evaluation=described.evaluation,
+        sequence_length=described.sequence_length,
+        scored_tokens=dense.scored_tokens,
+        concentration=Concentration(share=SHARE, **concentration),
+        asked=cut,
+        left=left,
+        dense=Dense(footprint=bench.dense_footprint, perplexity=dense.perplexity),
+        predicted=predicted,
+        cut=points[cut.ratios],
+        bare=measure(bench, cut.ratios, replace(cut.choices, recovery="none")),
+        points=tuple(points.values()),
+    )
+
+
+def processor() -> str:
+    """The processor's name where the system tells it, or else its kind."""
+    try:
+        named = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        named = None
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRANSACT_CACHE"] = folder
+        torch.set_num_threads(job_threads())
+        recorded = record(open_bench(Request()), Cut())
+    FILE.write_text(recorded.model_dump_json(indent=1) + "\n")
+    print(f"{FILE}: {FILE.stat().st_size / 1e3:,.0f} kB")
