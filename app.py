@@ -6,7 +6,7 @@ import streamlit as st
 import torch
 
 from pages.shared.access import require_access, show_exposure
-from pages.shared.navigation import page_sections
+from pages.shared.navigation import go_on, page_sections
 from pages.shared.progress import show_jobs
 from pages.shared.settings import settings
 from pages.shared.text import plain
@@ -194,6 +194,7 @@ user = require_access([page for section in sections.values() for page in section
 page = st.navigation(sections, expanded=True)
 st.html(Path("assets/style.css"))
 begin_visit(user)
+go_on(sections)
 with st.sidebar:
     sidebar()
 show_exposure(user)

@@ -3,6 +3,8 @@
 import streamlit as st
 from streamlit.navigation.page import StreamlitPage
 
+from pages.shared.workbench import WANTED
+
 SECTIONS = {
     "": {"start": ("Start here", ":material/flag:")},
     "See the waste": {
@@ -33,6 +35,14 @@ def page_sections() -> dict[str, list[StreamlitPage]]:
         ]
         for section, members in SECTIONS.items()
     }
+
+
+def go_on(sections: dict[str, list[StreamlitPage]]) -> None:
+    """Goes to the page that a visitor came for who was led here from it; see `visit`."""
+    wanted = st.query_params.pop(WANTED, None)
+    for page in (page for section in sections.values() for page in section):
+        if page.url_path == wanted:
+            st.switch_page(page, query_params=st.query_params.to_dict())
 
 
 def link(name: str, label: str = "", **query: object) -> None:

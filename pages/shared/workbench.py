@@ -7,8 +7,9 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import cycle
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import streamlit as st
 import torch
@@ -32,6 +33,8 @@ BENCHES_KEPT = 12
 """More than models: without its model a bench is small, and the pages need no more of it."""
 VISITORS_KEPT = 200
 FINISHED_JOBS_KEPT = 4
+WANTED = "page"
+"""In the address of app.py, the page that it shall go on to."""
 XSRF_COOKIE = "_streamlit_xsrf"
 
 
@@ -392,7 +395,8 @@ def visit() -> Visit:
     if "visit" not in st.session_state:
         # A server's first visitor who comes by a page's own address gets that page run alone:
         # until `st.navigation` was called once, Streamlit takes `pages/` for its older kind of app.
-        st.switch_page("app.py", query_params=st.query_params)
+        name = PurePosixPath(urlsplit(st.context.url or "").path).name
+        st.switch_page("app.py", query_params={**st.query_params, WANTED: name})
     return st.session_state["visit"]
 
 

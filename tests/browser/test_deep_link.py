@@ -28,9 +28,16 @@ def test_a_first_visit_is_shown_an_example_while_the_model_is_opened(
 
 
 # Streamlit would run it alone.
-@pytest.mark.parametrize("name", ["compress", "method", "start"])
+@pytest.mark.parametrize(
+    ("name", "address_then"),
+    [
+        ("compress?mha=60&mlp=50", "/compress.*mha=60&mlp=50"),
+        ("method", "/method$"),
+        ("start", "/$"),
+    ],
+)
 def test_a_page_is_never_drawn_without_the_app_around_it(
-    browser: Browser, tmp_path: Path, name: str
+    browser: Browser, tmp_path: Path, name: str, address_then: str
 ):
     with running_app(tmp_path / "log.txt") as address:
         page = browser.new_page()
@@ -38,6 +45,7 @@ def test_a_page_is_never_drawn_without_the_app_around_it(
         expect(page.get_by_role("combobox", name="Calibration text")).to_be_visible(
             timeout=TIMEOUT_MS
         )
+        expect(page).to_have_url(re.compile(address_then))
         links = page.get_by_test_id("stSidebarNavLink").all_inner_texts()
         page.close()
     assert len(links) == 12
