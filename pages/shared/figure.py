@@ -25,7 +25,7 @@ def show(
         figure, key=key, alt=figure.layout.title.text, **options,
         config={"displaylogo": False, "toImageButtonOptions": image},
     )  # fmt: skip
-    with st.container(horizontal=True, vertical_alignment="top"):
+    with st.container(horizontal=True, vertical_alignment="top", key=f"below-{key}"):
         st.caption(f"How to read it: {reading}", width="stretch")
         if frame:
             st.download_button(
