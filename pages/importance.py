@@ -64,6 +64,7 @@ def show_tail(bench: Bench, scores: Scores, module: str, in_order: bool) -> None
                 "a line that falls early is a layer that works through few channels; a flat one "
                 "has no tail to cut.",
                 lambda: scores.to_frame(cut.importance),
+                narrow=True,
             )
     with right:
         show(
@@ -75,6 +76,7 @@ def show_tail(bench: Bench, scores: Scores, module: str, in_order: bool) -> None
             lambda: pd.DataFrame(
                 {"channel": range(len(mine[layer])), "score": mine[layer], "stays": mask[layer]}
             ),
+            narrow=True,
         )
     shares = {
         each: kept_share(getattr(statistics, each).sum_of_squares, kept[each]).numpy()

@@ -170,6 +170,7 @@ def show_charts(bench: Bench) -> None:
                     "full marks on the line are the best measured for their size; for each open "
                     "one there is another no larger and no worse.",
                     lambda field=field: tradeoff_charts.frontier_table(shown, whole, field),
+                    narrow=True,
                 )
     st.subheader("All points")
     st.dataframe(
