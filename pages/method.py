@@ -17,8 +17,13 @@ from transact_core.importance import IMPORTANCES
 from transact_core.recovery import FOLDS, RIDGES
 
 PAPER = "2407.05690"
+# Pixels; longer lines are hard to read.
 LINE = 860
-"""Pixels; longer lines are hard to read."""
+
+
+def computed_by(*modules: str) -> None:
+    names = ", ".join(f"`{name}`" for name in modules)
+    st.caption(f"Computed by {names} in `transact_core/`.")
 
 
 def show_idea() -> None:
@@ -54,13 +59,14 @@ def show_idea() -> None:
         "example of the first page; grey is what goes.",
     )  # fmt: skip
     st.markdown(
-        "| module | transitional activation | its width | with channel $j$ go |\n"
+        "| module | transitional activation | its width | with channel $j$ goes |\n"
         "| --- | --- | --- | --- |\n"
         "| MHA | head outputs, the input of `o_proj` | heads × head_dim | row $j$ of Q, K, V; "
         "column $j$ of O |\n"
         "| MLP | silu(gate) · up, the input of `down_proj` | `intermediate_size` | row $j$ of gate "
         "and up; column $j$ of down |"
     )
+    computed_by("activations", "surgery", "premise")
     with st.container(horizontal=True, gap="medium"):
         for name in ("start", "premise", "activations"):
             link(name)
@@ -69,12 +75,14 @@ def show_idea() -> None:
 def show_importances() -> None:
     st.subheader("Which units go first: importance", anchor="importance")
     st.markdown(
-        "Over the $T$ tokens $t$ of the calibration text each channel and each head gets a score; "
-        "low scores go first. $a_{tj}$ is the transitional activation, $W$ the output projection, "
-        r"$\Omega_j$ the weights that go with channel $j$, $d$ the head_dim. Scores are compared "
+        "Over the $T$ tokens $t$ of the calibration text each channel $j$ gets a score $s_j$ and "
+        "each head $h$ a score $s_h$; low scores go first. $a_{tj}$ is the transitional "
+        r"activation, $W$ the output projection, $\Omega_j$ the weights that go with channel $j$, "
+        "$d$ the head_dim. Scores are compared "
         "inside a module of a layer, never across: every layer keeps the same widths, and its own "
         "units."
     )
+    computed_by("importance", "elimination", "saliences")
     for name in IMPORTANCES:
         with st.container(border=True):
             show_importance(name)
@@ -86,13 +94,7 @@ def show_importance(name: str) -> None:
     if formula is None:
         st.text(getdoc(IMPORTANCES[name]) or "")
         return
-    channel, head = st.columns([3, 2], gap="medium")
-    with channel:
-        st.caption("Channel")
-        st.latex(formula.channel)
-    with head:
-        st.caption("Head")
-        st.latex(formula.head)
+    st.latex(rf"{formula.channel} \qquad {formula.head}")
     sources = ", ".join(map(cited, formula.sources))
     st.caption(" ".join(filter(None, (formula.note, sources and f"Source: {sources}."))))
 
@@ -114,17 +116,17 @@ def show_widths() -> None:
         r"\alpha_{qk'}\,\ell^p_{qk'}\Bigr)^{2}"
     )
     st.markdown(
-        "which is twice the second-order Kullback-Leibler divergence of the softmax without the "
+        "which grows as the second-order Kullback-Leibler divergence of the softmax without the "
         "pair. All heads share one set of frequencies; each puts its own best pairs into them. "
         "Values get the basis that loses least of what is written, a truncated singular value "
         f"decomposition in the metric of the activations ({cited('2403.07378')})."
     )
     st.markdown(
         "In $K$ steps, units are scored anew on the model as pruned so far; with $r$ steps left, "
-        r"the width goes from $c$ towards the target $t$ by "
-        r"$c - \lfloor (c - t) / r \rfloor$, "
-        f"as in the paper ({cited(PAPER)})."
+        r"the width goes from $c$ to $c - \lfloor (c - t) / r \rfloor$ on its way to the target "
+        f"$t$, as in the paper ({cited(PAPER)})."
     )
+    computed_by("plan", "rotary", "narrowing", "decide")
 
 
 def show_repair() -> None:
@@ -148,6 +150,7 @@ def show_repair() -> None:
         "fitted on the others. Where no repair does better there, the bare cut "
         "stays. There is no training."
     )
+    computed_by("recovery", "narrowing", "streams")
 
 
 def show_measuring() -> None:
@@ -175,6 +178,7 @@ def show_measuring() -> None:
         "with five positive parameters that begin at what was found before and are fitted to every "
         "point measured; what the law misses, a Gaussian process follows. This part is ours."
     )
+    computed_by("footprint", "evaluation", "damage", "prediction")
 
 
 def show_differences() -> None:
@@ -206,12 +210,13 @@ def stations() -> dict[str, str]:
 
 
 def show_modules() -> None:
-    st.subheader("Which module computes it", anchor="modules")
-    st.markdown(
-        "Each file of `transact_core/` begins with what it does and how; data flows from top to "
-        "bottom.\n\n| module | |\n| --- | --- |\n"
-        + "\n".join(f"| `{name}` | {what} |" for name, what in stations().items())
-    )
+    st.subheader("Which module does what", anchor="modules")
+    st.markdown("Each file of `transact_core/` begins with what it does and how.")
+    with st.expander("All of them, in the order in which the data flows"):
+        st.markdown(
+            "| module | |\n| --- | --- |\n"
+            + "\n".join(f"| `{name}` | {what} |" for name, what in stations().items())
+        )
 
 
 def show_sources() -> None:

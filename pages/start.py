@@ -3,8 +3,11 @@
 It is there at once, also while the model is still being opened, and computes nothing.
 """
 
+import textwrap
+
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import streamlit as st
 
 from pages.shared import charts, curve_chart, waist_chart
@@ -24,9 +27,15 @@ def step(number: int, question: str, answer: str) -> None:
 
 
 def links(*names: str) -> None:
-    with st.container(horizontal=True, gap="medium"):
+    with st.container(horizontal=True, gap="small"):
         for name in names:
             link(name)
+
+
+def in_half_a_page(figure: go.Figure) -> go.Figure:
+    """With a title of several lines."""
+    lines = textwrap.wrap(figure.layout.title.text, 52)
+    return figure.update_layout(title_text="<br>".join(lines), margin_t=50 + 20 * len(lines))
 
 
 def show_waste(told: Example) -> None:
@@ -37,10 +46,9 @@ def show_waste(told: Example) -> None:
         "activation inside the MLP. How much of their width carries anything differs from layer to "
         "layer.",
     )  # fmt: skip
+    shares = {module: np.array(getattr(found, module)) for module in ("mha", "mlp")}
     show(
-        charts.concentration(
-            {module: np.array(getattr(found, module)) for module in ("mha", "mlp")}, found.share
-        ),
+        in_half_a_page(charts.concentration(shares, found.share)),
         "example-concentration",
         f"a pair of bars is a layer, a bar the share of a waist's channels that hold "
         f"{found.share:.0%} of its energy; what is above it is width that carries little.",
@@ -60,7 +68,9 @@ def show_cut(told: Example) -> None:
         "own.",
     )  # fmt: skip
     show(
-        waist_chart.section(dense, left, f"Each layer keeps {heads} and {channels}", 380),
+        in_half_a_page(
+            waist_chart.section(dense, left, f"Each layer keeps {heads} and {channels}", 380)
+        ),
         "example-section",
         "one layer from left to right, all widths to scale: each module reads the stream, passes "
         "its waist and adds what it writes; grey is what goes.",
@@ -71,10 +81,12 @@ def show_cut(told: Example) -> None:
 
 
 def show_cost(told: Example) -> None:
+    alone = sum(not (p.plan.mha_ratio and p.plan.mlp_ratio) for p in told.points)
     step(
         3, "What will it cost me?",
         "Sizes are exact before anything is cut. Perplexity is predicted from what each layer "
-        "alone would lose, here before any cut was measured.",
+        f"alone would lose and from what was measured: here {alone} cuts of one module, and none "
+        "of both.",
     )  # fmt: skip
     before, after, said = told.dense.footprint, told.cut.footprint, told.predicted
     columns = st.columns(len(SIZES_SHOWN) + 1)
@@ -102,8 +114,8 @@ def show_truth(told: Example) -> None:
         "The cut was made, what is left was repaired in closed form on "
         f"{told.calibration.tokens:,} tokens of text, and perplexity measured on "
         f"{told.evaluation.tokens:,} others: **{cut.perplexity:.2f}**, {times_dense(cut)} "
-        f"the dense {dense:.2f}. That is {'inside' if inside else 'outside'} what was predicted. "
-        f"The bare cut, without its repair, measures {told.bare.perplexity:.2f}.",
+        f"the dense model's {dense:.2f}. That is {'inside' if inside else 'outside'} what was "
+        f"predicted. The bare cut, without its repair, measures {told.bare.perplexity:.2f}.",
     )  # fmt: skip
     mine = next((p for p in visit().points.get(Request(), []) if Cut.of(p) == told.asked), None)
     if mine is not None:

@@ -11,6 +11,7 @@ import platform
 import re
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,13 +21,15 @@ import torch
 from pages.shared.example import FILE, Asked, Concentration, Dense, Example, Point
 from pages.shared.jobs import job_threads
 from pages.shared.workbench import Cut, Request
+from transact_core import prediction
 from transact_core.activations import MODULES, channels_holding
+from transact_core.architecture import Architecture
 from transact_core.bench import Bench, Choices, Measurement, compress
 from transact_core.corpora import calibration_and_evaluation, describe, read_corpus
 from transact_core.export import describe_compression
 from transact_core.models import load_model
 from transact_core.plan import Decision, head_counts
-from transact_core.prediction import predict_grid
+from transact_core.prediction import Ratio
 from transact_core.sweep import Pair
 
 COMMAND = "python -m scripts.record_example"
@@ -49,14 +52,14 @@ def open_bench(request: Request) -> Bench:
     return Bench(loaded, *windows)
 
 
-def curve(bench: Bench, cut: Cut) -> list[Pair]:
-    """MHA only, at every number of heads; MLP only; and both."""
+def curves(bench: Bench, cut: Cut) -> tuple[list[Pair], list[Pair]]:
+    """Cuts of one module, MHA at every number of heads; and cuts of both, the given one first."""
     shape = bench.loaded.architecture
     counts = head_counts(shape, cut.granularity)
     heads = [round(1 - count / shape.num_attention_heads, 2) for count in counts]
     heads = sorted(ratio for ratio in heads if ratio)
-    alone = [(ratio, 0.0) for ratio in heads] + [(0.0, ratio) for ratio in MLP_RATIOS]
-    return [*alone, cut.ratios, *zip(heads, MLP_RATIOS[-len(heads) :], strict=True)]
+    one = [(ratio, 0.0) for ratio in heads] + [(0.0, ratio) for ratio in MLP_RATIOS]
+    return one, [cut.ratios, *zip(heads, MLP_RATIOS[-len(heads) :], strict=True)]
 
 
 def as_point(measured: Measurement) -> Point:
@@ -82,19 +85,28 @@ def measure(bench: Bench, ratios: Pair, choices: Choices) -> Point:
     return point
 
 
+def predict(bench: Bench, cut: Cut, left: Architecture, points: Iterable[Point]) -> Ratio:
+    """Of a cut, from what each layer would lose and from points measured before."""
+    bench.damage(cut.choices, progress)
+    known = [prediction.Point.of(point, cut.choices) for point in points]
+    widths = [left.mha_width], [left.intermediate_size]
+    (predicted,) = prediction.predict_grid(bench, cut.choices, known, *widths).values()
+    return predicted
+
+
 def record(bench: Bench, cut: Cut) -> Example:
     statistics = bench.statistics(progress)
     concentration = {
         module: tuple(channels_holding(getattr(statistics, module), SHARE).tolist())
         for module in MODULES
     }
-    plan = bench.plan(*cut.ratios, cut.choices, progress)
-    bench.damage(cut.choices, progress)
-    left = plan.applied_to(bench.loaded.architecture)
-    widths = left.mha_width, left.intermediate_size
-    (predicted,) = predict_grid(bench, cut.choices, [], [widths[0]], [widths[1]]).values()
     dense = bench.dense(progress)
-    points = {pair: measure(bench, pair, cut.choices) for pair in curve(bench, cut)}
+    plan = bench.plan(*cut.ratios, cut.choices, progress)
+    left = plan.applied_to(bench.loaded.architecture)
+    one, both = curves(bench, cut)
+    points = {pair: measure(bench, pair, cut.choices) for pair in one}
+    predicted = predict(bench, cut, left, points.values())
+    points |= {pair: measure(bench, pair, cut.choices) for pair in both}
     texts = (bench.calibration.source, bench.evaluation.source)
     described = describe_compression(bench, Decision(plan), cut.recovery)
     return Example(

@@ -77,7 +77,7 @@ class Example(Data):
     """What it leaves of the architecture."""
     dense: Dense
     predicted: Ratio
-    """Of that cut, before anything was measured."""
+    """Of that cut, from the points that cut one module alone."""
     cut: Point
     bare: Point
     """The same cut without its repair."""

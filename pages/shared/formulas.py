@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 
-MEAN_AND_MAX = r"\operatorname{mean}_j\, s_j + \tfrac{10}{d}\,\max_j\, s_j"
+MEAN_AND_MAX = r"s_h = \operatorname{mean}_{j \in h} s_j + \tfrac{10}{d} \max_{j \in h} s_j"
 WRITTEN = r"\lVert W_{:,j}\rVert"
 
 
 @dataclass(frozen=True)
 class Importance:
     channel: str
-    """LaTeX of the score s_j of channel j."""
+    """LaTeX, how the score s_j of channel j comes about."""
     head: str
-    """LaTeX of a head's score, from those of its channels or by itself."""
+    """LaTeX, and the score s_h of head h."""
     sources: tuple[str, ...] = ()
     """Keys of `SOURCES`."""
     note: str = ""
@@ -27,11 +27,11 @@ FORMULAS = {
     "reconstruction": Importance(
         r"j^\ast = \arg\min_j \frac{" + WRITTEN + r"^2}{[P]_{jj}}, \quad "
         r"P = \bigl(\textstyle\sum_t w_t\, a_t a_t^{\!\top} + D\bigr)^{-1}",
-        r"\operatorname{tr}\bigl(W_J\, P_{JJ}^{-1}\, W_J^{\!\top}\bigr)",
+        r"s_h = \operatorname{tr}\bigl(W_h\, P_{hh}^{-1}\, W_h^{\!\top}\bigr)",
         ("1993", "2208.11580", "2302.04089"),
         "Backward elimination: the channel that costs least goes, $W$ and $P$ make up for it, and "
         "so on; a channel's score is its place in that order. A head's is what it cost when its "
-        "turn came, $J$ being its channels. $D$ damps, $w_t$ is as in the repair below.",
+        "turn came. $D$ damps, $w_t$ is as in the repair below.",
     ),
     "activation-weight": Importance(
         r"s_j = " + WRITTEN + r"\,\sqrt{\textstyle\sum_t a_{tj}^2}",
@@ -41,7 +41,7 @@ FORMULAS = {
     ),
     "fluctuation": Importance(
         r"s_j = " + WRITTEN + r"^2\,\tfrac{1}{T-1}\textstyle\sum_t (a_{tj}-\bar a_j)^2",
-        r"\operatorname{mean}_j\, s_j",
+        r"s_h = \operatorname{mean}_{j \in h} s_j",
         ("2312.11983",),
         "Without the source's standardising, which changes no order within a module.",
     ),
@@ -59,9 +59,8 @@ FORMULAS = {
     ),
     "random": Importance(
         r"s_j \sim \mathcal{U}[0, 1)",
-        r"\mathcal{U}[0, 1)",
-        (),
-        "No source: a baseline drawn by lot.",
+        r"s_h \sim \mathcal{U}[0, 1)",
+        note="No source: a baseline, drawn by lot.",
     ),
 }
 """By the name that an importance is registered under."""

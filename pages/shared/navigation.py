@@ -6,7 +6,10 @@ from streamlit.navigation.page import StreamlitPage
 from pages.shared.workbench import WANTED
 
 SECTIONS = {
-    "": {"start": ("Start here", ":material/flag:")},
+    "": {
+        "start": ("Start here", ":material/flag:"),
+        "method": ("Method", ":material/functions:"),
+    },
     "See the waste": {
         "activations": ("Activations", ":material/show_chart:"),
         "premise": ("Premise", ":material/science:"),
@@ -21,7 +24,6 @@ SECTIONS = {
         "latency": ("Latency", ":material/timer:"),
     },
     "Take away": {"export": ("Export", ":material/download:")},
-    "Look up": {"method": ("Method", ":material/functions:")},
 }
 """Title and icon by file name, by section. The first page is shown at the bare address."""
 

@@ -71,6 +71,8 @@ def test_every_module_of_the_library_is_told_of(opened, open_app):
         for name in names.split(", ")
     }  # fmt: skip
     assert named == files - {"__init__", "__main__"}
+    computing = [each.value for each in page.caption if each.value.startswith("Computed by")]
+    assert {name for words in computing for name in re.findall(r"`(\w+)`", words)} <= files
 
 
 @pytest.mark.parametrize("part", ["channel", "head"])

@@ -148,5 +148,6 @@ def test_a_section_is_to_scale(is_cut):
         waist = (min(outline.x) + max(outline.x)) / 2
         top, bottom = (y for x, y in zip(outline.x, outline.y, strict=True) if x == waist)
         assert top - bottom == pytest.approx(width)
-        assert max(outline.y) - min(outline.y) == max(width, told.architecture.hidden_size)
+        outer = max(width, told.architecture.hidden_size)
+        assert max(outline.y) - min(outline.y) == pytest.approx(outer)
     assert ("removed" in {trace.name for trace in figure.data}) == is_cut
