@@ -6,9 +6,17 @@ The model is a tiny one and the text long, so that a point takes a moment and th
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Page, expect
 
-from tests.browser.driving import TIMEOUT_MS, button, choose, set_number, settle
+from tests.browser.driving import (
+    TIMEOUT_MS,
+    button,
+    choose,
+    open_with_few_tokens,
+    set_number,
+    settle,
+    sidebar,
+)
 from tests.conftest import make_model
 
 pytestmark = [pytest.mark.browser, pytest.mark.builtin]
@@ -36,30 +44,9 @@ def another_page(browser: Browser):
     context.close()
 
 
-def open_tiny_model(page: Page, address: str, folder: Path, evaluation_tokens: int) -> None:
-    page.goto(address)
-    # Only app.py draws it; links to the pages are there before.
-    expect(button(page, "Load")).to_be_visible()
-    page.goto(f"{address}/perplexity")
-    stop = button(page, "Cancel").first
-    expect(
-        stop.or_(button(page, "Try again")).or_(button(page, "Measure the curve"))
-    ).to_be_visible()
-    if stop.is_visible():
-        stop.click()
-        expect(page.get_by_text("· stopping").or_(button(page, "Try again")).first).to_be_visible()
-    choose(page, "Model", "Local folder")
-    name = page.get_by_label("Checkpoint folder", exact=True)
-    name.fill(str(folder))
-    name.press("Enter")
-    page.get_by_text("How much, and on what").click()
-    set_number(page, "Calibration tokens", 1024)
-    set_number(page, "Evaluation tokens", evaluation_tokens)
-    set_number(page, "Sequence length", 64)
-    expect(button(page, "Load")).to_be_enabled()
-    button(page, "Load").click()
+def open_tiny_model(page: Page, address: str, folder: Path) -> None:
+    open_with_few_tokens(page, f"{address}/perplexity", folder, 8_000, 64)
     expect(button(page, "Measure the curve")).to_be_visible()
-    settle(page)
 
 
 def measure_curve(page: Page, points: int) -> None:
@@ -68,10 +55,6 @@ def measure_curve(page: Page, points: int) -> None:
     set_number(page, "Points", points)
     settle(page)
     button(page, "Measure the curve").click()
-
-
-def sidebar(page: Page) -> Locator:
-    return page.get_by_test_id("stSidebar")
 
 
 def wait_for_points(page: Page, condition: str) -> None:
@@ -88,7 +71,7 @@ def wait_for_points(page: Page, condition: str) -> None:
 
 
 def test_a_reload_in_the_middle_of_a_sweep(page: Page, address: str, model_folder: Path):
-    open_tiny_model(page, address, model_folder, evaluation_tokens=8_000)
+    open_tiny_model(page, address, model_folder)
     measure_curve(page, 20)
     wait_for_points(page, "points >= 1")
 
@@ -114,8 +97,8 @@ def test_a_reload_in_the_middle_of_a_sweep(page: Page, address: str, model_folde
 
 
 def test_two_visitors_at_once(page: Page, another_page: Page, address: str, model_folder: Path):
-    open_tiny_model(page, address, model_folder, evaluation_tokens=8_000)
-    open_tiny_model(another_page, address, model_folder, evaluation_tokens=8_000)
+    open_tiny_model(page, address, model_folder)
+    open_tiny_model(another_page, address, model_folder)
     measure_curve(page, 20)
     expect(sidebar(page).get_by_text(CURVE)).to_be_visible()
 
