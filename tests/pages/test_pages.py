@@ -236,6 +236,28 @@ def test_a_cut_is_measured_and_taken_away_with_its_choices(opened, open_page):
     assert curve.dataframe[0].value["importance"].tolist() == ["fluctuation"]
 
 
+@pytest.mark.parametrize(
+    ("granularity", "warned", "told"),
+    [
+        ("query-heads", ["CTranslate2 4.8.5 misreads it"], ["llama.cpp"]),
+        ("kv-groups", [], ["llama.cpp", "CTranslate2 4.8.5 refuses it"]),
+        ("head-dims", ["llama.cpp"], ["CTranslate2 4.8.5 refuses it"]),
+        ("auto", [], ["depends on the granularity that `auto` takes"]),
+    ],
+)
+def test_the_export_names_the_runtimes_that_misread_the_cut(
+    opened, open_page, granularity, warned, told
+):
+    mine = Visit()
+    mine.cut = Cut(0.5, 0.3, granularity)
+    page = open_page("export", mine)
+    assert not page.exception
+    warnings = [each.value for each in page.warning]
+    assert len(warnings) == len(warned)
+    assert all(words in warning for words, warning in zip(warned, warnings, strict=True))
+    assert all(words in texts(page) for words in told)
+
+
 @pytest.mark.parametrize("granularity", ["query-heads", "head-dims"])
 def test_a_curve_scores_first_and_then_measures(opened, open_page, granularity):
     page = open_page("perplexity")
@@ -386,6 +408,7 @@ def test_auto_is_tried_when_the_cut_is_measured_and_goes_into_the_export(
     export = open_page("export")
     assert not export.exception
     assert decision.why in texts(export)
+    assert "depends on the granularity" not in texts(export)
     assert "--steps 2" in export.code[1].value
     assert f"--granularity {decision.plan.granularity}" in export.code[1].value
 
