@@ -78,6 +78,10 @@ def choose() -> Choices:
         "steps": ("Steps", STEPS_HELP),
         "multiple_of": ("Multiple of", MULTIPLE_HELP),
     }
+    # A link decides; a new tab without one begins with what the visitor left.
+    if not {*CONTROLS, *Position.__dataclass_fields__} & set(st.query_params):
+        for name in CONTROLS:
+            st.session_state.setdefault(name, getattr(visit().cut, name))
     columns = st.columns([6, 6, 6, 3, 4])
     chosen = {
         name: column.selectbox(

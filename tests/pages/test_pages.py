@@ -236,6 +236,28 @@ def test_a_cut_is_measured_and_taken_away_with_its_choices(opened, open_page):
     assert curve.dataframe[0].value["importance"].tolist() == ["fluctuation"]
 
 
+def test_a_new_tab_begins_with_what_the_visitor_left_and_a_link_decides(opened, open_page):
+    first = Visit()
+    page = open_page("compress", first, mha="60", granularity="kv-groups", steps="2")
+    page.selectbox(key="importance").set_value("magnitude").run()
+    left = first.cut
+    assert (left.mha_ratio, left.granularity, left.importance, left.steps) == (
+        0.6, "kv-groups", "magnitude", 2,
+    )  # fmt: skip
+    tab = Visit(first.visitor)
+    page = open_page("compress", tab)
+    assert not page.exception
+    assert tab.cut == left
+    # In a link, what is not named is as usual.
+    tab = Visit(first.visitor)
+    page = open_page("compress", tab, mha="20", mlp="10")
+    assert not page.exception
+    assert tab.cut == Cut(0.2, 0.1)
+    stranger = Visit()
+    open_page("compress", stranger)
+    assert stranger.cut == Cut()
+
+
 @pytest.mark.parametrize(
     ("granularity", "warned", "told"),
     [
