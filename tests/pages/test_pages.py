@@ -291,7 +291,7 @@ def test_a_curve_scores_first_and_then_measures(opened, open_page, granularity):
     visit = page.session_state["visit"]
     job = ended(visit.visitor.jobs[-1])
     assert job.error is None
-    points = visit.points[Request()]
+    points = visit.visitor.of(Request()).points
     assert {point.plan.importance for point in points} == {"magnitude"}
     assert len(points) == job.result > 0
     assert {point.plan.granularity for point in points} == {granularity}
@@ -322,7 +322,7 @@ def measure_curve(page):
 
 
 def mlp_ratios(visit) -> list[float]:
-    return [point.plan.mlp_ratio for point in visit.points.get(Request(), [])]
+    return [point.plan.mlp_ratio for point in visit.visitor.of(Request()).points]
 
 
 def wait_until(true):
@@ -440,7 +440,7 @@ def test_auto_is_tried_when_the_cut_is_measured_and_goes_into_the_export(
     assert decision.why in texts(later)
     button(later, "Prune and measure perplexity").click().run()
     assert stranger.visitor.jobs == []
-    assert Cut.of(stranger.points[Request()][0]) == visit.cut
+    assert Cut.of(stranger.visitor.of(Request()).points[0]) == visit.cut
 
 
 def test_a_curve_with_auto_and_steps_is_measured(opened, open_page):
@@ -454,7 +454,7 @@ def test_a_curve_with_auto_and_steps_is_measured(opened, open_page):
     visit = page.session_state["visit"]
     job = ended(visit.visitor.jobs[-1])
     assert job.error is None
-    assert all(point.decision.why for point in visit.points[Request()])
+    assert all(point.decision.why for point in visit.visitor.of(Request()).points)
     assert job.result == 2
 
 
