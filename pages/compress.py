@@ -50,7 +50,7 @@ from transact_core.recovery import RECOVERIES
 from transact_core.targets import Found, Target, find
 
 TABLES_KEPT = 24
-"""For each bench; each is a few megabytes where the model is large."""
+"""For each bench, of the choices that were new last."""
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # The choices beside the ratios, by the name that they have in the address, and what there is.
 CONTROLS = {
