@@ -82,6 +82,16 @@ def open_with_few_tokens(
 
     With the checkpoint in that folder, or with the built-in model.
     """
+    ask_to_open(page, address, folder, evaluation_tokens, sequence_length)
+    shown = "134.5 M parameters" if folder is None else folder.name
+    expect(sidebar(page).get_by_text(shown, exact=folder is not None)).to_be_visible()
+    settle(page)
+
+
+def ask_to_open(
+    page: Page, address: str, folder: Path | None, evaluation_tokens: int, sequence_length: int
+) -> None:
+    """Presses Load and does not wait for what comes of it."""
     # The first visit of a server always begins at the first page.
     page.goto(address.rsplit("/", 1)[0] if address.count("/") > 2 else address)
     expect(button(page, "Load")).to_be_visible()
@@ -104,9 +114,6 @@ def open_with_few_tokens(
     load = button(page, "Load")
     expect(load).to_be_enabled()
     load.click()
-    shown = "134.5 M parameters" if folder is None else folder.name
-    expect(sidebar(page).get_by_text(shown, exact=folder is not None)).to_be_visible()
-    settle(page)
 
 
 def settle(page: Page) -> None:
@@ -118,6 +125,15 @@ def choose(page: Page, label: str, option: str) -> None:
     page.get_by_role("combobox", name=label).click()
     page.get_by_role("option", name=option, exact=True).click()
     settle(page)
+
+
+def measure_mlp_curve(page: Page, points: int) -> None:
+    """Asks the Perplexity page for bare cuts of the MLP alone, up to 70 %."""
+    choose(page, "Cut", "MLP only")
+    choose(page, "Recovery", "none")
+    set_number(page, "Points", points)
+    settle(page)
+    button(page, "Measure the curve").click()
 
 
 def sidebar(page: Page) -> Locator:

@@ -11,9 +11,8 @@ from playwright.sync_api import Browser, Page, expect
 from tests.browser.driving import (
     TIMEOUT_MS,
     button,
-    choose,
+    measure_mlp_curve,
     open_with_few_tokens,
-    set_number,
     settle,
     sidebar,
 )
@@ -49,14 +48,6 @@ def open_tiny_model(page: Page, address: str, folder: Path) -> None:
     expect(button(page, "Measure the curve")).to_be_visible()
 
 
-def measure_curve(page: Page, points: int) -> None:
-    choose(page, "Cut", "MLP only")
-    choose(page, "Recovery", "none")
-    set_number(page, "Points", points)
-    settle(page)
-    button(page, "Measure the curve").click()
-
-
 def wait_for_points(page: Page, condition: str) -> None:
     """Waits until the number of cuts on the chart, `points`, fulfils the condition."""
     page.wait_for_function(
@@ -72,7 +63,7 @@ def wait_for_points(page: Page, condition: str) -> None:
 
 def test_a_reload_in_the_middle_of_a_sweep(page: Page, address: str, model_folder: Path):
     open_tiny_model(page, address, model_folder)
-    measure_curve(page, 20)
+    measure_mlp_curve(page, 20)
     wait_for_points(page, "points >= 1")
 
     page.reload()
@@ -99,7 +90,7 @@ def test_a_reload_in_the_middle_of_a_sweep(page: Page, address: str, model_folde
 def test_two_visitors_at_once(page: Page, another_page: Page, address: str, model_folder: Path):
     open_tiny_model(page, address, model_folder)
     open_tiny_model(another_page, address, model_folder)
-    measure_curve(page, 20)
+    measure_mlp_curve(page, 20)
     expect(sidebar(page).get_by_text(CURVE)).to_be_visible()
 
     # The other one sees nothing of it, and gets a turn before it has ended.
@@ -107,7 +98,7 @@ def test_two_visitors_at_once(page: Page, another_page: Page, address: str, mode
     expect(button(another_page, "Measure the curve")).to_be_visible()
     settle(another_page)
     expect(sidebar(another_page).get_by_text("Curve")).to_have_count(0)
-    measure_curve(another_page, 1)
+    measure_mlp_curve(another_page, 1)
     expect(sidebar(another_page).get_by_text(DONE)).to_be_visible()
     expect(sidebar(page).get_by_text(DONE)).to_have_count(0)
     wait_for_points(another_page, "points === 1")
