@@ -1,7 +1,7 @@
 """What scoring and gathering cost over a plain forward pass, and what memory `prune` takes.
 
     python -m benchmarks.cost                     # time: passes over the same tokens, interleaved
-    python -m benchmarks.cost --gather transact_core.MODULE:FUNCTION
+    python -m benchmarks.cost --gather transact_core.elimination:eliminate
     python -m benchmarks.cost --peak-memory       # memory: on a model larger than the built-in one
 
 The plain pass is the model without its LM head on the same batches in the same process. Rounds go
@@ -23,10 +23,12 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.memory import peak_memory_of
-from transact_core.activations import batches, collect
+from transact_core.activations import batches, collect, transitional_inputs
 from transact_core.architecture import Architecture
 from transact_core.corpora import Windows, evaluation_windows, read_corpus
+from transact_core.elimination import weighted_rows
 from transact_core.models import load_model
+from transact_core.streams import Stream, second_moments
 
 Pass = Callable[[LlamaForCausalLM, Windows], object]
 
@@ -36,6 +38,19 @@ def plain_forward(model: LlamaForCausalLM, windows: Windows) -> None:
     """Every window through the model without its LM head."""
     for batch in batches(windows, model.device):
         model.model(batch, use_cache=False)
+
+
+@torch.no_grad()
+def gathering(model: LlamaForCausalLM, windows: Windows) -> None:
+    """What least squares solves from: the second moments of every waist, tokens weighted.
+
+    What a module writes is linear in its waist, so their cross moments need no pass of their own.
+    """
+    stream = Stream(model, windows)
+    for number in range(len(model.model.layers)):
+        for module, projection in transitional_inputs(model, number).items():
+            rows = weighted_rows(stream, number, module, model.config.rms_norm_eps)
+            second_moments(rows, projection.in_features)
 
 
 def ratios_to_plain(
@@ -136,7 +151,7 @@ def peak_of_prune(chosen: argparse.Namespace) -> str:
 
 
 def time_of_passes(chosen: argparse.Namespace) -> str:
-    """Times scoring and each `--gather` pass; the figures in words."""
+    """Times scoring, gathering and each `--gather` pass; the figures in words."""
     loaded = load_model(chosen.model)
     windows = evaluation_windows(
         read_corpus(chosen.calibration),
@@ -145,7 +160,7 @@ def time_of_passes(chosen: argparse.Namespace) -> str:
         chosen.tokens,
         chosen.sequence_length,
     )
-    passes: dict[str, Pass] = {"scoring": collect}
+    passes: dict[str, Pass] = {"scoring": collect, "gathering": gathering}
     for name in chosen.gather:
         module, function = name.split(":")
         passes[name] = getattr(importlib.import_module(module), function)

@@ -1,7 +1,7 @@
 """Two sliders, what they mean at once, and the real cut behind a button."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,10 +17,10 @@ from pages.shared.options import (
     IMPORTANCE_HELP,
     MULTIPLE_HELP,
     RECOVERY_HELP,
+    SEQUENTIAL_HELP,
     STEPS_HELP,
 )
 from pages.shared.progress import (
-    SOON,
     require_bench,
     require_prepared,
     show_dense,
@@ -40,7 +40,7 @@ from pages.shared.workbench import (
     workbench,
 )
 from transact_core.bench import Bench, Choices, Measurement
-from transact_core.decide import granularities_of
+from transact_core.decide import granularities_of, require_sequential
 from transact_core.errors import TransActError
 from transact_core.importance import IMPORTANCES
 from transact_core.plan import GRANULARITIES, Decision, PruningPlan
@@ -59,6 +59,7 @@ CONTROLS = {
     "recovery": RECOVERIES,
     "steps": tuple(range(1, 21)),
     "multiple_of": MULTIPLES,
+    "sequential": (False, True),
 }
 GOALS = {
     "parameters": ("At most, in millions of parameters", 0.001, None),
@@ -84,15 +85,26 @@ def choose() -> Choices:
     if not {*CONTROLS, *Position.__dataclass_fields__} & set(st.query_params):
         for name in CONTROLS:
             st.session_state.setdefault(name, getattr(visit().cut, name))
-    columns = st.columns([6, 6, 6, 3, 4])
+    columns = st.columns([6, 6, 6, 3, 4, 5], vertical_alignment="bottom")
     chosen = {
         name: column.selectbox(
             label, CONTROLS[name], key=name, bind="query-params", persist_state="session",
             help=explained,
         )
-        for column, (name, (label, explained)) in zip(columns, names.items(), strict=True)
+        for column, (name, (label, explained)) in zip(columns[:-1], names.items(), strict=True)
     }  # fmt: skip
-    return Choices(**chosen)
+    choices = Choices(**chosen, sequential=True)
+    try:
+        require_sequential(choices)
+        refused = None
+    except TransActError as error:
+        refused = str(error)
+    sequential = columns[-1].toggle(
+        "Sequential", key="sequential", bind="query-params", persist_state="session",
+        help=SEQUENTIAL_HELP if refused is None else f"{SEQUENTIAL_HELP}\n\n{refused}",
+        disabled=refused is not None,
+    )  # fmt: skip
+    return replace(choices, sequential=sequential and refused is None)
 
 
 def in_address(choices: Choices) -> dict[str, Any]:
@@ -206,26 +218,38 @@ def prediction_of(
     """Predicted perplexity by widths, once it is known what each layer loses."""
     if choices.granularity == "auto" or not bench.damage_known(choices):
         return None
-    return predict_grid(
-        bench,
-        choices,
-        prediction_points(),
-        [option.width for option in table.mha.options],
-        [option.width for option in table.mlp.options],
-    )
+    known = prediction_points(bench)
+
+    def predict() -> dict[tuple[int, int], Ratio]:
+        mha, mlp = ([option.width for option in side.options] for side in (table.mha, table.mlp))
+        return predict_grid(bench, choices, known, mha, mlp)
+
+    return while_same("prediction", (visit().request, choices, known), predict)
 
 
-def prediction_points() -> list[Point]:
-    return [Point.of(point, choices_of(point)) for point in points()]
+def prediction_points(bench: Bench) -> list[Point]:
+    """This visitor's points whose damage is known."""
+    made = (Point.of(point, choices_of(point)) for point in points())
+    return [point for point in made if bench.damage_known(point.choices)]
+
+
+def while_same(name: str, key: Any, make: Callable[[], Any]) -> Any:
+    """What was made last in this tab under that name, or made now where the key is another."""
+    if name not in st.session_state or st.session_state[name][0] != key:
+        st.session_state[name] = key, make()
+    return st.session_state[name][1]
 
 
 def learn(bench: Bench, choices: Choices) -> None:
-    """What a prediction needs, at the visitor's wish: it takes minutes."""
+    """Sees to what a prediction needs; where that takes very long, at the visitor's wish."""
     if choices.granularity == "auto" or bench.damage_known(choices):
         return
     request, board = visit().request, workbench()
+    long = choices.granularity == "head-dims"
     job = board.open(request).damages.get(what_to_learn(choices))
-    if job is not None and not job.wait(SOON):
+    if job is None and not long:
+        job = board.learn(request, choices)
+    if job is not None and not job.finished:
         watch(job, "learn")
         return
     if bench.damage_known(choices):
@@ -235,11 +259,7 @@ def learn(bench: Bench, choices: Choices) -> None:
     if st.button(
         "Predict perplexity for these choices", icon=":material/query_stats:",
         help="Measures what each layer loses at every width"
-        + (
-            ", by repairing each layer's attention several times."
-            if choices.granularity == "head-dims"
-            else ", in the background."
-        ),
+        + (", by repairing each layer's attention several times." if long else "."),
     ):  # fmt: skip
         board.learn(request, choices, anew=True)
         st.rerun()
@@ -247,7 +267,8 @@ def learn(bench: Bench, choices: Choices) -> None:
 
 def show_score(bench: Bench) -> None:
     """How well what was predicted came out."""
-    scored = keep_score(bench, prediction_points())
+    known = prediction_points(bench)
+    scored = while_same("score", (visit().request, known), lambda: keep_score(bench, known))
     if not scored:
         return
     errors = sorted(abs(each.relative_error) for each in scored)
@@ -383,8 +404,9 @@ def show_decision(decision: Decision | None, plan: PruningPlan) -> None:
     """How `auto` and steps decided, or what stands in for it until they have."""
     if decision is None:
         st.caption(
-            f"What `auto` takes, and which units several steps keep, is found when the cut is "
-            f"measured. Until then the maps are of `{plan.granularity}` scored once."
+            "What `auto` takes, and which units several steps or a sequential choice keep, is "
+            "found when the cut is measured. Until then the maps are of "
+            f"`{plan.granularity}` scored once."
         )
         return
     if decision.why:
@@ -451,7 +473,7 @@ def workbench_view(bench: Bench) -> None:
         prediction and predicted(table, prediction),
         measured_at(table, choices),
         f"Scoring by {choices.importance}",
-        "press “Predict perplexity” below",
+        "predicted once it is measured what each layer loses",
         restore_choices,
     )
     cut = keep(position, choices)

@@ -48,7 +48,7 @@ def test_costs_of_all_positions_are_those_of_the_footprint(
     assert cost.parameters == expected.parameters
     assert cost.parameters * size == expected.weight_bytes
     assert cost.kv_values * size == expected.kv_bytes_per_token
-    assert cost.flops_at(context) == expected.flops_per_token
+    assert cost.flops + cost.flops_per_context * context == expected.flops_per_token
     assert table.mha.options[chosen[0]].width == expected.mha_width
     assert table.mlp.options[chosen[1]].width == expected.mlp_width
 

@@ -48,7 +48,7 @@ def decide(
     """
     require_recovery(choices.recovery)
     if choices.sequential:
-        _require_sequential(choices)
+        require_sequential(choices)
     losses: dict[Granularity, float] = {}
     if choices.granularity == "auto":
         if mha_ratio:
@@ -116,7 +116,12 @@ def held_out_loss(
 # --- module by module ------------------------------------------------------------------------
 
 
-def _require_sequential(choices: Choices) -> None:
+def require_sequential(choices: Choices) -> None:
+    """Whether units can be chosen sequentially with these choices.
+
+    Raises:
+        TransActError: they cannot; the other choice that is in the way is named.
+    """
     if choices.importance != "reconstruction":
         raise TransActError(
             "Units are chosen sequentially by the importance reconstruction only, not by "

@@ -10,7 +10,6 @@ What it looks at in the evidence is measured, and what it does not look at is no
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import pandas as pd
 import torch
@@ -93,31 +92,39 @@ class Evidence:
         self.seed = seed
         self._progress = progress
         self._remember = remember
+        self._known: dict[str, Tensors] = {}
 
-    @cached_property
+    @property
     def statistics(self) -> ActivationStatistics:
         """Sums of the activations; one forward pass without the LM head."""
-        tensors = self._remember(
+        tensors = self._measured(
             "activations and the residual stream",
             lambda: collect(self.model, self.windows, self._progress).to_tensors(),
         )
         return ActivationStatistics.from_tensors(tensors, self.windows.tokens)
 
-    @cached_property
+    @property
     def saliences(self) -> Tensors:
         """`saliences.collect_saliences`, by module; one forward and one backward pass."""
-        return self._remember(
+        return self._measured(
             "saliences",
             lambda: collect_saliences(self.model, self.windows, self.architecture, self._progress),
         )
 
-    @cached_property
+    @property
     def elimination(self) -> Tensors:
         """`elimination.eliminate`, by unit; one forward pass with second moments."""
-        return self._remember(
+        return self._measured(
             f"elimination in rounds, ridge {RIDGE:g} and floor {FLOOR:g}",
             lambda: eliminate(self.model, self.windows, self._progress),
         )
+
+    def _measured(self, what: str, measure: Callable[[], Tensors]) -> Tensors:
+        # Not a `cached_property`: in Python 3.11 that holds one lock for all models at once, and a
+        # page would wait for the pass over another's.
+        if what not in self._known:
+            self._known[what] = self._remember(what, measure)
+        return self._known[what]
 
     def column_norms(self, module: str) -> torch.Tensor:
         """L2 norm of each column of a module's output projection, (layers, width), float64."""

@@ -47,9 +47,6 @@ class Cost:
     def __sub__(self, other: "Cost") -> "Cost":
         return Cost(*(mine - its for mine, its in zip(_values(self), _values(other), strict=True)))
 
-    def flops_at(self, context_length: int) -> int:
-        return self.flops + self.flops_per_context * context_length
-
 
 def _values(cost: Cost) -> tuple[int, ...]:
     return tuple(vars(cost).values())

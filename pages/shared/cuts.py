@@ -44,5 +44,7 @@ def choose_cut(bench: Bench) -> Cut:
 def in_words(cut: Cut) -> str:
     return (
         f"MHA {cut.mha_ratio:.0%}, MLP {cut.mlp_ratio:.0%} · {cut.granularity} · "
-        f"{cut.importance} · {cut.recovery}" + (f" · {cut.steps} steps" if cut.steps > 1 else "")
+        f"{cut.importance} · {cut.recovery}"
+        + (f" · {cut.steps} steps" if cut.steps > 1 else "")
+        + (" · sequential" if cut.sequential else "")
     )

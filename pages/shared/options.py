@@ -12,6 +12,11 @@ STEPS_HELP = (
     "How often units are scored anew on the model as pruned so far; each step takes about as long "
     "to measure as a cut."
 )
+SEQUENTIAL_HELP = (
+    "Each module's units are chosen on the stream of the model as pruned and repaired before it; "
+    "takes about three times as long to measure. With the importance `reconstruction`, a recovery, "
+    "and one step."
+)
 RECOVERY_HELP = (
     "Without training, on the calibration text: `least-squares` fits `o_proj` and `down_proj` "
     "anew; `bias` adds the mean of what went missing, and its parameters; `none` leaves the bare "

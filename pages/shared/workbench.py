@@ -1,5 +1,6 @@
 """What the pages share: visitors and what is theirs, open models, the points measured on them."""
 
+import gc
 import hashlib
 import threading
 import time
@@ -84,6 +85,7 @@ class Cut:
     recovery: str = Choices.recovery
     steps: int = Choices.steps
     multiple_of: int = Choices.multiple_of
+    sequential: bool = Choices.sequential
 
     @property
     def ratios(self) -> Pair:
@@ -97,6 +99,7 @@ class Cut:
             recovery=self.recovery,
             steps=self.steps,
             multiple_of=self.multiple_of,
+            sequential=self.sequential,
         )
 
     @classmethod
@@ -110,6 +113,7 @@ class Cut:
             point.recovery,
             decision.steps,
             plan.multiple_of,
+            decision.sequential,
         )
 
 
@@ -413,6 +417,11 @@ class Workbench:
 
 @st.cache_resource(show_spinner=False)
 def workbench() -> Workbench:
+    # Streamlit collects garbage after every run of a page or a fragment. To look through the half
+    # million objects of imported libraries each time took a third of a second, in which nothing
+    # else in this process moved.
+    gc.collect()
+    gc.freeze()
     return Workbench()
 
 
@@ -495,15 +504,15 @@ def size_of(thing: Any) -> int:
 
 
 def first_look(choices: Choices) -> Choices:
-    """What a plan is drawn by while `auto` and steps are not decided."""
+    """What a plan is drawn by while `auto`, steps and sequential choices are not decided."""
     granularity = choices.granularity if choices.granularity != "auto" else Choices.granularity
-    return replace(choices, granularity=granularity, steps=1)
+    return replace(choices, granularity=granularity, steps=1, sequential=False)
 
 
 def what_to_learn(choices: Choices) -> Choices:
     """The choices that a prediction's measurements depend on; the rest are as usual."""
     if choices.granularity == "head-dims":
-        return replace(choices, steps=1, multiple_of=1)
+        return replace(choices, steps=1, multiple_of=1, sequential=False)
     return Choices(importance=choices.importance)
 
 

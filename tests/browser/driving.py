@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from playwright.sync_api import Browser, Locator, Page, Playwright, expect
+from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
 ROOT = Path(__file__).parents[2]
 # Loading and measuring take minutes on a busy machine with two cores.
 TIMEOUT_MS = 300_000
+MENU_MS = 5_000
 CHART = ".js-plotly-plot"
 CHROMIUM_FLAGS = [
     "--no-sandbox",
@@ -122,15 +124,27 @@ def settle(page: Page) -> None:
 
 
 def choose(page: Page, label: str, option: str) -> None:
-    page.get_by_role("combobox", name=label).click()
-    page.get_by_role("option", name=option, exact=True).click()
-    settle(page)
+    box = page.get_by_role("combobox", name=label)
+    offered = page.get_by_role("option", name=option, exact=True)
+    deadline = time.monotonic() + TIMEOUT_MS / 1000
+    while True:
+        if box.get_attribute("aria-expanded") != "true":
+            box.click()
+        try:
+            offered.click(timeout=MENU_MS)
+            settle(page)
+            expect(box).to_have_value(option, timeout=MENU_MS)
+            break
+        except (PlaywrightTimeoutError, AssertionError):
+            # A menu closes again when its page is drawn anew at that moment.
+            if time.monotonic() > deadline:
+                raise
 
 
-def measure_mlp_curve(page: Page, points: int) -> None:
-    """Asks the Perplexity page for bare cuts of the MLP alone, up to 70 %."""
+def measure_mlp_curve(page: Page, points: int, recovery: str = "none") -> None:
+    """Asks the Perplexity page for cuts of the MLP alone, up to 70 %."""
     choose(page, "Cut", "MLP only")
-    choose(page, "Recovery", "none")
+    choose(page, "Recovery", recovery)
     set_number(page, "Points", points)
     settle(page)
     button(page, "Measure the curve").click()

@@ -158,7 +158,7 @@ def test_an_address_reopens_its_view_and_nonsense_in_it_does_not_matter(open_pag
     assert given["start"] == {"revision": 1, "mha": 50, "mlp": 30, "context": 4096}
     assert given["choices"] == {
         "granularity": "kv-groups", "importance": "magnitude", "recovery": "none", "steps": 1,
-        "multiple_of": 8,
+        "multiple_of": 8, "sequential": False,
     }  # fmt: skip
     assert given["mlp_at"]["width"] == 32
     assert page.query_params["mlp"] == "30"
@@ -441,6 +441,31 @@ def test_auto_is_tried_when_the_cut_is_measured_and_goes_into_the_export(
     button(later, "Prune and measure perplexity").click().run()
     assert stranger.visitor.jobs == []
     assert Cut.of(stranger.visitor.of(Request()).points[0]) == visit.cut
+
+
+def test_sequential_choices_are_offered_where_they_can_be_had(opened, open_page):
+    page = open_page("compress", sequential="true")
+    assert page.toggle(key="sequential").disabled
+    assert "by the importance reconstruction only" in page.toggle(key="sequential").help
+    assert not page.session_state["visit"].cut.sequential
+
+    page = open_page("compress", importance="reconstruction", sequential="true", mlp="50")
+    ended(preparation(opened, Choices(importance="reconstruction")))
+    page.run()
+    assert not page.exception
+    assert "scored once" in texts(page)
+    button(page, "Prune and measure perplexity").click().run()
+    visit = page.session_state["visit"]
+    job = ended(visit.visitor.jobs[-1])
+    assert job.error is None
+    page.run()
+    assert "Perplexity, measured" in metrics(page)
+    assert visit.cut == Cut.of(job.result)
+    assert job.result.decision.sequential
+
+    export = open_page("export")
+    assert not export.exception
+    assert "--sequential" in export.code[1].value
 
 
 def test_a_curve_with_auto_and_steps_is_measured(opened, open_page):

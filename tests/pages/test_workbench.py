@@ -1,3 +1,4 @@
+import gc
 import sys
 import threading
 from dataclasses import replace
@@ -64,6 +65,12 @@ def test_a_cancelled_dense_measurement_can_be_made_anew(workbench):
     wait_for(opening.dense)
     assert (opening.dense.state, workbench.measured) == (DONE, [1])
     assert workbench.open(Request()) is opening
+
+
+def test_what_is_imported_is_not_looked_through_after_every_run_of_a_page():
+    shared.workbench.clear()
+    shared.workbench()
+    assert len(gc.get_objects()) < 0.1 * gc.get_freeze_count()
 
 
 # --- visitors --------------------------------------------------------------------------------

@@ -1,0 +1,136 @@
+"""What a curve of measured points costs over the evaluations, and the repairs, that it consists of.
+
+    python -m benchmarks.curve                              # without recovery
+    python -m benchmarks.curve --recovery least-squares
+    python -m benchmarks.curve --mha                        # of the attention: auto against fixed
+
+Every point is made as the app and the command line make it, with an empty store of results, and
+right after it the same model is made beforehand and only evaluated, by a plain loop over windows.
+With a recovery, the repair alone is timed as well. What is printed is the ratio of the sums. The
+calibration pass and the dense model's evaluation come before the clock, as they serve all curves.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import LlamaForCausalLM
+
+from transact_core.bench import Bench, Choices
+from transact_core.corpora import Windows, calibration_and_evaluation, read_corpus
+from transact_core.importance import IMPORTANCES
+from transact_core.models import load_model
+from transact_core.plan import GRANULARITIES
+from transact_core.recovery import RECOVERIES, recover
+from transact_core.surgery import prune
+from transact_core.sweep import point_at
+
+
+@torch.inference_mode()
+def plain_loop(model: LlamaForCausalLM, windows: Windows) -> float:
+    """Mean NLL of the windows, one after the other, as a script of stock transformers has it."""
+    total = 0.0
+    for ids in windows.ids:
+        logits = model(ids[None].to(model.device), use_cache=False).logits[0, :-1].float()
+        total += functional.cross_entropy(logits, ids[1:].to(model.device), reduction="sum").item()
+    return total / (len(windows) * (windows.sequence_length - 1))
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What the work gives, and its seconds."""
+    start = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - start
+
+
+def curve(bench: Bench, ratios: list[float], choices: Choices) -> tuple[float, float]:
+    """Seconds of the points, and of the evaluations and repairs in them; progress is printed."""
+    points = parts = 0.0
+    dense = bench.loaded.model
+    for ratio in ratios:
+        point, seconds = timed(lambda ratio=ratio: point_at(bench, (0.0, ratio), choices))
+        model = prune(dense, point.plan, with_biases=choices.recovery == "bias")
+        repair = 0.0
+        if choices.recovery != "none" and point.plan.cuts_anything(bench.loaded.architecture):
+            _, repair = timed(
+                lambda model=model, point=point: recover(
+                    dense, model, point.plan, bench.calibration, choices.recovery
+                )
+            )
+        _, evaluation = timed(lambda model=model: plain_loop(model, bench.evaluation))
+        points, parts = points + seconds, parts + evaluation + repair
+        print(
+            f"MLP {ratio:.0%}: {seconds:.2f} s, evaluation {evaluation:.2f} s, "
+            f"repair {repair:.2f} s, {seconds / (evaluation + repair):.3f} ×",
+            flush=True,
+        )
+    return points, parts
+
+
+def main() -> None:
+    """Prints the ratio of an evenly spaced curve of the MLP, or auto's over a fixed granularity."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.curve", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--model", default="builtin")
+    parser.add_argument("--text", default="builtin", metavar="SOURCE")
+    parser.add_argument("--calibration-tokens", type=int, default=8192, metavar="N")
+    parser.add_argument("--evaluation-tokens", type=int, default=4096, metavar="N")
+    parser.add_argument("--sequence-length", type=int, default=512, metavar="L")
+    parser.add_argument("--importance", choices=list(IMPORTANCES), default="activation")
+    parser.add_argument("--recovery", choices=RECOVERIES, default="none")
+    parser.add_argument("--points", type=int, default=11)
+    parser.add_argument("--largest", type=float, default=0.7)
+    parser.add_argument("--mha", action="store_true", help="a third of the attention, and auto")
+    chosen = parser.parse_args()
+    loaded = load_model(chosen.model)
+    text = read_corpus(chosen.text)
+    windows = calibration_and_evaluation(
+        text,
+        text,
+        loaded.tokenizer,
+        loaded.architecture.vocab_size,
+        chosen.calibration_tokens,
+        chosen.evaluation_tokens,
+        chosen.sequence_length,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRANSACT_CACHE"] = folder
+        bench = Bench(loaded, *windows)
+        choices = Choices(importance=chosen.importance, recovery=chosen.recovery)
+        bench.prepare(choices)
+        bench.dense()
+        if chosen.mha:
+            print(auto_over_fixed(bench, choices))
+            return
+        step = chosen.largest / chosen.points
+        points, parts = curve(
+            bench, [step * number for number in range(1, chosen.points + 1)], choices
+        )
+    print(f"{chosen.points} points: {points:.1f} s over {parts:.1f} s, {points / parts:.3f} ×")
+
+
+def auto_over_fixed(bench: Bench, choices: Choices) -> str:
+    """Seconds of a point with `auto` over those with each granularity, statistics being there."""
+    seconds = {}
+    for granularity in (*GRANULARITIES, "auto"):
+        tried = Choices(granularity, choices.importance, choices.recovery)
+        if granularity == "head-dims":
+            bench.pairs()
+        point, seconds[granularity] = timed(
+            lambda tried=tried: point_at(bench, (1 / 3, 0.0), tried)
+        )
+        print(f"{granularity}: {seconds[granularity]:.2f} s, took {point.plan.granularity}")
+    auto = seconds.pop("auto")
+    ratios = ", ".join(f"{auto / each:.2f} × {name}" for name, each in seconds.items())
+    return f"auto: {ratios}; {auto / statistics.mean(seconds.values()):.2f} × their mean"
+
+
+if __name__ == "__main__":
+    main()
