@@ -49,8 +49,8 @@ from transact_core.preview import EnergyKept, Structure, energy_kept, maps, stru
 from transact_core.recovery import RECOVERIES
 from transact_core.targets import Found, Target, find
 
+# For each bench, of the choices that were new last.
 TABLES_KEPT = 24
-"""For each bench, of the choices that were new last."""
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # The choices beside the ratios, by the name that they have in the address, and what there is.
 CONTROLS = {

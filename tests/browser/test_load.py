@@ -14,10 +14,10 @@ pytestmark = [pytest.mark.browser, pytest.mark.builtin]
 """A server's first page begins to open the built-in model."""
 
 MODELS = {
-    "long": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4},
+    "long": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 8},
     **{f"small-{layers}": {"num_hidden_layers": layers} for layers in (2, 3, 4)},
 }
-TEXTS = 8_000, 64
+TEXTS = 2_000, 64
 
 
 @pytest.fixture
