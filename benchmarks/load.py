@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -80,6 +81,8 @@ class Visitor:
     """From asking for a cut to its figure."""
     pieces: list[int] = field(default_factory=list)
     """Pieces of the curve that were measured in that time."""
+    errors: list[str] = field(default_factory=list)
+    """Of the page's scripts."""
 
 
 @dataclass
@@ -90,6 +93,8 @@ class Seen:
     others: list[Visitor]
     curve: list[Pair]
     """What was measured of it, in that order."""
+    pieces: int = 0
+    """Those of the curve that were seen to be measured, so far."""
     page_seconds: list[float] = field(default_factory=list)
     """From an address to the live view."""
     words: set[str] = field(default_factory=set)
@@ -132,8 +137,10 @@ def server(folder: Path) -> Iterator[tuple[str, Memory]]:
         (process,) = set(psutil.Process().children()) - before
         memory = Memory(process)
         memory.start()
-        yield address, memory
-        memory.stop()
+        try:
+            yield address, memory
+        finally:
+            memory.stop()
 
 
 def write_models(folder: Path, models: dict[str, dict]) -> list[Path]:
@@ -152,7 +159,10 @@ def come(browser: Browser, folder: Path, ratios: list[Pair]) -> Visitor:
     context = browser.new_context(viewport={"width": 1440, "height": 1400})
     page = context.new_page()
     page.set_default_timeout(TIMEOUT_MS)
-    return Visitor(page, folder, ratios)
+    visitor = Visitor(page, folder, ratios)
+    page.on("pageerror", lambda error: visitor.errors.append(str(error)))
+    page.on("crash", lambda _: visitor.errors.append("the page crashed"))
+    return visitor
 
 
 def ratios_of(number: int, rounds: int) -> list[Pair]:
@@ -164,7 +174,7 @@ def ratios_of(number: int, rounds: int) -> list[Pair]:
 
 
 def pieces_done(page: Page) -> int:
-    """Of the curve, as its visitor's sidebar has it."""
+    """Of the curve, as its visitor's sidebar has it; 0 while it is drawn anew."""
     told = sidebar(page).inner_text()
     if found := re.search(r"point (\d+) of", told):
         return int(found[1]) - 1
@@ -184,16 +194,18 @@ def ask_for_cuts(seen: Seen, address: str, turn: int) -> None:
     asked = {}
     for each in seen.others:
         button(each.page, "Prune and measure perplexity").click()
-        asked[each.page] = time.monotonic(), pieces_done(seen.first.page)
+        seen.pieces = max(seen.pieces, pieces_done(seen.first.page))
+        asked[each.page] = time.monotonic(), seen.pieces
     waiting = list(seen.others)
     while waiting:
+        seen.pieces = max(seen.pieces, pieces_done(seen.first.page))
         for each in list(waiting):
             figure = metric(each.page, "Perplexity, measured")
             if figure.is_visible():
                 each.printed.append(figure.inner_text())
                 began, pieces = asked[each.page]
                 each.seconds.append(time.monotonic() - began)
-                each.pieces.append(pieces_done(seen.first.page) - pieces)
+                each.pieces.append(seen.pieces - pieces)
                 waiting.remove(each)
             seen.words |= set(WAITING.findall(sidebar(each.page).inner_text()))
         seen.words |= set(WAITING.findall(sidebar(seen.first.page).inner_text()))
@@ -251,7 +263,7 @@ def go_through(
         each.charted = charted(each.page)
         expect(each.page.get_by_test_id("stException")).to_have_count(0)
     # All widths are others where the model has that many channels.
-    asked = [(0.0, round(0.7 * (n + 1) / curve_points, 2)) for n in range(curve_points)]
+    asked = [(0.0, round(float(step), 2)) for step in np.linspace(0, 0.7, curve_points + 1)[1:]]
     seen.curve = most_informative_first(asked)[: len(first.charted)]
     return seen
 
@@ -280,6 +292,7 @@ def check(seen: Seen, evaluation_tokens: int, sequence_length: int) -> None:
     assert sorted(seen.first.charted) == sorted(curve), (seen.first.charted, curve)
     figures = set(curve)
     for number, each in enumerate(seen.others, start=2):
+        assert each.errors == [], f"visitor {number}"
         mine = computed(each.folder, each.ratios, Choices.recovery, *texts)
         assert sorted(each.charted) == sorted(mine), f"visitor {number}: {each.charted}, {mine}"
         assert each.printed == [f"{figure:.2f}" for figure in mine], f"visitor {number}"
