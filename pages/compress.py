@@ -51,6 +51,8 @@ from transact_core.preview import EnergyKept, Structure, energy_kept, maps, stru
 from transact_core.recovery import RECOVERIES
 from transact_core.targets import Found, Target, find
 
+# For each bench, of the choices that were new last.
+TABLES_KEPT = 24
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # The choices beside the ratios, by the name that they have in the address, and what there is.
 CONTROLS = {
@@ -81,6 +83,10 @@ def choose() -> Choices:
         "steps": ("Steps", STEPS_HELP),
         "multiple_of": ("Multiple of", MULTIPLE_HELP),
     }
+    # A link decides; a new tab without one begins with what the visitor left.
+    if not {*CONTROLS, *Position.__dataclass_fields__} & set(st.query_params):
+        for name in CONTROLS:
+            st.session_state.setdefault(name, getattr(visit().cut, name))
     columns = st.columns([6, 6, 6, 3, 4, 5], vertical_alignment="bottom")
     chosen = {
         name: column.selectbox(
@@ -163,7 +169,8 @@ def tables_of(
     mine = _tables_of_benches().setdefault(bench, {})
     # Of the recovery only this counts: biases are parameters.
     key = replace(choices, recovery="bias" if choices.recovery == "bias" else "none"), prepared
-    if key not in mine:
+    known = mine.get(key)
+    if known is None:
         shape = bench.loaded.architecture
         several = choices.granularity == "auto"
         granularities = granularities_of(bench) if several else (choices.granularity,)
@@ -177,8 +184,10 @@ def tables_of(
             drawn = maps(structures[0], scores, shape)
             energy = energy_kept(structures[0], scores, bench.statistics(), shape)
         made = tables(shape, structures, drawn, energy, bench.save_dtype)
-        mine[key] = (structures, energy, made)
-    return mine[key]
+        known = mine[key] = (structures, energy, made)
+        while len(mine) > TABLES_KEPT:
+            mine.pop(next(iter(mine)), None)
+    return known
 
 
 def choices_of(point: Measurement) -> Choices:

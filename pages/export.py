@@ -18,6 +18,7 @@ from pages.shared.workbench import (
     find_cut,
     find_point,
     identity,
+    plan_at,
     points,
     start_export,
     visit,
@@ -25,6 +26,7 @@ from pages.shared.workbench import (
 from transact_core.bench import Bench, Choices
 from transact_core.export import apply_command, describe_compression, reproduce_command
 from transact_core.plan import Decision
+from transact_core.runtimes import readings_of_cut
 
 
 def show_configuration(bench: Bench, cut: Cut) -> None:
@@ -80,6 +82,22 @@ def offer_report(bench: Bench, decision: Decision, recovery: str) -> None:
     )  # fmt: skip
 
 
+def show_other_runtimes(bench: Bench, cut: Cut) -> None:
+    """Which runtimes beside transformers read this cut, and which do not."""
+    if cut.granularity == "auto" and find_cut(bench, cut) is None:
+        st.caption("Which other runtimes read it depends on the granularity that `auto` takes.")
+        return
+    loaded = bench.loaded
+    for each in readings_of_cut(plan_at(bench, cut), loaded.architecture, loaded.model.config):
+        match each.outcome:
+            case "same":
+                st.caption(f":material/check: {each.sentence}")
+            case "refused":
+                st.info(each.sentence, icon=":material/block:")
+            case "misread":
+                st.warning(each.sentence, icon=":material/warning:")
+
+
 def write_checkpoint(bench: Bench, cut: Cut) -> None:
     st.subheader("Checkpoint")
     decision = find_cut(bench, cut)
@@ -90,6 +108,7 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
         f"{size} that stock `transformers` loads, with the tokenizer, "
         "`compression.json`, `report.json` and a model card."
     )
+    show_other_runtimes(bench, cut)
     name = f"{bench.loaded.name}-mha{cut.mha_ratio * 100:.0f}-mlp{cut.mlp_ratio * 100:.0f}"
     usual = astuple(Choices())
     name += "".join(f"-{each}" for each in astuple(cut.choices) if each not in usual)

@@ -3,11 +3,8 @@
 It is there at once, also while the model is still being opened, and computes nothing.
 """
 
-import textwrap
-
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 import streamlit as st
 
 from pages.shared import charts, curve_chart, waist_chart
@@ -16,7 +13,7 @@ from pages.shared.figure import show
 from pages.shared.navigation import link
 from pages.shared.progress import show_opening
 from pages.shared.report import SIZES, times_dense
-from pages.shared.workbench import Cut, Request, visit
+from pages.shared.workbench import Cut, Request, points, visit
 
 SIZES_SHOWN = ("parameters", "weight_bytes", "kv_bytes_per_token", "flops_per_token")
 
@@ -32,12 +29,6 @@ def links(*names: str) -> None:
             link(name)
 
 
-def in_half_a_page(figure: go.Figure) -> go.Figure:
-    """With a title of several lines."""
-    lines = textwrap.wrap(figure.layout.title.text, 52)
-    return figure.update_layout(title_text="<br>".join(lines), margin_t=50 + 20 * len(lines))
-
-
 def show_waste(told: Example) -> None:
     found = told.concentration
     step(
@@ -48,11 +39,12 @@ def show_waste(told: Example) -> None:
     )  # fmt: skip
     shares = {module: np.array(getattr(found, module)) for module in ("mha", "mlp")}
     show(
-        in_half_a_page(charts.concentration(shares, found.share)),
+        charts.concentration(shares, found.share),
         "example-concentration",
         f"a pair of bars is a layer, a bar the share of a waist's channels that hold "
         f"{found.share:.0%} of its energy; what is above it is width that carries little.",
         lambda: pd.DataFrame({"mha": found.mha, "mlp": found.mlp}).rename_axis("layer"),
+        narrow=True,
     )
     links("activations", "importance", "heads", "redundancy")
 
@@ -68,12 +60,11 @@ def show_cut(told: Example) -> None:
         "own.",
     )  # fmt: skip
     show(
-        in_half_a_page(
-            waist_chart.section(dense, left, f"Each layer keeps {heads} and {channels}", 380)
-        ),
+        waist_chart.section(dense, left, f"Each layer keeps {heads} and {channels}", 380),
         "example-section",
         "one layer from left to right, all widths to scale: each module reads the stream, passes "
         "its waist and adds what it writes; grey is what goes.",
+        narrow=True,
     )
     with st.container(horizontal=True, gap="medium"):
         link("compress", "Open this very cut on the Compress page", **told.address)
@@ -117,7 +108,8 @@ def show_truth(told: Example) -> None:
         f"the dense model's {dense:.2f}. That is {'inside' if inside else 'outside'} what was "
         f"predicted. The bare cut, without its repair, measures {told.bare.perplexity:.2f}.",
     )  # fmt: skip
-    mine = next((p for p in visit().points.get(Request(), []) if Cut.of(p) == told.asked), None)
+    measured = points() if visit().request == Request() else []
+    mine = next((point for point in measured if Cut.of(point) == told.asked), None)
     if mine is not None:
         st.success(f"You measured this cut on this machine: {mine.perplexity:.2f}.")
     widths = told.architecture.mha_width, told.architecture.intermediate_size

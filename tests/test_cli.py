@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file, save_file
 
+import transact_core.sweep as sweep_module
 from tests.conftest import make_model
 from transact_core.cli import main
 from transact_core.export import read_compression, reproduce_command
@@ -166,6 +167,100 @@ def test_sweep_writes_a_row_for_every_pair(checkpoint, text_file, tmp_path):
     assert list(zip(frame.mha_ratio, frame.mlp_ratio, strict=True)) == asked
     assert frame.delta_nll[0] == 0
     assert os.listdir(tmp_path).count("points.csv") == 1
+
+
+@pytest.fixture
+def sweep(checkpoint, text_file, tmp_path, monkeypatch):
+    """Runs `sweep` into points.csv; gives the exit status and the file."""
+    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
+
+    def run(mha="0,0.5", mlp="0,0.25,0.5", *options):
+        texts = ["--calibration", str(text_file), "--evaluation", str(text_file), *TEXTS]
+        grid = ["--mha-ratio", mha, "--mlp-ratio", mlp, "--recovery", "none"]
+        output = tmp_path / "points.csv"
+        chosen = ["--model", str(checkpoint), *grid, "--output", str(output), *texts]
+        return main(["sweep", *chosen, *options]), output
+
+    return run
+
+
+def test_a_sweep_that_was_stopped_goes_on_in_its_file(sweep, monkeypatch):
+    point_at, measured = sweep_module.point_at, []
+
+    def stopping(bench, pair, *rest):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(pair)
+        return point_at(bench, pair, *rest)
+
+    monkeypatch.setattr(sweep_module, "point_at", stopping)
+    status, output = sweep()
+    assert status == 130
+    begun = output.read_text().splitlines()
+    assert len(begun) == 3
+    seen = []
+
+    def going_on(bench, pair, *rest):
+        # What was there stays there while the rest is measured.
+        seen.append(set(begun) <= set(output.read_text().splitlines()))
+        measured.append(pair)
+        return point_at(bench, pair, *rest)
+
+    monkeypatch.setattr(sweep_module, "point_at", going_on)
+    assert sweep()[0] == 0
+    assert seen == [True] * 4
+    assert len(set(measured)) == len(measured) == 6
+    lines = output.read_text().splitlines()
+    assert len(lines) == 7
+    assert set(begun) <= set(lines)
+
+    # Once more changes nothing; more ratios are more points.
+    assert sweep()[0] == 0
+    assert output.read_text().splitlines() == lines
+    assert sweep("0,0.5", "0,0.25,0.5,0.75")[0] == 0
+    assert len(measured) == 8
+    assert set(lines) <= set(output.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        (("0.5", "0.25,0.5", "--recovery", "bias"), "were not measured here with this model"),
+        (("0.5", "0.25,0.5", "--calibration-tokens", "256"), "were not measured here with"),
+        (("0.5", "0.25,0.5", "--evaluation-tokens", "96"), "were not measured here with"),
+        (("0.5", "0.25"), "holds a point at MHA 0.5 and MLP 0.5, which this sweep is not asked"),
+    ],
+)
+def test_a_file_of_another_sweep_is_refused_and_kept(sweep, capsys, asked, complaint):
+    status, output = sweep("0.5", "0.25,0.5")
+    assert status == 0
+    before = output.read_bytes()
+    capsys.readouterr()
+    assert sweep(*asked)[0] == 2
+    refused(capsys, complaint)
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"precious",
+        b"mha_ratio,mlp_ratio,x\nhalf,0.5,1\n",
+        b"mha_ratio,mlp_ratio,x\n0.5\n",
+        b"\xff\xfe",
+        None,
+    ],
+)
+def test_a_file_that_is_no_sweep_s_is_refused_before_the_computing(
+    sweep, tmp_path, monkeypatch, capsys, content
+):
+    output = tmp_path / "points.csv"
+    output.mkdir() if content is None else output.write_bytes(content)
+    monkeypatch.setattr("transact_core.cli.load_model", None)
+    assert sweep()[0] == 2
+    refused(capsys, "is not a sweep's; name a new file")
+    assert content is None or output.read_bytes() == content
 
 
 @pytest.mark.parametrize(

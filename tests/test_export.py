@@ -23,6 +23,7 @@ from transact_core.export import (
 )
 from transact_core.plan import GRANULARITIES, Decision
 from transact_core.recovery import RECOVERIES
+from transact_core.runtimes import readings_of_cut
 
 
 @pytest.fixture
@@ -43,6 +44,11 @@ def test_the_folder_is_whole_and_stock_loads_it(gqa_bench, cut, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(output)
     assert tokenizer("fish")["input_ids"] == gqa_bench.loaded.tokenizer("fish")["input_ids"]
     assert parse_compression((output / "compression.json").read_text()) == compression
+    others = readings_of_cut(
+        compression.plan, gqa_bench.loaded.architecture, gqa_bench.loaded.model.config
+    )
+    card = (output / "README.md").read_text()
+    assert all(f"- {each.sentence}\n" in card for each in others)
     assert same_weights(gqa_bench.loaded.model, dense)
 
     report = json.loads((output / "report.json").read_text())

@@ -260,6 +260,18 @@ def test_processes_that_begin_a_file_at_once_all_keep(store):
     assert all(kept(f"writer-{writer}", number) for writer in range(4) for number in range(20))
 
 
+def test_a_file_that_another_is_beginning_is_waited_for(store):
+    store.parent.mkdir()
+    other = sqlite3.connect(store, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    end = threading.Timer(0.3, other.execute, ("COMMIT",))
+    end.start()
+    results._write("points", "waiting-0", {"number": 0})
+    end.join()
+    other.close()
+    assert kept("waiting", 0)
+
+
 def test_what_was_kept_survives_a_kill(store):
     start = multiprocessing.get_context("fork").Event()
     start.set()

@@ -34,6 +34,7 @@ Data flows one way, and a module imports only from those before it:
     results            measured points on disk, so that nothing is measured twice
     sweep              ratios → measured points
     frontier           measured points → those that no other beats
+    runtimes           which runtimes beside transformers read a cut right
     checkpoint         weights written tensor by tensor
     export             the output folder and compression.json
     cli                the command line

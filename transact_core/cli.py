@@ -22,14 +22,14 @@ from transact_core import corpora, export
 from transact_core.bench import Bench, Choices, model_report
 from transact_core.errors import Progress, TransActError
 from transact_core.evaluation import evaluate
-from transact_core.files import disk_trouble, require_free_output, staged_file
+from transact_core.files import disk_trouble, read_text, require_free_output, staged_file
 from transact_core.footprint import footprint
 from transact_core.importance import IMPORTANCES, Evidence, score
 from transact_core.models import LoadedModel, dtype_name, load_model
 from transact_core.plan import GRANULARITIES, parse_ratio
 from transact_core.recovery import RECOVERIES
 from transact_core.results import decided
-from transact_core.sweep import sweep
+from transact_core.sweep import Pair, known_points, sweep
 
 # Its thread redraws slow bars from outside, in the middle of an error's line if it comes to that.
 tqdm.monitor_interval = 0
@@ -106,7 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(points)
     points.add_argument("--mha-ratio", required=True, metavar="R,R,…")
     points.add_argument("--mlp-ratio", required=True, metavar="R,R,…")
-    points.add_argument("--output", required=True, type=Path, metavar="FILE.csv")
+    points.add_argument(
+        "--output", required=True, type=Path, metavar="FILE.csv",
+        help="a new file, or that of the same sweep, stopped: it goes on where it was",
+    )  # fmt: skip
     _add_choices(points)
     _add_texts(points)
     points.set_defaults(run=_sweep)
@@ -294,15 +297,22 @@ def _sweep(chosen: argparse.Namespace) -> None:
             [parse_ratio(ratio, "--mlp-ratio") for ratio in chosen.mlp_ratio.split(",")],
         )
     )
-    _require_new_file(chosen.output)
-    rows = {}
+    output, choices = chosen.output, _choices(chosen)
+    before = _lines_of_sweep(output, pairs)
     with _Bar() as progress:
         bench = _bench(chosen, progress)
-        for measurement in sweep(bench, pairs, _choices(chosen), progress):
+        known = known_points(bench, pairs, choices, progress)
+        rows = {pair: point.row() for pair, point in known.items()}
+        if not _without_seconds(before) <= _without_seconds(_as_csv(rows, pairs).splitlines()):
+            raise TransActError(
+                f"The points in {output} were not measured here with this model, these texts and "
+                "these choices; name a new file."
+            )
+        for measurement in sweep(bench, pairs, choices, progress):
             rows[measurement.plan.mha_ratio, measurement.plan.mlp_ratio] = measurement.row()
-            frame = pd.DataFrame([rows[pair] for pair in pairs if pair in rows])
-            _write_file(chosen.output, lambda path, frame=frame: frame.to_csv(path, index=False))
-    print(f"{len(pairs)} points in {chosen.output}")
+            text = _as_csv(rows, pairs)
+            _write_file(output, lambda path, text=text: path.write_text(text))
+    print(f"{len(pairs)} points in {output}")
 
 
 # --- pieces ----------------------------------------------------------------------------------
@@ -370,6 +380,42 @@ def _warn(sentence: str) -> None:
 def _warn_all(sentences: Sequence[str]) -> None:
     for sentence in dict.fromkeys(sentences):
         _warn(sentence)
+
+
+def _lines_of_sweep(path: Path, pairs: Sequence[Pair]) -> list[str]:
+    """The lines of a sweep's file that is to be gone on with; none where it is new.
+
+    Raises:
+        TransActError: it is none, or holds a point that is not asked for and would be lost.
+    """
+    if not path.exists():
+        _require_new_file(path)
+        return []
+    try:
+        header, *lines = read_text(path).splitlines()
+        points = {
+            (float(mha), float(mlp)) for mha, mlp, _ in (each.split(",", 2) for each in lines)
+        }
+    except (OSError, ValueError):
+        header = ""
+    if not header.startswith("mha_ratio,mlp_ratio,"):
+        raise TransActError(f"The output {path} exists and is not a sweep's; name a new file.")
+    if others := points - set(pairs):
+        mha_ratio, mlp_ratio = min(others)
+        raise TransActError(
+            f"{path} holds a point at MHA {mha_ratio:g} and MLP {mlp_ratio:g}, which this sweep is "
+            "not asked for; ask for it too, or name a new file."
+        )
+    return [header, *lines]
+
+
+def _as_csv(rows: dict[Pair, dict[str, float]], pairs: Sequence[Pair]) -> str:
+    return pd.DataFrame([rows[pair] for pair in pairs if pair in rows]).to_csv(index=False)
+
+
+def _without_seconds(lines: Sequence[str]) -> set[str]:
+    """Lines of a sweep's file without their last column, which is another each time."""
+    return {line.rpartition(",")[0] for line in lines}
 
 
 def _require_new_file(path: Path) -> None:

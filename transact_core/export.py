@@ -9,6 +9,7 @@ import platform
 import re
 import shlex
 import time
+from collections.abc import Sequence
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +36,7 @@ from transact_core.footprint import Footprint
 from transact_core.models import ATTENTION, LoadedModel, dtype_name
 from transact_core.plan import Data, Decision, Granularity, PruningPlan, Step
 from transact_core.recovery import LayerFit, RecoveryName, recover, require_recovery
+from transact_core.runtimes import Reading, readings_of_cut
 from transact_core.surgery import Cut
 
 SCHEMA_VERSION = 1
@@ -248,7 +250,9 @@ def _write_beside(
     bench.loaded.tokenizer.save_pretrained(folder)
     (folder / "compression.json").write_text(compression.to_json())
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / "README.md").write_text(model_card(bench.loaded.name, compression, result))
+    loaded = bench.loaded
+    others = readings_of_cut(compression.plan, loaded.architecture, loaded.model.config)
+    (folder / "README.md").write_text(model_card(loaded.name, compression, result, others))
 
 
 def compress_to_folder(
@@ -348,8 +352,13 @@ def apply_command(output: str = "out", file: str = "compression.json") -> str:
     return shlex.join(["python", "-m", "transact_core", "apply", file, "--output", output])
 
 
-def model_card(name: str, compression: Compression, result: dict[str, dict]) -> str:
-    """The output folder's README.md."""
+def model_card(
+    name: str,
+    compression: Compression,
+    result: dict[str, dict],
+    others: Sequence[Reading],
+) -> str:
+    """The output folder's README.md; `others` is how other runtimes read the model."""
     dense, pruned = result["dense"], result["pruned"]
 
     def row(label: str, key: str, scale: float = 1, digits: int = 0) -> str:
@@ -359,6 +368,7 @@ def model_card(name: str, compression: Compression, result: dict[str, dict]) -> 
     # Names of folders and files may hold anything; a model card is shown as a page.
     name = escape(" ".join(name.split()), quote=False)
     plan, evaluation = compression.plan, result["evaluation"]
+    read = "\n".join(f"- {each.sentence}" for each in others)
     rows = "\n".join(
         [
             row("Parameters (M)", "parameters", 1e6, 1),
@@ -399,6 +409,10 @@ Cut: `mha_ratio` {plan.mha_ratio:g}, `mlp_ratio` {plan.mlp_ratio:g}, granularity
 `{plan.granularity}`, importance `{plan.importance}`, recovery `{compression.recovery}`, calibrated
 on {compression.calibration.tokens:,} tokens of {describe(compression.calibration.source)}. All
 choices are in `compression.json`; `{apply_command()}` makes this folder again.
+
+In other runtimes, as tried with small models of such cuts:
+
+{read}
 
 Method: Shen et al., *Pruning Large Language Models to Intra-module Low-rank Architecture with
 Transitional Activations*, Findings of ACL 2024, arXiv 2407.05690. The terms of the dense model's

@@ -213,7 +213,7 @@ def _transaction(work: Callable[[sqlite3.Connection], Any]) -> Any:
 def _require_schema(database: sqlite3.Connection, path: Path) -> None:
     """Makes the tables of a new file; refuses those of another version."""
     if _version(database) == 0:
-        database.execute("PRAGMA journal_mode = WAL")
+        _keep_a_journal(database)
         database.execute("BEGIN IMMEDIATE")
         if _version(database) == 0:
             for table in (_POINTS, _DECISIONS):
@@ -227,6 +227,24 @@ def _require_schema(database: sqlite3.Connection, path: Path) -> None:
             "alone, and points are not kept until the file is moved away."
         )
         raise sqlite3.NotSupportedError
+
+
+def _keep_a_journal(database: sqlite3.Connection) -> None:
+    """Turns WAL on, waiting for others as a transaction does.
+
+    SQLite itself does not wait here: it asks for the write lock while it holds the read lock, where
+    two that wait for each other would never end.
+    """
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+            if not busy or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def _version(database: sqlite3.Connection) -> int:

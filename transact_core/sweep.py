@@ -22,23 +22,27 @@ def sweep(
 
     A point is kept as soon as it is measured, so a sweep that was stopped goes on where it was.
     """
-    require_recovery(choices.recovery)
-    bench.scores(choices.importance, progress)
-    bench.dense(progress)
     pairs = list(ratios)
-    missing = []
-    for pair in pairs:
-        known = find_point(bench, pair, choices)
-        if known is None:
-            missing.append(pair)
-        else:
-            yield known
+    known = known_points(bench, pairs, choices, progress)
+    bench.dense(progress)
+    yield from known.values()
+    missing = [pair for pair in pairs if pair not in known]
     for number, pair in enumerate(most_informative_first(missing), start=len(pairs) - len(missing)):
 
         def counted(stage: str, done: int, total: int, number: int = number) -> None:
             progress(f"Point {number + 1} of {len(pairs)}: {stage.lower()}", done, total)
 
         yield point_at(bench, pair, choices, counted)
+
+
+def known_points(
+    bench: Bench, pairs: Iterable[Pair], choices: Choices, progress: Progress = silent
+) -> dict[Pair, Measurement]:
+    """The points that are kept from earlier, by their pair of ratios."""
+    require_recovery(choices.recovery)
+    bench.scores(choices.importance, progress)
+    found = {pair: find_point(bench, pair, choices) for pair in pairs}
+    return {pair: point for pair, point in found.items() if point is not None}
 
 
 def point_at(

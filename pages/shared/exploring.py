@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pages.shared.jobs import Job
-from pages.shared.workbench import start, visit, workbench
+from pages.shared.workbench import holding, start, visit, workbench
 from transact_core.corpora import Windows
 from transact_core.errors import Progress
 from transact_core.heads import WithoutHead, attention_pattern, without_head
@@ -30,7 +30,7 @@ class Findings:
 
 def findings() -> Findings:
     """This visitor's own, on the bench in view."""
-    return visit().visitor.found.setdefault(("findings", visit().request), Findings())
+    return holding().found.setdefault("findings", Findings())
 
 
 def start_strengths(disturbance: str, strengths: list[float], windows: int) -> None:

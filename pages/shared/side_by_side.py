@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from pages.shared.jobs import Job, job_threads
-from pages.shared.workbench import Cut, Request, point_of, points, start, visit, workbench
+from pages.shared.workbench import Cut, Request, holding, point_of, points, start, visit, workbench
 from transact_core.bench import Measurement
 from transact_core.errors import Progress
 from transact_core.evaluation import token_losses
@@ -66,12 +66,12 @@ class LatencyRun:
 
 def last_comparison() -> Comparison | None:
     """The visitor's last one with the model and texts in view."""
-    return visit().visitor.found.get(("compare", visit().request))
+    return holding().found.get("compare")
 
 
 def last_latency() -> LatencyRun | None:
     """The visitor's last one with the model and texts in view."""
-    return visit().visitor.found.get(("latency", visit().request))
+    return holding().found.get("latency")
 
 
 def both_models(
@@ -111,9 +111,8 @@ def start_comparison(
         if len(text) > 1:
             comparison.text = _losses(models, text, 1)
 
-    about = ("compare", request)
-    comparison.job = start("Generating side by side", work, about)
-    visit().visitor.found[about] = comparison
+    comparison.job = start("Generating side by side", work, ("compare", request))
+    holding().found["compare"] = comparison
 
 
 def _losses(models: dict[str, LlamaForCausalLM], ids: list[int], start: int) -> TokenLosses:
@@ -136,6 +135,5 @@ def start_latency(cut: Cut, lengths: Sequence[int], decode: int, repeats: int) -
         for timed in measure_latency(models, text, lengths, decode, repeats, report):
             run.points.append(timed)
 
-    about = ("latency", request)
-    run.job = start("Timing both models", work, about)
-    visit().visitor.found[about] = run
+    run.job = start("Timing both models", work, ("latency", request))
+    holding().found["latency"] = run

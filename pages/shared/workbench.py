@@ -3,13 +3,15 @@
 import gc
 import hashlib
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from itertools import cycle
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 import streamlit as st
 import torch
@@ -19,11 +21,11 @@ from pages.shared.jobs import DONE, Job, JobQueue, Work, job_threads
 from pages.shared.settings import require_readable_source, require_writable, settings
 from transact_core import corpora
 from transact_core.bench import Bench, Choices, Measurement, carry_out, compress
-from transact_core.errors import Progress, TransActError
+from transact_core.errors import Progress, TransActError, silent
 from transact_core.export import describe_compression, require_room, write_checkpoint
 from transact_core.files import require_free_output
 from transact_core.models import BUILTIN, LoadedModel, load_model
-from transact_core.plan import Decision, Granularity, PruningPlan
+from transact_core.plan import Data, Decision, Granularity, PruningPlan
 from transact_core.results import decided, find_decision, measured
 from transact_core.sweep import Pair, most_informative_first, point_at
 from transact_core.sweep import find_point as find_kept_point
@@ -32,9 +34,15 @@ MODELS_KEPT = 2
 BENCHES_KEPT = 12
 """More than models: without its model a bench is small, and the pages need no more of it."""
 VISITORS_KEPT = 200
+HELD_BYTES = 1 << 30
+"""Of what all visitors have measured and found out; on disk there is more of it."""
+POINTS_KEPT = 300
+"""Of one visitor with one request."""
 FINISHED_JOBS_KEPT = 4
 WANTED = "page"
 """In the address of app.py, the page that it shall go on to."""
+BYTES_OF_INDEX = 36
+"""Of a number in Python and the place that a tuple has for it."""
 XSRF_COOKIE = "_streamlit_xsrf"
 
 
@@ -113,6 +121,17 @@ class Cut:
 
 
 @dataclass(eq=False)
+class Holding:
+    """What a visitor has of one request."""
+
+    points: list[Measurement] = field(default_factory=list)
+    found: dict[str, Any] = field(default_factory=dict)
+    """What pages found out beside points, each under a key of its own."""
+    looked_at: float = 0.0
+    """When a page last asked for it, by the clock of `time.monotonic`."""
+
+
+@dataclass(eq=False)
 class Visitor:
     """What one visitor has on this server, the same in every tab."""
 
@@ -120,11 +139,15 @@ class Visitor:
     """As it was last opened in any tab; a new tab begins with it."""
     cut: Cut = field(default_factory=Cut)
     """As the controls had it last in any tab."""
-    points: dict[Request, list[Measurement]] = field(default_factory=dict)
+    holdings: dict[Request, Holding] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
     """Those that this visitor started, the oldest first."""
-    found: dict[Hashable, Any] = field(default_factory=dict)
-    """What pages found out beside points, each under a key of its own."""
+
+    def of(self, request: Request) -> Holding:
+        """What this visitor has of a request, if it is nothing yet."""
+        holding = self.holdings.setdefault(request, Holding())
+        holding.looked_at = time.monotonic()
+        return holding
 
     @property
     def unfinished_jobs(self) -> list[Job]:
@@ -156,10 +179,6 @@ class Visit:
     def cut(self, cut: Cut) -> None:
         self._cut = self.visitor.cut = cut
 
-    @property
-    def points(self) -> dict[Request, list[Measurement]]:
-        return self.visitor.points
-
     def latest_job(self, about: Hashable) -> Job | None:
         """This visitor's last job about this, or None."""
         return next((job for job in reversed(self.visitor.jobs) if job.about == about), None)
@@ -175,16 +194,21 @@ class Workbench:
         # Sessions come in threads of their own; models and the last cut are the worker's alone.
         self._lock = threading.RLock()
         self._visitors: OrderedDict[str, Visitor] = OrderedDict()
+        self._everyone: WeakSet[Visitor] = WeakSet()
         self._openings: OrderedDict[Request, Opening] = OrderedDict()
         self._models: OrderedDict[tuple[str, str, str], LoadedModel] = OrderedDict()
+        self._benches: WeakSet[Bench] = WeakSet()
+        self._in_use: LoadedModel | None = None
         self._last_cut: tuple[Request, tuple, LlamaForCausalLM] | None = None
 
     def visitor(self, identity: str | None) -> Visitor:
         """The visitor of that identity; without one, a new visitor that is not found again."""
-        if identity is None:
-            return Visitor()
         with self._lock:
-            known = self._visitors.setdefault(identity, Visitor())
+            known = self._visitors.get(identity) or Visitor()
+            self._everyone.add(known)
+            if identity is None:
+                return known
+            self._visitors[identity] = known
             self._visitors.move_to_end(identity)
             idle = [key for key, each in self._visitors.items() if not each.unfinished_jobs]
             for key in idle[: max(0, len(self._visitors) - VISITORS_KEPT)]:
@@ -192,18 +216,42 @@ class Workbench:
                     del self._visitors[key]
             return known
 
+    def make_room(self) -> None:
+        """Lets go of what visitors have beyond `HELD_BYTES`, what was looked at longest ago first.
+
+        Those with unfinished jobs keep theirs. A point let go of is still on disk, and comes from
+        there when it is asked for again.
+        """
+        with self._lock:
+            everyone = [(each, list(each.holdings.items())) for each in self._everyone]
+            held = sum(size_of(holding) for _, mine in everyone for _, holding in mine)
+            idle = [
+                (holding.looked_at, size_of(holding), visitor, request)
+                for visitor, mine in everyone
+                if not visitor.unfinished_jobs
+                for request, holding in mine
+            ]
+            # The last one looked at stays however large it is.
+            for _, size, visitor, request in sorted(idle, key=lambda each: each[0])[:-1]:
+                if held <= HELD_BYTES:
+                    return
+                visitor.holdings.pop(request, None)
+                held -= size
+
     def open(self, request: Request) -> Opening:
         """The jobs that open this request; sessions that ask for the same share them."""
         with self._lock:
             opening = self._openings.get(request)
             if opening is None:
                 bench = self.queue.submit(
-                    "Opening the model", lambda report: self._bench(request, report), urgent=True
+                    "Opening the model", lambda report: self._opened(request, report), urgent=True
                 )
                 opening = self._openings[request] = Opening(bench, self._dense(request, bench))
             self._openings.move_to_end(request)
-            while len(self._openings) > BENCHES_KEPT:
-                self._openings.popitem(last=False)
+            ended = [key for key, each in self._openings.items() if each.bench.finished]
+            for key in ended[: max(0, len(self._openings) - BENCHES_KEPT)]:
+                if key != request:
+                    del self._openings[key]
             return opening
 
     def reopen(self, request: Request) -> Opening:
@@ -250,7 +298,13 @@ class Workbench:
             if job is None or (anew and job.finished):
 
                 def measure(report: Progress) -> None:
-                    self.bench(request, report).damage(wanted, report)
+                    bench = self.bench(request, silent)
+                    # Others have turns in the midst of this, and may open models of their own.
+                    self._in_use = bench.loaded
+                    try:
+                        bench.damage(wanted, report)
+                    finally:
+                        self._in_use = None
 
                 job = opening.damages[wanted] = self.queue.submit(
                     "Measuring what each layer loses", measure, background=True
@@ -265,7 +319,7 @@ class Workbench:
         """
         opening = self._openings.get(request)
         if opening is None or opening.bench.state != DONE:
-            return self._bench(request, report)
+            return self._opened(request, report)
         bench = opening.bench.result
         if bench.loaded.released:
             loaded = self._model(request, report)
@@ -288,6 +342,11 @@ class Workbench:
 
         # Not urgent, so that it waits for every opening; its first turn comes before other jobs'.
         return self.queue.submit("Measuring the dense model", measure)
+
+    def _opened(self, request: Request, report: Progress) -> Bench:
+        bench = self._bench(request, report)
+        self._benches.add(bench)
+        return bench
 
     def _bench(self, request: Request, report: Progress) -> Bench:
         for source in (request.model, request.calibration, request.evaluation):
@@ -316,8 +375,8 @@ class Workbench:
         key = request.model_key
         if key not in self._models:
             # Room is made first, so that the old and the new model are not held at once.
-            while len(self._models) >= MODELS_KEPT:
-                dropped, _ = self._models.popitem(last=False)
+            unused = [each for each, held in self._models.items() if held is not self._in_use]
+            for dropped in unused[: max(0, len(self._models) - MODELS_KEPT + 1)]:
                 self._forget(dropped)
             require_readable_source(request.model, settings())
             self._models[key] = load_model(*key, report)
@@ -326,11 +385,10 @@ class Workbench:
 
     def _forget(self, key: tuple[str, str, str]) -> None:
         """Lets go of a model: its benches stay, with what was measured on them."""
-        with self._lock:
-            openings = list(self._openings.items())
-        for request, opening in openings:
-            if request.model_key == key and opening.bench.state == DONE:
-                opening.bench.result.release_model()
+        loaded = self._models.pop(key)
+        for bench in list(self._benches):
+            if bench.loaded is loaded:
+                bench.release_model()
         if self._last_cut and self._last_cut[0].model_key == key:
             self._last_cut = None
 
@@ -400,10 +458,15 @@ def visit() -> Visit:
     return st.session_state["visit"]
 
 
+def holding() -> Holding:
+    """What this visitor has of the request in view."""
+    mine = visit()
+    return mine.visitor.of(mine.request)
+
+
 def points() -> list[Measurement]:
     """What this visitor measured on the bench in view."""
-    mine = visit()
-    return mine.points.setdefault(mine.request, [])
+    return holding().points
 
 
 def identity(plan: PruningPlan, recovery: str) -> tuple:
@@ -422,7 +485,26 @@ def find_point(plan: PruningPlan, recovery: str) -> Measurement | None:
 def add_point(known: list[Measurement], point: Measurement) -> None:
     """A point joins others; it takes the place of one with the same cut."""
     same = identity(point.plan, point.recovery)
-    known[:] = [each for each in known if identity(each.plan, each.recovery) != same] + [point]
+    others = [each for each in known if identity(each.plan, each.recovery) != same]
+    known[:] = [*others, point][-POINTS_KEPT:]
+    workbench().make_room()
+
+
+def size_of(thing: Any) -> int:
+    """Bytes, roughly: of what makes things large, which is tensors and rows of indices."""
+    if isinstance(thing, torch.Tensor):
+        return thing.nbytes
+    if isinstance(thing, Job):
+        return size_of(thing.result)
+    if is_dataclass(thing) or isinstance(thing, Data):
+        thing = vars(thing)
+    if isinstance(thing, dict):
+        return sum(size_of(each) for each in list(thing.values()))
+    if not isinstance(thing, list | tuple):
+        return 0
+    if thing and isinstance(thing[0], int):
+        return BYTES_OF_INDEX * len(thing)
+    return sum(size_of(each) for each in list(thing))
 
 
 def first_look(choices: Choices) -> Choices:

@@ -73,27 +73,49 @@ def wait_for_app(address: str, server: subprocess.Popen, log: Path) -> None:
     raise RuntimeError(f"the app did not start:\n{log.read_text()}")
 
 
-def open_with_few_tokens(page: Page, address: str) -> None:
-    """Opens a page so that it measures in seconds what a user measures in minutes."""
+def open_with_few_tokens(
+    page: Page,
+    address: str,
+    folder: Path | None = None,
+    evaluation_tokens: int = 512,
+    sequence_length: int = 128,
+) -> None:
+    """Opens a page so that it measures in seconds what a user measures in minutes.
+
+    With the checkpoint in that folder, or with the built-in model.
+    """
+    ask_to_open(page, address, folder, evaluation_tokens, sequence_length)
+    shown = "134.5 M parameters" if folder is None else folder.name
+    expect(sidebar(page).get_by_text(shown, exact=folder is not None)).to_be_visible()
+    settle(page)
+
+
+def ask_to_open(
+    page: Page, address: str, folder: Path | None, evaluation_tokens: int, sequence_length: int
+) -> None:
+    """Presses Load and does not wait for what comes of it."""
     # The first visit of a server always begins at the first page.
     page.goto(address.rsplit("/", 1)[0] if address.count("/") > 2 else address)
     expect(button(page, "Load")).to_be_visible()
     page.goto(address)
-    # The opening with the app's own numbers is called off, or was by an earlier test.
-    cancel = button(page, "Cancel")
-    expect(cancel.or_(button(page, "Try again"))).to_be_visible()
-    if cancel.is_visible():
+    # The opening with the app's own numbers is called off, or was by an earlier visitor.
+    cancel = button(page, "Cancel").first
+    expect(cancel.or_(button(page, "Try again")).first).to_be_visible()
+    if cancel.is_visible() and cancel.is_enabled():
         cancel.click()
-        expect(page.get_by_text("· stopping").or_(button(page, "Try again"))).to_be_visible()
+        expect(page.get_by_text("· stopping").or_(button(page, "Try again")).first).to_be_visible()
+    if folder is not None:
+        choose(page, "Model", "Local folder")
+        name = page.get_by_label("Checkpoint folder", exact=True)
+        name.fill(str(folder))
+        name.press("Enter")
     page.get_by_text("How much, and on what").click()
     set_number(page, "Calibration tokens", 1024)
-    set_number(page, "Evaluation tokens", 512)
-    set_number(page, "Sequence length", 128)
+    set_number(page, "Evaluation tokens", evaluation_tokens)
+    set_number(page, "Sequence length", sequence_length)
     load = button(page, "Load")
     expect(load).to_be_enabled()
     load.click()
-    expect(page.get_by_text("134.5 M parameters")).to_be_visible()
-    settle(page)
 
 
 def settle(page: Page) -> None:
@@ -117,6 +139,19 @@ def choose(page: Page, label: str, option: str) -> None:
             # A menu closes again when its page is drawn anew at that moment.
             if time.monotonic() > deadline:
                 raise
+
+
+def measure_mlp_curve(page: Page, points: int, recovery: str = "none") -> None:
+    """Asks the Perplexity page for cuts of the MLP alone, up to 70 %."""
+    choose(page, "Cut", "MLP only")
+    choose(page, "Recovery", recovery)
+    set_number(page, "Points", points)
+    settle(page)
+    button(page, "Measure the curve").click()
+
+
+def sidebar(page: Page) -> Locator:
+    return page.get_by_test_id("stSidebar")
 
 
 def button(page: Page, name: str) -> Locator:

@@ -6,9 +6,16 @@ The model is a tiny one and the text long, so that a point takes a moment and th
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Page, expect
 
-from tests.browser.driving import TIMEOUT_MS, button, choose, set_number, settle
+from tests.browser.driving import (
+    TIMEOUT_MS,
+    button,
+    measure_mlp_curve,
+    open_with_few_tokens,
+    settle,
+    sidebar,
+)
 from tests.conftest import make_model
 
 pytestmark = [pytest.mark.browser, pytest.mark.builtin]
@@ -37,41 +44,8 @@ def another_page(browser: Browser):
 
 
 def open_tiny_model(page: Page, address: str, folder: Path, evaluation_tokens: int) -> None:
-    page.goto(address)
-    # Only app.py draws it; links to the pages are there before.
-    expect(button(page, "Load")).to_be_visible()
-    page.goto(f"{address}/perplexity")
-    stop = button(page, "Cancel").first
-    expect(
-        stop.or_(button(page, "Try again")).or_(button(page, "Measure the curve"))
-    ).to_be_visible()
-    if stop.is_visible():
-        stop.click()
-        expect(page.get_by_text("· stopping").or_(button(page, "Try again")).first).to_be_visible()
-    choose(page, "Model", "Local folder")
-    name = page.get_by_label("Checkpoint folder", exact=True)
-    name.fill(str(folder))
-    name.press("Enter")
-    page.get_by_text("How much, and on what").click()
-    set_number(page, "Calibration tokens", 1024)
-    set_number(page, "Evaluation tokens", evaluation_tokens)
-    set_number(page, "Sequence length", 64)
-    expect(button(page, "Load")).to_be_enabled()
-    button(page, "Load").click()
+    open_with_few_tokens(page, f"{address}/perplexity", folder, evaluation_tokens, 64)
     expect(button(page, "Measure the curve")).to_be_visible()
-    settle(page)
-
-
-def measure_curve(page: Page, points: int, recovery: str = "none") -> None:
-    choose(page, "Cut", "MLP only")
-    choose(page, "Recovery", recovery)
-    set_number(page, "Points", points)
-    settle(page)
-    button(page, "Measure the curve").click()
-
-
-def sidebar(page: Page) -> Locator:
-    return page.get_by_test_id("stSidebar")
 
 
 def wait_for_points(page: Page, condition: str) -> None:
@@ -88,8 +62,8 @@ def wait_for_points(page: Page, condition: str) -> None:
 
 
 def test_a_reload_in_the_middle_of_a_sweep(page: Page, address: str, model_folder: Path):
-    open_tiny_model(page, address, model_folder, evaluation_tokens=64_000)
-    measure_curve(page, 20)
+    open_tiny_model(page, address, model_folder, 64_000)
+    measure_mlp_curve(page, 20)
     wait_for_points(page, "points >= 1")
 
     page.reload()
@@ -115,9 +89,9 @@ def test_a_reload_in_the_middle_of_a_sweep(page: Page, address: str, model_folde
 
 def test_two_visitors_at_once(page: Page, another_page: Page, address: str, model_folder: Path):
     # Of another length than above, so that no point is known.
-    open_tiny_model(page, address, model_folder, evaluation_tokens=60_000)
-    open_tiny_model(another_page, address, model_folder, evaluation_tokens=60_000)
-    measure_curve(page, 20)
+    open_tiny_model(page, address, model_folder, 60_000)
+    open_tiny_model(another_page, address, model_folder, 60_000)
+    measure_mlp_curve(page, 20)
     expect(sidebar(page).get_by_text(CURVE)).to_be_visible()
 
     # The other one sees nothing of it, and gets a turn before it has ended.
@@ -126,7 +100,7 @@ def test_two_visitors_at_once(page: Page, another_page: Page, address: str, mode
     settle(another_page)
     expect(sidebar(another_page).get_by_text("Curve")).to_have_count(0)
     # Not among the first one's, or it would be known.
-    measure_curve(another_page, 1, "bias")
+    measure_mlp_curve(another_page, 1, "bias")
     expect(sidebar(another_page).get_by_text(DONE)).to_be_visible()
     expect(sidebar(page).get_by_text(DONE)).to_have_count(0)
     wait_for_points(another_page, "points === 1")

@@ -20,7 +20,7 @@ def one_workbench(opened, monkeypatch):
 
 
 def found(page):
-    return page.session_state["visit"].visitor.found["findings", Request()]
+    return page.session_state["visit"].visitor.of(Request()).found["findings"]
 
 
 def test_activations_are_shown_at_the_waists_and_between(open_page):
@@ -92,7 +92,7 @@ def test_redundancy_is_estimated_at_once_and_measured_on_demand(open_page, granu
     page.run()
     assert not page.exception
     assert len(page.get("plotly_chart")) == 2
-    points = page.session_state["visit"].points[Request()]
+    points = page.session_state["visit"].visitor.of(Request()).points
     assert {point.recovery for point in points} == {"none"}
     assert button(page, "Measure both curves").disabled
 

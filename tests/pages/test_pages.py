@@ -236,6 +236,50 @@ def test_a_cut_is_measured_and_taken_away_with_its_choices(opened, open_page):
     assert curve.dataframe[0].value["importance"].tolist() == ["fluctuation"]
 
 
+def test_a_new_tab_begins_with_what_the_visitor_left_and_a_link_decides(opened, open_page):
+    first = Visit()
+    page = open_page("compress", first, mha="60", granularity="kv-groups", steps="2")
+    page.selectbox(key="importance").set_value("magnitude").run()
+    left = first.cut
+    assert (left.mha_ratio, left.granularity, left.importance, left.steps) == (
+        0.6, "kv-groups", "magnitude", 2,
+    )  # fmt: skip
+    tab = Visit(first.visitor)
+    page = open_page("compress", tab)
+    assert not page.exception
+    assert tab.cut == left
+    # In a link, what is not named is as usual.
+    tab = Visit(first.visitor)
+    page = open_page("compress", tab, mha="20", mlp="10")
+    assert not page.exception
+    assert tab.cut == Cut(0.2, 0.1)
+    stranger = Visit()
+    open_page("compress", stranger)
+    assert stranger.cut == Cut()
+
+
+@pytest.mark.parametrize(
+    ("granularity", "warned", "told"),
+    [
+        ("query-heads", ["CTranslate2 4.8.5 misreads it"], ["llama.cpp"]),
+        ("kv-groups", [], ["llama.cpp", "CTranslate2 4.8.5 refuses it"]),
+        ("head-dims", ["llama.cpp"], ["CTranslate2 4.8.5 refuses it"]),
+        ("auto", [], ["depends on the granularity that `auto` takes"]),
+    ],
+)
+def test_the_export_names_the_runtimes_that_misread_the_cut(
+    opened, open_page, granularity, warned, told
+):
+    mine = Visit()
+    mine.cut = Cut(0.5, 0.3, granularity)
+    page = open_page("export", mine)
+    assert not page.exception
+    warnings = [each.value for each in page.warning]
+    assert len(warnings) == len(warned)
+    assert all(words in warning for words, warning in zip(warned, warnings, strict=True))
+    assert all(words in texts(page) for words in told)
+
+
 @pytest.mark.parametrize("granularity", ["query-heads", "head-dims"])
 def test_a_curve_scores_first_and_then_measures(opened, open_page, granularity):
     page = open_page("perplexity")
@@ -247,7 +291,7 @@ def test_a_curve_scores_first_and_then_measures(opened, open_page, granularity):
     visit = page.session_state["visit"]
     job = ended(visit.visitor.jobs[-1])
     assert job.error is None
-    points = visit.points[Request()]
+    points = visit.visitor.of(Request()).points
     assert {point.plan.importance for point in points} == {"magnitude"}
     assert len(points) == job.result > 0
     assert {point.plan.granularity for point in points} == {granularity}
@@ -278,7 +322,7 @@ def measure_curve(page):
 
 
 def mlp_ratios(visit) -> list[float]:
-    return [point.plan.mlp_ratio for point in visit.points.get(Request(), [])]
+    return [point.plan.mlp_ratio for point in visit.visitor.of(Request()).points]
 
 
 def wait_until(true):
@@ -386,6 +430,7 @@ def test_auto_is_tried_when_the_cut_is_measured_and_goes_into_the_export(
     export = open_page("export")
     assert not export.exception
     assert decision.why in texts(export)
+    assert "depends on the granularity" not in texts(export)
     assert "--steps 2" in export.code[1].value
     assert f"--granularity {decision.plan.granularity}" in export.code[1].value
 
@@ -395,7 +440,7 @@ def test_auto_is_tried_when_the_cut_is_measured_and_goes_into_the_export(
     assert decision.why in texts(later)
     button(later, "Prune and measure perplexity").click().run()
     assert stranger.visitor.jobs == []
-    assert Cut.of(stranger.points[Request()][0]) == visit.cut
+    assert Cut.of(stranger.visitor.of(Request()).points[0]) == visit.cut
 
 
 def test_sequential_choices_are_offered_where_they_can_be_had(opened, open_page):
@@ -434,7 +479,7 @@ def test_a_curve_with_auto_and_steps_is_measured(opened, open_page):
     visit = page.session_state["visit"]
     job = ended(visit.visitor.jobs[-1])
     assert job.error is None
-    assert all(point.decision.why for point in visit.points[Request()])
+    assert all(point.decision.why for point in visit.visitor.of(Request()).points)
     assert job.result == 2
 
 

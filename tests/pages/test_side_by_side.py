@@ -24,7 +24,7 @@ def shared(opened, monkeypatch):
 
 
 def found(page, what):
-    return page.session_state["visit"].visitor.found[what, Request()]
+    return page.session_state["visit"].visitor.of(Request()).found[what]
 
 
 def answered(open_page):
@@ -66,7 +66,9 @@ def test_both_models_answer_and_are_scored_on_the_same_texts(open_page, gqa_benc
         assert len(scored) == 12
         assert table[f"{name}_nll"].sum() == pytest.approx(scored.sum().item(), rel=1e-5)
     # The measured cut is a point like any other.
-    assert [point.plan for point in page.session_state["visit"].points[Request()]] == [plan]
+    assert [point.plan for point in page.session_state["visit"].visitor.of(Request()).points] == [
+        plan
+    ]
 
 
 def test_what_models_and_users_write_is_no_markup(open_page, gqa_bench):

@@ -1,5 +1,7 @@
 import gc
+import sys
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +10,19 @@ from streamlit.web.server.starlette.starlette_app_utils import generate_xsrf_tok
 
 from pages.shared import workbench as shared
 from pages.shared.jobs import CANCELLED, DONE, FAILED
-from pages.shared.workbench import Cut, Request, Visit, Workbench, visitor_id
+from pages.shared.workbench import (
+    Cut,
+    Request,
+    Visit,
+    Workbench,
+    add_point,
+    size_of,
+    visitor_id,
+)
 from tests.conftest import bench_of, loaded_from, make_model
 from tests.pages.conftest import ended
-from transact_core.bench import Choices
+from transact_core.bench import Choices, compress
+from transact_core.plan import Decision, PruningPlan
 
 
 @pytest.fixture
@@ -114,6 +125,116 @@ def test_only_the_last_visitors_and_those_with_work_are_kept(workbench, monkeypa
     workbench.gate.set()
 
 
+def different(point, points: int):
+    """As many points, of different cuts."""
+    plans = [point.plan.model_copy(update={"importance": str(n)}) for n in range(points)]
+    return [replace(point, decision=Decision(plan)) for plan in plans]
+
+
+@pytest.fixture
+def point(gqa_bench):
+    return compress(gqa_bench, gqa_bench.plan(0.5, 0.3, Choices()), "none")[1]
+
+
+def test_what_was_looked_at_longest_ago_goes_first(own_workbench, monkeypatch, point):
+    monkeypatch.setattr(shared, "HELD_BYTES", 10 * size_of(point))
+    looked = iter(range(100))
+    monkeypatch.setattr(shared.time, "monotonic", lambda: next(looked))
+    small, large = Request(), Request(evaluation_tokens=64)
+    busy, early, late = (own_workbench.visitor(name) for name in ("busy", "early", None))
+    gate = threading.Event()
+    busy.jobs.append(own_workbench.queue.submit("Wait", lambda report: gate.wait(10), busy))
+    for visitor, request in ((busy, small), (early, small), (early, large), (late, small)):
+        for each in different(point, 3):
+            add_point(visitor.of(request).points, each)
+    # Twelve points and room for ten: what the busy one has was first, and stays.
+    assert len(busy.holdings[small].points) == 3
+    assert small not in early.holdings
+    assert len(early.holdings[large].points) == len(late.holdings[small].points) == 3
+    early.of(large)
+    for each in different(point, 11):
+        add_point(late.of(large).points, each)
+    assert early.holdings == {}
+    assert list(late.holdings) == [large]
+    # However large it is, what is looked at stays.
+    assert len(late.of(large).points) == 11
+    gate.set()
+
+
+def test_a_visitor_has_the_last_points_of_many(own_workbench, monkeypatch, point):
+    monkeypatch.setattr(shared, "POINTS_KEPT", 4)
+    known = []
+    for each in different(point, 6):
+        add_point(known, each)
+    assert [each.plan.importance for each in known] == ["2", "3", "4", "5"]
+
+
+def test_points_let_go_of_come_back_from_the_disk(opened, open_page, monkeypatch):
+    mine = Visit(opened.visitor("mine"))
+    page = open_page("compress", mine)
+    measure = next(each for each in page.button if each.label.startswith("Prune and measure"))
+    measure.click().run()
+    (job,) = mine.visitor.jobs
+    assert ended(job).error is None
+    monkeypatch.setattr(shared, "HELD_BYTES", 0)
+    opened.visitor("other").of(Request())
+    opened.make_room()
+    assert mine.visitor.holdings == {}
+    page = open_page("compress", mine)
+    measure = next(each for each in page.button if each.label.startswith("Prune and measure"))
+    measure.click().run()
+    assert mine.visitor.jobs == [job]
+    assert mine.visitor.of(Request()).points[0].perplexity == job.result.perplexity
+
+
+def test_sizes_are_about_right(point):
+    def deep(thing, seen) -> int:
+        if id(thing) in seen:
+            return 0
+        seen.add(id(thing))
+        parts = []
+        if isinstance(thing, dict):
+            parts = thing.values()
+        elif isinstance(thing, list | tuple):
+            parts = thing
+        elif hasattr(thing, "__dict__") and not isinstance(thing, torch.Tensor | type):
+            parts = vars(thing).values()
+        large = getattr(thing, "nbytes", 0)
+        return sys.getsizeof(thing) + large + sum(deep(each, seen) for each in parts)
+
+    kept = tuple(range(1000, 9000))
+    layers = tuple(each.model_copy(update={"kept_channels": kept}) for each in point.plan.layers)
+    layers = PruningPlan.model_validate_json(
+        point.plan.model_copy(update={"layers": layers}).model_dump_json()
+    ).layers
+    large = replace(point, decision=Decision(point.plan.model_copy(update={"layers": layers})))
+    assert size_of([large, large]) == 2 * size_of(large)
+    assert deep(large, set()) / 2 < size_of(large) < deep(large, set()) * 2
+
+
+def test_openings_that_nobody_looked_at_for_longest_are_closed(own_workbench, monkeypatch):
+    monkeypatch.setattr(shared, "BENCHES_KEPT", 2)
+    gate = threading.Event()
+
+    class Stub:
+        loaded = SimpleNamespace(released=False)
+
+        def dense(self, report):
+            pass
+
+    monkeypatch.setattr(own_workbench, "_bench", lambda *_: (gate.wait(10), Stub())[1])
+    requests = [Request(evaluation_tokens=64 + number) for number in range(5)]
+    openings = [own_workbench.open(each) for each in requests]
+    # Those under way are waited for, and stay.
+    assert [own_workbench.open(each) for each in requests] == openings
+    gate.set()
+    for each in openings:
+        ended(each.dense)
+    assert own_workbench.open(requests[0]) is openings[0]
+    assert list(own_workbench._openings) == [requests[4], requests[0]]
+    assert own_workbench.open(requests[1]) is not openings[1]
+
+
 # --- memory ----------------------------------------------------------------------------------
 
 
@@ -157,6 +278,42 @@ def test_a_model_let_go_of_comes_back_for_a_job_and_its_bench_stays(small_memory
     assert not bench.loaded.released
     assert small_memory.open(other).bench.result.loaded.released
     assert small_memory.open(one).bench.result is bench
+
+
+def test_a_model_goes_from_benches_that_were_closed_too(small_memory, monkeypatch):
+    monkeypatch.setattr(shared, "BENCHES_KEPT", 1)
+    one, other = Request(model="a"), Request(model="b")
+    ended(small_memory.open(one).dense)
+    # A page that is still drawn holds on to it.
+    bench = small_memory.open(one).bench.result
+    ended(small_memory.open(other).dense)
+    assert list(small_memory._openings) == [other]
+    assert bench.loaded.released
+
+
+def test_what_is_measured_in_the_background_keeps_its_model(small_memory):
+    one, other = Request(model="a"), Request(model="b")
+    ended(small_memory.open(one).dense)
+    begun, others = threading.Event(), []
+    job = small_memory.learn(one, Choices(granularity="head-dims"))
+    really = job.give_way
+
+    def give_way():
+        if not others:
+            others.append(small_memory.open(other).dense)
+        really()
+        begun.set()
+
+    job.give_way = give_way
+    assert begun.wait(10)
+    assert ended(job).error is None
+    assert ended(others[0]).error is None
+    assert small_memory.loads == ["a", "b"]
+    assert small_memory.open(one).bench.result.damage_known(Choices(granularity="head-dims"))
+    # Then it is let go of like any other.
+    third = Request(model="b", dtype="float32")
+    ended(small_memory.open(third).dense)
+    assert len(small_memory._models) == 1
 
 
 def test_weights_that_changed_meanwhile_are_not_taken_for_the_old_ones(small_memory):

@@ -13,8 +13,8 @@ Each trial runs one command on a small random model in a folder of its own and s
 
 Whatever is then visible must be, byte for byte, what an undisturbed run makes: a checkpoint under
 its final name is whole or absent. The same command must then succeed, make what the undisturbed run
-made, and leave nothing half-written behind. A point of a sweep that was in its file when the process
-was killed is not measured again: the next start gives it with the seconds it took then.
+made, and leave nothing half-written behind. A sweep goes on in its file: a point that was there when
+the process was killed is not measured again, but comes with the seconds it took then.
 """
 
 import argparse
@@ -222,10 +222,12 @@ def check_again(
     folder: Path, reference: Reference, work: Work, keeps_points: bool = False
 ) -> Ending:
     """The next start works, makes the same and leaves nothing half-written."""
-    # What is there under its final name was checked, and is never written over.
+    # What is there under its final name was checked. A checkpoint is never written over; a sweep
+    # goes on in its file, unless the disk could not keep the points that the file was made of.
     points = folder / "points.csv"
-    finished = points.read_text().splitlines() if keeps_points and points.exists() else []
-    points.unlink(missing_ok=True)
+    if not keeps_points:
+        points.unlink(missing_ok=True)
+    finished = points.read_text().splitlines() if points.exists() else []
     if work.results and (folder / work.results).is_dir():
         shutil.rmtree(folder / work.results)
     ending = run(work, folder)
