@@ -160,12 +160,15 @@ def sidebar() -> None:
         disabled=not (changed and complete),
     ):
         mine.request = chosen
+        workbench().open(chosen)
         st.rerun()
     if changed:
         st.caption(
             "Press **Load** to use these choices." if complete else "Name the model and the texts."
         )
-    opened = workbench().open(mine.request).bench.result
+    # Pages ask for it to be opened; the first one waits until it is shown.
+    opening = workbench().opening(mine.request)
+    opened = opening and opening.bench.result
     if opened is not None:
         shape, loaded = opened.loaded.architecture, opened.loaded
         st.divider()

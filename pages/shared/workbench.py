@@ -185,6 +185,11 @@ class Workbench:
                     del self._visitors[key]
             return known
 
+    def opening(self, request: Request) -> Opening | None:
+        """The jobs that open this request, where a page has asked for it."""
+        with self._lock:
+            return self._openings.get(request)
+
     def open(self, request: Request) -> Opening:
         """The jobs that open this request; sessions that ask for the same share them."""
         with self._lock:

@@ -47,8 +47,15 @@ def test_the_bare_address_shows_the_example(opened, open_app):
     assert told.processor in words(page)
     shown = {metric.label: metric.value for metric in page.metric}
     assert shown["Parameters (M)"] == f"{told.cut.footprint.parameters / 1e6:,.1f}"
-    assert f"**{told.cut.perplexity:.2f}**" in words(page)
+    assert shown["Perplexity, measured"] == f"{told.cut.perplexity:.2f}"
     assert "You measured" not in words(page)
+
+
+def test_nothing_is_opened_before_the_page_is_shown(own_workbench, open_app):
+    page = open_app()
+    assert not page.exception
+    assert charts(page) == 3
+    assert own_workbench.opening(Request()) is None
 
 
 def test_it_is_there_while_the_model_is_being_opened(own_workbench, open_app, monkeypatch):
@@ -59,6 +66,7 @@ def test_it_is_there_while_the_model_is_being_opened(own_workbench, open_app, mo
         report("Loading", 0, 1)
 
     monkeypatch.setattr(own_workbench, "_bench", refuse)
+    own_workbench.open(Request())
     page = open_app()
     assert not page.exception
     assert charts(page) == 3
