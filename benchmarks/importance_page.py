@@ -143,8 +143,7 @@ def measure(chosen: argparse.Namespace) -> None:
                 page.set_default_timeout(TIMEOUT_MS)
                 expect.set_options(timeout=TIMEOUT_MS)
                 page.goto(address)
-                expect(page.locator(CHART).first).to_be_visible()
-                settle(page)
+                go_to(page, "Activations", 3)
                 seconds = []
                 for _ in range(chosen.rounds + 1):
                     seconds.append(go_to(page, "Importance", CHARTS))

@@ -14,8 +14,9 @@ from pages.shared.navigation import link
 from pages.shared.progress import show_opening
 from pages.shared.report import SIZES, times_dense
 from pages.shared.workbench import Cut, Request, points, visit
+from transact_core.activations import MODULES
 
-SIZES_SHOWN = ("parameters", "weight_bytes", "kv_bytes_per_token", "flops_per_token")
+SIZES_SHOWN = ("parameters", "kv_bytes_per_token", "flops_per_token")
 
 
 def step(number: int, question: str, answer: str) -> None:
@@ -34,10 +35,9 @@ def show_waste(told: Example) -> None:
     step(
         1, "Where is the waste?",
         "In every layer the signal passes two waists: the outputs of the attention heads, and the "
-        "activation inside the MLP. How much of their width carries anything differs from layer to "
-        "layer.",
+        "activation inside the MLP. Its energy is not spread evenly over their width.",
     )  # fmt: skip
-    shares = {module: np.array(getattr(found, module)) for module in ("mha", "mlp")}
+    shares = {module: np.array(getattr(found, module)) for module in MODULES}
     show(
         charts.concentration(shares, found.share),
         "example-concentration",
@@ -51,20 +51,18 @@ def show_waste(told: Example) -> None:
 
 def show_cut(told: Example) -> None:
     dense, left = told.architecture, told.left
-    heads = f"{left.num_attention_heads} of {dense.num_attention_heads} query heads"
-    channels = f"{left.intermediate_size:,} of {dense.intermediate_size:,} MLP channels"
+    heads = f"{left.num_attention_heads} of {dense.num_attention_heads} heads"
+    channels = f"{left.intermediate_size:,} of {dense.intermediate_size:,} channels"
     step(
         2, "What may I cut?",
-        "Width at the waists. The residual stream between the modules, the norms and the "
-        f"embeddings stay whole. In this example each layer keeps {heads} and {channels}, each its "
-        "own.",
+        "Width at the waists: here each layer gives up heads and MLP channels of its own. The "
+        "residual stream between the modules, the norms and the embeddings stay whole.",
     )  # fmt: skip
     show(
-        waist_chart.section(dense, left, f"Each layer keeps {heads} and {channels}", 380),
+        waist_chart.section(dense, left, f"{heads}, {channels} stay", 380),
         "example-section",
         "one layer from left to right, all widths to scale: each module reads the stream, passes "
         "its waist and adds what it writes; grey is what goes.",
-        narrow=True,
     )
     with st.container(horizontal=True, gap="medium"):
         link("compress", "Open this very cut on the Compress page", **told.address)
@@ -104,10 +102,18 @@ def show_truth(told: Example) -> None:
         4, "Was that true?",
         "The cut was made, what is left was repaired in closed form on "
         f"{told.calibration.tokens:,} tokens of text, and perplexity measured on "
-        f"{told.evaluation.tokens:,} others: **{cut.perplexity:.2f}**, {times_dense(cut)} "
-        f"the dense model's {dense:.2f}. That is {'inside' if inside else 'outside'} what was "
-        f"predicted. The bare cut, without its repair, measures {told.bare.perplexity:.2f}.",
+        f"{told.evaluation.tokens:,} others. It came out {'inside' if inside else 'outside'} what "
+        "was predicted.",
     )  # fmt: skip
+    figures = {
+        "Perplexity, dense": (dense, "nothing cut"),
+        "Perplexity, measured": (cut.perplexity, f"{times_dense(cut)} the dense model's"),
+        "Without the repair": (told.bare.perplexity, f"{told.bare.perplexity / dense:.0f} ×"),
+    }
+    for column, (label, (value, note)) in zip(st.columns([1, 2, 1]), figures.items(), strict=True):
+        column.metric(
+            label, f"{value:.2f}", note, delta_color="off", delta_arrow="off", border=True
+        )
     measured = points() if visit().request == Request() else []
     mine = next((point for point in measured if Cut.of(point) == told.asked), None)
     if mine is not None:
@@ -139,6 +145,15 @@ def show_result(told: Example) -> None:
     links("export", "method")
 
 
+def show_turn() -> None:
+    step(
+        6, "Your turn.",
+        "The sidebar takes your model and your texts, and the pages above do the same with them, "
+        "computed on this machine.",
+    )  # fmt: skip
+    show_opening()
+
+
 def show_recording(told: Example) -> None:
     made = told.environment
     packages = ", ".join(f"{name} {version}" for name, version in made.packages.items())
@@ -165,16 +180,14 @@ told = example()
 st.title("Start here")
 st.write(
     "This workbench takes width out of a LLaMA-family model, repairs what is left without any "
-    "training, and shows what that costs. Below is one cut of the built-in model "
-    f"{told.name}, in the order in which one would ask. The pages behind the links do the same "
-    "with your model and your text, which the sidebar takes."
+    "training, and shows what that costs. Here is one cut of the built-in model "
+    f"{told.name}, in the order in which one would ask."
 )
 st.caption(
     f":material/history: The numbers on this page are **recorded**: measured on "
     f"{told.recorded:%d %B %Y} on another machine or at another time ({told.processor}, "
     f"{told.environment.threads} thread(s)). All other pages compute on this machine."
 )
-show_opening()
 left, right = st.columns(2, gap="large")
 with left:
     show_waste(told)
@@ -183,4 +196,5 @@ with right:
 show_cost(told)
 show_truth(told)
 show_result(told)
+show_turn()
 show_recording(told)
