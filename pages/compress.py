@@ -83,10 +83,8 @@ def choose() -> Choices:
         "steps": ("Steps", STEPS_HELP),
         "multiple_of": ("Multiple of", MULTIPLE_HELP),
     }
-    # A link decides; a new tab without one begins with what the visitor left.
-    if not {*CONTROLS, *Position.__dataclass_fields__} & set(st.query_params):
-        for name in CONTROLS:
-            st.session_state.setdefault(name, getattr(visit().cut, name))
+    if KEY not in st.session_state:
+        begin_choices()
     columns = st.columns([6, 6, 6, 3, 4, 5], vertical_alignment="bottom")
     chosen = {
         name: column.selectbox(
@@ -107,6 +105,19 @@ def choose() -> Choices:
         disabled=refused is not None,
     )  # fmt: skip
     return replace(choices, sequential=sequential and refused is None)
+
+
+def begin_choices() -> None:
+    """At a visit's first sight of the page a link decides; without one, what the visitor left."""
+    link = st.query_params
+    if not {*CONTROLS, *Position.__dataclass_fields__} & set(link):
+        for name in CONTROLS:
+            st.session_state.setdefault(name, getattr(visit().cut, name))
+    # A control that was seen before keeps its value, whatever a link from another page says.
+    for name, options in CONTROLS.items():
+        named = {str(option).lower(): option for option in options}
+        if name in link and link[name].lower() in named:
+            st.session_state[name] = named[link[name].lower()]
 
 
 def in_address(choices: Choices) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def test_a_link_reopens_its_view_and_another_page_keeps_it(page: Page, address: 
     # A link of the first page says what it opens, whatever was chosen before.
     go_to(page, "Start here")
     page.get_by_role("link", name="Open this very cut").click()
-    at(page, 33, 30)
+    at(page, 33, 30, 4096)
     expect(page.get_by_role("combobox", name="Granularity")).to_have_value("query-heads")
     expect_no_exception(page)
 
