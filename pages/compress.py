@@ -254,14 +254,11 @@ def while_same(name: str, key: Any, make: Callable[[], Any]) -> Any:
 
 
 def learn(bench: Bench, choices: Choices) -> None:
-    """Sees to what a prediction needs; where that takes very long, at the visitor's wish."""
+    """What a prediction needs, at the visitor's wish: it takes minutes."""
     if choices.granularity == "auto" or bench.damage_known(choices):
         return
     request, board = visit().request, workbench()
-    long = choices.granularity == "head-dims"
     job = board.open(request).damages.get(what_to_learn(choices))
-    if job is None and not long:
-        job = board.learn(request, choices)
     if job is not None and not job.finished:
         watch(job, "learn")
         return
@@ -272,7 +269,11 @@ def learn(bench: Bench, choices: Choices) -> None:
     if st.button(
         "Predict perplexity for these choices", icon=":material/query_stats:",
         help="Measures what each layer loses at every width"
-        + (", by repairing each layer's attention several times." if long else "."),
+        + (
+            ", by repairing each layer's attention several times."
+            if choices.granularity == "head-dims"
+            else ", in the background."
+        ),
     ):  # fmt: skip
         board.learn(request, choices, anew=True)
         st.rerun()
@@ -498,7 +499,7 @@ def workbench_view(bench: Bench) -> None:
         prediction and predicted(table, prediction),
         measured_at(table, choices),
         f"Scoring by {choices.importance}",
-        "predicted once it is measured what each layer loses",
+        "press “Predict perplexity” below",
         restore_choices,
     )
     cut = keep(position, choices)

@@ -199,5 +199,6 @@ def test_an_output_that_holds_something_is_refused_in_a_sentence(
     folder.fill(str(tmp_path))
     folder.press("Enter")
     page.get_by_role("button", name="Write the checkpoint").click()
-    expect(page.get_by_test_id("stAlert")).to_contain_text("is not empty")
+    alert = page.get_by_test_id("stAlert").filter(has_text="Writing the checkpoint failed")
+    expect(alert).to_contain_text("is not empty")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
