@@ -181,7 +181,7 @@ def _parquet(path: Path) -> str:
             for value in batch.column(0).to_pylist()
         )
         return _join(rows)
-    except (pyarrow.ArrowException, OSError, MemoryError):
+    except (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError):
         raise TransActError(f"{path} is truncated, corrupt or not a Parquet file.") from None
 
 
