@@ -190,11 +190,12 @@ def sidebar() -> None:
 st.set_page_config(page_title="TransAct workbench", page_icon="assets/icon.svg", layout="wide")
 st.logo("assets/logo.svg", size="large", icon_image="assets/icon.svg")
 sections = page_sections()
-user = require_access([page for section in sections.values() for page in section])
+pages = [page for section in sections.values() for page in section]
+user = require_access(pages)
 page = st.navigation(sections, expanded=True)
 st.html(Path("assets/style.css"))
 begin_visit(user)
-go_on(sections)
+go_on(pages)
 with st.sidebar:
     sidebar()
 show_exposure(user)

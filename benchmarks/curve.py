@@ -22,10 +22,10 @@ import torch
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
+from benchmarks.row import Setup, load
 from transact_core.bench import Bench, Choices
-from transact_core.corpora import Windows, calibration_and_evaluation, read_corpus
+from transact_core.corpora import Windows
 from transact_core.importance import IMPORTANCES
-from transact_core.models import load_model
 from transact_core.plan import GRANULARITIES
 from transact_core.recovery import RECOVERIES, recover
 from transact_core.surgery import prune
@@ -89,17 +89,8 @@ def main() -> None:
     parser.add_argument("--largest", type=float, default=0.7)
     parser.add_argument("--mha", action="store_true", help="a third of the attention, and auto")
     chosen = parser.parse_args()
-    loaded = load_model(chosen.model)
-    text = read_corpus(chosen.text)
-    windows = calibration_and_evaluation(
-        text,
-        text,
-        loaded.tokenizer,
-        loaded.architecture.vocab_size,
-        chosen.calibration_tokens,
-        chosen.evaluation_tokens,
-        chosen.sequence_length,
-    )
+    tokens = chosen.calibration_tokens, chosen.evaluation_tokens, chosen.sequence_length
+    loaded, *windows = load(Setup(chosen.model, chosen.text, chosen.text, *tokens))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRANSACT_CACHE"] = folder
         bench = Bench(loaded, *windows)

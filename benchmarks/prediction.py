@@ -21,10 +21,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.row import Setup, load
 from transact_core.bench import Bench, Choices, compress
-from transact_core.corpora import calibration_and_evaluation, read_corpus
 from transact_core.errors import TransActError
-from transact_core.models import load_model
 from transact_core.plan import GRANULARITIES
 from transact_core.prediction import (
     USEFUL,
@@ -172,16 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(chosen: argparse.Namespace) -> None:
-    loaded = load_model(chosen.model)
-    windows = calibration_and_evaluation(
-        read_corpus(chosen.calibration),
-        read_corpus(chosen.evaluation),
-        loaded.tokenizer,
-        loaded.architecture.vocab_size,
-        chosen.calibration_tokens,
-        chosen.evaluation_tokens,
-        chosen.sequence_length,
-    )
+    tokens = chosen.calibration_tokens, chosen.evaluation_tokens, chosen.sequence_length
+    texts = chosen.calibration, chosen.evaluation
+    loaded, *windows = load(Setup(chosen.model, *texts, *tokens))
     bench = Bench(loaded, *windows)
     choices = Choices(chosen.granularity, chosen.importance, chosen.recovery)
     bench.damage(choices)

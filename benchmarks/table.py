@@ -200,7 +200,7 @@ def run_settings(setup: Setup, arguments: list[str]) -> dict:
         },
         "versions": {"python": platform.python_version(), **_versions()},
         "engine": _engine_fingerprint(),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
     }
@@ -223,7 +223,8 @@ def _engine_fingerprint() -> dict[str, str]:
     }
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """The processor's name where the system tells it, or else its kind."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

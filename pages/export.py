@@ -82,13 +82,13 @@ def offer_report(bench: Bench, decision: Decision, recovery: str) -> None:
     )  # fmt: skip
 
 
-def show_other_runtimes(bench: Bench, cut: Cut) -> None:
+def show_other_runtimes(bench: Bench, cut: Cut, decision: Decision | None) -> None:
     """Which runtimes beside transformers read this cut, and which do not."""
-    if cut.granularity == "auto" and find_cut(bench, cut) is None:
+    if cut.granularity == "auto" and decision is None:
         st.caption("Which other runtimes read it depends on the granularity that `auto` takes.")
         return
-    loaded = bench.loaded
-    for each in readings_of_cut(plan_at(bench, cut), loaded.architecture, loaded.model.config):
+    loaded, plan = bench.loaded, decision.plan if decision else plan_at(bench, cut)
+    for each in readings_of_cut(plan, loaded.architecture, loaded.model.config):
         match each.outcome:
             case "same":
                 st.caption(f":material/check: {each.sentence}")
@@ -108,7 +108,7 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
         f"{size} that stock `transformers` loads, with the tokenizer, "
         "`compression.json`, `report.json` and a model card."
     )
-    show_other_runtimes(bench, cut)
+    show_other_runtimes(bench, cut, decision)
     name = f"{bench.loaded.name}-mha{cut.mha_ratio * 100:.0f}-mlp{cut.mlp_ratio * 100:.0f}"
     usual = astuple(Choices())
     name += "".join(f"-{each}" for each in astuple(cut.choices) if each not in usual)

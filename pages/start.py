@@ -13,7 +13,7 @@ from pages.shared.figure import show
 from pages.shared.navigation import link
 from pages.shared.progress import show_opening
 from pages.shared.report import SIZES, times_dense
-from pages.shared.workbench import Cut, Request, points, visit
+from pages.shared.workbench import Request, asked_by, points, visit
 from transact_core.activations import MODULES
 
 SIZES_SHOWN = ("parameters", "kv_bytes_per_token", "flops_per_token")
@@ -114,8 +114,7 @@ def show_truth(told: Example) -> None:
         column.metric(
             label, f"{value:.2f}", note, delta_color="off", delta_arrow="off", border=True
         )
-    measured = points() if visit().request == Request() else []
-    mine = next((point for point in measured if Cut.of(point) == told.asked), None)
+    mine = asked_by(told.asked, points()) if visit().request == Request() else None
     if mine is not None:
         st.success(f"You measured this cut on this machine: {mine.perplexity:.2f}.")
     widths = told.architecture.mha_width, told.architecture.intermediate_size

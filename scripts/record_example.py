@@ -7,24 +7,22 @@ one that its sliders begin at. Nothing that was measured before is used.
 """
 
 import os
-import platform
-import re
 import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 
-from pages.shared.example import FILE, Asked, Concentration, Dense, Example, Point
+from benchmarks.table import processor
+from pages.shared.example import FILE, Concentration, Dense, Example, Point
 from pages.shared.jobs import job_threads
 from pages.shared.workbench import Cut, Request
 from transact_core import prediction
 from transact_core.activations import MODULES, channels_holding
 from transact_core.architecture import Architecture
-from transact_core.bench import Bench, Choices, Measurement, compress
+from transact_core.bench import Bench, Choices, compress
 from transact_core.corpora import calibration_and_evaluation, describe, read_corpus
 from transact_core.export import describe_compression
 from transact_core.models import load_model
@@ -62,25 +60,10 @@ def curves(bench: Bench, cut: Cut) -> tuple[list[Pair], list[Pair]]:
     return one, [cut.ratios, *zip(heads, MLP_RATIOS[-len(heads) :], strict=True)]
 
 
-def as_point(measured: Measurement) -> Point:
-    plan = measured.plan
-    return Point(
-        plan=Asked(
-            mha_ratio=plan.mha_ratio, mlp_ratio=plan.mlp_ratio, granularity=plan.granularity,
-            importance=plan.importance,
-        ),
-        recovery=measured.recovery,
-        footprint=measured.footprint,
-        perplexity=measured.perplexity,
-        delta_nll=measured.delta_nll,
-        delta_nll_se=measured.delta_nll_se,
-        seconds=measured.seconds,
-    )  # fmt: skip
-
-
 def measure(bench: Bench, ratios: Pair, choices: Choices) -> Point:
     plan = bench.plan(*ratios, choices, progress)
-    point = as_point(compress(bench, plan, choices.recovery, progress)[1])
+    measured = compress(bench, plan, choices.recovery, progress)[1]
+    point = Point.model_validate(measured, from_attributes=True)
     print(f"\r{ratios}, {choices.recovery}: {point.perplexity:.3f}\033[K", file=sys.stderr)
     return point
 
@@ -132,15 +115,6 @@ def record(bench: Bench, cut: Cut) -> Example:
         bare=measure(bench, cut.ratios, replace(cut.choices, recovery="none")),
         points=tuple(points.values()),
     )
-
-
-def processor() -> str:
-    """The processor's name where the system tells it, or else its kind."""
-    try:
-        named = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        named = None
-    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

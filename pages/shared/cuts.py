@@ -3,7 +3,7 @@
 import streamlit as st
 
 from pages.shared.progress import require_bench, require_prepared
-from pages.shared.workbench import Cut, find_cut, find_point, first_look, points, visit
+from pages.shared.workbench import Cut, asked_by, find_cut, find_point, first_look, points, visit
 from transact_core.bench import Bench, Measurement
 
 
@@ -23,7 +23,7 @@ def choose_cut(bench: Bench) -> Cut:
     cuts = list(dict.fromkeys(cuts))
 
     def point_of(cut: Cut) -> Measurement | None:
-        own = next((point for point in points() if Cut.of(point) == cut), None)
+        own = asked_by(cut, points())
         if own or not bench.prepared(first_look(cut.choices)):
             return own
         decision = find_cut(bench, cut)

@@ -1,5 +1,7 @@
 """Which pages there are, in the order in which one asks, and links from one to another."""
 
+from collections.abc import Iterable
+
 import streamlit as st
 from streamlit.navigation.page import StreamlitPage
 
@@ -39,10 +41,10 @@ def page_sections() -> dict[str, list[StreamlitPage]]:
     }
 
 
-def go_on(sections: dict[str, list[StreamlitPage]]) -> None:
+def go_on(pages: Iterable[StreamlitPage]) -> None:
     """Goes to the page that a visitor came for who was led here from it; see `visit`."""
     wanted = st.query_params.pop(WANTED, None)
-    for page in (page for section in sections.values() for page in section):
+    for page in pages:
         if page.url_path == wanted:
             st.switch_page(page, query_params=st.query_params.to_dict())
 

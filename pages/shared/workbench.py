@@ -5,8 +5,8 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field, is_dataclass, replace
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import cycle
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -96,14 +96,7 @@ class Cut:
 
     @property
     def choices(self) -> Choices:
-        return Choices(
-            granularity=self.granularity,
-            importance=self.importance,
-            recovery=self.recovery,
-            steps=self.steps,
-            multiple_of=self.multiple_of,
-            sequential=self.sequential,
-        )
+        return Choices(**{each.name: getattr(self, each.name) for each in fields(Choices)})
 
     @classmethod
     def of(cls, point: Measurement) -> "Cut":
@@ -223,14 +216,13 @@ class Workbench:
         there when it is asked for again.
         """
         with self._lock:
-            everyone = [(each, list(each.holdings.items())) for each in self._everyone]
-            held = sum(size_of(holding) for _, mine in everyone for _, holding in mine)
-            idle = [
+            everything = [
                 (holding.looked_at, size_of(holding), visitor, request)
-                for visitor, mine in everyone
-                if not visitor.unfinished_jobs
-                for request, holding in mine
+                for visitor in self._everyone
+                for request, holding in list(visitor.holdings.items())
             ]
+            held = sum(size for _, size, _, _ in everything)
+            idle = [each for each in everything if not each[2].unfinished_jobs]
             # The last one looked at stays however large it is.
             for _, size, visitor, request in sorted(idle, key=lambda each: each[0])[:-1]:
                 if held <= HELD_BYTES:
@@ -482,6 +474,11 @@ def find_point(plan: PruningPlan, recovery: str) -> Measurement | None:
     )
 
 
+def asked_by(cut: Cut, known: Iterable[Measurement]) -> Measurement | None:
+    """The point, among those known, that was asked for by these very controls."""
+    return next((point for point in known if Cut.of(point) == cut), None)
+
+
 def add_point(known: list[Measurement], point: Measurement) -> None:
     """A point joins others; it takes the place of one with the same cut."""
     same = identity(point.plan, point.recovery)
@@ -522,8 +519,8 @@ def what_to_learn(choices: Choices) -> Choices:
 
 def find_cut(bench: Bench, cut: Cut) -> Decision | None:
     """How a cut was or would be decided; None where that takes trying, and it was not tried."""
-    own = (point.decision for point in points() if Cut.of(point) == cut)
-    return next(own, None) or find_decision(bench, *cut.ratios, cut.choices)
+    own = asked_by(cut, points())
+    return own.decision if own else find_decision(bench, *cut.ratios, cut.choices)
 
 
 def plan_at(bench: Bench, cut: Cut) -> PruningPlan:
@@ -597,8 +594,7 @@ def in_words(ratios: Pair) -> str:
 
 def point_of(cut: Cut, request: Request, known: list[Measurement], report: Progress) -> Measurement:
     """The point of a cut among those known, or measured now and added to them; for jobs."""
-    own = (point for point in known if Cut.of(point) == cut)
-    point = next(own, None) or workbench().measure(request, cut, report)
+    point = asked_by(cut, known) or workbench().measure(request, cut, report)
     add_point(known, point)
     return point
 

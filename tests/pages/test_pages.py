@@ -63,6 +63,14 @@ def button(page, label: str):
     return next((each for each in page.button if each.label == label), None)
 
 
+def work_of(page, label: str):
+    """The job that a button starts, once it has ended without an error."""
+    button(page, label).click().run()
+    job = ended(page.session_state["visit"].visitor.jobs[-1])
+    assert job.error is None
+    return job
+
+
 def preparation(opened, choices: Choices):
     return opened.prepare(Request(), choices)
 
@@ -287,10 +295,8 @@ def test_a_curve_scores_first_and_then_measures(opened, open_page, granularity):
     page.selectbox(key="curve_importance").set_value("magnitude")
     page.selectbox(key="curve_recovery").set_value("none").run()
     assert "Scoring by magnitude comes first." in texts(page)
-    button(page, "Measure the curve").click().run()
+    job = work_of(page, "Measure the curve")
     visit = page.session_state["visit"]
-    job = ended(visit.visitor.jobs[-1])
-    assert job.error is None
     points = visit.visitor.of(Request()).points
     assert {point.plan.importance for point in points} == {"magnitude"}
     assert len(points) == job.result > 0
@@ -417,10 +423,8 @@ def test_auto_is_tried_when_the_cut_is_measured_and_goes_into_the_export(
     page = open_page("compress", granularity="auto", steps="2", mha="50")
     assert not page.exception
     assert "is found when the cut is measured" in texts(page)
-    button(page, "Prune and measure perplexity").click().run()
+    job = work_of(page, "Prune and measure perplexity")
     visit = page.session_state["visit"]
-    job = ended(visit.visitor.jobs[-1])
-    assert job.error is None
     page.run()
     decision = job.result.decision
     assert decision.why in texts(page)
@@ -454,10 +458,8 @@ def test_sequential_choices_are_offered_where_they_can_be_had(opened, open_page)
     page.run()
     assert not page.exception
     assert "scored once" in texts(page)
-    button(page, "Prune and measure perplexity").click().run()
+    job = work_of(page, "Prune and measure perplexity")
     visit = page.session_state["visit"]
-    job = ended(visit.visitor.jobs[-1])
-    assert job.error is None
     page.run()
     assert "Perplexity, measured" in metrics(page)
     assert visit.cut == Cut.of(job.result)
@@ -475,10 +477,8 @@ def test_a_curve_with_auto_and_steps_is_measured(opened, open_page):
     page.number_input(key="curve_steps").set_value(2)
     page.number_input(key="count").set_value(2)
     page.selectbox(key="curve_recovery").set_value("none").run()
-    button(page, "Measure the curve").click().run()
+    job = work_of(page, "Measure the curve")
     visit = page.session_state["visit"]
-    job = ended(visit.visitor.jobs[-1])
-    assert job.error is None
     assert all(point.decision.why for point in visit.visitor.of(Request()).points)
     assert job.result == 2
 
