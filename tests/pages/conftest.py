@@ -31,6 +31,8 @@ def own_workbench(monkeypatch):
     for module in (shared, progress):
         monkeypatch.setattr(module, "workbench", lambda: made)
     yield made
+    # What still runs would go on in the next tests, without what this one put in its way.
+    assert made.queue.stop(WAIT)
     torch.set_num_threads(threads)
 
 
