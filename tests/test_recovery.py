@@ -23,6 +23,7 @@ def random_moments(windows: int, inputs: int = 12, outputs: int = 5):
 def test_the_solution_is_that_of_weighted_least_squares():
     torch.manual_seed(0)
     moments, x, y = random_moments(4)
+    moments = _Moments.of_all([moments])
     expected = torch.linalg.lstsq(x, y).solution
     torch.testing.assert_close(moments.solve(1e-9).float(), expected, rtol=1e-4, atol=1e-5)
     left = (y - x @ expected).square().sum().item()
@@ -31,14 +32,15 @@ def test_the_solution_is_that_of_weighted_least_squares():
 
 def test_a_strong_ridge_keeps_the_bare_cut():
     torch.manual_seed(0)
-    assert random_moments(2)[0].solve(1e12).abs().max() < 1e-9
+    assert _Moments.of_all([random_moments(2)[0]]).solve(1e12).abs().max() < 1e-9
 
 
 def test_every_fold_is_judged_by_what_the_others_taught():
     torch.manual_seed(0)
     parts = [random_moments(2) for _ in range(3)]
     ridges = (1e-9, 10.0)
-    chosen = _cross_validated([part[0] for part in parts], ridges, 0)
+    folds = [part[0] for part in parts]
+    chosen = _cross_validated(_Moments.of_all(folds), folds, ridges, 0)
     errors = dict.fromkeys(ridges, 0.0)
     for held_out, (_, x, y) in enumerate(parts):
         seen = [part for number, part in enumerate(parts) if number != held_out]

@@ -31,12 +31,14 @@ from transact_core.elimination import stream_weights
 from transact_core.errors import Progress, silent
 from transact_core.importance import Scores
 from transact_core.plan import PruningPlan, head_counts
-from transact_core.recovery import FOLDS, RECOVERIES, recover
+from transact_core.recovery import RECOVERIES, recover
 from transact_core.streams import Stream, second_moments
 from transact_core.surgery import prune
 
 RIDGES = (0.1, 0.3, 1.0)
 """Of `recovery.RIDGES` those that get chosen; at each width the best of them counts."""
+FOLDS = 4
+"""Half of `recovery.FOLDS`: each costs a factorisation for every ridge and order."""
 HEAD_CUTS = ("query-heads", "kv-groups")
 """Granularities whose cut leaves the rest of the module's waist as it was."""
 NARROW_RATIOS = (0.1, 0.25, 0.4, 0.6)

@@ -12,10 +12,8 @@ every later layer is judged on text that the repairs before it have not seen. Wh
 the model is then fitted on all windows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from operator import add
 from typing import Literal, get_args
 
 import torch
@@ -34,7 +32,8 @@ RecoveryName = Literal["least-squares", "bias", "none"]
 RECOVERIES: tuple[RecoveryName, ...] = get_args(RecoveryName)
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Relative to each kept channel's own energy, so that loud and quiet channels shrink alike."""
-FOLDS = 4
+FOLDS = 8
+"""Of the calibration windows; the more, the more text is in each of the fits that judge."""
 BATCH_WINDOWS = 4
 
 
@@ -190,7 +189,8 @@ class _Stream:
         features = inputs if self.recovery == "least-squares" else torch.ones_like(inputs[..., :1])
         missing = (wanted - written).float()
         folds = [_Moments.of(features[fold], missing[fold], weights[fold]) for fold in self.folds]
-        chosen = _cross_validated(folds, self.ridges, self.nearby)
+        together = _Moments.of_all(folds)
+        chosen = _cross_validated(together, folds, self.ridges, self.nearby)
         unrepaired = sum(fold.energy for fold in folds)
         projection = transitional_inputs(self.pruned, number)[module]
         ridge, error = None, unrepaired
@@ -199,8 +199,8 @@ class _Stream:
             self.nearby = self.ridges.index(ridge)
             written = written.clone()
             for fold, change in zip(self.folds, chosen.changes, strict=True):
-                written[fold] += (features[fold].float() @ change.float()).to(written.dtype)
-            _change(projection, reduce(add, folds).solve(ridge), self.recovery)
+                written[fold] += (features[fold].float() @ change).to(written.dtype)
+            _change(projection, together.solve(ridge), self.recovery)
         if not error < bare_error:
             for projection, parameters in bare_projections.items():
                 projection.weight, projection.bias = parameters
@@ -254,7 +254,10 @@ def _energy(values: torch.Tensor, weights: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Moments:
-    """Weighted second moments of a repair's features and of what the output lacks, in float64."""
+    """Weighted second moments of a repair's features and of what the output lacks.
+
+    Kept in the float32 that they are gathered in; sums and solves are in float64.
+    """
 
     gram: torch.Tensor
     cross: torch.Tensor
@@ -266,12 +269,25 @@ class _Moments:
         """From (windows, sequence_length, width) each, and a weight for each token."""
         root = weights.flatten().sqrt()[:, None]
         x, y = (each.flatten(0, 1).float() * root for each in (features, missing))
-        return cls((x.T @ x).double(), (x.T @ y).double(), _energy(missing, weights))
+        return cls(x.T @ x, x.T @ y, _energy(missing, weights))
 
-    def __add__(self, other: "_Moments") -> "_Moments":
-        return _Moments(
-            self.gram + other.gram, self.cross + other.cross, self.energy + other.energy
-        )
+    @classmethod
+    def of_all(cls, folds: Iterable["_Moments"]) -> "_Moments":
+        """Of several folds together, in float64 and with nothing else held."""
+        first, *others = folds
+        gram, cross, energy = first.gram.double(), first.cross.double(), first.energy
+        for each in others:
+            gram += each.gram
+            cross += each.cross
+            energy += each.energy
+        return cls(gram, cross, energy)
+
+    def without(self, fold: "_Moments") -> "_Moments":
+        """Of all these folds but that one, in float64."""
+        gram, cross = self.gram.clone(), self.cross.clone()
+        gram -= fold.gram
+        cross -= fold.cross
+        return _Moments(gram, cross, self.energy - fold.energy)
 
     def solve(self, ridge: float) -> torch.Tensor:
         """The change, shape (features, outputs), that leaves least missing under this ridge.
@@ -281,7 +297,8 @@ class _Moments:
         """
         diagonal = self.gram.diagonal()
         floor = diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
-        damped = self.gram + torch.diag(ridge * (diagonal + 1e-3 * floor))
+        damped = self.gram.clone()
+        damped.diagonal().add_(ridge * (diagonal + 1e-3 * floor))
         factor, failed = torch.linalg.cholesky_ex(damped)
         if failed.item():
             return torch.full_like(self.cross, torch.nan)
@@ -289,7 +306,8 @@ class _Moments:
 
     def error(self, change: torch.Tensor) -> float:
         """Energy of what is still missing once the change is made."""
-        explained = 2 * (change * self.cross).sum() - (change * (self.gram @ change)).sum()
+        explained = 2 * (change * self.cross).sum()
+        explained -= (change * (self.gram.double() @ change)).sum()
         return self.energy - explained.item()
 
 
@@ -301,15 +319,18 @@ class _Chosen:
     changes: Sequence[torch.Tensor]
 
 
-def _cross_validated(folds: Sequence[_Moments], ridges: Sequence[float], start: int) -> _Chosen:
+def _cross_validated(
+    together: _Moments, folds: Sequence[_Moments], ridges: Sequence[float], start: int
+) -> _Chosen:
     """The best of the ridges by cross-validation over two folds or more, downhill from `start`."""
-    others = [reduce(add, folds[:fold] + folds[fold + 1 :]) for fold in range(len(folds))]
 
     def tried(number: int) -> _Chosen:
-        changes = [seen.solve(ridges[number]) for seen in others]
-        error = sum(
-            unseen.error(change) for unseen, change in zip(folds, changes, strict=True)
-        )  # fmt: skip
+        changes, error = [], 0.0
+        for unseen in folds:
+            # Made anew for each ridge: those of all folds at once would be most of the memory.
+            change = together.without(unseen).solve(ridges[number])
+            error += unseen.error(change)
+            changes.append(change.float())
         return _Chosen(ridges[number], error, changes)
 
     best, position = tried(start), start
