@@ -150,7 +150,7 @@ def show_repair() -> None:
         "fitted on the others. Where no repair does better there, the bare cut "
         "stays. There is no training."
     )
-    computed_by("recovery", "narrowing", "streams")
+    computed_by("recovery", "ridge", "narrowing", "streams")
 
 
 def show_measuring() -> None:

@@ -3,56 +3,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import bench_of, make_model, same_weights, snapshot, windows_for
-from transact_core import recovery
+from transact_core import recovery, ridge
 from transact_core.activations import transitional_inputs
 from transact_core.bench import Choices
 from transact_core.corpora import Windows
 from transact_core.errors import TransActError
-from transact_core.recovery import _cross_validated, _Moments, recover, require_recovery
+from transact_core.recovery import recover, require_recovery
 from transact_core.surgery import prune
-
-
-def random_moments(windows: int, inputs: int = 12, outputs: int = 5):
-    """Moments of random data, and the data with each token's weight multiplied in."""
-    x, y = torch.randn(windows, 50, inputs), torch.randn(windows, 50, outputs)
-    weights = torch.rand(windows, 50) + 0.5
-    root = weights.sqrt()[..., None]
-    return _Moments.of(x, y, weights), (x * root).flatten(0, 1), (y * root).flatten(0, 1)
-
-
-def test_the_solution_is_that_of_weighted_least_squares():
-    torch.manual_seed(0)
-    moments, x, y = random_moments(4)
-    moments = _Moments.of_all([moments])
-    expected = torch.linalg.lstsq(x, y).solution
-    torch.testing.assert_close(moments.solve(1e-9).float(), expected, rtol=1e-4, atol=1e-5)
-    left = (y - x @ expected).square().sum().item()
-    assert moments.error(expected.double()) == pytest.approx(left, rel=1e-4)
-
-
-def test_a_strong_ridge_keeps_the_bare_cut():
-    torch.manual_seed(0)
-    assert _Moments.of_all([random_moments(2)[0]]).solve(1e12).abs().max() < 1e-9
-
-
-def test_every_fold_is_judged_by_what_the_others_taught():
-    torch.manual_seed(0)
-    parts = [random_moments(2) for _ in range(3)]
-    ridges = (1e-9, 10.0)
-    folds = [part[0] for part in parts]
-    chosen = _cross_validated(_Moments.of_all(folds), folds, ridges, 0)
-    errors = dict.fromkeys(ridges, 0.0)
-    for held_out, (_, x, y) in enumerate(parts):
-        seen = [part for number, part in enumerate(parts) if number != held_out]
-        features = torch.cat([part[1] for part in seen]).double()
-        wanted = torch.cat([part[2] for part in seen]).double()
-        energy = features.square().sum(dim=0)
-        for ridge in ridges:
-            damped = features.T @ features + ridge * torch.diag(energy + 1e-3 * energy.mean())
-            change = torch.linalg.solve(damped, features.T @ wanted)
-            errors[ridge] += (y - (x.double() @ change)).square().sum().item()
-    assert chosen.ridge == min(errors, key=errors.get) == 10.0
-    assert chosen.error == pytest.approx(errors[10.0], rel=1e-5)
 
 
 def test_one_window_cannot_be_judged_and_keeps_the_bare_cut(gqa_bench):
@@ -185,7 +142,7 @@ def test_duplicated_channels_are_removed_without_loss(tokenizer):
 
 
 def test_no_repair_is_kept_that_is_worse_on_held_out_windows(gqa_bench, monkeypatch):
-    monkeypatch.setattr(_Moments, "solve", lambda self, ridge: torch.ones_like(self.cross))
+    monkeypatch.setattr(ridge, "solve", lambda gram, cross, strength: torch.ones_like(cross))
     dense = gqa_bench.loaded.model
     plan = gqa_bench.plan(0.5, 0.4, Choices())
     pruned = prune(dense, plan)

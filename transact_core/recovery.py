@@ -12,7 +12,7 @@ every later layer is judged on text that the repairs before it have not seen. Wh
 the model is then fitted on all windows.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -25,6 +25,7 @@ from transact_core.corpora import Windows
 from transact_core.errors import Progress, TransActError, silent
 from transact_core.narrowing import fit_narrow_heads
 from transact_core.plan import LayerPlan, PruningPlan
+from transact_core.ridge import FoldedRidge, energy
 from transact_core.streams import run_attention, run_mlp
 from transact_core.surgery import head_rows
 
@@ -177,8 +178,8 @@ class _Stream:
             self.layers[number] = self.choose(number, module, transitional, weights)
         bare, inputs = self._bare(number, module, transitional)
         del transitional
-        bare_error = _energy(wanted - bare, weights)
-        scale = _energy(wanted, weights) or 1.0
+        bare_error = energy(wanted - bare, weights)
+        scale = energy(wanted, weights) or 1.0
         kept = LayerFit(number, module, bare_error / scale, bare_error / scale, None)
         if len(self.folds) < 2:
             return kept, bare
@@ -188,19 +189,18 @@ class _Stream:
             written, inputs = self._run(self.pruned, number, module)
         features = inputs if self.recovery == "least-squares" else torch.ones_like(inputs[..., :1])
         missing = (wanted - written).float()
-        folds = [_Moments.of(features[fold], missing[fold], weights[fold]) for fold in self.folds]
-        together = _Moments.of_all(folds)
-        chosen = _cross_validated(together, folds, self.ridges, self.nearby)
-        unrepaired = sum(fold.energy for fold in folds)
+        del wanted, inputs
+        fitted = FoldedRidge(features, missing, weights, self.folds)
+        chosen = fitted.choose(self.ridges, self.nearby)
         projection = transitional_inputs(self.pruned, number)[module]
-        ridge, error = None, unrepaired
-        if chosen.error < unrepaired:
+        ridge, error = None, fitted.energy
+        if chosen.error < fitted.energy:
             ridge, error = chosen.ridge, chosen.error
             self.nearby = self.ridges.index(ridge)
             written = written.clone()
-            for fold, change in zip(self.folds, chosen.changes, strict=True):
-                written[fold] += (features[fold].float() @ change).to(written.dtype)
-            _change(projection, together.solve(ridge), self.recovery)
+            for fold, correction in fitted.corrections(chosen):
+                written[fold] += correction.to(written.dtype)
+            _change(projection, fitted.solve(ridge), self.recovery)
         if not error < bare_error:
             for projection, parameters in bare_projections.items():
                 projection.weight, projection.bias = parameters
@@ -231,12 +231,18 @@ class _Stream:
         """What a module writes on the stream, and the transitional activation it writes from."""
         layer = model.model.layers[number]
         rotary = model.model.rotary_emb(self.hidden, self.positions)
-        parts = [
-            run_attention(layer, batch, rotary) if module == "mha" else run_mlp(layer, batch)
-            for batch in self.hidden.split(BATCH_WINDOWS)
-        ]
-        written, inputs = zip(*parts, strict=True)
-        return torch.cat(written), torch.cat(inputs)
+        whole: list[torch.Tensor] = []
+        for start in range(0, len(self.hidden), BATCH_WINDOWS):
+            batch = self.hidden[start : start + BATCH_WINDOWS]
+            if module == "mha":
+                parts = run_attention(layer, batch, rotary)
+            else:
+                parts = run_mlp(layer, batch)
+            # Filled in one by one: to join all batches in the end takes twice the memory.
+            whole = whole or [each.new_empty(len(self.hidden), *each.shape[1:]) for each in parts]
+            for each, part in zip(whole, parts, strict=True):
+                each[start : start + BATCH_WINDOWS] = part
+        return whole[0], whole[1]
 
 
 def _change(projection: nn.Linear, change: torch.Tensor, recovery: str) -> None:
@@ -245,99 +251,3 @@ def _change(projection: nn.Linear, change: torch.Tensor, recovery: str) -> None:
     before = getattr(projection, name)
     changed = (before.double() + change).to(before.dtype)
     setattr(projection, name, nn.Parameter(changed, requires_grad=False))
-
-
-def _energy(values: torch.Tensor, weights: torch.Tensor) -> float:
-    """Sum of squares over (windows, sequence_length, width), each token times its weight."""
-    return (values.float().square().sum(dim=-1) * weights).double().sum().item()
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """Weighted second moments of a repair's features and of what the output lacks.
-
-    Kept in the float32 that they are gathered in; sums and solves are in float64.
-    """
-
-    gram: torch.Tensor
-    cross: torch.Tensor
-    energy: float
-    """Of what is missing."""
-
-    @classmethod
-    def of(cls, features: torch.Tensor, missing: torch.Tensor, weights: torch.Tensor) -> "_Moments":
-        """From (windows, sequence_length, width) each, and a weight for each token."""
-        root = weights.flatten().sqrt()[:, None]
-        x, y = (each.flatten(0, 1).float() * root for each in (features, missing))
-        return cls(x.T @ x, x.T @ y, _energy(missing, weights))
-
-    @classmethod
-    def of_all(cls, folds: Iterable["_Moments"]) -> "_Moments":
-        """Of several folds together, in float64 and with nothing else held."""
-        first, *others = folds
-        gram, cross, energy = first.gram.double(), first.cross.double(), first.energy
-        for each in others:
-            gram += each.gram
-            cross += each.cross
-            energy += each.energy
-        return cls(gram, cross, energy)
-
-    def without(self, fold: "_Moments") -> "_Moments":
-        """Of all these folds but that one, in float64."""
-        gram, cross = self.gram.clone(), self.cross.clone()
-        gram -= fold.gram
-        cross -= fold.cross
-        return _Moments(gram, cross, self.energy - fold.energy)
-
-    def solve(self, ridge: float) -> torch.Tensor:
-        """The change, shape (features, outputs), that leaves least missing under this ridge.
-
-        The ridge pulls towards the bare cut, not towards zero: without data nothing changes.
-        NaN where the system cannot be solved.
-        """
-        diagonal = self.gram.diagonal()
-        floor = diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
-        damped = self.gram.clone()
-        damped.diagonal().add_(ridge * (diagonal + 1e-3 * floor))
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if failed.item():
-            return torch.full_like(self.cross, torch.nan)
-        return torch.cholesky_solve(self.cross, factor)
-
-    def error(self, change: torch.Tensor) -> float:
-        """Energy of what is still missing once the change is made."""
-        explained = 2 * (change * self.cross).sum()
-        explained -= (change * (self.gram.double() @ change)).sum()
-        return self.energy - explained.item()
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    ridge: float
-    error: float
-    """Sum over folds of the energy that the other folds' change leaves missing."""
-    changes: Sequence[torch.Tensor]
-
-
-def _cross_validated(
-    together: _Moments, folds: Sequence[_Moments], ridges: Sequence[float], start: int
-) -> _Chosen:
-    """The best of the ridges by cross-validation over two folds or more, downhill from `start`."""
-
-    def tried(number: int) -> _Chosen:
-        changes, error = [], 0.0
-        for unseen in folds:
-            # Made anew for each ridge: those of all folds at once would be most of the memory.
-            change = together.without(unseen).solve(ridges[number])
-            error += unseen.error(change)
-            changes.append(change.float())
-        return _Chosen(ridges[number], error, changes)
-
-    best, position = tried(start), start
-    for step in (1, -1):
-        while 0 <= position + step < len(ridges):
-            neighbour = tried(position + step)
-            if not neighbour.error < best.error:
-                break
-            best, position = neighbour, position + step
-    return best
