@@ -12,7 +12,7 @@ from streamlit.delta_generator import DeltaGenerator
 
 from pages.shared import plan_charts
 from pages.shared.figure import show
-from pages.shared.jobs import DONE
+from pages.shared.jobs import DONE, Job
 from pages.shared.live import KEY, Measured, Position, live, predicted, tables
 from pages.shared.options import (
     GRANULARITY_HELP,
@@ -23,11 +23,12 @@ from pages.shared.options import (
     STEPS_HELP,
 )
 from pages.shared.progress import (
+    follow,
     require_bench,
     require_prepared,
-    show_dense,
-    show_job,
-    watch,
+    show_dense_end,
+    show_end,
+    unfinished,
 )
 from pages.shared.workbench import (
     Cut,
@@ -253,15 +254,20 @@ def while_same(name: str, key: Any, make: Callable[[], Any]) -> Any:
     return st.session_state[name][1]
 
 
-def learn(bench: Bench, choices: Choices) -> None:
-    """What a prediction needs, at the visitor's wish: it takes minutes."""
+def learn(bench: Bench, choices: Choices) -> Job | None:
+    """The job that measures what predictions need, if any; at the visitor's wish where it is long.
+
+    What nobody asked for runs in the background, and gives way to whatever else waits.
+    """
     if choices.granularity == "auto" or bench.damage_known(choices):
-        return
+        return None
     request, board = visit().request, workbench()
+    long = choices.granularity == "head-dims"
     job = board.open(request).damages.get(what_to_learn(choices))
+    if job is None and not long:
+        job = board.learn(request, choices)
     if job is not None and not job.finished:
-        watch(job, "learn")
-        return
+        return job
     if bench.damage_known(choices):
         st.rerun()
     if job is not None and job.error:
@@ -269,14 +275,11 @@ def learn(bench: Bench, choices: Choices) -> None:
     if st.button(
         "Predict perplexity for these choices", icon=":material/query_stats:",
         help="Measures what each layer loses at every width"
-        + (
-            ", by repairing each layer's attention several times."
-            if choices.granularity == "head-dims"
-            else ", in the background."
-        ),
+        + (", by repairing each layer's attention several times." if long else "."),
     ):  # fmt: skip
         board.learn(request, choices, anew=True)
         st.rerun()
+    return None
 
 
 def show_score(bench: Bench) -> None:
@@ -455,8 +458,10 @@ def show_measurement(
     """The measured point of this cut, and in the room at the top the button that measures it."""
     point = find_point(decision.plan, cut.recovery) if decision else None
     show_decision(decision, plan)
-    show_dense("cut")
-    busy = show_job("cut", visit().request, cut)
+    measuring = visit().latest_job(("cut", visit().request, cut))
+    busy = bool(unfinished(measuring))
+    show_dense_end("cut")
+    show_end(measuring)
     if point is not None:
         show_point(point)
     if not plan.cuts_anything(bench.loaded.architecture):
@@ -467,28 +472,22 @@ def show_measurement(
         tokens = f"{bench.evaluation.tokens:,} tokens"
         explained, possible = f"Cuts the model, repairs it, and measures on {tokens}.", True
 
-    def begin() -> None:
-        start_cut(bench, cut)
-        st.session_state["begun"] = True
-
     # As a callback: a run that is interrupted before it comes here would forget the click.
     room.button(
         "Prune and measure perplexity", type="primary", icon=":material/content_cut:",
-        disabled=busy or not possible, help=explained, width="stretch", on_click=begin,
+        disabled=busy or not possible, help=explained, width="stretch",
+        on_click=start_cut, args=(bench, cut),
     )  # fmt: skip
 
 
-@st.fragment
 def workbench_view(bench: Bench) -> None:
-    if st.session_state.pop("begun", False):
-        # The sidebar lists the new job.
-        st.rerun()
     choices = choose()
     structures, energy, given = tables_of(bench, choices)
     table = structures[0]
     room = choose_target(bench, choices, table, energy)
     position, revision = starting_position()
     dense = workbench().open(visit().request).dense
+    under_way = unfinished(dense)
     prediction = prediction_of(bench, choices, table)
     position = live(
         given,
@@ -499,13 +498,16 @@ def workbench_view(bench: Bench) -> None:
         prediction and predicted(table, prediction),
         measured_at(table, choices),
         f"Scoring by {choices.importance}",
-        "press “Predict perplexity” below",
+        "predicted once it is measured what each layer loses",
         restore_choices,
     )
     cut = keep(position, choices)
     if not require_prepared(bench, choices, "cut"):
         return
-    learn(bench, choices)
+    if learning := learn(bench, choices):
+        under_way.append(learning)
+    under_way += unfinished(visit().latest_job(("cut", visit().request, cut)))
+    follow("cut", under_way)
     decision = find_cut(bench, cut)
     plan = decision.plan if decision else plan_at(bench, cut)
     show_reading(choices.granularity)

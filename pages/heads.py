@@ -83,7 +83,7 @@ def show_attention(bench: Bench, layer: int, head: int) -> None:
         return
     job = pattern_job(layer, window)
     if not job.wait(SOON):
-        watch(job, "pattern")
+        watch("pattern", job)
         return
     if job.state != DONE:
         st.error(job.error or "The reading was cancelled.", icon=":material/error:")

@@ -9,7 +9,7 @@ from pages.shared import curve_chart, tradeoff_charts
 from pages.shared.figure import show
 from pages.shared.jobs import DONE
 from pages.shared.options import GRANULARITY_HELP, IMPORTANCE_HELP, RECOVERY_HELP, STEPS_HELP
-from pages.shared.progress import require_bench, show_dense, show_job
+from pages.shared.progress import follow, require_bench, show_dense_end, show_end, unfinished
 from pages.shared.workbench import first_look, points, start_curve, visit, workbench
 from transact_core.bench import Bench, Choices, Measurement
 from transact_core.importance import IMPORTANCES
@@ -185,7 +185,9 @@ def show_charts(bench: Bench) -> None:
 
 st.title("Perplexity against ratio")
 bench = require_bench()
-show_dense("curve")
-show_job("curve", visit().request)
+measuring = visit().latest_job(("curve", visit().request))
+follow("curve", unfinished(workbench().open(visit().request).dense, measuring))
+show_dense_end("curve")
+show_end(measuring)
 choose_curve(bench)
 show_charts(bench)

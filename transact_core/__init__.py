@@ -17,6 +17,7 @@ Data flows one way, and a module imports only from those before it:
     preview            what every position of the sliders leaves, as tables to draw from
     surgery            model and plan → a pruned stock LlamaForCausalLM
     narrowing          queries, keys and values of narrower heads, fitted
+    ridge              least squares for a repair, judged on folds of the windows
     recovery           closed-form repair after the cut
     damage             what each layer would lose at every width
     evaluation         perplexity with its uncertainty

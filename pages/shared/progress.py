@@ -1,6 +1,6 @@
 """A job on the page: what it is doing, how long it will take, a button to stop it."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import streamlit as st
 
@@ -48,33 +48,53 @@ def job_in_words(job: Job) -> str:
 
 
 @st.fragment(run_every=0.5)
-def watch(job: Job, key: str) -> None:
-    """Follows a job until it ends, then draws the whole page again."""
-    if job.finished:
+def watch(key: str, *jobs: Job) -> None:
+    """Follows jobs until one of them ends, then draws the whole page again."""
+    if any(job.finished for job in jobs):
         st.rerun()
-    with st.container(border=True):
-        line, button = st.columns([6, 1], vertical_alignment="center")
-        button.button(
-            "Cancel", key=f"cancel-{key}", width="stretch", on_click=job.cancel,
-            disabled=job.stopping,
-        )  # fmt: skip
-        words = " · ".join(filter(None, (f"**{job.title}**", job_in_words(job))))
-        line.progress(job.fraction, words)
+    for number, job in enumerate(jobs):
+        with st.container(border=True):
+            line, button = st.columns([6, 1], vertical_alignment="center")
+            button.button(
+                "Cancel", key=f"cancel-{key}-{number}", width="stretch", on_click=job.cancel,
+                disabled=job.stopping,
+            )  # fmt: skip
+            words = " · ".join(filter(None, (f"**{job.title}**", job_in_words(job))))
+            line.progress(job.fraction, words)
 
 
 def show_job(*about: Hashable) -> bool:
     """Shows this visitor's last job about this where there is one; True while it is unfinished."""
     job = visit().latest_job(about)
+    under_way = unfinished(job)
+    follow(f"job-{about[0]}", under_way)
+    show_end(job)
+    return bool(under_way)
+
+
+def unfinished(*jobs: Job | None) -> list[Job]:
+    """To be asked before what depends on these jobs is drawn: what ends later is followed still."""
+    return [job for job in jobs if job is not None and not job.finished]
+
+
+def follow(key: str, under_way: Sequence[Job]) -> None:
+    """Shows the progress of jobs, if there are any, and draws the page anew when one ends.
+
+    Not to be called in a fragment: what is nested and runs by itself can hide what is drawn around
+    it (https://github.com/streamlit/streamlit/issues/16708).
+    """
+    if under_way:
+        watch(key, *under_way)
+
+
+def show_end(job: Job | None) -> None:
+    """Why a job came to nothing, where it did."""
     if job is None:
-        return False
-    if not job.finished:
-        watch(job, f"job-{about[0]}")
-        return True
+        return
     if job.state == FAILED:
         st.error(f"{job.title} failed. {plain(job.error)}", icon=":material/error:")
     if job.state == CANCELLED:
         st.info(f"{job.title} was cancelled. What was measured before is kept.")
-    return False
 
 
 STATES = {
@@ -118,7 +138,7 @@ def show_opening() -> Bench | None:
     job = opening.bench
     if not job.finished:
         st.caption("The first opening converts the built-in model once; later ones take seconds.")
-        watch(job, "opening")
+        watch("opening", job)
         return None
     if job.state == DONE:
         return job.result
@@ -144,7 +164,7 @@ def require_prepared(bench: Bench, choices: Choices, key: str) -> bool:
         return True
     job = workbench().prepare(visit().request, choices)
     if not job.wait(SOON):
-        watch(job, f"{key}-prepare")
+        watch(f"{key}-prepare", job)
         return False
     if job.state == DONE:
         return True
@@ -165,15 +185,21 @@ def require_prepared(bench: Bench, choices: Choices, key: str) -> bool:
 def show_dense(key: str) -> Evaluation | None:
     """The dense model's losses; while there are none, their progress or the way to them."""
     opening = workbench().open(visit().request)
-    job = opening.dense
-    if not job.finished:
-        watch(job, key)
+    under_way = unfinished(opening.dense)
+    follow(key, under_way)
+    if not show_dense_end(key) or under_way:
         return None
-    if job.state == DONE:
-        return opening.bench.result.dense()
+    return opening.bench.result.dense()
+
+
+def show_dense_end(key: str) -> bool:
+    """True where the dense model's job has not come to nothing; else why, and the way on."""
+    job = workbench().open(visit().request).dense
+    if job.state not in (FAILED, CANCELLED):
+        return True
     if job.state == FAILED:
         st.error(f"{job.title} failed. {plain(job.error)}", icon=":material/error:")
     if st.button("Measure the dense model", key=f"dense-{key}"):
         workbench().measure_dense(visit().request)
         st.rerun()
-    return None
+    return False
