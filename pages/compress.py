@@ -47,7 +47,7 @@ from transact_core.decide import granularities_of, require_sequential
 from transact_core.errors import TransActError
 from transact_core.importance import IMPORTANCES
 from transact_core.plan import GRANULARITIES, Decision, PruningPlan
-from transact_core.prediction import Point, Ratio, keep_score, predict_grid
+from transact_core.prediction import Point, Ratio, damage_known_at, keep_score, predict_grid
 from transact_core.preview import EnergyKept, Structure, energy_kept, maps, structure
 from transact_core.recovery import RECOVERIES
 from transact_core.targets import Found, Target, find
@@ -244,7 +244,7 @@ def prediction_of(
 def prediction_points(bench: Bench) -> list[Point]:
     """This visitor's points whose damage is known."""
     made = (Point.of(point, choices_of(point)) for point in points())
-    return [point for point in made if bench.damage_known(point.choices)]
+    return [point for point in made if damage_known_at(bench, point)]
 
 
 def while_same(name: str, key: Any, make: Callable[[], Any]) -> Any:
@@ -498,7 +498,9 @@ def workbench_view(bench: Bench) -> None:
         prediction and predicted(table, prediction),
         measured_at(table, choices),
         f"Scoring by {choices.importance}",
-        "predicted once it is measured what each layer loses",
+        "predicted once it is measured what each layer loses"
+        if prediction is None
+        else "not predicted at widths this narrow",
         restore_choices,
     )
     cut = keep(position, choices)

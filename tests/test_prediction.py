@@ -16,6 +16,7 @@ from transact_core.prediction import (
     SHARED,
     Fit,
     Point,
+    damage_known_at,
     keep_score,
     law,
     next_points,
@@ -220,6 +221,19 @@ def test_points_whose_damage_is_not_known_are_left_out(gqa_bench, measured):
     )
     assert len(keep_score(gqa_bench, [*measured, strange])) == len(measured)
     assert not gqa_bench.damage_known(strange.choices)
+
+
+def test_heads_narrower_than_those_tried_are_left_out(gqa_bench):
+    choices = replace(CHOICES, granularity="head-dims")
+    tried = gqa_bench.damage(choices).mha.widths[0].item()
+    narrower = tried - 2 * gqa_bench.loaded.architecture.num_attention_heads
+    assert narrower > 0
+    strange = Point(choices, narrower, 40, 0.5)
+    assert not damage_known_at(gqa_bench, strange)
+    assert keep_score(gqa_bench, [strange]) == []
+    grid = predict_grid(gqa_bench, choices, [strange], mha_widths=[narrower, tried])
+    assert grid == predict_grid(gqa_bench, choices, [], mha_widths=[tried])
+    assert {mha for mha, _ in grid} == {tried}
 
 
 def test_the_next_points_are_new_useful_and_apart(gqa_bench, measured):

@@ -55,6 +55,10 @@ class Curve:
     """Relative squared error of each layer, shape (layers, widths), float64; 0 where nothing goes,
     and never less at a smaller width."""
 
+    def covers(self, width: float) -> bool:
+        """Whether the error at this width is known: heads are not tried at their narrowest."""
+        return bool(self.widths[0] <= width <= self.widths[-1])
+
     def at(self, widths: Sequence[float] | np.ndarray) -> np.ndarray:
         """Mean over layers at these widths; between two known ones, on the line between them.
 

@@ -134,13 +134,18 @@ def predict_grid(
 ) -> dict[tuple[int, int], Ratio]:
     """The ratio at every pair of these widths; by default all attention widths and 96 MLP widths.
 
-    Measures the damage where it is not known. `points` may hold other choices of the same bench;
-    those whose damage is not known are left out. `mid` and `high` never fall where a width does;
-    at the dense widths all three are 1.
+    Measures the damage where it is not known; widths that it does not cover are left out. `points`
+    may hold other choices of the same bench; those whose damage is not known are left out. `mid`
+    and `high` never fall where a width does; at the dense widths all three are 1.
     """
     damage = bench.damage(choices)
-    mha = sorted(mha_widths or _mha_widths(bench, choices, SIDE), reverse=True)
-    mlp = sorted(mlp_widths or _evenly(damage.mlp.widths.tolist(), SIDE), reverse=True)
+    mha, mlp = (
+        sorted(filter(curve.covers, widths), reverse=True)
+        for curve, widths in (
+            (damage.mha, mha_widths or _mha_widths(bench, choices, SIDE)),
+            (damage.mlp, mlp_widths or _evenly(damage.mlp.widths.tolist(), SIDE)),
+        )
+    )
     low, mid, high = fitted(bench, points).predict(
         _group(choices), damage.mha.at(mha)[:, None], damage.mlp.at(mlp)[None]
     )
@@ -159,7 +164,7 @@ def keep_score(bench: Bench, points: Sequence[Point]) -> list[Scored]:
 
     Points whose damage is not known are left out.
     """
-    known = [point for point in points if bench.damage_known(point.choices)]
+    known = [point for point in points if damage_known_at(bench, point)]
     scored = []
     for number, point in enumerate(known):
         damage = bench.damage(point.choices)
@@ -171,6 +176,14 @@ def keep_score(bench: Bench, points: Sequence[Point]) -> list[Scored]:
         ratio = Ratio(*(math.exp(min(each.item(), MOST)) for each in said))
         scored.append(Scored(point, ratio, math.exp(min(point.delta_nll, MOST))))
     return scored
+
+
+def damage_known_at(bench: Bench, point: Point) -> bool:
+    """Whether the point can be learnt from without measuring what layers lose at its widths."""
+    if not bench.damage_known(point.choices):
+        return False
+    damage = bench.damage(point.choices)
+    return damage.mha.covers(point.mha_width) and damage.mlp.covers(point.mlp_width)
 
 
 def next_points(
@@ -230,7 +243,7 @@ def fitted(bench: Bench, points: Iterable[Point]) -> "Fit":
     rows = [
         (_group(point.choices), point, bench.damage(point.choices))
         for point in points
-        if bench.damage_known(point.choices) and math.isfinite(point.delta_nll)
+        if damage_known_at(bench, point) and math.isfinite(point.delta_nll)
     ]
     return Fit(
         [group for group, _, _ in rows],

@@ -198,7 +198,9 @@ def test_a_target_moves_the_thumbs(open_page):
 
 def test_perplexity_is_predicted_and_the_prediction_keeps_its_score(opened, open_page):
     page = open_page("compress")
-    ended(opened.learn(Request(), Choices()))
+    # It begins by itself.
+    (learning,) = opened.open(Request()).damages.values()
+    ended(learning)
     page.run()
     given = live(page)
     row, column = given["mha"][0]["option_at"][33], given["mlp"]["option_at"][30]
@@ -211,6 +213,15 @@ def test_perplexity_is_predicted_and_the_prediction_keeps_its_score(opened, open
     assert (measured["mha"], measured["mlp"]) == (row, column)
     assert live(page)["prediction"]["mid"][row][column] != mid
     assert "of 1 cuts predicted before they were measured" in texts(page)
+
+
+def test_what_takes_long_is_predicted_at_the_visitors_wish(opened, open_page):
+    page = open_page("compress", granularity="head-dims")
+    assert not opened.open(Request()).damages
+    button(page, "Predict perplexity for these choices").click().run()
+    (learning,) = opened.open(Request()).damages.values()
+    ended(learning)
+    assert live(page.run())["prediction"] is not None
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
