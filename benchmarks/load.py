@@ -1,0 +1,355 @@
+"""Ten visitors at once on one server of the app, each in a real Chromium with cookies of its own.
+
+    python -m benchmarks.load
+
+The first measures a long curve on the largest model. Meanwhile the others, each with a model and
+sliders of their own, ask for a cut at the same moment, and when all have theirs, for another one.
+There are more models than the server keeps, some of them shared, so that what was used longest ago
+is let go of and comes back.
+
+It fails where a visitor sees a figure that is not its own, or another one than the library computes
+here in this process; where a cut waits for more than two pieces of the curve; where no page says
+what a cut waits for. It prints how long pages and cuts took, and the server's resident memory.
+"""
+
+import argparse
+import os
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from pages.shared.jobs import job_threads
+from pages.shared.workbench import MODELS_KEPT
+from tests.browser.driving import (
+    TIMEOUT_MS,
+    ask_to_open,
+    at,
+    button,
+    measure_mlp_curve,
+    metric,
+    running_app,
+    settle,
+    sidebar,
+    start_chromium,
+)
+from tests.conftest import make_model, make_tokenizer
+from transact_core import corpora
+from transact_core.bench import Bench, Choices
+from transact_core.files import cache_folder
+from transact_core.models import load_model
+from transact_core.sweep import Pair, most_informative_first, point_at
+
+CALIBRATION_TOKENS = 1024
+"""As `ask_to_open` has it."""
+WAITING = re.compile(r"waiting, \d+ ahead: [^·\n]*[^·\n ]|next in line")
+PIECES_WAITED_AT_MOST = 2
+"""The piece under way when a cut was asked for, and one more: others may come before the cut."""
+ROUND_SECONDS = 1800
+REST_SECONDS = 5
+LARGE = {"vocab_size": 32_000, "head_dim": 64, "num_attention_heads": 6, "num_key_value_heads": 3,
+         "hidden_size": 384, "intermediate_size": 1024, "max_position_embeddings": 512}  # fmt: skip
+MODELS = {
+    "heavy": LARGE | {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 16,
+                      "intermediate_size": 2048},
+    **{f"model-{layers}": LARGE | {"num_hidden_layers": layers} for layers in (2, 3, 4, 5, 6)},
+}  # fmt: skip
+
+
+@dataclass
+class Visitor:
+    """One browser context, what it asked for and what it was shown."""
+
+    page: Page
+    folder: Path
+    ratios: list[Pair]
+    """Of its cuts, in the order that they are asked for."""
+    printed: list[str] = field(default_factory=list)
+    """Perplexities on the Compress page."""
+    charted: list[float] = field(default_factory=list)
+    """Perplexities on the chart of the Perplexity page."""
+    seconds: list[float] = field(default_factory=list)
+    """From asking for a cut to its figure."""
+    pieces: list[int] = field(default_factory=list)
+    """Pieces of the curve that were measured in that time."""
+    errors: list[str] = field(default_factory=list)
+    """Of the page's scripts."""
+
+
+@dataclass
+class Seen:
+    """What a load run has seen."""
+
+    first: Visitor
+    others: list[Visitor]
+    curve: list[Pair]
+    """What was measured of it, in that order."""
+    pieces: int = 0
+    """Those of the curve that were seen to be measured, so far."""
+    page_seconds: list[float] = field(default_factory=list)
+    """From an address to the live view."""
+    words: set[str] = field(default_factory=set)
+    """What waiting jobs were said to wait for."""
+
+
+# --- the server ------------------------------------------------------------------------------
+
+
+class Memory(threading.Thread):
+    """Resident bytes of a process and its children, twice a second until it is stopped."""
+
+    def __init__(self, process: psutil.Process) -> None:
+        super().__init__(daemon=True)
+        self.process, self.samples, self._ended = process, [], threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(0.5):
+            self.samples.append(self.now())
+
+    def now(self) -> int:
+        family = [self.process, *self.process.children(recursive=True)]
+        return sum(each.memory_info().rss for each in family)
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[tuple[str, Memory]]:
+    """The app with a cache of its own: its address and its memory."""
+    cache, converted = folder / "cache", cache_folder() / "models"
+    cache.mkdir()
+    if converted.is_dir():
+        # What was measured before is not taken over, only what was converted.
+        (cache / "models").symlink_to(converted)
+    before = set(psutil.Process().children())
+    with running_app(folder / "log.txt", TRANSACT_CACHE=str(cache)) as address:
+        (process,) = set(psutil.Process().children()) - before
+        memory = Memory(process)
+        memory.start()
+        try:
+            yield address, memory
+        finally:
+            memory.stop()
+
+
+def write_models(folder: Path, models: dict[str, dict]) -> list[Path]:
+    """A checkpoint of random weights for each."""
+    tokenizer = make_tokenizer()
+    for name, changes in models.items():
+        make_model(**changes).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return [folder / name for name in models]
+
+
+# --- what the visitors do --------------------------------------------------------------------
+
+
+def come(browser: Browser, folder: Path, ratios: list[Pair]) -> Visitor:
+    context = browser.new_context(viewport={"width": 1440, "height": 1400})
+    page = context.new_page()
+    page.set_default_timeout(TIMEOUT_MS)
+    visitor = Visitor(page, folder, ratios)
+    page.on("pageerror", lambda error: visitor.errors.append(str(error)))
+    page.on("crash", lambda _: visitor.errors.append("the page crashed"))
+    return visitor
+
+
+def ratios_of(number: int, rounds: int) -> list[Pair]:
+    """Those of one visitor's cuts, which are nobody else's."""
+    return [
+        (0.5 if number % 2 else 0.0, round(0.05 + 0.04 * number + 0.45 * turn, 2))
+        for turn in range(rounds)
+    ]
+
+
+def pieces_done(page: Page) -> int:
+    """Of the curve, as its visitor's sidebar has it; 0 while it is drawn anew."""
+    told = sidebar(page).inner_text()
+    if found := re.search(r"point (\d+) of", told):
+        return int(found[1]) - 1
+    found = re.search(r"(\d+) of \d+ done", told)
+    return int(found[1]) if found else 0
+
+
+def ask_for_cuts(seen: Seen, address: str, turn: int) -> None:
+    """All visitors but the first ask for a cut, and wait until each has its figure."""
+    for each in seen.others:
+        mha, mlp = (round(100 * ratio) for ratio in each.ratios[turn])
+        began = time.monotonic()
+        each.page.goto(f"{address}/compress?mha={mha}&mlp={mlp}")
+        at(each.page, mha, mlp)
+        seen.page_seconds.append(time.monotonic() - began)
+        settle(each.page)
+    asked = {}
+    for each in seen.others:
+        button(each.page, "Prune and measure perplexity").click()
+        seen.pieces = max(seen.pieces, pieces_done(seen.first.page))
+        asked[each.page] = time.monotonic(), seen.pieces
+    waiting = list(seen.others)
+    while waiting:
+        seen.pieces = max(seen.pieces, pieces_done(seen.first.page))
+        for each in list(waiting):
+            figure = metric(each.page, "Perplexity, measured")
+            if figure.is_visible():
+                each.printed.append(figure.inner_text())
+                began, pieces = asked[each.page]
+                each.seconds.append(time.monotonic() - began)
+                each.pieces.append(seen.pieces - pieces)
+                waiting.remove(each)
+            seen.words |= set(WAITING.findall(sidebar(each.page).inner_text()))
+        seen.words |= set(WAITING.findall(sidebar(seen.first.page).inner_text()))
+        taken = time.monotonic() - min(began for began, _ in asked.values())
+        assert taken < ROUND_SECONDS, f"{len(waiting)} cuts have not come"
+        time.sleep(0.2)
+
+
+def charted(page: Page) -> list[float]:
+    """The perplexities of cuts on the chart."""
+    return page.locator(".js-plotly-plot").first.evaluate(
+        "chart => chart.data.filter(each => each.name !== 'dense').flatMap(each => [...each.y])"
+    )
+
+
+def go_through(
+    browser: Browser,
+    address: str,
+    folders: Sequence[Path],
+    visitors: int,
+    rounds: int,
+    curve_points: int,
+    evaluation_tokens: int,
+    sequence_length: int,
+) -> Seen:
+    """The whole visit: the first folder's model is the first visitor's, the rest are shared out."""
+    shared = folders[1:]
+    first = come(browser, folders[0], [])
+    others = [
+        come(browser, shared[number % len(shared)], ratios_of(number, rounds))
+        for number in range(visitors - 1)
+    ]
+    seen = Seen(first, others, [])
+    for each in (first, *others):
+        page = "perplexity" if each is first else "compress"
+        ask_to_open(each.page, f"{address}/{page}", each.folder, evaluation_tokens, sequence_length)
+    for each in (first, *others):
+        expect(sidebar(each.page).get_by_text(each.folder.name, exact=True)).to_be_visible()
+    expect(button(first.page, "Measure the curve")).to_be_visible()
+    settle(first.page)
+    measure_mlp_curve(first.page, curve_points)
+    begun = re.compile(r"point ([2-9]|\d\d) of|[1-9]\d* of \d+ done")
+    expect(sidebar(first.page)).to_contain_text(begun)
+    for turn in range(rounds):
+        ask_for_cuts(seen, address, turn)
+
+    if button(first.page, "Cancel").first.is_visible():
+        sidebar(first.page).get_by_role("button", name="close").click()
+    expect(
+        sidebar(first.page).get_by_text(re.compile("Curve .* · (cancelled|done)"))
+    ).to_be_visible()
+    for each in (first, *others):
+        each.page.goto(f"{address}/perplexity")
+        expect(each.page.get_by_text("All points")).to_be_visible()
+        settle(each.page)
+        each.charted = charted(each.page)
+        expect(each.page.get_by_test_id("stException")).to_have_count(0)
+    # All widths are others where the model has that many channels.
+    asked = [(0.0, round(float(step), 2)) for step in np.linspace(0, 0.7, curve_points + 1)[1:]]
+    seen.curve = most_informative_first(asked)[: len(first.charted)]
+    return seen
+
+
+# --- what it comes to ------------------------------------------------------------------------
+
+
+def computed(
+    folder: Path, ratios: Sequence[Pair], recovery: str, evaluation_tokens: int, length: int
+) -> list[float]:
+    """Perplexities of cuts as this process computes them, with the app's number of threads."""
+    loaded = load_model(str(folder))
+    text = corpora.read_corpus(corpora.BUILTIN)
+    windows = corpora.calibration_and_evaluation(
+        text, text, loaded.tokenizer, loaded.architecture.vocab_size,
+        CALIBRATION_TOKENS, evaluation_tokens, length,
+    )  # fmt: skip
+    bench, choices = Bench(loaded, *windows), Choices(recovery=recovery)
+    return [point_at(bench, pair, choices).perplexity for pair in ratios]
+
+
+def check(seen: Seen, evaluation_tokens: int, sequence_length: int) -> None:
+    """Raises AssertionError where something is not as it is promised."""
+    texts = evaluation_tokens, sequence_length
+    curve = computed(seen.first.folder, seen.curve, "none", *texts)
+    assert sorted(seen.first.charted) == sorted(curve), (seen.first.charted, curve)
+    figures = set(curve)
+    for number, each in enumerate(seen.others, start=2):
+        assert each.errors == [], f"visitor {number}"
+        mine = computed(each.folder, each.ratios, Choices.recovery, *texts)
+        assert sorted(each.charted) == sorted(mine), f"visitor {number}: {each.charted}, {mine}"
+        assert each.printed == [f"{figure:.2f}" for figure in mine], f"visitor {number}"
+        assert max(each.pieces) <= PIECES_WAITED_AT_MOST, f"visitor {number}: {each.pieces}"
+        # Else it could have been another's that was seen.
+        assert not figures & set(mine), "two visitors have the same figure"
+        figures |= set(mine)
+    assert any("other visitors" in words or "another visitor" in words for words in seen.words)
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--visitors", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=2, help="cuts that each asks for")
+    parser.add_argument("--curve-points", type=int, default=20)
+    chosen = parser.parse_args()
+    texts = 1024, 128
+    expect.set_options(timeout=TIMEOUT_MS)
+    with tempfile.TemporaryDirectory(prefix="transact-load-") as name, sync_playwright() as play:
+        folder = Path(name)
+        folders = write_models(folder, MODELS)
+        sizes = {each.name: (each / "model.safetensors").stat().st_size for each in folders}
+        browser = start_chromium(play)
+        with server(folder) as (address, memory):
+            idle = memory.now()
+            seen = go_through(
+                browser, address, folders, chosen.visitors, chosen.rounds, chosen.curve_points,
+                *texts,
+            )  # fmt: skip
+            time.sleep(REST_SECONDS)
+            after, peak = memory.now(), max(memory.samples)
+        browser.close()
+        os.environ["TRANSACT_CACHE"] = str(folder / "own")
+        torch.set_num_threads(job_threads())
+        check(seen, *texts)
+    cuts = [seconds for each in seen.others for seconds in each.seconds]
+    pieces = [count for each in seen.others for count in each.pieces]
+    print(
+        f"{chosen.visitors} visitors, {len(folders)} models of "
+        f"{', '.join(megabytes(size) for size in sizes.values())} (together "
+        f"{megabytes(sum(sizes.values()))}), of which the server keeps {MODELS_KEPT}; "
+        f"{len(cuts)} cuts beside a curve of which {len(seen.curve)} points were measured.\n"
+        f"Every figure is its visitor's own, and the one computed here.\n"
+        f"Seconds to a page: median {sorted(seen.page_seconds)[len(seen.page_seconds) // 2]:.1f}, "
+        f"at worst {max(seen.page_seconds):.1f}\n"
+        f"Seconds to a cut, all asked for at once: first {min(cuts):.0f}, last {max(cuts):.0f}; "
+        f"pieces of the curve meanwhile: at most {max(pieces)}\n"
+        f"Resident memory: {megabytes(idle)} before the first visit, {megabytes(peak)} at its "
+        f"peak, {megabytes(after)} at rest\n"
+        f"Told while waiting: {'; '.join(sorted(seen.words))}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Many visitors at once, in small; `python -m benchmarks.load` is the whole of it, with figures."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from playwright.sync_api import Browser, expect
+
+from benchmarks.load import check, go_through, server, write_models
+from pages.shared.jobs import job_threads
+from tests.browser.driving import TIMEOUT_MS
+
+pytestmark = [pytest.mark.browser, pytest.mark.builtin]
+"""A server's first page begins to open the built-in model."""
+
+MODELS = {
+    # A point of its curve takes seconds, even on a quick machine.
+    "long": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 16},
+    **{f"small-{layers}": {"num_hidden_layers": layers} for layers in (2, 3, 4)},
+}
+TEXTS = 8_000, 128
+
+
+@pytest.fixture
+def app_s_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(job_threads())
+    yield
+    torch.set_num_threads(before)
+
+
+def test_each_of_many_visitors_has_its_own(
+    browser: Browser, tmp_path: Path, monkeypatch, app_s_threads
+):
+    expect.set_options(timeout=TIMEOUT_MS)
+    folders = write_models(tmp_path, MODELS)
+    with server(tmp_path) as (address, _):
+        seen = go_through(browser, address, folders, 6, 1, 20, *TEXTS)
+    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "own"))
+    check(seen, *TEXTS)
