@@ -47,7 +47,7 @@ from transact_core.decide import granularities_of, require_sequential
 from transact_core.errors import TransActError
 from transact_core.importance import IMPORTANCES
 from transact_core.plan import GRANULARITIES, Decision, PruningPlan
-from transact_core.prediction import Point, Ratio, damage_known_at, keep_score, predict_grid
+from transact_core.prediction import Point, Ratio, keep_score, predict_grid, with_known_damage
 from transact_core.preview import EnergyKept, Structure, energy_kept, maps, structure
 from transact_core.recovery import RECOVERIES
 from transact_core.targets import Found, Target, find
@@ -243,8 +243,8 @@ def prediction_of(
 
 def prediction_points(bench: Bench) -> list[Point]:
     """This visitor's points whose damage is known."""
-    made = (Point.of(point, choices_of(point)) for point in points())
-    return [point for point in made if damage_known_at(bench, point)]
+    made = [Point.of(point, choices_of(point)) for point in points()]
+    return [point for point, _ in with_known_damage(bench, made)]
 
 
 def while_same(name: str, key: Any, make: Callable[[], Any]) -> Any:
@@ -453,12 +453,16 @@ def show_decision(decision: Decision | None, plan: PruningPlan) -> None:
 
 
 def show_measurement(
-    bench: Bench, cut: Cut, decision: Decision | None, plan: PruningPlan, room: DeltaGenerator
+    bench: Bench,
+    cut: Cut,
+    decision: Decision | None,
+    plan: PruningPlan,
+    measuring: Job | None,
+    room: DeltaGenerator,
 ) -> None:
     """The measured point of this cut, and in the room at the top the button that measures it."""
     point = find_point(decision.plan, cut.recovery) if decision else None
     show_decision(decision, plan)
-    measuring = visit().latest_job(("cut", visit().request, cut))
     busy = bool(unfinished(measuring))
     show_dense_end("cut")
     show_end(measuring)
@@ -508,12 +512,13 @@ def workbench_view(bench: Bench) -> None:
         return
     if learning := learn(bench, choices):
         under_way.append(learning)
-    under_way += unfinished(visit().latest_job(("cut", visit().request, cut)))
+    measuring = visit().latest_job(("cut", visit().request, cut))
+    under_way += unfinished(measuring)
     follow("cut", under_way)
     decision = find_cut(bench, cut)
-    plan = decision.plan if decision else plan_at(bench, cut)
+    plan = plan_at(bench, cut, decision)
     show_reading(choices.granularity)
-    show_measurement(bench, cut, decision, plan, room)
+    show_measurement(bench, cut, decision, plan, measuring, room)
     show_score(bench)
     if plan.granularity == "head-dims":
         show_pairs(bench, plan)

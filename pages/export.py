@@ -87,7 +87,7 @@ def show_other_runtimes(bench: Bench, cut: Cut, decision: Decision | None) -> No
     if cut.granularity == "auto" and decision is None:
         st.caption("Which other runtimes read it depends on the granularity that `auto` takes.")
         return
-    loaded, plan = bench.loaded, decision.plan if decision else plan_at(bench, cut)
+    loaded, plan = bench.loaded, plan_at(bench, cut, decision)
     for each in readings_of_cut(plan, loaded.architecture, loaded.model.config):
         match each.outcome:
             case "same":

@@ -16,11 +16,11 @@ from transact_core.prediction import (
     SHARED,
     Fit,
     Point,
-    damage_known_at,
     keep_score,
     law,
     next_points,
     predict_grid,
+    with_known_damage,
 )
 
 CHOICES = Choices(recovery="none")
@@ -229,7 +229,7 @@ def test_heads_narrower_than_those_tried_are_left_out(gqa_bench):
     narrower = tried - 2 * gqa_bench.loaded.architecture.num_attention_heads
     assert narrower > 0
     strange = Point(choices, narrower, 40, 0.5)
-    assert not damage_known_at(gqa_bench, strange)
+    assert not with_known_damage(gqa_bench, [strange])
     assert keep_score(gqa_bench, [strange]) == []
     grid = predict_grid(gqa_bench, choices, [strange], mha_widths=[narrower, tried])
     assert grid == predict_grid(gqa_bench, choices, [], mha_widths=[tried])

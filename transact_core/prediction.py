@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from transact_core.bench import Bench, Choices, Measurement
+from transact_core.damage import Damage
 
 REFERENCE = 0.1
 PRIOR = np.array([-0.7, 0.26, -1.05, 0.22, 0.0])
@@ -164,11 +165,10 @@ def keep_score(bench: Bench, points: Sequence[Point]) -> list[Scored]:
 
     Points whose damage is not known are left out.
     """
-    known = [point for point in points if damage_known_at(bench, point)]
+    known = with_known_damage(bench, points)
     scored = []
-    for number, point in enumerate(known):
-        damage = bench.damage(point.choices)
-        said = fitted(bench, known[:number]).predict(
+    for number, (point, damage) in enumerate(known):
+        said = _fit(known[:number]).predict(
             _group(point.choices),
             damage.mha.at([point.mha_width]),
             damage.mlp.at([point.mlp_width]),
@@ -178,12 +178,21 @@ def keep_score(bench: Bench, points: Sequence[Point]) -> list[Scored]:
     return scored
 
 
-def damage_known_at(bench: Bench, point: Point) -> bool:
-    """Whether the point can be learnt from without measuring what layers lose at its widths."""
-    if not bench.damage_known(point.choices):
-        return False
-    damage = bench.damage(point.choices)
-    return damage.mha.covers(point.mha_width) and damage.mlp.covers(point.mlp_width)
+def with_known_damage(bench: Bench, points: Iterable[Point]) -> list[tuple[Point, Damage]]:
+    """The points that can be learnt from without measuring what layers lose at their widths."""
+    points = list(points)
+    damages = {
+        choices: bench.damage(choices)
+        for choices in {point.choices for point in points}
+        if bench.damage_known(choices)
+    }
+    return [
+        (point, damage)
+        for point in points
+        if (damage := damages.get(point.choices))
+        and damage.mha.covers(point.mha_width)
+        and damage.mlp.covers(point.mlp_width)
+    ]
 
 
 def next_points(
@@ -240,10 +249,14 @@ def _chance_below(limit: float, mid: np.ndarray, spread: np.ndarray) -> np.ndarr
 
 def fitted(bench: Bench, points: Iterable[Point]) -> "Fit":
     """The predictor that has seen these points, as far as their damage is known."""
+    return _fit(with_known_damage(bench, points))
+
+
+def _fit(known: Iterable[tuple[Point, Damage]]) -> "Fit":
     rows = [
-        (_group(point.choices), point, bench.damage(point.choices))
-        for point in points
-        if damage_known_at(bench, point) and math.isfinite(point.delta_nll)
+        (_group(point.choices), point, damage)
+        for point, damage in known
+        if math.isfinite(point.delta_nll)
     ]
     return Fit(
         [group for group, _, _ in rows],

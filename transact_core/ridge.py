@@ -45,8 +45,8 @@ class Moments:
     def error(self, change: torch.Tensor) -> float:
         """Energy of what is still missing once the float64 change is made."""
         explained = 2 * (change * self.cross).sum()
-        for rows in torch.arange(len(change)).split(ROWS_AT_ONCE):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, len(change), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
             explained -= (change[part] * (self.gram[part].double() @ change)).sum()
         return self.energy - explained.item()
 

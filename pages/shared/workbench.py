@@ -523,9 +523,8 @@ def find_cut(bench: Bench, cut: Cut) -> Decision | None:
     return own.decision if own else find_decision(bench, *cut.ratios, cut.choices)
 
 
-def plan_at(bench: Bench, cut: Cut) -> PruningPlan:
-    """The plan of a cut, or a first look at one that is not decided yet."""
-    decision = find_cut(bench, cut)
+def plan_at(bench: Bench, cut: Cut, decision: Decision | None) -> PruningPlan:
+    """The plan of a cut as it was decided, or a first look at one that is not decided yet."""
     return decision.plan if decision else bench.plan(*cut.ratios, first_look(cut.choices))
 
 
