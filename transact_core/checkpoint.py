@@ -9,13 +9,14 @@ from transformers import LlamaForCausalLM
 
 from transact_core.models import dtype_name
 
-SHARD_BYTES = 1_000_000_000
+SHARD_BYTES = 250_000_000
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 class CheckpointWriter:
-    """Takes tensors as they are done and writes them in shards of about a gigabyte.
+    """Takes tensors as they are done and writes them in shards of a quarter of a gigabyte, since
+    what is not written yet waits in memory.
 
     One shard becomes `model.safetensors`; several get the usual names and index.
     """

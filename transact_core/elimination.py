@@ -29,6 +29,7 @@ from transformers import LlamaForCausalLM
 from transact_core.activations import MODULES, transitional_inputs
 from transact_core.corpora import Windows
 from transact_core.errors import Progress, TransActError, silent
+from transact_core.ridge import factored_in_place
 from transact_core.streams import Stream, second_moments
 
 RIDGE = 1e-2
@@ -130,9 +131,8 @@ def damped_inverse(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     damped.diagonal().add_(damping)
     scale = (energy + damping).sqrt()
     damped.div_(scale).div_(scale[:, None])
-    factor = torch.linalg.cholesky(damped)
-    del damped
-    return scale, torch.cholesky_inverse(factor)
+    factor = factored_in_place(damped)
+    return scale, torch.cholesky_inverse(factor, out=factor)
 
 
 def eliminate_channels(inverse: torch.Tensor, columns: torch.Tensor) -> Removal:

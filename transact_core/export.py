@@ -297,8 +297,6 @@ def _write_layers(
     cut = Cut(dense, plan, with_biases=recovery == "bias")
     layers = cut.pruned.model.layers
     writer = CheckpointWriter(folder, getattr(torch, compression.save_dtype))
-    for name in bench.loaded.architecture.outer_tensors():
-        writer.add(name, cut.pruned.get_parameter(name))
 
     def write_layer(number: int) -> None:
         for name, tensor in layers[number].state_dict().items():
@@ -316,6 +314,9 @@ def _write_layers(
             cut.make_layer(number)
             write_layer(number)
     progress("Writing the checkpoint", 0, 1)
+    # Last, as what is added waits in memory until a shard is full.
+    for name in bench.loaded.architecture.outer_tensors():
+        writer.add(name, cut.pruned.get_parameter(name))
     writer.finish(cut.pruned)
     progress("Writing the checkpoint", 1, 1)
     return fits

@@ -12,7 +12,7 @@ every later layer is judged on text that the repairs before it have not seen. Wh
 the model is then fitted on all windows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -140,72 +140,85 @@ class _Stream:
         """Carries the stream past one module, repaired where it is cut."""
         projection = transitional_inputs(self.pruned, number)[module]
         cut = projection.weight is not transitional_inputs(self.dense, number)[module].weight
-        fit = None
         if cut and self.recovery != "none":
-            fit, written = self._repair(number, module)
-        else:
-            written, _ = self._run(self.pruned, number, module)
-        self.hidden = self.hidden + written
-        return fit
+            return self._repair(number, module)
+        for batch, written, _ in self._batches(self.pruned, number, module):
+            self.hidden[batch] += written
+        return None
 
-    def _bare(
-        self, number: int, module: str, transitional: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the bare cut writes, and its transitional activation, from the dense module's.
+    def _repair(self, number: int, module: str) -> LayerFit:
+        """Repairs one module, and carries each window past it as the other folds repaired it.
 
-        Whole units compute what they computed before, so their activations are a selection.
+        Little that is as large as the stream is held at a time: it is what memory goes into.
         """
-        if module == "mha" and self.narrower:
-            return self._run(self.pruned, number, module)
-        layer = self.layers[number]
+        narrows = module == "mha" and self.narrower
+        projection = transitional_inputs(self.pruned, number)[module]
+        whole = narrows or self.choose is not None
+        kept = None if whole else self._kept(number, module)
+        wanted, inputs = self._run(self.dense, number, module, kept)
+        # RMSNorm divides by this next: an error counts relative to the stream it disturbs, and the
+        # few tokens of enormous norm do not drown all others.
+        squares = [
+            (before + change).float().square().mean(dim=-1)
+            for before, change in zip(self.hidden, wanted, strict=True)
+        ]
+        weights = (torch.stack(squares) + self.dense.config.rms_norm_eps).reciprocal()
+        if self.choose is not None:
+            self.layers[number] = self.choose(number, module, inputs, weights)
+        # Whole units compute what they computed before, so what they give is a selection.
+        if narrows:
+            inputs = self._run(self.pruned, number, module)[1]
+        elif whole:
+            inputs = inputs[..., self._kept(number, module)]
+        scale = energy(wanted, weights) or 1.0
+        missing = wanted - projection(inputs)
+        bare_error = energy(missing, weights)
+        narrowed = {}
+        if narrows and self.recovery == "least-squares" and len(self.folds) > 1:
+            narrowed = self._narrow(number, weights)
+            inputs = self._run(self.pruned, number, module)[1]
+            missing = wanted - projection(inputs)
+        del wanted
+
+        def fit(error: float, ridge: float | None) -> LayerFit:
+            return LayerFit(number, module, bare_error / scale, error / scale, ridge)
+
+        if len(self.folds) > 1:
+            features = inputs if self.recovery == "least-squares" else _constant(inputs)
+            fitted = FoldedRidge(features, missing, weights, self.folds)
+            chosen = fitted.choose(self.ridges, self.nearby)
+            if chosen.error < min(fitted.energy, bare_error):
+                self.nearby = self.ridges.index(chosen.ridge)
+                for fold, correction in fitted.corrections(chosen):
+                    self.hidden[fold] += projection(inputs[fold]) + correction.to(inputs.dtype)
+                _change(projection, fitted.solve(chosen.ridge), self.recovery)
+                return fit(chosen.error, chosen.ridge)
+            if fitted.energy < bare_error:
+                self._carry(projection, inputs)
+                return fit(fitted.energy, None)
+        if narrowed:
+            for each, parameters in narrowed.items():
+                each.weight, each.bias = parameters
+            inputs = self._run(self.pruned, number, module)[1]
+        self._carry(projection, inputs)
+        return fit(bare_error, None)
+
+    def _kept(self, number: int, module: str) -> torch.Tensor:
+        """Places of the kept units in the dense module's transitional activation."""
+        layer, attention = self.layers[number], self.dense.model.layers[number].self_attn
         kept = (
-            head_rows(layer.kept_heads, self.dense.model.layers[number].self_attn.head_dim)
+            head_rows(layer.kept_heads, attention.head_dim)
             if module == "mha"
             else torch.tensor(layer.kept_channels)
         )
-        inputs = transitional[..., kept.to(transitional.device)]
-        return transitional_inputs(self.pruned, number)[module](inputs), inputs
+        return kept.to(self.hidden.device)
 
-    def _repair(self, number: int, module: str) -> tuple[LayerFit, torch.Tensor]:
-        """Repairs one module; gives what the repairs of the folds write, each on its windows."""
-        wanted, transitional = self._run(self.dense, number, module)
-        require_finite(transitional, number, module)
-        # RMSNorm divides by this next: an error counts relative to the stream it disturbs, and the
-        # few tokens of enormous norm do not drown all others.
-        squares = (self.hidden + wanted).float().square().mean(dim=-1)
-        weights = (squares + self.dense.config.rms_norm_eps).reciprocal()
-        if self.choose is not None:
-            self.layers[number] = self.choose(number, module, transitional, weights)
-        bare, inputs = self._bare(number, module, transitional)
-        del transitional
-        bare_error = energy(wanted - bare, weights)
-        scale = energy(wanted, weights) or 1.0
-        kept = LayerFit(number, module, bare_error / scale, bare_error / scale, None)
-        if len(self.folds) < 2:
-            return kept, bare
-        written, bare_projections = bare, {}
-        if module == "mha" and self.narrower and self.recovery == "least-squares":
-            bare_projections = self._narrow(number, weights)
-            written, inputs = self._run(self.pruned, number, module)
-        features = inputs if self.recovery == "least-squares" else torch.ones_like(inputs[..., :1])
-        missing = (wanted - written).float()
-        del wanted, inputs
-        fitted = FoldedRidge(features, missing, weights, self.folds)
-        chosen = fitted.choose(self.ridges, self.nearby)
-        projection = transitional_inputs(self.pruned, number)[module]
-        ridge, error = None, fitted.energy
-        if chosen.error < fitted.energy:
-            ridge, error = chosen.ridge, chosen.error
-            self.nearby = self.ridges.index(ridge)
-            written = written.clone()
-            for fold, correction in fitted.corrections(chosen):
-                written[fold] += correction.to(written.dtype)
-            _change(projection, fitted.solve(ridge), self.recovery)
-        if not error < bare_error:
-            for projection, parameters in bare_projections.items():
-                projection.weight, projection.bias = parameters
-            return kept, bare
-        return LayerFit(number, module, bare_error / scale, error / scale, ridge), written
+    def _carry(self, projection: nn.Linear, inputs: torch.Tensor) -> None:
+        """Adds to the stream what the projection makes of the inputs."""
+        for hidden, batch in zip(
+            self.hidden.split(BATCH_WINDOWS), inputs.split(BATCH_WINDOWS), strict=True
+        ):
+            hidden += projection(batch)
 
     def _narrow(self, number: int, weights: torch.Tensor) -> dict[nn.Linear, tuple]:
         """Fits narrower heads; gives the projections of the bare cut, to go back to."""
@@ -226,23 +239,44 @@ class _Stream:
         return before
 
     def _run(
-        self, model: LlamaForCausalLM, number: int, module: str
+        self,
+        model: LlamaForCausalLM,
+        number: int,
+        module: str,
+        kept: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a module writes on the stream, and the transitional activation it writes from."""
-        layer = model.model.layers[number]
-        rotary = model.model.rotary_emb(self.hidden, self.positions)
+        """What a module writes on the stream, and the transitional activation it writes from.
+
+        Of the latter all of it, or the places `kept`.
+        """
         whole: list[torch.Tensor] = []
-        for start in range(0, len(self.hidden), BATCH_WINDOWS):
-            batch = self.hidden[start : start + BATCH_WINDOWS]
-            if module == "mha":
-                parts = run_attention(layer, batch, rotary)
-            else:
-                parts = run_mlp(layer, batch)
+        for batch, written, transitional in self._batches(model, number, module):
+            parts = written, transitional if kept is None else transitional[..., kept]
             # Filled in one by one: to join all batches in the end takes twice the memory.
             whole = whole or [each.new_empty(len(self.hidden), *each.shape[1:]) for each in parts]
             for each, part in zip(whole, parts, strict=True):
-                each[start : start + BATCH_WINDOWS] = part
+                each[batch] = part
         return whole[0], whole[1]
+
+    def _batches(
+        self, model: LlamaForCausalLM, number: int, module: str
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """A few windows at a time: which, what the module writes there, and from what."""
+        layer = model.model.layers[number]
+        rotary = model.model.rotary_emb(self.hidden, self.positions)
+        for start in range(0, len(self.hidden), BATCH_WINDOWS):
+            batch = slice(start, start + BATCH_WINDOWS)
+            if module == "mha":
+                written, transitional = run_attention(layer, self.hidden[batch], rotary)
+            else:
+                written, transitional = run_mlp(layer, self.hidden[batch])
+            require_finite(transitional, number, module)
+            yield batch, written, transitional
+
+
+def _constant(inputs: torch.Tensor) -> torch.Tensor:
+    """A feature that is 1 for every token: what is fitted to it is a bias."""
+    return torch.ones_like(inputs[..., :1])
 
 
 def _change(projection: nn.Linear, change: torch.Tensor, recovery: str) -> None:

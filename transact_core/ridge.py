@@ -12,61 +12,84 @@ from dataclasses import dataclass
 
 import torch
 
-KEPT_BYTES = 1 << 30
+KEPT_BYTES = 1 << 29
 """Of all folds' moments; where there would be more, each is gathered anew whenever it is needed."""
 ROWS_AT_ONCE = 1024
-"""Of a fold's moments that are converted to float64 at a time."""
+"""Of moments that are multiplied out at a time, and outputs that are solved for at a time."""
 
 
 def energy(values: torch.Tensor, weights: torch.Tensor) -> float:
     """Sum of squares over (windows, sequence_length, width), each token times its weight."""
-    return (values.float().square().sum(dim=-1) * weights).double().sum().item()
+    total = 0.0
+    for window, weight in zip(values, weights, strict=True):
+        total += (window.float().square().sum(dim=-1) * weight).double().sum().item()
+    return total
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Weighted second moments of features and of what is missing, in the float32 of their making.
+    """Weighted second moments of features and of what is missing.
 
     `gram` has shape (features, features), `cross` (features, outputs).
     """
 
     gram: torch.Tensor
     cross: torch.Tensor
-    energy: float
-    """Of what is missing."""
 
     @classmethod
-    def of(cls, features: torch.Tensor, missing: torch.Tensor, weights: torch.Tensor) -> "Moments":
-        """From (windows, sequence_length, width) each, and a weight for each token."""
-        root = weights.flatten().sqrt()[:, None]
-        x, y = (each.flatten(0, 1).float() * root for each in (features, missing))
-        return cls(x.T @ x, x.T @ y, energy(missing, weights))
+    def none(cls, features: int, outputs: int, device: torch.device) -> "Moments":
+        """Of no tokens, float32."""
+        return cls(
+            torch.zeros(features, features, device=device),
+            torch.zeros(features, outputs, device=device),
+        )
 
-    def error(self, change: torch.Tensor) -> float:
-        """Energy of what is still missing once the float64 change is made."""
-        explained = 2 * (change * self.cross).sum()
-        for start in range(0, len(change), ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
-            explained -= (change[part] * (self.gram[part].double() @ change)).sum()
-        return self.energy - explained.item()
+    def add(self, x: torch.Tensor, y: torch.Tensor, sign: float = 1.0) -> None:
+        """Those of weighted rows, float32, shape (tokens, features) and (tokens, outputs).
+
+        They are multiplied out some rows at a time: no third matrix of that size is made. A `sign`
+        of -1 takes them away.
+        """
+        for start in range(0, len(self.gram), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            self.gram[rows].add_(x[:, rows].T @ x, alpha=sign)
+            self.cross[rows].add_(x[:, rows].T @ y, alpha=sign)
+
+
+def factored_in_place(symmetric: torch.Tensor) -> torch.Tensor:
+    """The lower Cholesky factor, in the memory of the matrix; what is above it is left over.
+
+    Raises:
+        LinAlgError: the matrix is not positive definite.
+    """
+    # As its own transpose, a symmetric matrix lies as LAPACK wants it.
+    failed = torch.empty((), dtype=torch.int32, device=symmetric.device)
+    factor, _ = torch.linalg.cholesky_ex(symmetric.mT, out=(symmetric.mT, failed))
+    if failed.item():
+        raise torch.linalg.LinAlgError("not positive definite")
+    return factor
 
 
 def solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
     """The change, shape (features, outputs), that leaves least missing under this ridge.
 
-    Takes float64 moments, and overwrites `gram`. The ridge pulls towards no change, relative to
-    each feature's own energy: without data nothing changes. NaN where it cannot be solved.
+    Takes a float64 `gram`, and overwrites it; solves in float64, and gives what `cross` is in. The
+    ridge pulls towards no change, relative to each feature's own energy: without data nothing
+    changes. NaN where it cannot be solved.
     """
     diagonal = gram.diagonal()
     floor = diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
     diagonal += ridge * (diagonal + 1e-3 * floor)
-    # Factored in place: as its own transpose, a symmetric matrix lies as LAPACK wants it.
-    failed = torch.empty((), dtype=torch.int32, device=gram.device)
-    factor, _ = torch.linalg.cholesky_ex(gram.mT, out=(gram.mT, failed))
-    if failed.item():
+    try:
+        factor = factored_in_place(gram)
+    except torch.linalg.LinAlgError:
         return torch.full_like(cross, torch.nan)
-    half = torch.linalg.solve_triangular(factor, cross, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    change = torch.empty_like(cross)
+    for start in range(0, cross.shape[1], ROWS_AT_ONCE):
+        outputs = slice(start, start + ROWS_AT_ONCE)
+        half = torch.linalg.solve_triangular(factor, cross[:, outputs].double(), upper=False)
+        change[:, outputs] = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return change
 
 
 @dataclass(frozen=True)
@@ -76,7 +99,7 @@ class Chosen:
     ridge: float
     error: float
     changes: Sequence[torch.Tensor] | None
-    """Of each fold in float32, where the folds' moments are kept."""
+    """Of each fold, where the folds' moments are kept."""
 
 
 class FoldedRidge:
@@ -100,19 +123,23 @@ class FoldedRidge:
         self.features, self.missing, self.weights, self.folds = features, missing, weights, folds
         width, outputs = features.shape[-1], missing.shape[-1]
         self.keeps = 4 * len(folds) * width * (width + outputs) <= kept_bytes
-        self._kept = list(self._gathered()) if self.keeps else []
-        self._gram = torch.zeros(width, width, dtype=torch.float64, device=features.device)
-        self._cross = torch.zeros(width, outputs, dtype=torch.float64, device=features.device)
-        self.energy = 0.0
+        self._total = Moments.none(width, outputs, features.device)
+        self._kept = []
+        for fold in folds:
+            if self.keeps:
+                kept = Moments.none(width, outputs, features.device)
+                kept.add(*self._rows(fold))
+                self._kept.append(kept)
+                self._total.gram.add_(kept.gram)
+                self._total.cross.add_(kept.cross)
+            else:
+                self._total.add(*self._rows(fold))
+        self.energy = energy(missing, weights)
         """Of what is missing before any change."""
-        for fold in self._moments():
-            self._gram += fold.gram
-            self._cross += fold.cross
-            self.energy += fold.energy
 
     def solve(self, ridge: float) -> torch.Tensor:
-        """The float64 change that all windows ask for."""
-        return solve(self._gram.clone(), self._cross, ridge)
+        """The change that all windows ask for, float32."""
+        return solve(self._total.gram.double(), self._total.cross, ridge)
 
     def choose(self, ridges: Sequence[float], start: int) -> Chosen:
         """The best of the ridges by cross-validation, downhill from the one at `start`."""
@@ -130,29 +157,39 @@ class FoldedRidge:
 
         In float32, shape (windows, sequence_length, outputs).
         """
-        if chosen.changes is None:
-            changes = (change.float() for _, change in self._changes(chosen.ridge))
-        else:
-            changes = iter(chosen.changes)
-        for fold, change in zip(self.folds, changes, strict=True):
-            yield fold, self.features[fold].float() @ change
+        for number, fold in enumerate(self.folds):
+            if chosen.changes is None:
+                yield fold, self._correction(fold, self._change(number, chosen.ridge))
+            else:
+                yield fold, self._correction(fold, chosen.changes[number])
+
+    def _correction(self, fold: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        return self.features[fold].float() @ change
 
     def _tried(self, ridge: float) -> Chosen:
         error, changes = 0.0, []
-        for fold, change in self._changes(ridge):
-            error += fold.error(change)
-            if self.keeps:
-                changes.append(change.float())
+        for number, fold in enumerate(self.folds):
+            change = self._change(number, ridge)
+            error += energy(
+                self.missing[fold].float() - self._correction(fold, change), self.weights[fold]
+            )
+            changes += [change] if self.keeps else []
+            # Where none is kept, none is to stand beside the next.
+            del change
         return Chosen(ridge, error, changes if self.keeps else None)
 
-    def _changes(self, ridge: float) -> Iterator[tuple[Moments, torch.Tensor]]:
-        """Each fold's moments, and the float64 change that all others ask for."""
-        for fold in self._moments():
-            yield fold, solve(self._gram - fold.gram, self._cross - fold.cross, ridge)
+    def _change(self, number: int, ridge: float) -> torch.Tensor:
+        """What all folds but this one ask for, float32."""
+        others = Moments(self._total.gram.double(), self._total.cross.clone())
+        if self.keeps:
+            others.gram.sub_(self._kept[number].gram)
+            others.cross.sub_(self._kept[number].cross)
+        else:
+            others.add(*self._rows(self.folds[number]), sign=-1)
+        return solve(others.gram, others.cross, ridge)
 
-    def _moments(self) -> Iterator[Moments]:
-        return iter(self._kept) if self.keeps else self._gathered()
-
-    def _gathered(self) -> Iterator[Moments]:
-        for fold in self.folds:
-            yield Moments.of(self.features[fold], self.missing[fold], self.weights[fold])
+    def _rows(self, fold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and what is missing, a row a token, times the root of its weight; float32."""
+        root = self.weights[fold].flatten().sqrt()[:, None]
+        x, y = self.features[fold].flatten(0, 1), self.missing[fold].flatten(0, 1)
+        return x.float() * root, y.float() * root

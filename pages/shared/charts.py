@@ -33,11 +33,14 @@ def layer_axis(count: int, downwards: bool = False) -> dict:
 
 def laid_out(figure: go.Figure, title: str, height: int = 380) -> go.Figure:
     return figure.update_layout(
-        title={"text": title, "font": {"size": 16}, "x": 0, "xanchor": "left"},
+        title={
+            "text": title, "font": {"size": 16}, "x": 0, "xanchor": "left",
+            "y": 1, "yanchor": "top", "pad": {"t": 12},
+        },
         height=height,
         margin={"l": 10, "r": 10, "t": 70, "b": 10},
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"},
-    )
+    )  # fmt: skip
 
 
 # --- importance ------------------------------------------------------------------------------
