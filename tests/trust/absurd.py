@@ -214,10 +214,11 @@ def weight_cases(model: Path) -> Iterator[Case]:
     (folder / "config.json").unlink()
     (folder / "config.json").symlink_to(folder / "config.json")
     yield "a link to itself", lambda folder=folder: load_model(str(folder))
-    folder = copied(model, "a pipe")
-    (folder / "config.json").unlink()
-    os.mkfifo(folder / "config.json")
-    yield "config.json: a pipe", lambda folder=folder: load_model(str(folder))
+    for name in ("config.json", "model.safetensors"):
+        folder = copied(model, f"a pipe {name}")
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        yield f"{name}: a pipe", lambda folder=folder: load_model(str(folder))
     folder = copied(model, "code")
     edited(
         folder / "config.json",
