@@ -3,6 +3,7 @@
 Data flows one way, and a module imports only from those before it:
 
     errors, files      what the rest stands on
+    memory             large blocks go back to the system when they are freed
     architecture       the numbers that decide a model's size
     models             a source the user names → model, tokenizer, identity
     corpora            text → windows of token ids

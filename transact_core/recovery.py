@@ -197,8 +197,7 @@ class _Stream:
                 self._carry(projection, inputs)
                 return fit(fitted.energy, None)
         if narrowed:
-            for each, parameters in narrowed.items():
-                each.weight, each.bias = parameters
+            _put_back(narrowed)
             inputs = self._run(self.pruned, number, module)[1]
         self._carry(projection, inputs)
         return fit(bare_error, None)
@@ -221,7 +220,10 @@ class _Stream:
             hidden += projection(batch)
 
     def _narrow(self, number: int, weights: torch.Tensor) -> dict[nn.Linear, tuple]:
-        """Fits narrower heads; gives the projections of the bare cut, to go back to."""
+        """Fits narrower heads; gives the projections of the bare cut, to go back to.
+
+        None where there is nothing to fit: the bare cut stays.
+        """
         attention = self.pruned.model.layers[number].self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         before = {each: (each.weight, each.bias) for each in projections}
@@ -236,7 +238,10 @@ class _Stream:
                 for model in (self.dense, self.pruned)
             ),
         )
-        return before
+        if all(each.weight.isfinite().all() for each in projections):
+            return before
+        _put_back(before)
+        return {}
 
     def _run(
         self,
@@ -277,6 +282,11 @@ class _Stream:
 def _constant(inputs: torch.Tensor) -> torch.Tensor:
     """A feature that is 1 for every token: what is fitted to it is a bias."""
     return torch.ones_like(inputs[..., :1])
+
+
+def _put_back(before: dict[nn.Linear, tuple]) -> None:
+    for projection, (weight, bias) in before.items():
+        projection.weight, projection.bias = weight, bias
 
 
 def _change(projection: nn.Linear, change: torch.Tensor, recovery: str) -> None:
