@@ -13,7 +13,7 @@ from streamlit.delta_generator import DeltaGenerator
 from pages.shared import plan_charts
 from pages.shared.figure import show
 from pages.shared.jobs import DONE, Job
-from pages.shared.live import KEY, Measured, Position, live, predicted, tables
+from pages.shared.live import KEY, Measured, Position, live, position_of, predicted, tables
 from pages.shared.options import (
     GRANULARITY_HELP,
     IMPORTANCE_HELP,
@@ -94,18 +94,29 @@ def choose() -> Choices:
         )
         for column, (name, (label, explained)) in zip(columns[:-1], names.items(), strict=True)
     }  # fmt: skip
-    choices = Choices(**chosen, sequential=True)
-    try:
-        require_sequential(choices)
-        refused = None
-    except TransActError as error:
-        refused = str(error)
+    refused = why_not_sequential(chosen)
     sequential = columns[-1].toggle(
         "Sequential", key="sequential", bind="query-params", persist_state="session",
         help=SEQUENTIAL_HELP if refused is None else f"{SEQUENTIAL_HELP}\n\n{refused}",
         disabled=refused is not None,
     )  # fmt: skip
-    return replace(choices, sequential=sequential and refused is None)
+    return Choices(**chosen, sequential=sequential and refused is None)
+
+
+def why_not_sequential(others: dict[str, Any]) -> str | None:
+    """Why units cannot be chosen module by module beside the other choices, if they cannot."""
+    try:
+        require_sequential(Choices(**{**others, "sequential": True}))
+    except TransActError as error:
+        return str(error)
+    return None
+
+
+def choices_now() -> Choices:
+    """As the controls stand in the browser, in a callback that is before the page is drawn."""
+    told = {name: st.session_state[name] for name in CONTROLS}
+    told["sequential"] = told["sequential"] and why_not_sequential(told) is None
+    return Choices(**told)
 
 
 def begin_choices() -> None:
@@ -155,13 +166,23 @@ def put_at(position: Position) -> None:
     st.session_state["start"] = (position, before + 1)
 
 
+def cut_of(position: Position, choices: Choices) -> Cut:
+    return Cut(position.mha / 100, position.mlp / 100, **in_address(choices))
+
+
+def cut_now() -> Cut:
+    """What thumbs and controls say in the browser, in a callback."""
+    position = position_of(st.session_state[KEY].get("view"), *st.session_state["start"])
+    return cut_of(position, choices_now())
+
+
 def keep(position: Position, choices: Choices) -> Cut:
     """The address and the visit follow the thumbs."""
     st.session_state["position"] = position
     told = {name: str(value) for name, value in asdict(position).items()}
     if any(st.query_params.get(name) != value for name, value in told.items()):
         st.query_params.update(told)
-    cut = visit().cut = Cut(position.mha / 100, position.mlp / 100, **in_address(choices))
+    cut = visit().cut = cut_of(position, choices)
     return cut
 
 
@@ -452,35 +473,37 @@ def show_decision(decision: Decision | None, plan: PruningPlan) -> None:
         )
 
 
-def show_measurement(
+def offer_cut(
+    room: DeltaGenerator,
     bench: Bench,
     cut: Cut,
-    decision: Decision | None,
-    plan: PruningPlan,
-    measuring: Job | None,
-    room: DeltaGenerator,
+    structures: Sequence[Structure],
+    busy: bool,
+    point: Measurement | None,
 ) -> None:
-    """The measured point of this cut, and in the room at the top the button that measures it."""
-    point = find_point(decision.plan, cut.recovery) if decision else None
-    show_decision(decision, plan)
-    busy = bool(unfinished(measuring))
-    show_dense_end("cut")
-    show_end(measuring)
-    if point is not None:
-        show_point(point)
-    if not plan.cuts_anything(bench.loaded.architecture):
-        explained, possible = "Nothing is cut at these ratios.", False
+    """The button that measures this cut.
+
+    It cuts at what the controls say when it is pressed: while a page is drawn anew, the button of
+    what was chosen before is still there. And it is part of every drawing, since a click on a
+    button that goes meanwhile would be lost.
+    """
+
+    def measure() -> None:
+        start_cut(bench, cut_now())
+
+    mha, mlp = round(100 * cut.mha_ratio), round(100 * cut.mlp_ratio)
+    cuts = any(each.mha.option_at[mha] or each.mlp.option_at[mlp] for each in structures)
+    if not cuts:
+        explained = "Nothing is cut at these ratios."
     elif point is not None:
-        explained, possible = "Measured: the figures are below.", False
+        explained = "Measured: the figures are below."
     else:
         tokens = f"{bench.evaluation.tokens:,} tokens"
-        explained, possible = f"Cuts the model, repairs it, and measures on {tokens}.", True
-
-    # As a callback: a run that is interrupted before it comes here would forget the click.
+        explained = f"Cuts the model, repairs it, and measures on {tokens}."
     room.button(
-        "Prune and measure perplexity", type="primary", icon=":material/content_cut:",
-        disabled=busy or not possible, help=explained, width="stretch",
-        on_click=start_cut, args=(bench, cut),
+        "Prune and measure perplexity", key="measure-cut", type="primary",
+        icon=":material/content_cut:", help=explained, width="stretch", on_click=measure,
+        disabled=busy or not cuts or point is not None,
     )  # fmt: skip
 
 
@@ -508,17 +531,24 @@ def workbench_view(bench: Bench) -> None:
         restore_choices,
     )
     cut = keep(position, choices)
-    if not require_prepared(bench, choices, "cut"):
+    measuring = visit().latest_job(("cut", visit().request, cut))
+    under_way += unfinished(measuring)
+    prepared = require_prepared(bench, choices, "cut")
+    decision = find_cut(bench, cut) if prepared else None
+    point = find_point(decision.plan, cut.recovery) if decision else None
+    offer_cut(room, bench, cut, structures, measuring in under_way, point)
+    if not prepared:
         return
     if learning := learn(bench, choices):
         under_way.append(learning)
-    measuring = visit().latest_job(("cut", visit().request, cut))
-    under_way += unfinished(measuring)
     follow("cut", under_way)
-    decision = find_cut(bench, cut)
     plan = plan_at(bench, cut, decision)
     show_reading(choices.granularity)
-    show_measurement(bench, cut, decision, plan, measuring, room)
+    show_decision(decision, plan)
+    show_dense_end("cut")
+    show_end(measuring)
+    if point is not None:
+        show_point(point)
     show_score(bench)
     if plan.granularity == "head-dims":
         show_pairs(bench, plan)

@@ -542,9 +542,17 @@ def start(title: str, work: Work, about: Hashable) -> Job:
 
 
 def start_cut(bench: Bench, cut: Cut) -> None:
-    """The point of a cut joins this visitor's: at once where it is kept, or measured by a job."""
+    """The point of a cut joins this visitor's: at once where it is kept, or measured by a job.
+
+    Nothing more is started where a job measures it already.
+    """
     mine, request = points(), visit().request
-    known = find_kept_point(bench, cut.ratios, cut.choices)
+    about = "cut", request, cut
+    earlier = visit().latest_job(about)
+    if earlier is not None and not earlier.finished:
+        return
+    prepared = bench.prepared(first_look(cut.choices))
+    known = find_kept_point(bench, cut.ratios, cut.choices) if prepared else None
     if known is not None:
         add_point(mine, known)
         return
@@ -554,7 +562,7 @@ def start_cut(bench: Bench, cut: Cut) -> None:
         add_point(mine, point)
         return point
 
-    start(f"Cut of {in_words(cut.ratios)}", work, ("cut", request, cut))
+    start(f"Cut of {in_words(cut.ratios)}", work, about)
 
 
 def start_curve(bench: Bench, ratios: list[Pair], choices: Choices) -> None:

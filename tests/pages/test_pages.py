@@ -255,6 +255,34 @@ def test_a_cut_is_measured_and_taken_away_with_its_choices(opened, open_page):
     assert curve.dataframe[0].value["importance"].tolist() == ["fluctuation"]
 
 
+def test_a_cut_is_what_the_controls_say_when_it_is_asked_for(opened, open_page):
+    """Its button was drawn before; and two clicks measure one cut."""
+    page = open_page("compress")
+    visitor = page.session_state["visit"].visitor
+    page.selectbox(key="importance").set_value("magnitude")
+    button(page, "Prune and measure perplexity").click().run()
+    (job,) = visitor.jobs
+    assert Cut.of(ended(job).result).importance == "magnitude"
+    page.run()
+    assert "Perplexity, measured" in metrics(page)
+
+
+def test_a_cut_can_be_asked_for_before_its_units_are_scored(opened, open_page, gated):
+    page = open_page("compress", importance="gated")
+    asked = button(page, "Prune and measure perplexity")
+    assert not asked.disabled
+    asked.click().run()
+    asked = button(page, "Prune and measure perplexity")
+    assert asked.disabled
+    # As if the second click of two was on its way already.
+    asked.proto.disabled = False
+    asked.click().run()
+    gated.set()
+    (job,) = page.session_state["visit"].visitor.jobs
+    assert ended(job).error is None
+    assert job.result.plan.importance == "gated"
+
+
 def test_a_new_tab_begins_with_what_the_visitor_left_and_a_link_decides(opened, open_page):
     first = Visit()
     page = open_page("compress", first, mha="60", granularity="kv-groups", steps="2")
