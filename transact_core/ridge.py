@@ -73,9 +73,9 @@ def factored_in_place(symmetric: torch.Tensor) -> torch.Tensor:
 def solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
     """The change, shape (features, outputs), that leaves least missing under this ridge.
 
-    Takes a float64 `gram`, and overwrites it; solves in float64, and gives what `cross` is in. The
-    ridge pulls towards no change, relative to each feature's own energy: without data nothing
-    changes. NaN where it cannot be solved.
+    Takes a float64 `gram` and any `cross`, and overwrites both: the change is made where `cross`
+    was. The ridge pulls towards no change, relative to each feature's own energy: without data
+    nothing changes. NaN where it cannot be solved.
     """
     diagonal = gram.diagonal()
     floor = diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
@@ -83,13 +83,12 @@ def solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor
     try:
         factor = factored_in_place(gram)
     except torch.linalg.LinAlgError:
-        return torch.full_like(cross, torch.nan)
-    change = torch.empty_like(cross)
+        return cross.fill_(torch.nan)
     for start in range(0, cross.shape[1], ROWS_AT_ONCE):
-        outputs = slice(start, start + ROWS_AT_ONCE)
-        half = torch.linalg.solve_triangular(factor, cross[:, outputs].double(), upper=False)
-        change[:, outputs] = torch.linalg.solve_triangular(factor.mT, half, upper=True)
-    return change
+        outputs = cross[:, start : start + ROWS_AT_ONCE]
+        half = torch.linalg.solve_triangular(factor, outputs.double(), upper=False)
+        outputs.copy_(torch.linalg.solve_triangular(factor.mT, half, upper=True))
+    return cross
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class FoldedRidge:
 
     def solve(self, ridge: float) -> torch.Tensor:
         """The change that all windows ask for, float32."""
-        return solve(self._total.gram.double(), self._total.cross, ridge)
+        return solve(self._total.gram.double(), self._total.cross.clone(), ridge)
 
     def choose(self, ridges: Sequence[float], start: int) -> Chosen:
         """The best of the ridges by cross-validation, downhill from the one at `start`."""

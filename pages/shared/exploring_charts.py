@@ -27,6 +27,15 @@ def _add_level(figure: go.Figure, value: float, words: str) -> None:
     )  # fmt: skip
 
 
+def _perplexity_axis(figure: go.Figure) -> go.Figure:
+    """A logarithmic axis, with numbers between the powers of ten only where there are few of these."""
+    drawn = np.concatenate([np.asarray(trace.y, dtype=float) for trace in figure.data] or [[1.0]])
+    return figure.update_yaxes(
+        title="perplexity", type="log", exponentformat="power",
+        dtick=1 if drawn.max(initial=1) > 100 * drawn.min(initial=np.inf) else None,
+    )  # fmt: skip
+
+
 # --- premise ---------------------------------------------------------------------------------
 
 
@@ -54,7 +63,7 @@ def _perplexities(
             "%{customdata[0]:.4g} × undisturbed<extra></extra>",
         )  # fmt: skip
     _add_level(figure, undisturbed, "undisturbed")
-    return figure.update_yaxes(title="perplexity", type="log", exponentformat="power")
+    return _perplexity_axis(figure)
 
 
 def _costs(points: Iterable[Disturbed]) -> dict[str, float]:
@@ -242,7 +251,7 @@ def bare_perplexities(frame: pd.DataFrame, dense: float) -> go.Figure:
         )  # fmt: skip
     _add_level(figure, dense, "dense")
     figure.update_xaxes(title="share of the width removed", tickformat=".0%", range=[-0.02, 1])
-    figure.update_yaxes(title="perplexity", type="log", exponentformat="power")
+    _perplexity_axis(figure)
     title = "Measured: perplexity of bare cuts of one module"
     if set(frame["module"]) == set(MODULES):
         share = min(frame[frame["module"] == "mha"]["removed"], key=lambda each: abs(each - 0.5))

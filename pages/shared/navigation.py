@@ -28,17 +28,30 @@ SECTIONS = {
     "Take away": {"export": ("Export", ":material/download:")},
 }
 """Title and icon by file name, by section. The first page is shown at the bare address."""
+FIRST = "start"
 
 
 def page_sections() -> dict[str, list[StreamlitPage]]:
     """For `st.navigation`."""
-    return {
+    sections = {
         section: [
-            st.Page(f"pages/{name}.py", title=title, icon=icon)
+            # What tells pages apart is the address that they would have.
+            st.Page(
+                f"pages/{name}.py", title=title, icon=icon,
+                url_path="bare-address" if name == FIRST else None, default=name == FIRST,
+            )
             for name, (title, icon) in members.items()
         ]
         for section, members in SECTIONS.items()
-    }
+    }  # fmt: skip
+    # Streamlit knows the first page at the bare address only, and says of its name that there is no
+    # such page.
+    sections[""].append(st.Page(_first, title="Start here", url_path=FIRST, visibility="hidden"))
+    return sections
+
+
+def _first() -> None:
+    st.switch_page(f"pages/{FIRST}.py", query_params=st.query_params.to_dict())
 
 
 def go_on(pages: Iterable[StreamlitPage]) -> None:

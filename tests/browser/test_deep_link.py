@@ -51,3 +51,17 @@ def test_a_page_is_never_drawn_without_the_app_around_it(
     assert len(links) == 12
     assert "Start here" in links[0]
     assert "Method" in links[1]
+
+
+def test_the_first_page_has_its_name_as_an_address_too(browser: Browser, tmp_path: Path):
+    with running_app(tmp_path / "log.txt") as address:
+        # The second visitor of a server: the first is led there another way, as tried above.
+        for _ in range(2):
+            page = browser.new_page()
+            page.goto(f"{address}/start?mha=60")
+            expect(page.get_by_role("heading", level=1)).to_contain_text(
+                "Start here", timeout=TIMEOUT_MS
+            )
+            expect(page).to_have_url(re.compile(r"/\?.*mha=60"))
+            expect(page.get_by_role("dialog")).to_have_count(0)
+            page.close()
