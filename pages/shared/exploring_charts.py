@@ -28,7 +28,7 @@ def _add_level(figure: go.Figure, value: float, words: str) -> None:
 
 
 def _perplexity_axis(figure: go.Figure) -> go.Figure:
-    """A logarithmic axis, with numbers between the powers of ten only where there are few of these."""
+    """A logarithmic axis; where it is long, the powers of ten alone are told."""
     drawn = np.concatenate([np.asarray(trace.y, dtype=float) for trace in figure.data] or [[1.0]])
     return figure.update_yaxes(
         title="perplexity", type="log", exponentformat="power",
