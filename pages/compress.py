@@ -489,7 +489,9 @@ def offer_cut(
     """
 
     def measure() -> None:
-        start_cut(bench, cut_now())
+        in_view = workbench().open(visit().request).bench.result
+        if in_view is not None:
+            start_cut(in_view, cut_now())
 
     mha, mlp = round(100 * cut.mha_ratio), round(100 * cut.mlp_ratio)
     cuts = any(each.mha.option_at[mha] or each.mlp.option_at[mlp] for each in structures)
