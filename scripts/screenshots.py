@@ -8,7 +8,14 @@ from pathlib import Path
 
 from playwright.sync_api import expect, sync_playwright
 
-from tests.browser.driving import ROOT, TIMEOUT_MS, metric, running_app, start_chromium
+from tests.browser.driving import (
+    ROOT,
+    TIMEOUT_MS,
+    button,
+    metric,
+    running_app,
+    start_chromium,
+)
 
 PICTURE = ROOT / "assets" / "compress.png"
 WIDTH = 1440
@@ -29,6 +36,8 @@ def take(address: str, picture: Path) -> None:
         page.get_by_test_id("stSidebarNav").get_by_text("Compress", exact=True).click()
         page.get_by_role("button", name="Prune and measure perplexity").click()
         expect(metric(page, "Perplexity, measured")).to_be_visible(timeout=CUT_MS)
+        # What each layer loses is measured in the background, for the predictions.
+        expect(button(page, "Cancel")).to_have_count(0, timeout=CUT_MS)
         expect(page.locator(".live[data-shown]")).to_be_visible()
         inside = page.get_by_test_id("stMainBlockContainer").bounding_box()
         page.set_viewport_size({"width": WIDTH, "height": round(inside["height"])})

@@ -209,8 +209,8 @@ function drawStrip(canvas, data, side, view, ink) {
   pen.textAlign = "right";
   pen.font = pen.font.replace("11px", "10px");
   [[1, "dense"], [2, "2 ×"], [4, "≥ 4 ×"]].forEach(([ratio, name]) => {
-    pen.beginPath(); pen.moveTo(8, y(ratio)); pen.lineTo(width - 8, y(ratio)); pen.stroke();
-    pen.fillText(name, width - 10, y(ratio) + (ratio === 1 ? -6 : 6));
+    pen.beginPath(); pen.moveTo(8, y(ratio)); pen.lineTo(width - 44, y(ratio)); pen.stroke();
+    pen.fillText(name, width - 10, Math.min(height - 6, Math.max(6, y(ratio))));
   });
   const known = along.map((each, place) => [place, each]).filter(([, each]) => each);
   if (known.length) {
