@@ -293,5 +293,5 @@ def _change(projection: nn.Linear, change: torch.Tensor, recovery: str) -> None:
     """Adds a change of shape (features, outputs) to the weight, or to the bias."""
     name, change = ("weight", change.T) if recovery == "least-squares" else ("bias", change[0])
     before = getattr(projection, name)
-    changed = (before.double() + change).to(before.dtype)
+    changed = (before.float() + change).to(before.dtype)
     setattr(projection, name, nn.Parameter(changed, requires_grad=False))
