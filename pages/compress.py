@@ -534,16 +534,16 @@ def workbench_view(bench: Bench) -> None:
     )
     cut = keep(position, choices)
     measuring = visit().latest_job(("cut", visit().request, cut))
-    under_way += unfinished(measuring)
+    cutting = unfinished(measuring)
     prepared = require_prepared(bench, choices, "cut")
     decision = find_cut(bench, cut) if prepared else None
     point = find_point(decision.plan, cut.recovery) if decision else None
-    offer_cut(room, bench, cut, structures, measuring in under_way, point)
+    offer_cut(room, bench, cut, structures, bool(cutting), point)
     if not prepared:
         return
     if learning := learn(bench, choices):
         under_way.append(learning)
-    follow("cut", under_way)
+    follow("cut", under_way + cutting)
     plan = plan_at(bench, cut, decision)
     show_reading(choices.granularity)
     show_decision(decision, plan)
