@@ -204,13 +204,10 @@ function drawStrip(canvas, data, side, view, ink) {
     return;
   }
   const highest = 4, y = (ratio) => 4 + (1 - Math.log(Math.min(highest, Math.max(1, ratio))) / Math.log(highest)) * (height - 8);
+  const levels = [[1, "dense"], [2, "2 ×"], [4, "≥ 4 ×"]];
   pen.strokeStyle = ink.line;
-  pen.fillStyle = ink.quiet;
-  pen.textAlign = "right";
-  pen.font = pen.font.replace("11px", "10px");
-  [[1, "dense"], [2, "2 ×"], [4, "≥ 4 ×"]].forEach(([ratio, name]) => {
+  levels.forEach(([ratio]) => {
     pen.beginPath(); pen.moveTo(8, y(ratio)); pen.lineTo(width - 44, y(ratio)); pen.stroke();
-    pen.fillText(name, width - 10, Math.min(height - 6, Math.max(6, y(ratio))));
   });
   const known = along.map((each, place) => [place, each]).filter(([, each]) => each);
   if (known.length) {
@@ -236,4 +233,10 @@ function drawStrip(canvas, data, side, view, ink) {
   const here = along[view[side]];
   if (here) dot(view[side], here.mid, ink[side]);
   dots.forEach(([place, point]) => dot(place, point.ratio, ink.paper));
+  // Last, and on paper of their own: the band may run through them.
+  Object.assign(pen, { textAlign: "right", font: pen.font.replace("11px", "10px"), strokeStyle: ink.paper, fillStyle: ink.quiet, lineWidth: 3 });
+  levels.forEach(([ratio, name]) => {
+    const middle = Math.min(height - 6, Math.max(6, y(ratio)));
+    pen.strokeText(name, width - 10, middle); pen.fillText(name, width - 10, middle);
+  });
 }
