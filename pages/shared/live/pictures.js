@@ -234,9 +234,11 @@ function drawStrip(canvas, data, side, view, ink) {
   if (here) dot(view[side], here.mid, ink[side]);
   dots.forEach(([place, point]) => dot(place, point.ratio, ink.paper));
   // Last, and on paper of their own: the band may run through them.
+  pen.save();
   Object.assign(pen, { textAlign: "right", font: pen.font.replace("11px", "10px"), strokeStyle: ink.paper, fillStyle: ink.quiet, lineWidth: 3 });
   levels.forEach(([ratio, name]) => {
     const middle = Math.min(height - 6, Math.max(6, y(ratio)));
     pen.strokeText(name, width - 10, middle); pen.fillText(name, width - 10, middle);
   });
+  pen.restore();
 }
