@@ -87,20 +87,20 @@ def choose() -> Choices:
     if KEY not in st.session_state:
         begin_choices()
     columns = st.columns([6, 6, 6, 3, 4, 5], vertical_alignment="bottom")
-    chosen = {
+    others = {
         name: column.selectbox(
             label, CONTROLS[name], key=name, bind="query-params", persist_state="session",
             help=explained,
         )
         for column, (name, (label, explained)) in zip(columns[:-1], names.items(), strict=True)
     }  # fmt: skip
-    refused = why_not_sequential(chosen)
-    sequential = columns[-1].toggle(
+    refused = why_not_sequential(others)
+    columns[-1].toggle(
         "Sequential", key="sequential", bind="query-params", persist_state="session",
         help=SEQUENTIAL_HELP if refused is None else f"{SEQUENTIAL_HELP}\n\n{refused}",
         disabled=refused is not None,
     )  # fmt: skip
-    return Choices(**chosen, sequential=sequential and refused is None)
+    return choices_now()
 
 
 def why_not_sequential(others: dict[str, Any]) -> str | None:
@@ -113,7 +113,7 @@ def why_not_sequential(others: dict[str, Any]) -> str | None:
 
 
 def choices_now() -> Choices:
-    """As the controls stand in the browser, in a callback that is before the page is drawn."""
+    """As the controls stand in the browser; in a callback too, before the page is drawn."""
     told = {name: st.session_state[name] for name in CONTROLS}
     told["sequential"] = told["sequential"] and why_not_sequential(told) is None
     return Choices(**told)
@@ -476,12 +476,12 @@ def show_decision(decision: Decision | None, plan: PruningPlan) -> None:
 def offer_cut(
     room: DeltaGenerator,
     bench: Bench,
-    cut: Cut,
+    position: Position,
     structures: Sequence[Structure],
     busy: bool,
     point: Measurement | None,
 ) -> None:
-    """The button that measures this cut.
+    """The button that measures the cut at this position.
 
     It cuts at what the controls say when it is pressed: while a page is drawn anew, the button of
     what was chosen before is still there. And it is part of every drawing, since a click on a
@@ -493,8 +493,9 @@ def offer_cut(
         if in_view is not None:
             start_cut(in_view, cut_now())
 
-    mha, mlp = round(100 * cut.mha_ratio), round(100 * cut.mlp_ratio)
-    cuts = any(each.mha.option_at[mha] or each.mlp.option_at[mlp] for each in structures)
+    cuts = any(
+        each.mha.option_at[position.mha] or each.mlp.option_at[position.mlp] for each in structures
+    )
     if not cuts:
         explained = "Nothing is cut at these ratios."
     elif point is not None:
@@ -538,7 +539,7 @@ def workbench_view(bench: Bench) -> None:
     prepared = require_prepared(bench, choices, "cut")
     decision = find_cut(bench, cut) if prepared else None
     point = find_point(decision.plan, cut.recovery) if decision else None
-    offer_cut(room, bench, cut, structures, bool(cutting), point)
+    offer_cut(room, bench, position, structures, bool(cutting), point)
     if not prepared:
         return
     if learning := learn(bench, choices):

@@ -222,7 +222,7 @@ class _Stream:
     def _narrow(self, number: int, weights: torch.Tensor) -> dict[nn.Linear, tuple]:
         """Fits narrower heads; gives the projections of the bare cut, to go back to.
 
-        None where there is nothing to fit: the bare cut stays.
+        What cannot be fitted in numbers keeps its bare cut, and there is nothing to go back to.
         """
         attention = self.pruned.model.layers[number].self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)

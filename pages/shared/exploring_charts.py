@@ -29,10 +29,10 @@ def _add_level(figure: go.Figure, value: float, words: str) -> None:
 
 def _perplexity_axis(figure: go.Figure) -> go.Figure:
     """A logarithmic axis; where it is long, the powers of ten alone are told."""
-    drawn = np.concatenate([np.asarray(trace.y, dtype=float) for trace in figure.data] or [[1.0]])
+    drawn = [value for trace in figure.data for value in trace.y]
     return figure.update_yaxes(
         title="perplexity", type="log", exponentformat="power",
-        dtick=1 if drawn.max(initial=1) > 100 * drawn.min(initial=np.inf) else None,
+        dtick=1 if drawn and max(drawn) > 100 * min(drawn) else None,
     )  # fmt: skip
 
 

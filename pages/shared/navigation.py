@@ -46,7 +46,10 @@ def page_sections() -> dict[str, list[StreamlitPage]]:
     }  # fmt: skip
     # Streamlit knows the first page at the bare address only, and says of its name that there is no
     # such page.
-    sections[""].append(st.Page(_first, title="Start here", url_path=FIRST, visibility="hidden"))
+    title, icon = SECTIONS[""][FIRST]
+    sections[""].append(
+        st.Page(_first, title=title, icon=icon, url_path=FIRST, visibility="hidden")
+    )
     return sections
 
 

@@ -541,6 +541,12 @@ def start(title: str, work: Work, about: Hashable) -> Job:
     return job
 
 
+def kept_at_hand(bench: Bench, ratios: Pair, choices: Choices) -> Measurement | None:
+    """The point on disk, where it can be looked up without measuring anything."""
+    prepared = bench.prepared(first_look(choices))
+    return find_kept_point(bench, ratios, choices) if prepared else None
+
+
 def start_cut(bench: Bench, cut: Cut) -> None:
     """The point of a cut joins this visitor's: at once where it is kept, or measured by a job.
 
@@ -551,8 +557,7 @@ def start_cut(bench: Bench, cut: Cut) -> None:
     earlier = visit().latest_job(about)
     if earlier is not None and not earlier.finished:
         return
-    prepared = bench.prepared(first_look(cut.choices))
-    known = find_kept_point(bench, cut.ratios, cut.choices) if prepared else None
+    known = kept_at_hand(bench, cut.ratios, cut.choices)
     if known is not None:
         add_point(mine, known)
         return
@@ -567,12 +572,11 @@ def start_cut(bench: Bench, cut: Cut) -> None:
 
 def start_curve(bench: Bench, ratios: list[Pair], choices: Choices) -> None:
     """Each point of a curve joins this visitor's as soon as it is measured, at once where kept."""
-    mine, request, missing = points(), visit().request, list(ratios)
-    if bench.prepared(first_look(choices)):
-        kept = {pair: find_kept_point(bench, pair, choices) for pair in ratios}
-        missing = [pair for pair in ratios if kept[pair] is None]
-        for pair in set(ratios) - set(missing):
-            add_point(mine, kept[pair])
+    mine, request = points(), visit().request
+    kept = {pair: kept_at_hand(bench, pair, choices) for pair in ratios}
+    missing = [pair for pair in ratios if kept[pair] is None]
+    for pair in set(ratios) - set(missing):
+        add_point(mine, kept[pair])
     if not missing:
         return
     missing = most_informative_first(missing)

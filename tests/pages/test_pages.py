@@ -256,7 +256,7 @@ def test_a_cut_is_measured_and_taken_away_with_its_choices(opened, open_page):
 
 
 def test_a_cut_is_what_the_controls_say_when_it_is_asked_for(opened, open_page):
-    """Its button was drawn before; and two clicks measure one cut."""
+    """Its button was drawn before."""
     page = open_page("compress")
     visitor = page.session_state["visit"].visitor
     page.selectbox(key="importance").set_value("magnitude")
