@@ -139,12 +139,13 @@ def show_repair() -> None:
     st.latex(
         r"\Delta = \arg\min_{\Delta} \sum_t w_t\,\bigl\lVert y_t - (W' + \Delta)\, a'_t "
         r"\bigr\rVert^2 + \rho \sum_j h_j\,\bigl\lVert \Delta_{:,j} \bigr\rVert^2, \qquad "
-        r"w_t = \frac{1}{\operatorname{mean}_i\,(x_t + y_t)_i^2 + \varepsilon}"
+        r"w_t = \frac{1}{\sqrt{\operatorname{mean}_i\,(x_t + y_t)_i^2 + \varepsilon}}"
     )
     st.markdown(
-        r"$w_t$ is what the next RMSNorm divides by, so that an error counts relative to the "
-        r"stream it is added to; $h_j = \sum_t w_t\, a'^{\,2}_{tj}$, a little raised, so that loud "
-        r"and quiet channels shrink alike. `bias` is the same with a constant 1 in place of $a'$. "
+        r"$w_t$ is one over what the next RMSNorm divides by, so that a few tokens of enormous "
+        r"norm do not decide alone; $h_j = \sum_t w_t\, a'^{\,2}_{tj}$, a little raised, so that "
+        r"loud and quiet channels shrink alike. `bias` is the same with a constant 1 in place of "
+        r"$a'$. "
         rf"The ridge $\rho$ is one of {', '.join(f'{ridge:g}' for ridge in RIDGES)}: the "
         f"calibration windows are dealt into {FOLDS} folds, and each is judged by repairs "
         "fitted on the others. Where no repair does better there, the bare cut "

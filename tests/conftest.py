@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -13,6 +14,10 @@ from transact_core import corpora
 from transact_core.architecture import Architecture
 from transact_core.bench import Bench
 from transact_core.models import LoadedModel
+
+# Machines are busy at times, and no test is about how long an example takes.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 VOCAB_SIZE = 320
 KINDS = {

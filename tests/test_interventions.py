@@ -66,7 +66,7 @@ def test_nothing_changed_is_the_dense_model(model, windows):
     torch.testing.assert_close(unchanged.nll, evaluate(model, windows[1]).nll, rtol=1e-4, atol=1e-4)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(strength=st.floats(0, 1), layer=st.integers(0, 2), site=st.sampled_from(SITES))
 def test_disturbances_are_as_strong_as_asked(gqa_bench, strength, layer, site):
     statistics = gqa_bench.statistics()

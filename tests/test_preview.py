@@ -30,7 +30,7 @@ def option_at(table, mha: int, mlp: int) -> tuple[int, int]:
     return table.mha.option_at[mha], table.mlp.option_at[mlp]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     shape=architectures(), mha=positions, mlp=positions, granularity=st.sampled_from(GRANULARITIES),
     multiple_of=st.sampled_from([1, 4]), biases=st.booleans(), own_bias=st.booleans(),
@@ -53,7 +53,7 @@ def test_costs_of_all_positions_are_those_of_the_footprint(
     assert table.mlp.options[chosen[1]].width == expected.mlp_width
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(architectures(), st.sampled_from(GRANULARITIES), st.sampled_from([1, 4]))
 def test_options_go_from_the_dense_width_down(shape, granularity, multiple_of):
     table = structure(shape, granularity, multiple_of)
@@ -90,7 +90,7 @@ def kept_channels_of_attention(layer, shape) -> list[int]:
     ]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(plans(), st.integers(0, 1000))
 def test_energy_and_maps_are_those_of_the_plan(drawn, seed):
     shape, scores, plan = drawn

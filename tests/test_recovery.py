@@ -40,7 +40,7 @@ def test_a_bias_is_the_weighted_mean_of_what_was_cut(bench, tmp_path):
         whole = layer.self_attn(normed, position_embeddings=rotary)[0][0]
         bare = cut.self_attn(normed, position_embeddings=rotary)[0][0]
         for token in range(len(window)):
-            weight = 1 / (hidden[0, token] + whole[token]).square().mean()
+            weight = 1 / (hidden[0, token] + whole[token]).square().mean().sqrt()
             total, weight_sum = total + weight * (whole - bare)[token], weight_sum + weight
     changed = pruned.model.layers[0].self_attn.o_proj.bias - cut.self_attn.o_proj.bias
     if fits[0].ridge is not None:
@@ -69,7 +69,7 @@ def test_errors_told_are_those_on_windows_no_fit_has_seen(gqa_bench):
     written = bare.model.layers[0].self_attn(normed, position_embeddings=rotary)[0]
     handle.remove()
     wanted = dense.model.layers[0].self_attn(normed, position_embeddings=rotary)[0]
-    root = (hidden + wanted).square().mean(-1, keepdim=True).rsqrt().double()
+    root = (hidden + wanted).square().mean(-1, keepdim=True).pow(-1 / 4).double()
     x, y = seen[0].double() * root, (wanted - written).double() * root
     left = 0.0
     for fold in torch.arange(len(windows)).tensor_split(recovery.FOLDS):

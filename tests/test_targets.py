@@ -20,7 +20,7 @@ def cost_at(shape, granularity, mha, mlp):
     return footprint(widths(shape, mha / 100, mlp / 100, granularity).applied_to(shape), "float32")
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     shape=architectures(), granularity=st.sampled_from(GRANULARITIES), share=st.floats(0.3, 1.2),
     goal=st.sampled_from(["parameters", "kv-cache"]),

@@ -45,4 +45,4 @@ The method is TransAct: Shen et al., "Pruning Large Language Models to Intra-mod
 Architecture with Transitional Activations", Findings of ACL 2024, arXiv 2407.05690.
 """
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"

@@ -3,9 +3,9 @@
 One pass over the calibration windows, on the dense model's own stream, gives the second moments of
 each module's waist, fold by fold. For one order of its channels, those kept longest first, they
 give the error of what the module writes at *all* widths at once. It is the error of
-`recovery.LayerFit`: squared, relative to what the dense module writes, each token over the mean
-square of the stream it is added to, and on windows that the repair has not seen. Only that the
-stream is the dense model's, not that of a model pruned so far.
+`recovery.LayerFit`: squared, relative to what the dense module writes, each token weighted by
+`recovery.token_weights`, and on windows that the repair has not seen. Only that the stream is the
+dense model's, not that of a model pruned so far.
 
 With H the second moments of a fold and W the output projection, both in that order, the bare cut to
 width k loses the trailing block of `H ∘ WᵀW` from k on, and a bias the same with H taken about the
@@ -27,11 +27,10 @@ from transformers import LlamaForCausalLM
 from transact_core.activations import MODULES, transitional_inputs
 from transact_core.architecture import Architecture
 from transact_core.corpora import Windows
-from transact_core.elimination import stream_weights
 from transact_core.errors import Progress, silent
 from transact_core.importance import Scores
 from transact_core.plan import PruningPlan, head_counts
-from transact_core.recovery import RECOVERIES, recover
+from transact_core.recovery import RECOVERIES, recover, token_weights
 from transact_core.streams import Stream, second_moments
 from transact_core.surgery import prune
 
@@ -196,8 +195,8 @@ def _moments(
     """Second moments of the weighted rows of each fold, a 1 beside the channels of each row."""
     batches = []
     for transitional, residual in stream.advance(number, module):
-        weight = stream_weights(residual, eps)
-        batches.append(torch.cat([transitional.float() * weight, weight], dim=-1))
+        root = token_weights(residual, eps).sqrt()
+        batches.append(torch.cat([transitional.float() * root, root], dim=-1))
     rows = torch.cat(batches)
     return [second_moments([rows[fold].flatten(0, 1)], rows.shape[-1]) for fold in folds]
 

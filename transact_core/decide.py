@@ -158,9 +158,9 @@ def _sequentially(
     ) -> LayerPlan:
         if module == "mha" and plan.head_dim:
             return cut.plan.layers[number]
+        # An elimination weights squares by the square of what a repair does.
         rows = (
-            window * root[:, None]
-            for window, root in zip(transitional, weights.sqrt(), strict=True)
+            window * weight[:, None] for window, weight in zip(transitional, weights, strict=True)
         )
         for name, row in eliminate_module(dense, number, module, rows).items():
             getattr(scores, name)[number] = row

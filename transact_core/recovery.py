@@ -156,13 +156,13 @@ class _Stream:
         whole = narrows or self.choose is not None
         kept = None if whole else self._kept(number, module)
         wanted, inputs = self._run(self.dense, number, module, kept)
-        # RMSNorm divides by this next: an error counts relative to the stream it disturbs, and the
-        # few tokens of enormous norm do not drown all others.
-        squares = [
-            (before + change).float().square().mean(dim=-1)
-            for before, change in zip(self.hidden, wanted, strict=True)
-        ]
-        weights = (torch.stack(squares) + self.dense.config.rms_norm_eps).reciprocal()
+        eps = self.dense.config.rms_norm_eps
+        weights = torch.stack(
+            [
+                token_weights(before + change, eps).squeeze(-1)
+                for before, change in zip(self.hidden, wanted, strict=True)
+            ]
+        )
         if self.choose is not None:
             self.layers[number] = self.choose(number, module, inputs, weights)
         # Whole units compute what they computed before, so what they give is a selection.
@@ -277,6 +277,18 @@ class _Stream:
                 written, transitional = run_mlp(layer, self.hidden[batch])
             require_finite(transitional, number, module)
             yield batch, written, transitional
+
+
+def token_weights(residual: torch.Tensor, eps: float) -> torch.Tensor:
+    """How much a token's squared error counts: one over the root mean square of its stream.
+
+    `residual` is the stream after the module, shape (…, hidden_size), and the weights (…, 1),
+    float32; `eps` is the RMSNorm's. RMSNorm divides an error by the stream that it is added to, and
+    a few tokens of enormous norm would otherwise decide alone. By that argument it should be one
+    over the mean square, as in `elimination`; its root did a little better on other text
+    (docs/engine.md).
+    """
+    return (residual.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt()
 
 
 def _constant(inputs: torch.Tensor) -> torch.Tensor:

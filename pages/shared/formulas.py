@@ -31,7 +31,7 @@ FORMULAS = {
         ("1993", "2208.11580", "2302.04089"),
         "Backward elimination: the channel that costs least goes, $W$ and $P$ make up for it, and "
         "so on; a channel's score is its place in that order. A head's is what it cost when its "
-        "turn came. $D$ damps, $w_t$ is as in the repair below.",
+        "turn came. $D$ damps, $w_t$ is the square of the repair's below.",
     ),
     "activation-weight": Importance(
         r"s_j = " + WRITTEN + r"\,\sqrt{\textstyle\sum_t a_{tj}^2}",

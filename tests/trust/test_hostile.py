@@ -26,7 +26,6 @@ from transact_core.plan import Decision
 
 fuzzed = settings(
     max_examples=int(os.environ.get("TRANSACT_FUZZ", "10")),
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 JSON = st.recursive(
