@@ -7,8 +7,8 @@ from transact_core.bench import Choices, compress
 from transact_core.damage import HEAD_CUTS, RIDGES, Curve, errors_at_all_widths, kept_first
 from transact_core.importance import Scores
 from transact_core.plan import head_counts, make_plan, widths
-from transact_core.recovery import RECOVERIES, token_weights
-from transact_core.streams import Stream
+from transact_core.recovery import RECOVERIES
+from transact_core.streams import Stream, inverse_rms
 from transact_core.surgery import head_rows
 
 CHOICES = Choices(importance="activation")
@@ -161,7 +161,7 @@ def test_the_mlps_curve_is_that_of_its_own_dense_stream(bench):
         projection = transitional_inputs(model, number)["mlp"]
         gone = order[number, 25:]
         for transitional, residual in stream.advance(number, "mlp"):
-            weight = token_weights(residual, model.config.rms_norm_eps).sqrt()
+            weight = inverse_rms(residual, model.config.rms_norm_eps).sqrt()
             missing = transitional[..., gone] @ projection.weight[:, gone].T
             lost += (missing * weight).square().sum().item()
             written += (projection(transitional) * weight).square().sum().item()

@@ -4,7 +4,7 @@ One pass over the calibration windows, on the dense model's own stream, gives th
 each module's waist, fold by fold. For one order of its channels, those kept longest first, they
 give the error of what the module writes at *all* widths at once. It is the error of
 `recovery.LayerFit`: squared, relative to what the dense module writes, each token weighted by
-`recovery.token_weights`, and on windows that the repair has not seen. Only that the stream is the
+`streams.inverse_rms`, and on windows that the repair has not seen. Only that the stream is the
 dense model's, not that of a model pruned so far.
 
 With H the second moments of a fold and W the output projection, both in that order, the bare cut to
@@ -30,8 +30,8 @@ from transact_core.corpora import Windows
 from transact_core.errors import Progress, silent
 from transact_core.importance import Scores
 from transact_core.plan import PruningPlan, head_counts
-from transact_core.recovery import RECOVERIES, recover, token_weights
-from transact_core.streams import Stream, second_moments
+from transact_core.recovery import RECOVERIES, recover
+from transact_core.streams import Stream, inverse_rms, second_moments
 from transact_core.surgery import prune
 
 RIDGES = (0.1, 0.3, 1.0)
@@ -195,7 +195,7 @@ def _moments(
     """Second moments of the weighted rows of each fold, a 1 beside the channels of each row."""
     batches = []
     for transitional, residual in stream.advance(number, module):
-        root = token_weights(residual, eps).sqrt()
+        root = inverse_rms(residual, eps).sqrt()
         batches.append(torch.cat([transitional.float() * root, root], dim=-1))
     rows = torch.cat(batches)
     return [second_moments([rows[fold].flatten(0, 1)], rows.shape[-1]) for fold in folds]

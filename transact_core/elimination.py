@@ -30,7 +30,7 @@ from transact_core.activations import MODULES, transitional_inputs
 from transact_core.corpora import Windows
 from transact_core.errors import Progress, TransActError, silent
 from transact_core.ridge import factored_in_place
-from transact_core.streams import Stream, second_moments
+from transact_core.streams import Stream, inverse_rms, second_moments
 
 RIDGE = 1e-2
 """Damping of each channel relative to its own energy."""
@@ -106,12 +106,7 @@ def weighted_rows(stream: Stream, number: int, module: str, eps: float) -> Itera
     Shape (tokens, width), float32; moves the stream past the module. `eps` is the RMSNorm's.
     """
     for transitional, residual in stream.advance(number, module):
-        yield (transitional.float() * stream_weights(residual, eps)).flatten(0, -2)
-
-
-def stream_weights(residual: torch.Tensor, eps: float) -> torch.Tensor:
-    """One over the root mean square of the stream, shape (…, 1); `eps` is the RMSNorm's."""
-    return (residual.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+        yield (transitional.float() * inverse_rms(residual, eps)).flatten(0, -2)
 
 
 def damped_inverse(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,7 +26,7 @@ from transact_core.errors import Progress, TransActError, silent
 from transact_core.narrowing import fit_narrow_heads
 from transact_core.plan import LayerPlan, PruningPlan
 from transact_core.ridge import FoldedRidge, energy
-from transact_core.streams import run_attention, run_mlp
+from transact_core.streams import inverse_rms, run_attention, run_mlp
 from transact_core.surgery import head_rows
 
 RecoveryName = Literal["least-squares", "bias", "none"]
@@ -156,10 +156,12 @@ class _Stream:
         whole = narrows or self.choose is not None
         kept = None if whole else self._kept(number, module)
         wanted, inputs = self._run(self.dense, number, module, kept)
+        # By RMSNorm's division a squared error would be over the mean square, as in `elimination`;
+        # its root did a little better on other text (docs/engine.md).
         eps = self.dense.config.rms_norm_eps
         weights = torch.stack(
             [
-                token_weights(before + change, eps).squeeze(-1)
+                inverse_rms(before + change, eps).squeeze(-1)
                 for before, change in zip(self.hidden, wanted, strict=True)
             ]
         )
@@ -277,18 +279,6 @@ class _Stream:
                 written, transitional = run_mlp(layer, self.hidden[batch])
             require_finite(transitional, number, module)
             yield batch, written, transitional
-
-
-def token_weights(residual: torch.Tensor, eps: float) -> torch.Tensor:
-    """How much a token's squared error counts: one over the root mean square of its stream.
-
-    `residual` is the stream after the module, shape (…, hidden_size), and the weights (…, 1),
-    float32; `eps` is the RMSNorm's. RMSNorm divides an error by the stream that it is added to, and
-    a few tokens of enormous norm would otherwise decide alone. By that argument it should be one
-    over the mean square, as in `elimination`; its root did a little better on other text
-    (docs/engine.md).
-    """
-    return (residual.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt()
 
 
 def _constant(inputs: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,15 @@ def unchanged(activation: torch.Tensor) -> torch.Tensor:
     return activation
 
 
+def inverse_rms(residual: torch.Tensor, eps: float) -> torch.Tensor:
+    """One over the root mean square of the stream, shape (…, 1), float32; `eps` is the RMSNorm's.
+
+    What tokens are weighted by, so that a few of enormous norm do not decide alone: by an
+    elimination their rows, by a repair their squared errors.
+    """
+    return (residual.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+
+
 def run_attention(
     layer: nn.Module, hidden: torch.Tensor, rotary: Rotary, change: Change = unchanged
 ) -> tuple[torch.Tensor, torch.Tensor]:
