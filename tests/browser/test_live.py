@@ -5,6 +5,7 @@ import re
 
 import pytest
 from playwright.sync_api import Page, expect
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 
 from tests.browser.driving import at, button, choose, running_app, settle, slider
 from tests.browser.live_page import SHAPES
@@ -145,6 +146,26 @@ def test_positions_and_choices_are_undone_and_redone(view: Page):
     expect(button(view, "↷ Redo")).to_be_disabled()
     button(view, "Reset").click()
     rests(view, 0, 0)
+
+
+def test_python_never_refers_to_what_the_browser_may_have_thrown_away(
+    page: Page, live_address: str
+):
+    received: list[ForwardMsg] = []
+    page.on(
+        "websocket",
+        lambda socket: socket.on(
+            "framereceived", lambda frame: received.append(ForwardMsg.FromString(frame))
+        ),
+    )
+    page.goto(f"{live_address}/?predicted=1")
+    at(page, 33, 30)
+    for granularity in ("kv-groups", "query-heads", "kv-groups"):
+        choose(page, "Granularity", granularity)
+        expect(page.locator(".live")).to_have_attribute("data-choices", granularity)
+    kinds = {message.WhichOneof("type") for message in received}
+    assert "delta" in kinds
+    assert "ref_hash" not in kinds
 
 
 def test_what_python_sets_is_taken_over_and_can_be_undone(view: Page):
