@@ -5,7 +5,8 @@
         --output results.csv --markdown results.md
 
 Each row is made in a process of its own and appended to the CSV when it is done; `--resume` goes on
-where an interrupted run stopped. Progress goes to stderr.
+where an interrupted run stopped, on another machine too: a row says which made it. Progress goes to
+stderr.
 """
 
 import argparse
@@ -29,9 +30,11 @@ import torch
 
 from benchmarks.cuts import DENSE, Row, rows
 from benchmarks.row import Result, Setup
+from transact_core import __version__
+from transact_core.bench import Choices
 from transact_core.corpora import read_corpus
 from transact_core.errors import TransActError
-from transact_core.files import sha256_of_file
+from transact_core.recovery import RECOVERIES
 
 COLUMNS = (
     "cut",
@@ -44,6 +47,9 @@ COLUMNS = (
     "peak_memory_bytes",
     "reloaded_by_stock",
     "note",
+    "processor",
+    "threads",
+    "date",
 )
 PACKAGES = ("torch", "transformers", "optipfair", "torch-pruning")
 ROOT = Path(__file__).parent.parent
@@ -157,6 +163,11 @@ def line_of(row: Row, result: Result, before: list[dict]) -> dict:
     dense = float(before[0]["perplexity"]) if before else result.perplexity
     measured = result.perplexity is not None
     line["ratio_to_dense"] = result.perplexity / dense if measured else None
+    line |= {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
+    }
     return {column: line[column] for column in COLUMNS}
 
 
@@ -176,7 +187,7 @@ def _open_output(path: Path, settings: dict, resume: bool) -> list[dict]:
     if not resume:
         raise TransActError(f"{path} exists; add --resume to go on with it or name another file.")
     earlier = json.loads(beside.read_text()) if beside.is_file() else {}
-    for name in ("setup", "texts", "versions", "threads", "cpu"):
+    for name in ("setup", "texts", "versions"):
         if earlier.get(name) != settings[name]:
             raise TransActError(
                 f"{path} was made with other {name} ({earlier.get(name)}); name another file."
@@ -198,12 +209,10 @@ def run_settings(setup: Setup, arguments: list[str]) -> dict:
         "texts": {
             name: read_corpus(getattr(setup, name)).sha256 for name in ("calibration", "evaluation")
         },
-        "versions": {"python": platform.python_version(), **_versions()},
-        "engine": _engine_fingerprint(),
-        "cpu": processor(),
-        "threads": torch.get_num_threads(),
-        "date": date.today().isoformat(),
-    }
+        "versions": {
+            "transact_core": __version__, "python": platform.python_version(), **_versions(),
+        },
+    }  # fmt: skip
 
 
 def _versions() -> dict[str, str]:
@@ -214,13 +223,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _engine_fingerprint() -> dict[str, str]:
-    return {
-        path.name: sha256_of_file(path)[:12]
-        for path in sorted((ROOT / "transact_core").glob("*.py"))
-    }
 
 
 def processor() -> str:
@@ -239,14 +241,17 @@ def processor() -> str:
 def markdown(lines: list[dict], settings: dict) -> str:
     """Tables grouped by cut, best first, what failed last."""
     setup, versions = settings["setup"], settings["versions"]
+    machines = list(dict.fromkeys(map(_machine, lines)))
     head = [
         f"```sh\n{settings['command']}\n```",
         "",
         f"Model {setup['model']}; {setup['calibration_tokens']:,} calibration and "
         f"{setup['evaluation_tokens']:,} evaluation tokens in windows of "
-        f"{setup['sequence_length']}; {settings['cpu']}, {settings['threads']} threads; "
+        f"{setup['sequence_length']}; "
         + ", ".join(f"{name} {number}" for name, number in versions.items())
-        + f"; {settings['date']}.",
+        + f"; {_days(lines)}.",
+        "",
+        _machines_in_words(machines),
         "",
         "Seconds are those of making the model: scoring, cutting, repairing, without loading and "
         "measuring. Memory is the peak resident size of that process until then, the dense "
@@ -259,18 +264,73 @@ def markdown(lines: list[dict], settings: dict) -> str:
             else ""
         ),
     ]
+    several = len(machines) > 1
     for cut in dict.fromkeys(line["cut"] for line in lines):
         group = sorted((line for line in lines if line["cut"] == cut), key=_order)
         head += [
             "",
             f"### Removed: {cut}",
             "",
+            *_grid(group),
             "| method | perplexity | × dense | parameters (M) | KV bytes / token | seconds "
-            "| peak memory (MB) | reloaded by stock |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-            *(_markdown_row(line) for line in group),
+            "| peak memory (MB) | reloaded by stock |" + (" machine |" if several else ""),
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
+            + (" ---: |" if several else ""),
+            *(
+                _markdown_row(line)
+                + (f" {machines.index(_machine(line)) + 1} |" if several else "")
+                for line in group
+            ),
         ]
     return "\n".join(head) + "\n"
+
+
+def _grid(lines: list[dict]) -> list[str]:
+    """Times dense of each importance with each recovery, where more than one recovery is there."""
+    known = {row.key: row.choices for row in rows()}
+    ratios: dict[str, dict[str, str]] = {}
+    for line in lines:
+        choices, ratio = known.get((line["cut"], line["method"])), _number(line["ratio_to_dense"])
+        if choices is None or ratio is None or not _is_plain(choices):
+            continue
+        name, _, _ = line["method"].removeprefix("ours: ").rpartition(", ")
+        ratios.setdefault(name, {})[choices.recovery] = _times(ratio)
+    recoveries = [name for name in RECOVERIES if any(name in each for each in ratios.values())]
+    if len(recoveries) < 2:
+        return []
+    return [
+        f"| ours, × dense | {' | '.join(recoveries)} |",
+        f"| --- |{' ---: |' * len(recoveries)}",
+        *(
+            f"| {name} | {' | '.join(each.get(recovery, '') for recovery in recoveries)} |"
+            for name, each in ratios.items()
+        ),
+        "",
+    ]
+
+
+def _times(ratio: float) -> str:
+    return format(ratio, ",.3f" if ratio < 100 else ",.0f")
+
+
+def _is_plain(choices: Choices) -> bool:
+    return not choices.sequential and choices.steps == 1 and choices.granularity != "auto"
+
+
+def _machine(line: dict) -> str:
+    return f"{line['processor']}, {line['threads']} threads"
+
+
+def _machines_in_words(machines: list[str]) -> str:
+    if len(machines) == 1:
+        return f"Machine: {machines[0]}."
+    numbered = "; ".join(f"({number}) {each}" for number, each in enumerate(machines, start=1))
+    return f"Machines: {numbered}. Compare seconds of one machine only."
+
+
+def _days(lines: list[dict]) -> str:
+    days = sorted({line["date"] for line in lines})
+    return " to ".join(dict.fromkeys((days[0], days[-1])))
 
 
 def _order(line: dict) -> float:
@@ -292,7 +352,7 @@ def _markdown_row(line: dict) -> str:
     cells = [
         line["method"],
         cell("perplexity", ",.2f"),
-        cell("ratio_to_dense", ",.3f"),
+        "–" if (ratio := _number(line["ratio_to_dense"])) is None else _times(ratio),
         cell("parameters", ",.1f", 1e6),
         cell("kv_bytes_per_token", ",.0f"),
         cell("seconds", ",.1f"),

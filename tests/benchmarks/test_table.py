@@ -128,19 +128,19 @@ def test_one_command_makes_the_table_and_goes_on_with_it(checkpoint, text_file, 
     assert table.main([*arguments, "--resume"]) == 0
     assert output.read_text() == written
     beside = output.with_suffix(".csv.json")
-    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"threads": 99}))
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"texts": {}}))
     assert table.main([*arguments, "--resume"]) == 2
 
 
 def test_the_best_of_a_cut_comes_first_and_failures_last():
     settings = {
-        "command": "command", "cpu": "cpu", "threads": 2, "date": "today", "versions": {"torch": "2"},
+        "command": "command", "versions": {"torch": "2"},
         "setup": {
             "model": "m", "calibration_tokens": 1, "evaluation_tokens": 1, "sequence_length": 1,
             "share_measurements": False,
         },
     }  # fmt: skip
-    empty = dict.fromkeys(table.COLUMNS)
+    empty = dict.fromkeys(table.COLUMNS) | {"processor": "P", "threads": 2, "date": "2026-11-02"}
     lines = [
         empty | {"cut": "x", "method": "broken", "note": "refused: a|b"},
         empty | {"cut": "x", "method": "worse", "perplexity": "20"},
@@ -149,3 +149,33 @@ def test_the_best_of_a_cut_comes_first_and_failures_last():
     text = table.markdown(lines, settings)
     assert text.index("better") < text.index("worse") < text.index("broken")
     assert "a\\|b" in text
+    assert "Machine: P, 2 threads." in text
+    assert "| machine |" not in text
+    lines.append(empty | {"cut": "x", "method": "best", "perplexity": 9, "threads": 4})
+    lines.append(lines[-1] | {"method": "last", "date": "2026-11-01", "perplexity": None})
+    text = table.markdown(lines, settings)
+    assert "(1) P, 2 threads; (2) P, 4 threads" in text
+    assert "2026-11-01 to 2026-11-02" in text
+    rows = {row.split(" | ")[0].strip("| "): row for row in text.splitlines() if "–" in row}
+    assert rows["best"].endswith("| 2 |")
+    assert rows["better"].endswith("| 1 |")
+
+
+def test_each_importance_stands_beside_its_recoveries():
+    row = {"cut": MLP.name, "processor": "P", "threads": 2, "date": "2026-11-02"}
+    ratios = {
+        "activation, least-squares": 1.2,
+        "activation, none": 1500,
+        "taylor, none": 1.75,
+        "taylor, least-squares, sequential": 1.1,
+    }
+    lines = [
+        dict.fromkeys(table.COLUMNS) | row | {"method": f"ours: {name}", "ratio_to_dense": ratio}
+        for name, ratio in ratios.items()
+    ]
+    grid = [
+        "| ours, × dense | least-squares | none |", "| --- | ---: | ---: |",
+        "| activation | 1.200 | 1,500 |", "| taylor |  | 1.750 |",
+    ]  # fmt: skip
+    assert table._grid(lines)[:-1] == grid
+    assert table._grid(lines[:1]) == []
