@@ -7,6 +7,7 @@ from pages.shared.cuts import in_words, require_cut
 from pages.shared.jobs import job_threads
 from pages.shared.progress import show_job
 from pages.shared.side_by_side import DENSE, PRUNED, Comparison, last_comparison, start_comparison
+from pages.shared.text import counted
 from pages.shared.workbench import Cut, visit
 from transact_core.bench import Bench
 from transact_core.errors import TransActError
@@ -140,8 +141,8 @@ def show(bench: Bench) -> None:
     st.caption(f"Pruned: {in_words(comparison.cut)}")
     show_answers(bench, comparison)
     st.caption(
-        f"Both models take turns, token by token, on {job_threads()} thread(s) of this machine; "
-        "other jobs wait meanwhile. The Latency page measures with repeats."
+        f"Both models take turns, token by token, on {counted(job_threads(), 'thread')} of this "
+        "machine; other jobs wait meanwhile. The Latency page measures with repeats."
     )
     if comparison.continuation is not None and comparison.job.finished:
         show_losses(bench, comparison)

@@ -9,6 +9,7 @@ from pages.shared.figure import show
 from pages.shared.latency_chart import latency_chart, latency_table
 from pages.shared.progress import show_job
 from pages.shared.side_by_side import last_latency, start_latency
+from pages.shared.text import counted
 from pages.shared.workbench import Cut, visit
 from transact_core.bench import Bench
 
@@ -57,8 +58,9 @@ def show_run(bench: Bench) -> None:
         "latency-chart",
         f"marks are medians of {run.repeats} repeats, bars their middle half; decode is the mean "
         f"of the {run.decode} tokens after the prompt. Both models take turns in "
-        f"{str(loaded.dtype)[6:]} on {loaded.device.type} with {run.threads} thread(s) of this "
-        f"machine's {os.cpu_count()} cores, batch 1; other jobs waited, the pages did not.",
+        f"{str(loaded.dtype)[6:]} on {loaded.device.type} with "
+        f"{counted(run.threads, 'thread')} of this machine's "
+        f"{counted(os.cpu_count() or 1, 'core')}, batch 1; other jobs waited, the pages did not.",
         lambda: table,
     )
     st.dataframe(

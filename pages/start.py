@@ -13,6 +13,7 @@ from pages.shared.figure import show
 from pages.shared.navigation import link
 from pages.shared.progress import show_opening
 from pages.shared.report import SIZES, times_dense
+from pages.shared.text import counted
 from pages.shared.workbench import Request, asked_by, points, visit
 from transact_core.activations import MODULES
 
@@ -160,8 +161,8 @@ def show_recording(told: Example) -> None:
         st.code(told.command, language="bash")
         st.markdown(
             f"- **When and where**: {told.recorded:%d %B %Y, %H:%M %Z}, {told.processor}, "
-            f"{made.threads} thread(s) on {told.cores} cores, {made.device}, {made.dtype}, "
-            f"{made.cpu_capability}\n"
+            f"{counted(made.threads, 'thread')} on {counted(told.cores, 'core')}, {made.device}, "
+            f"{made.dtype}, {made.cpu_capability}\n"
             f"- **Model**: {told.name}\n"
             f"- **Text**: {told.text}, {told.calibration.tokens:,} tokens to calibrate and "
             f"{told.evaluation.tokens:,} others to evaluate, windows of {told.sequence_length}\n"
@@ -185,7 +186,7 @@ st.write(
 st.caption(
     f":material/history: The numbers on this page are **recorded**: measured on "
     f"{told.recorded:%d %B %Y} on another machine or at another time ({told.processor}, "
-    f"{told.environment.threads} thread(s)). All other pages compute on this machine."
+    f"{counted(told.environment.threads, 'thread')}). All other pages compute on this machine."
 )
 left, right = st.columns(2, gap="large")
 with left:

@@ -19,6 +19,7 @@ from plotly.offline import get_plotlyjs
 from pages.shared import charts, curve_chart, plan_charts, tradeoff_charts
 from pages.shared.latency_chart import latency_chart
 from pages.shared.side_by_side import LatencyRun
+from pages.shared.text import counted
 from transact_core.bench import Bench, Measurement
 from transact_core.corpora import describe
 from transact_core.export import (
@@ -288,8 +289,8 @@ def _latency_figures(bench: Bench, run: LatencyRun | None) -> list[Figure]:
         (
             latency_chart(run.points),
             f"medians of {run.repeats} repeats, bars their middle half; "
-            f"{str(bench.loaded.dtype)[6:]} on {bench.loaded.device.type}, {run.threads} "
-            "thread(s), batch 1.",
+            f"{str(bench.loaded.dtype)[6:]} on {bench.loaded.device.type}, "
+            f"{counted(run.threads, 'thread')}, batch 1.",
         )
     ]
 
@@ -313,7 +314,8 @@ def _facts(bench: Bench, compression: Compression) -> list[tuple[str, str]]:
         ("Saved as", compression.save_dtype),
         (
             "Computed",
-            f"in {made_with.dtype} on {made_with.device}, {made_with.threads} thread(s), "
+            f"in {made_with.dtype} on {made_with.device}, "
+            f"{counted(made_with.threads, 'thread')}, "
             f"{made_with.cpu_capability}",
         ),
         ("Packages", packages),

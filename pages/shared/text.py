@@ -1,4 +1,4 @@
-"""Words that are not ours, made safe to stand in markdown and in charts."""
+"""Counted words, and words that are not ours, made safe to stand in markdown and in charts."""
 
 import re
 from html import escape
@@ -9,6 +9,11 @@ _ADDRESS = re.compile(r"(?i)(?:(?<=[a-z])(?=://)|(?<=www)(?=\.)|(?<=\w)(?=@))")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\u202a-\u202e\u2066-\u2069]+")
 NO_BREAK = "\u2060"
 """Invisible; what it stands in is no address, and no link is made of it."""
+
+
+def counted(number: int, noun: str) -> str:
+    """1 thread, 2 threads."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def plain(words: object) -> str:
