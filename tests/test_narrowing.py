@@ -33,6 +33,18 @@ def test_conjugate_gradients_solve_what_a_direct_solver_does():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_conjugate_gradients_stay_at_the_solution_however_long_they_go_on(monkeypatch):
+    """Rounding errors of float32 once grew without end after the solution, 200 steps and more on."""
+    monkeypatch.setattr(narrowing, "ITERATIONS", 1000)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        matrix, target = torch.randn(90, 32), torch.randn(90)
+        matrix[:, 16:] *= 0.05
+        found = _least_squares(torch.zeros(32), matrix.mv, matrix.T.mv, target, 0.0)
+        expected = torch.linalg.lstsq(matrix.double(), target.double()[:, None]).solution[:, 0]
+        torch.testing.assert_close(found, expected.float(), rtol=1e-2, atol=1e-2)
+
+
 def logits(query_map, key_map, sample):
     """Differences of logits, pair by pair, from the formula."""
     values = torch.empty_like(sample.target)

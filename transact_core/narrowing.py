@@ -38,6 +38,8 @@ MAX_QUERIES = 8192
 """Of every fourth token, and of long calibration texts fewer: a head has few weights to fit."""
 EVENLY = 0.25
 """Share of keys drawn from the attention of half the logits."""
+CONVERGED = 1e-5
+"""Of the first gradient; going on from there in float32 would only grow rounding errors."""
 OUTPUT_RIDGE = 0.1
 BATCH_WINDOWS = 4
 
@@ -216,11 +218,12 @@ def _least_squares(
     left = target - forward(start)
     gradient = adjoint(left)
     direction, energy = gradient.clone(), gradient.square().sum()
+    enough = CONVERGED**2 * energy
     for _ in range(ITERATIONS):
+        if not energy > enough:
+            break
         moved = forward(direction)
         curvature = moved.square().sum() + ridge * direction.square().sum()
-        if not curvature > 0:
-            break
         step = energy / curvature
         change = change + step * direction
         left = left - step * moved
