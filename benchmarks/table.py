@@ -318,7 +318,8 @@ def _is_plain(choices: Choices) -> bool:
 
 
 def _machine(line: dict) -> str:
-    return f"{line['processor']}, {line['threads']} threads"
+    threads = int(line["threads"])
+    return f"{line['processor']}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _machines_in_words(machines: list[str]) -> str:

@@ -151,10 +151,10 @@ def test_the_best_of_a_cut_comes_first_and_failures_last():
     assert "a\\|b" in text
     assert "Machine: P, 2 threads." in text
     assert "| machine |" not in text
-    lines.append(empty | {"cut": "x", "method": "best", "perplexity": 9, "threads": 4})
+    lines.append(empty | {"cut": "x", "method": "best", "perplexity": 9, "threads": 1})
     lines.append(lines[-1] | {"method": "last", "date": "2026-11-01", "perplexity": None})
     text = table.markdown(lines, settings)
-    assert "(1) P, 2 threads; (2) P, 4 threads" in text
+    assert "(1) P, 2 threads; (2) P, 1 thread" in text
     assert "2026-11-01 to 2026-11-02" in text
     rows = {row.split(" | ")[0].strip("| "): row for row in text.splitlines() if "–" in row}
     assert rows["best"].endswith("| 2 |")
