@@ -28,7 +28,7 @@ from transact_core.bench import Bench, Choices, compress
 from transact_core.checkpoint import mend_generation_config
 from transact_core.corpora import Windows
 from transact_core.decide import decide
-from transact_core.errors import TransActError
+from transact_core.errors import TransActError, first_line
 from transact_core.evaluation import evaluate
 from transact_core.files import cache_folder
 from transact_core.models import LoadedModel, load_model
@@ -98,7 +98,7 @@ def make_row(row: Row, loaded: LoadedModel, calibration: Windows, evaluation: Wi
     except ImportError as error:
         return Result(note=f"not installed: {error.name or error}")
     except Exception as error:
-        return Result(note=f"failed: {type(error).__name__}: {_first_line(error)}")
+        return Result(note=f"failed: {type(error).__name__}: {first_line(error)[:300]}")
     peak = peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "model"
@@ -106,7 +106,7 @@ def make_row(row: Row, loaded: LoadedModel, calibration: Windows, evaluation: Wi
             save(output)
             measured, reason = _reloaded(output, model, evaluation, dtype)
         except Exception as error:
-            measured, reason = None, _first_line(error)
+            measured, reason = None, first_line(error)[:300]
         reloaded = measured is not None
         if measured is None:
             measured = _rounded(model, dtype)
@@ -205,11 +205,6 @@ def kv_bytes_per_token(model: LlamaForCausalLM, dtype: torch.dtype) -> int:
         for layer in model.model.layers
     )
     return sum(widths) * dtype.itemsize
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 @contextmanager

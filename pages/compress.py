@@ -270,6 +270,8 @@ def prediction_points(bench: Bench) -> list[Point]:
 
 def while_same(name: str, key: Any, make: Callable[[], Any]) -> Any:
     """What was made last in this tab under that name, or made now where the key is another."""
+    # A point may hold a NaN: equal to itself in a text, but not in a dataclass of Python 3.13.
+    key = repr(key)
     if name not in st.session_state or st.session_state[name][0] != key:
         st.session_state[name] = key, make()
     return st.session_state[name][1]

@@ -71,6 +71,15 @@ def test_options_change_the_cut(prune):
     assert json.loads((made / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_modules_that_keep_their_bare_cut_are_told(prune, capsys):
+    """Of one window nothing can be held out, so nothing is repaired."""
+    status, made = prune("out", "0.5", "0.3", "--calibration-tokens", "32")
+    assert status == 0
+    told = "6 of 6 cut modules keep their bare cut"
+    assert told in capsys.readouterr().err
+    assert told in (made / "README.md").read_text()
+
+
 def test_auto_says_which_granularity_and_why(prune, capsys):
     status, made = prune("out", "0.34", "0", "--granularity", "auto")
     assert status == 0

@@ -2,14 +2,13 @@ import pytest
 import torch
 
 from transact_core import damage as damages
-from transact_core.activations import transitional_inputs
+from transact_core.activations import head_rows, transitional_inputs
 from transact_core.bench import Choices, compress
 from transact_core.damage import HEAD_CUTS, RIDGES, Curve, errors_at_all_widths, kept_first
 from transact_core.importance import Scores
 from transact_core.plan import head_counts, make_plan, widths
 from transact_core.recovery import RECOVERIES
 from transact_core.streams import Stream, inverse_rms
-from transact_core.surgery import head_rows
 
 CHOICES = Choices(importance="activation")
 

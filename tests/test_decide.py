@@ -42,6 +42,16 @@ def test_auto_leaves_out_what_cannot_be_had(tokenizer, windows):
     }
 
 
+def test_auto_leaves_out_what_would_cut_nothing(gqa_bench):
+    """An uncut model loses least: at 0.15 the nearest number of heads is all of them."""
+    decision = decide(gqa_bench, 0.15, 0, Choices(granularity="auto"))
+    assert set(decision.granularity_losses) == {"head-dims"}
+    assert decision.plan.head_dim == 6
+    nothing = decide(gqa_bench, 0.01, 0, Choices(granularity="auto"))
+    assert nothing.granularity_losses == {}
+    assert not nothing.plan.cuts_anything(gqa_bench.loaded.architecture)
+
+
 def test_auto_without_an_attention_cut_tries_nothing(gqa_bench):
     decision = decide(gqa_bench, 0, 0.3, Choices(granularity="auto"))
     assert decision.granularity_losses == {}

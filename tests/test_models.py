@@ -179,6 +179,23 @@ def test_tensors_that_no_llama_has_are_left_out_and_that_is_said(checkpoint, cap
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("stored", "computed", "told"),
+    [
+        ("float16", "bfloat16", True),
+        ("float32", "bfloat16", True),
+        ("bfloat16", "float32", False),
+        ("bfloat16", "bfloat16", False),
+    ],
+)
+def test_a_dtype_that_rounds_the_weights_is_said(checkpoint, stored, computed, told):
+    path = checkpoint / "model.safetensors"
+    dtype = getattr(torch, stored)
+    save_file({name: each.to(dtype) for name, each in load_file(path).items()}, path)
+    notices = load_model(str(checkpoint), dtype=computed).notices
+    assert any(f"stored in {stored} and computed with in" in each for each in notices) == told
+
+
 def test_weights_under_another_name_are_refused(checkpoint):
     (checkpoint / "model.safetensors").rename(checkpoint / "consolidated.safetensors")
     refuse(checkpoint, "consolidated.safetensors but neither")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.test_plan import architectures, plans
-from transact_core.activations import ActivationStatistics, ModuleStatistics
+from transact_core.activations import ActivationStatistics, ModuleStatistics, head_rows
 from transact_core.architecture import Architecture
 from transact_core.footprint import footprint
 from transact_core.importance import Scores
@@ -21,7 +21,6 @@ from transact_core.preview import (
     shades,
     structure,
 )
-from transact_core.surgery import head_rows
 
 positions = st.sampled_from(POSITIONS)
 

@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import bench_of, make_model, same_weights, snapshot, windows_for
-from transact_core import recovery, ridge
+from transact_core import narrowing, recovery, ridge
 from transact_core.activations import transitional_inputs
 from transact_core.bench import Choices
 from transact_core.corpora import Windows
@@ -149,6 +149,20 @@ def test_no_repair_is_kept_that_is_worse_on_held_out_windows(gqa_bench, monkeypa
     fits = recover(dense, pruned, plan, gqa_bench.calibration, "least-squares").fits
     assert all(fit.ridge is None for fit in fits)
     assert same_weights(pruned, snapshot(prune(dense, plan)))
+
+
+def test_heads_whose_fit_breaks_down_keep_their_bare_cut(gqa_bench, monkeypatch):
+    monkeypatch.setattr(
+        narrowing, "_fit_query", lambda query_map, *_: torch.full_like(query_map, torch.inf)
+    )
+    dense = gqa_bench.loaded.model
+    plan = gqa_bench.plan(0.5, 0, Choices("head-dims"))
+    pruned, bare = prune(dense, plan), prune(dense, plan)
+    recover(dense, pruned, plan, gqa_bench.calibration, "least-squares")
+    for mine, theirs in zip(pruned.model.layers, bare.model.layers, strict=True):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            expected = theirs.self_attn.get_submodule(name).weight
+            assert torch.equal(mine.self_attn.get_submodule(name).weight, expected)
 
 
 def test_two_runs_give_the_same_bits(gqa_bench):

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from tests.conftest import bench_of
+from transact_core.activations import head_rows
 from transact_core.bench import Choices
 from transact_core.redundancy import kept_channels, kept_share, written_energies
-from transact_core.surgery import head_rows
 
 
 @pytest.mark.parametrize("granularity", ["query-heads", "kv-groups", "head-dims"])

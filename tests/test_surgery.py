@@ -7,9 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import KINDS, bench_of, make_model, same_weights, snapshot
+from transact_core.activations import head_rows
 from transact_core.bench import Choices
 from transact_core.errors import TransActError
-from transact_core.surgery import cast, head_rows, prune, round_weights
+from transact_core.surgery import cast, prune, round_weights
 
 IDS = torch.arange(3, 99).reshape(4, 24)
 CUTS = [

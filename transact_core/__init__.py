@@ -9,6 +9,7 @@ Data flows one way, and a module imports only from those before it:
     corpora            text → windows of token ids
     activations        one pass over calibration windows → statistics per layer
     streams            the residual stream of all windows, run layer by layer
+    ridge              least squares for a repair, judged on folds of the windows
     elimination        which channels least squares can do without
     saliences          weight · gradient
     importance         evidence → a score for each head and channel
@@ -18,7 +19,6 @@ Data flows one way, and a module imports only from those before it:
     preview            what every position of the sliders leaves, as tables to draw from
     surgery            model and plan → a pruned stock LlamaForCausalLM
     narrowing          queries, keys and values of narrower heads, fitted
-    ridge              least squares for a repair, judged on folds of the windows
     recovery           closed-form repair after the cut
     damage             what each layer would lose at every width
     evaluation         perplexity with its uncertainty

@@ -6,7 +6,7 @@ is the residual stream, looked at where it enters a layer. Only sums over tokens
 does not grow with the number of calibration tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -103,15 +103,25 @@ def _spread(site: str, statistics: ModuleStatistics) -> pd.DataFrame:
     return pd.DataFrame({"layer": range(len(low)), "site": site, **values})
 
 
+def windows_a_batch(sequence_length: int) -> int:
+    """Windows that make about `BATCH_TOKENS` tokens, one at least."""
+    return max(1, BATCH_TOKENS // sequence_length)
+
+
 def batches(windows: Windows, device: torch.device) -> Iterator[torch.Tensor]:
     """Windows in batches of about `BATCH_TOKENS` tokens, shape (batch, sequence_length)."""
-    yield from windows.ids.to(device).split(max(1, BATCH_TOKENS // windows.sequence_length))
+    yield from windows.ids.to(device).split(windows_a_batch(windows.sequence_length))
 
 
 def transitional_inputs(model: LlamaForCausalLM, layer: int) -> dict[str, torch.nn.Module]:
     """The two projections whose inputs are a layer's transitional activations."""
     decoder = model.model.layers[layer]
     return {"mha": decoder.self_attn.o_proj, "mlp": decoder.mlp.down_proj}
+
+
+def head_rows(heads: Sequence[int], head_dim: int) -> torch.Tensor:
+    """Places of whole heads in an attention's waist, in the order of the heads."""
+    return (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
 def require_finite(values: torch.Tensor, layer: int, site: str) -> None:

@@ -242,6 +242,8 @@ def _carry_out(
     progress: Progress,
 ) -> None:
     measurement = export.compress_to_folder(chosen.output, bench, compression, progress)
+    if told := export.kept_bare(measurement.fits):
+        _warn(told)
     result = export.report(bench, measurement)
     print(json.dumps(result, indent=1) if chosen.json else _table(result, chosen.output))
 

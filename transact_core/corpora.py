@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
-from transact_core.errors import INTERRUPTIONS, Progress, TransActError, silent
+from transact_core.errors import INTERRUPTIONS, Progress, TransActError, first_line, silent
 from transact_core.files import sha256_of_text
 
 BUILTIN = "builtin"
@@ -220,10 +220,9 @@ def _hub_text(source: str) -> str:
     except KeyError:
         raise TransActError(f"The dataset {name} has no column {column!r}.") from None
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TransActError(
-            f"The dataset {name} could not be read from the hub ({reason}); check its name, config "
-            "and split and the network, or name a text file."
+            f"The dataset {name} could not be read from the hub ({first_line(error)}); "
+            "check its name, config and split and the network, or name a text file."
         ) from None
 
 

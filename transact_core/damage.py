@@ -29,8 +29,9 @@ from transact_core.architecture import Architecture
 from transact_core.corpora import Windows
 from transact_core.errors import Progress, silent
 from transact_core.importance import Scores
-from transact_core.plan import PruningPlan, head_counts
+from transact_core.plan import PruningPlan, best_first, head_counts
 from transact_core.recovery import RECOVERIES, recover
+from transact_core.ridge import FLOOR
 from transact_core.streams import Stream, inverse_rms, second_moments
 from transact_core.surgery import prune
 
@@ -102,9 +103,9 @@ def kept_first(scores: Scores, architecture: Architecture) -> dict[str, dict[str
     """
     grouped = scores.heads.unflatten(1, (architecture.num_key_value_heads, -1))
     number = torch.arange(architecture.num_attention_heads).view(grouped.shape[1:])
-    groups = _descending(grouped.mean(dim=2))
+    groups = best_first(grouped.mean(dim=2))
     whole_groups = number[groups].flatten(1)
-    by_rank = _descending(grouped) + number[:, :1]
+    by_rank = best_first(grouped) + number[:, :1]
     rounds = by_rank.mT.flatten(1) if architecture.queries_per_group > 1 else whole_groups
     dims = torch.arange(architecture.head_dim)
     return {
@@ -112,12 +113,8 @@ def kept_first(scores: Scores, architecture: Architecture) -> dict[str, dict[str
             name: (heads[..., None] * architecture.head_dim + dims).flatten(1)
             for name, heads in zip(HEAD_CUTS, (rounds, whole_groups), strict=True)
         },
-        "mlp": {"mlp": _descending(scores.channels)},
+        "mlp": {"mlp": best_first(scores.channels)},
     }
-
-
-def _descending(scores: torch.Tensor) -> torch.Tensor:
-    return scores.argsort(dim=-1, descending=True, stable=True)
 
 
 @torch.no_grad()
@@ -261,7 +258,7 @@ def _repaired(
     cross = torch.outer(unseen[:-1, -1], mean)
     about_mean = unseen[:-1, :-1] - cross - cross.T + unseen[-1, -1] * torch.outer(mean, mean)
     energy = seen.diagonal()[:-1]
-    floor = 1e-3 * (energy * scale.square()).mean() / scale.square()
+    floor = FLOOR * (energy * scale.square()).mean() / scale.square()
     floor = floor.clamp_min(torch.finfo(energy.dtype).eps)
     fitted = []
     for ridge in RIDGES:

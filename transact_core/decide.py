@@ -12,6 +12,7 @@ from fractions import Fraction
 import torch
 from torch.nn import functional
 
+from transact_core.activations import head_rows
 from transact_core.architecture import Architecture
 from transact_core.bench import Bench, Choices
 from transact_core.elimination import eliminate_module
@@ -31,7 +32,7 @@ from transact_core.plan import (
 )
 from transact_core.recovery import recover, require_recovery
 from transact_core.rotary import require_exact_rope
-from transact_core.surgery import Cut, head_rows, prune
+from transact_core.surgery import Cut, prune
 
 
 def decide(
@@ -82,7 +83,7 @@ def granularities_of(bench: Bench) -> tuple[Granularity, ...]:
 def granularity_losses(
     bench: Bench, mha_ratio: float, choices: Choices, progress: Progress = silent
 ) -> dict[Granularity, float]:
-    """Held-out loss of each granularity when the attention alone is cut at this ratio.
+    """Held-out loss of each granularity that cuts, with the attention alone cut at this ratio.
 
     No window is scored by a repair that has seen it (see `recovery`), so no text is set aside.
     """
@@ -94,6 +95,9 @@ def granularity_losses(
 
         tried = replace(choices, granularity=granularity)
         plan = bench.plan(mha_ratio, 0.0, tried, told)
+        # Where its nearest width is the dense one, nothing would be lost, nor removed.
+        if not plan.cuts_mha(bench.loaded.architecture):
+            continue
         losses[granularity] = held_out_loss(bench, plan, choices.recovery, told)
     return losses
 

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from transformers import LlamaForCausalLM
 
-from transact_core.activations import MODULES, transitional_inputs
+from transact_core.activations import MODULES, head_rows, transitional_inputs
 from transact_core.corpora import Windows
 from transact_core.errors import Progress, TransActError, silent
 from transact_core.ridge import factored_in_place
@@ -229,7 +229,7 @@ def eliminate_heads(
             order.append(names[place])
             costs.append(cost)
         gone = sorted(place for place, _ in leaving)
-        inverse, columns = _without(inverse, columns, _rows(gone, head_dim))
+        inverse, columns = _without(inverse, columns, head_rows(gone, head_dim))
         for place in reversed(gone):
             del names[place]
     return torch.tensor(order), torch.tensor(costs, dtype=torch.float64)
@@ -242,7 +242,7 @@ def _round(
     places = list(range(len(inverse) // head_dim))
 
     def together(leaving: list[int]) -> float:
-        rows = _rows(leaving, head_dim)
+        rows = head_rows(leaving, head_dim)
         written = columns[:, rows]
         return (written * _solve(inverse[rows][:, rows], written.T).T).sum().item()
 
@@ -266,10 +266,6 @@ def _round(
     totals = [0.0, *(together(leaving[: count + 1]) for count in range(len(leaving)))]
     return [(place, after - before) for place, before, after
             in zip(leaving, totals[:-1], totals[1:], strict=True)]  # fmt: skip
-
-
-def _rows(heads: list[int], head_dim: int) -> torch.Tensor:
-    return (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
 def _without(

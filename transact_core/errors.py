@@ -11,6 +11,14 @@ class Cancelled(Exception):
     """Raised by a progress callback to stop the work that called it."""
 
 
+def first_line(error: Exception) -> str:
+    """What a library says of an error, short enough for a sentence of ours; without a full stop."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, KeyError):
+        return f"{error} is missing or not known"
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``; may raise :class:`Cancelled`."""
 

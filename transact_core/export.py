@@ -33,7 +33,7 @@ from transact_core.files import (
     staged_folder,
 )
 from transact_core.footprint import Footprint
-from transact_core.models import ATTENTION, LoadedModel, dtype_name
+from transact_core.models import LoadedModel, dtype_name, read_checkpoint
 from transact_core.plan import Data, Decision, Granularity, PruningPlan, Step
 from transact_core.recovery import LayerFit, RecoveryName, recover, require_recovery
 from transact_core.runtimes import Reading, readings_of_cut
@@ -252,7 +252,8 @@ def _write_beside(
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     loaded = bench.loaded
     others = readings_of_cut(compression.plan, loaded.architecture, loaded.model.config)
-    (folder / "README.md").write_text(model_card(loaded.name, compression, result, others))
+    card = model_card(loaded.name, compression, result, others, kept_bare(measurement.fits))
+    (folder / "README.md").write_text(card)
 
 
 def compress_to_folder(
@@ -276,13 +277,7 @@ def compress_to_folder(
     with staged_folder(output) as folder:
         fits = _write_layers(folder, bench, compression, progress)
         bench.release_model()
-        model = LlamaForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            attn_implementation=ATTENTION,
-        ).to(device)
+        model = read_checkpoint(folder, dtype).to(device)
         model.eval().requires_grad_(False)
         measurement = measure(bench, model, plan, recovery, fits, start, progress)
         _write_beside(folder, bench, measurement, compression)
@@ -353,13 +348,28 @@ def apply_command(output: str = "out", file: str = "compression.json") -> str:
     return shlex.join(["python", "-m", "transact_core", "apply", file, "--output", output])
 
 
+def kept_bare(fits: Sequence[LayerFit]) -> str | None:
+    """One sentence where modules were not repaired, as no repair did better on unseen text."""
+    kept = sum(fit.is_bare for fit in fits)
+    if not kept:
+        return None
+    return (
+        f"{kept} of {len(fits)} cut modules keep their bare cut: on calibration windows that it "
+        "had not seen, no repair did better."
+    )
+
+
 def model_card(
     name: str,
     compression: Compression,
     result: dict[str, dict],
     others: Sequence[Reading],
+    unrepaired: str | None,
 ) -> str:
-    """The output folder's README.md; `others` is how other runtimes read the model."""
+    """The output folder's README.md.
+
+    `others` is how other runtimes read the model, `unrepaired` what `kept_bare` says of it.
+    """
     dense, pruned = result["dense"], result["pruned"]
 
     def row(label: str, key: str, scale: float = 1, digits: int = 0) -> str:
@@ -369,6 +379,7 @@ def model_card(
     # Names of folders and files may hold anything; a model card is shown as a page.
     name = escape(" ".join(name.split()), quote=False)
     plan, evaluation = compression.plan, result["evaluation"]
+    told = f" {unrepaired}" if unrepaired else ""
     read = "\n".join(f"- {each.sentence}" for each in others)
     rows = "\n".join(
         [
@@ -408,8 +419,8 @@ alone. It says nothing about other texts or about tasks.
 
 Cut: `mha_ratio` {plan.mha_ratio:g}, `mlp_ratio` {plan.mlp_ratio:g}, granularity
 `{plan.granularity}`, importance `{plan.importance}`, recovery `{compression.recovery}`, calibrated
-on {compression.calibration.tokens:,} tokens of {describe(compression.calibration.source)}. All
-choices are in `compression.json`; `{apply_command()}` makes this folder again.
+on {compression.calibration.tokens:,} tokens of {describe(compression.calibration.source)}.{told}
+All choices are in `compression.json`; `{apply_command()}` makes this folder again.
 
 In other runtimes, as tried with small models of such cuts:
 

@@ -10,7 +10,7 @@ from transact_core.bench import Bench
 from transact_core.corpora import Windows, corpus_from_text, tokenise
 from transact_core.errors import Progress, silent
 from transact_core.evaluation import Evaluation, paired_difference
-from transact_core.interventions import evaluate_changed, pass_layer
+from transact_core.interventions import evaluate_changed
 from transact_core.streams import Stream, queries_keys_values
 
 
@@ -40,7 +40,7 @@ def attention_pattern(
     stream = Stream(model, windows)
     for number in range(layer):
         progress("Reading the text", number, layer)
-        pass_layer(stream, number, {})
+        stream.pass_layer(number)
     decoder = model.model.layers[layer]
     query, key, _ = queries_keys_values(
         decoder.self_attn, decoder.input_layernorm(stream.hidden[:1])

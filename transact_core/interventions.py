@@ -5,28 +5,15 @@ hooked into the model and nothing of it is modified. A site is one of `activatio
 waists of both modules, and the residual stream as it enters a layer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
-from transact_core.activations import MODULES
 from transact_core.corpora import Windows
 from transact_core.evaluation import Evaluation, require_losses
-from transact_core.streams import Change, Stream, unchanged
-
-Changes = Mapping[tuple[str, int], Change]
-"""What is done to the activation at (site, layer)."""
-
-
-def pass_layer(stream: Stream, number: int, changes: Changes) -> None:
-    """Passes every window through one layer, with what is changed in it."""
-    if change := changes.get(("residual", number)):
-        stream.hidden = change(stream.hidden)
-    for module in MODULES:
-        for _ in stream.advance(number, module, changes.get((module, number), unchanged)):
-            pass
+from transact_core.streams import Changes, Stream
 
 
 @torch.no_grad()
@@ -47,7 +34,7 @@ def evaluate_changed(
     """
     stream = begun.fork() if begun else Stream(model, windows)
     for number in range(first, len(model.model.layers)):
-        pass_layer(stream, number, changes)
+        stream.pass_layer(number, changes)
         after_layer()
     ids = windows.ids.to(model.device)
     return Evaluation(

@@ -36,7 +36,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from transact_core.architecture import Architecture
-from transact_core.errors import INTERRUPTIONS, Progress, TransActError, silent
+from transact_core.errors import INTERRUPTIONS, Progress, TransActError, first_line, silent
 from transact_core.files import (
     MAX_NAME_BYTES,
     MAX_TEXT_BYTES,
@@ -247,7 +247,22 @@ def load_model(
         source=source,
         weight_files=weight_files,
         source_dtype=found.dtype,
-        notices=tuple(notice for notice in (tight, found.leftovers) if notice),
+        notices=tuple(
+            notice
+            for notice in (tight, found.leftovers, _rounding(found.dtype, compute_dtype))
+            if notice
+        ),
+    )
+
+
+def _rounding(stored: torch.dtype, computed: torch.dtype) -> str | None:
+    """What is to be known where the dtype that computes cannot hold the stored weights."""
+    if torch.promote_types(stored, computed) == computed:
+        return None
+    return (
+        f"The weights are stored in {dtype_name(stored)} and computed with in "
+        f"{dtype_name(computed)}, which rounds them, also those that are saved uncut; choose the "
+        "dtype float32 to keep every bit."
     )
 
 
@@ -305,10 +320,9 @@ def _download(hub_id: str) -> Path:
             )
         )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TransActError(
-            f"{hub_id} could not be fetched from the hub ({reason}); check the id and the network, "
-            "or download it elsewhere and name its folder."
+            f"{hub_id} could not be fetched from the hub ({first_line(error)}); check the id and "
+            "the network, or download it elsewhere and name its folder."
         ) from None
 
 
@@ -550,22 +564,25 @@ def _stored_tensors(files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]
     return tensors
 
 
+def read_checkpoint(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+    """What stock transformers makes of a folder: weights from safetensors, and from there only."""
+    return LlamaForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        attn_implementation=ATTENTION,
+    )
+
+
 def _load_folder(
     folder: Path, dtype: torch.dtype
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     tokenizer = _load_tokenizer(folder)
     try:
-        model = LlamaForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            attn_implementation=ATTENTION,
-        )
+        model = read_checkpoint(folder, dtype)
     except Exception as error:
-        raise TransActError(
-            f"transformers could not load {folder}: {_first_line(error)}."
-        ) from None
+        raise TransActError(f"transformers could not load {folder}: {first_line(error)}.") from None
     return model, tokenizer
 
 
@@ -578,7 +595,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise
     except BaseException as error:
         raise TransActError(
-            f"{folder} has no tokenizer that transformers can load ({_first_line(error)}); "
+            f"{folder} has no tokenizer that transformers can load ({first_line(error)}); "
             "copy the tokenizer files of the original model into it."
         ) from None
 
@@ -611,13 +628,6 @@ def _require_modest_tokenizer(path: Path) -> None:
 
 def _last_line(error: Exception) -> str:
     return [type(error).__name__, *str(error).strip().rstrip(".").splitlines()][-1].strip()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    if isinstance(error, KeyError):
-        return f"{error} is missing or not known"
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 # --- a GGUF file -----------------------------------------------------------------------------
@@ -743,7 +753,7 @@ def _convert_gguf(path: Path, stored: torch.dtype, folder: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
-        raise TransActError(f"transformers could not read {path}: {_first_line(error)}.") from None
+        raise TransActError(f"transformers could not read {path}: {first_line(error)}.") from None
     # transformers marks the model as quantised though its weights are dense, and then refuses to
     # save it.
     del model.config.quantization_config

@@ -14,6 +14,10 @@ evenly, so that a key that nobody looks at does not become loud.
 one that loses least of what the output projection writes, shared by the heads of a group. It is
 the truncated singular value decomposition in the metric of the activations (Wang et al. 2024,
 SVD-LLM, arXiv 2403.07378), with one right side for all heads of the group.
+
+A fit flatters the windows that it has seen, and `recovery` judges on windows that it has not. So
+queries and keys are fitted three times: on each half of the windows, for the other half to run
+through, and on all of them for the model. The value basis, of far fewer choices, sees them all.
 """
 
 import math
@@ -23,10 +27,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, rotate_half
 
+from transact_core.activations import windows_a_batch
 from transact_core.plan import LayerPlan
-from transact_core.streams import Rotary, attend, queries_keys_values
+from transact_core.streams import Rotary, attend
 
 ROUNDS = 2
 ITERATIONS = 15
@@ -40,8 +45,6 @@ EVENLY = 0.25
 """Share of keys drawn from the attention of half the logits."""
 CONVERGED = 1e-5
 """Of the first gradient; going on from there in float32 would only grow rounding errors."""
-OUTPUT_RIDGE = 0.1
-BATCH_WINDOWS = 4
 
 
 @torch.no_grad()
@@ -52,16 +55,41 @@ def fit_narrow_heads(
     normed: torch.Tensor,
     weights: torch.Tensor,
     rotary: tuple[Rotary, Rotary],
-    seed: int = 0,
-) -> None:
+) -> torch.Tensor:
     """Replaces the projections of a layer's narrowed attention by fitted ones, in place.
 
     `dense` and `pruned` are the attentions before and after the bare cut. `normed` is what both
-    read, shape (windows, sequence_length, hidden_size); `weights` are the tokens' weights, shape
-    (windows, sequence_length); `rotary` the dense and the narrow cosines and sines. The output
-    projection is only carried over into the new basis: `recovery` fits it afterwards.
+    read, shape (windows, sequence_length, hidden_size), two windows or more; `weights` are the
+    tokens' weights, shape (windows, sequence_length); `rotary` the dense and the narrow cosines and
+    sines. The output projection is only carried over into the new basis: `recovery` fits it
+    afterwards.
+
+    Gives the narrow waist to judge by, shape (windows, sequence_length, num_attention_heads ×
+    head_dim'): each half of the windows through queries and keys that were fitted on the other.
+
+    Raises:
+        LinAlgError: the numbers are not finite.
     """
-    generator = torch.Generator(device=normed.device).manual_seed(seed)
+    generator = torch.Generator(device=normed.device).manual_seed(0)
+    halves = torch.arange(len(normed)).tensor_split(2)
+    seen = normed.new_empty(*normed.shape[:2], dense.o_proj.in_features)
+    for fitted_on, judged in (halves, halves[::-1]):
+        _fit_queries_and_keys(dense, pruned, plan, normed[fitted_on], rotary, generator)
+        for windows in judged.split(windows_a_batch(normed.shape[1])):
+            seen[windows] = _dense_values(dense, pruned, normed[windows], rotary[1])
+    waist = _fit_values(dense, pruned, seen, weights)
+    _fit_queries_and_keys(dense, pruned, plan, normed, rotary, generator)
+    return waist
+
+
+def _fit_queries_and_keys(
+    dense: nn.Module,
+    pruned: nn.Module,
+    plan: LayerPlan,
+    normed: torch.Tensor,
+    rotary: tuple[Rotary, Rotary],
+    generator: torch.Generator,
+) -> None:
     half = dense.head_dim // 2
     width = pruned.head_dim
     shape = (width, dense.head_dim)
@@ -81,7 +109,6 @@ def fit_narrow_heads(
     # Attention divides by the root of head_dim, which has changed.
     _map_rows(dense.q_proj, pruned.q_proj, query_maps * (width / dense.head_dim) ** 0.5)
     _map_rows(dense.k_proj, pruned.k_proj, key_maps)
-    _fit_values(dense, pruned, normed, weights, rotary)
 
 
 def _map_rows(source: nn.Linear, target: nn.Linear, maps: torch.Tensor) -> None:
@@ -158,8 +185,7 @@ def _of_head(projection: nn.Linear, normed: torch.Tensor, head: int, dim: int) -
 
 def _turn(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates dims i and i + dim / 2 together, as LLaMA does."""
-    first, second = vectors.chunk(2, dim=-1)
-    return vectors * cos + torch.cat([-second, first], dim=-1) * sin
+    return vectors * cos + rotate_half(vectors) * sin
 
 
 def _centred(values: torch.Tensor) -> torch.Tensor:
@@ -236,56 +262,54 @@ def _least_squares(
 # --- values ----------------------------------------------------------------------------------
 
 
-def _fit_values(
-    dense: nn.Module,
-    pruned: nn.Module,
-    normed: torch.Tensor,
-    weights: torch.Tensor,
-    rotary: tuple[Rotary, Rotary],
-) -> None:
-    """The value basis of each group, under the attention that the narrow queries and keys give."""
-    gram, cross = 0.0, 0.0
-    queries, dim, width = dense.num_key_value_groups, dense.head_dim, pruned.head_dim
-    for batch, weight in zip(
-        normed.split(BATCH_WINDOWS), weights.split(BATCH_WINDOWS), strict=True
-    ):
-        query, key, value = queries_keys_values(dense, batch)
-        query, key = apply_rotary_pos_emb(query, key, *rotary[0])
-        narrow = [
-            projection(batch).unflatten(-1, (-1, width)).transpose(1, 2)
-            for projection in (pruned.q_proj, pruned.k_proj)
-        ]
-        narrow_query, narrow_key = apply_rotary_pos_emb(*narrow, *rotary[1])
-        root = weight.sqrt()[..., None]
-        wanted, seen = (
-            (attend(*each).float() * root).flatten(0, 1)
-            for each in (
-                (query, key, value, dense.scaling),
-                (narrow_query, narrow_key, value, pruned.scaling),
-            )
+def _dense_values(
+    dense: nn.Module, pruned: nn.Module, normed: torch.Tensor, rotary: Rotary
+) -> torch.Tensor:
+    """Outputs of heads as wide as before, under the attention of the narrow queries and keys.
+
+    Shape (windows, sequence_length, num_attention_heads × head_dim).
+    """
+    query, key, value = (
+        projection(normed).unflatten(-1, (-1, width)).transpose(1, 2)
+        for projection, width in (
+            (pruned.q_proj, pruned.head_dim),
+            (pruned.k_proj, pruned.head_dim),
+            (dense.v_proj, dense.head_dim),
         )
-        gram = gram + (seen.T @ seen).double()
-        cross = cross + (seen.T @ wanted).double()
-    output = dense.o_proj.weight.double()
-    energy = gram.diagonal()
-    floor = energy.mean().clamp_min(torch.finfo(torch.float64).tiny)
-    damping = OUTPUT_RIDGE * (energy + 1e-3 * floor)
-    # The output projection that would serve the new attention best, were heads as wide as before.
-    factor = torch.linalg.cholesky(gram + torch.diag(damping))
-    fitted = torch.cholesky_solve(cross @ output.T + damping[:, None] * output.T, factor).T
+    )
+    return attend(*apply_rotary_pos_emb(query, key, *rotary), value, pruned.scaling)
+
+
+def _fit_values(
+    dense: nn.Module, pruned: nn.Module, seen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The value basis of each group, for the outputs `seen` of heads as wide as before.
+
+    Gives those outputs in the new bases.
+    """
+    queries, dim = dense.num_key_value_groups, dense.head_dim
+    heads = seen.unflatten(-1, (-1, dim))
+    moments = seen.new_zeros(heads.shape[2], dim, dim, dtype=torch.float64)
+    for window, weight in zip(heads, weights, strict=True):
+        rows = window.float() * weight.sqrt()[:, None, None]
+        moments += torch.einsum("thd,the->hde", rows, rows)
+    floor = moments.diagonal(dim1=1, dim2=2).mean().clamp_min(torch.finfo(torch.float64).tiny)
+    output = dense.o_proj.weight.double().unflatten(1, (-1, dim))
     value_maps, columns = [], []
-    for group in range(output.shape[1] // dim // queries):
-        heads = range(group * queries, (group + 1) * queries)
-        parts = [slice(head * dim, (head + 1) * dim) for head in heads]
-        moment = sum(gram[part, part] for part in parts)
-        root, inverse_root = _roots(moment + 1e-6 * floor * torch.eye(dim).to(moment))
-        stacked = torch.cat([fitted[:, part] for part in parts])
-        basis = torch.linalg.svd(stacked @ root, full_matrices=False).Vh[:width]
+    for group in torch.arange(len(moments)).split(queries):
+        moment = moments[group].sum(dim=0) + 1e-6 * floor * torch.eye(dim).to(moments)
+        root, inverse_root = _roots(moment)
+        written = output[:, group]
+        stacked = written.transpose(0, 1).flatten(0, 1)
+        basis = torch.linalg.svd(stacked @ root, full_matrices=False).Vh[: pruned.head_dim]
         value_maps.append(basis @ inverse_root)
-        columns += [fitted[:, part] @ root @ basis.T for part in parts]
-    _map_rows(dense.v_proj, pruned.v_proj, torch.stack(value_maps).float())
-    weight = torch.cat(columns, dim=1).to(dense.o_proj.weight.dtype)
+        columns.append(written @ root @ basis.T)
+    maps = torch.stack(value_maps)
+    _map_rows(dense.v_proj, pruned.v_proj, maps.float())
+    weight = torch.cat(columns, dim=1).flatten(1).to(dense.o_proj.weight.dtype)
     pruned.o_proj.weight = nn.Parameter(weight, requires_grad=False)
+    per_head = maps.repeat_interleave(queries, dim=0).to(seen.dtype)
+    return torch.einsum("wthd,hnd->wthn", heads, per_head).flatten(2)
 
 
 def _roots(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from transact_core.activations import SITES, ActivationStatistics
 from transact_core.bench import Bench
 from transact_core.errors import Progress, TransActError, silent
 from transact_core.evaluation import Evaluation, paired_difference
-from transact_core.interventions import evaluate_changed, pass_layer
+from transact_core.interventions import evaluate_changed
 from transact_core.streams import Change, Stream
 
 NOISE, ZERO, ZERO_WEAKEST = DISTURBANCES = ("noise", "zero at random", "zero the weakest")
@@ -138,7 +138,7 @@ def disturb_layer_by_layer(
     stream, passed = Stream(bench.loaded.model, trial.windows), 0
     for layer in layers:
         for number in range(passed, layer):
-            pass_layer(stream, number, {})
+            stream.pass_layer(number)
         passed = layer
         for site in SITES:
             yield trial.measure(site, layer, strength, stream)

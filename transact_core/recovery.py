@@ -20,14 +20,19 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from transact_core.activations import require_finite, transitional_inputs
+from transact_core.activations import (
+    MODULES,
+    head_rows,
+    require_finite,
+    transitional_inputs,
+    windows_a_batch,
+)
 from transact_core.corpora import Windows
 from transact_core.errors import Progress, TransActError, silent
 from transact_core.narrowing import fit_narrow_heads
 from transact_core.plan import LayerPlan, PruningPlan
 from transact_core.ridge import FoldedRidge, energy
-from transact_core.streams import inverse_rms, run_attention, run_mlp
-from transact_core.surgery import head_rows
+from transact_core.streams import inverse_rms, run_module
 
 RecoveryName = Literal["least-squares", "bias", "none"]
 RECOVERIES: tuple[RecoveryName, ...] = get_args(RecoveryName)
@@ -35,7 +40,6 @@ RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Relative to each kept channel's own energy, so that loud and quiet channels shrink alike."""
 FOLDS = 8
 """Of the calibration windows; the more, the more text is in each of the fits that judge."""
-BATCH_WINDOWS = 4
 
 
 def require_recovery(name: str) -> None:
@@ -48,8 +52,8 @@ def require_recovery(name: str) -> None:
 class LayerFit:
     """Relative squared error of what one module writes, on windows that no fit of it has seen.
 
-    1 means as bad as writing nothing. `ridge` is None where the bare cut was kept because no repair
-    did better, and 0 for a bias.
+    1 means as bad as writing nothing. `ridge` is None where the output projection was not fitted,
+    because no fit of it did better, and 0 for a bias.
     """
 
     layer: int
@@ -57,6 +61,11 @@ class LayerFit:
     bare_error: float
     recovered_error: float
     ridge: float | None
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the bare cut was kept."""
+        return self.ridge is None and self.recovered_error == self.bare_error
 
 
 @dataclass(frozen=True)
@@ -100,22 +109,22 @@ def recover(
         TransActError: the recovery is not known, or a transitional activation is NaN or infinite.
     """
     require_recovery(recovery)
-    stream = _Stream(dense, pruned, plan, windows, recovery, choose)
+    repair = _Repair(dense, pruned, plan, windows, recovery, choose)
     fits = []
     layers = len(pruned.model.layers)
     for number in range(layers):
         progress("Repairing layers", number, layers)
         before_layer(number)
-        for module in ("mha", "mlp"):
-            if fit := stream.advance(number, module):
+        for module in MODULES:
+            if fit := repair.advance(number, module):
                 fits.append(fit)
         after_layer(number)
     progress("Repairing layers", layers, layers)
-    return Recovery(fits=tuple(fits), hidden=stream.hidden)
+    return Recovery(fits=tuple(fits), hidden=repair.hidden)
 
 
-class _Stream:
-    """The residual stream of the model as pruned so far, advanced module by module."""
+class _Repair:
+    """The residual stream of the model as pruned so far, repaired module by module."""
 
     def __init__(
         self,
@@ -130,6 +139,7 @@ class _Stream:
         self.layers, self.narrower = list(plan.layers), bool(plan.head_dim)
         ids = windows.ids.to(dense.device)
         self.hidden = dense.model.embed_tokens(ids)
+        self.at_once = windows_a_batch(windows.sequence_length)
         self.positions = torch.arange(ids.shape[1], device=ids.device)[None]
         self.folds = torch.arange(len(windows)).tensor_split(min(FOLDS, len(windows)))
         self.ridges = RIDGES if recovery == "least-squares" else (0.0,)
@@ -177,8 +187,7 @@ class _Stream:
         bare_error = energy(missing, weights)
         narrowed = {}
         if narrows and self.recovery == "least-squares" and len(self.folds) > 1:
-            narrowed = self._narrow(number, weights)
-            inputs = self._run(self.pruned, number, module)[1]
+            narrowed, inputs = self._narrow(number, weights, inputs)
             missing = wanted - projection(inputs)
         del wanted
 
@@ -217,33 +226,37 @@ class _Stream:
     def _carry(self, projection: nn.Linear, inputs: torch.Tensor) -> None:
         """Adds to the stream what the projection makes of the inputs."""
         for hidden, batch in zip(
-            self.hidden.split(BATCH_WINDOWS), inputs.split(BATCH_WINDOWS), strict=True
+            self.hidden.split(self.at_once), inputs.split(self.at_once), strict=True
         ):
             hidden += projection(batch)
 
-    def _narrow(self, number: int, weights: torch.Tensor) -> dict[nn.Linear, tuple]:
-        """Fits narrower heads; gives the projections of the bare cut, to go back to.
+    def _narrow(
+        self, number: int, weights: torch.Tensor, bare: torch.Tensor
+    ) -> tuple[dict[nn.Linear, tuple], torch.Tensor]:
+        """Fits narrower heads; gives the projections of the bare cut, to go back to, and the waist.
 
-        What cannot be fitted in numbers keeps its bare cut, and there is nothing to go back to.
+        What cannot be fitted in numbers keeps its bare cut and the waist `bare`, and there is
+        nothing to go back to.
         """
         attention = self.pruned.model.layers[number].self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         before = {each: (each.weight, each.bias) for each in projections}
-        fit_narrow_heads(
-            self.dense.model.layers[number].self_attn,
-            attention,
-            self.layers[number],
-            self.dense.model.layers[number].input_layernorm(self.hidden),
-            weights,
-            tuple(
-                model.model.rotary_emb(self.hidden, self.positions)
-                for model in (self.dense, self.pruned)
-            ),
+        rotary = tuple(
+            model.model.rotary_emb(self.hidden, self.positions)
+            for model in (self.dense, self.pruned)
         )
-        if all(each.weight.isfinite().all() for each in projections):
-            return before
+        decoder = self.dense.model.layers[number]
+        normed = decoder.input_layernorm(self.hidden)
+        try:
+            waist = fit_narrow_heads(
+                decoder.self_attn, attention, self.layers[number], normed, weights, rotary
+            )
+            if all(each.weight.isfinite().all() for each in projections):
+                return before, waist
+        except torch.linalg.LinAlgError:
+            pass
         _put_back(before)
-        return {}
+        return {}, bare
 
     def _run(
         self,
@@ -271,12 +284,9 @@ class _Stream:
         """A few windows at a time: which, what the module writes there, and from what."""
         layer = model.model.layers[number]
         rotary = model.model.rotary_emb(self.hidden, self.positions)
-        for start in range(0, len(self.hidden), BATCH_WINDOWS):
-            batch = slice(start, start + BATCH_WINDOWS)
-            if module == "mha":
-                written, transitional = run_attention(layer, self.hidden[batch], rotary)
-            else:
-                written, transitional = run_mlp(layer, self.hidden[batch])
+        for start in range(0, len(self.hidden), self.at_once):
+            batch = slice(start, start + self.at_once)
+            written, transitional = run_module(layer, module, self.hidden[batch], rotary)
             require_finite(transitional, number, module)
             yield batch, written, transitional
 

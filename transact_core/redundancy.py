@@ -2,10 +2,10 @@
 
 import torch
 
+from transact_core.activations import head_rows
 from transact_core.architecture import Architecture
 from transact_core.importance import Scores
 from transact_core.plan import PruningPlan
-from transact_core.surgery import head_rows
 
 
 def kept_channels(plan: PruningPlan, architecture: Architecture) -> dict[str, torch.Tensor]:

@@ -14,6 +14,8 @@ import torch
 
 KEPT_BYTES = 1 << 29
 """Of all folds' moments; where there would be more, each is gathered anew whenever it is needed."""
+FLOOR = 1e-3
+"""Of the mean energy: what holds features that have none of their own."""
 ROWS_AT_ONCE = 1024
 """Of moments that are multiplied out at a time, and outputs that are solved for at a time."""
 
@@ -78,8 +80,8 @@ def solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor
     nothing changes. NaN where it cannot be solved.
     """
     diagonal = gram.diagonal()
-    floor = diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
-    diagonal += ridge * (diagonal + 1e-3 * floor)
+    floor = FLOOR * diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    diagonal += ridge * (diagonal + floor)
     try:
         factor = factored_in_place(gram)
     except torch.linalg.LinAlgError:

@@ -74,9 +74,7 @@ def measure_pairs(
     for number in range(layers):
         progress("Measuring rotary pairs", number, layers)
         rows.append(_effects_of_layer(stream, number))
-        for module in ("mha", "mlp"):
-            for _ in stream.advance(number, module):
-                pass
+        stream.pass_layer(number)
     progress("Measuring rotary pairs", layers, layers)
     effects = torch.stack(rows)
     inv_freq = model.model.rotary_emb.inv_freq.double().cpu()

@@ -78,7 +78,7 @@ def collect_saliences(
         progress(stage, number, 2 * layers)
         if number % stride == 0:
             before[number] = stream.hidden.clone()
-        _pass(stream, number)
+        stream.pass_layer(number)
     gradient = _of_hidden(model, stream.hidden, windows)
     rows: dict[str, list[torch.Tensor]] = {module: [] for module in MODULES}
     for first in sorted(before, reverse=True):
@@ -88,7 +88,7 @@ def collect_saliences(
         for number in numbers:
             inputs.append(stream.hidden.clone())
             if number < numbers[-1]:
-                _pass(stream, number)
+                stream.pass_layer(number)
         for number in reversed(numbers):
             progress(stage, 2 * layers - 1 - number, 2 * layers)
             sums = _through_layer(
@@ -105,12 +105,6 @@ def collect_saliences(
                 rows[module].append(each)
     progress(stage, 2 * layers, 2 * layers)
     return {module: torch.stack(each[::-1]) for module, each in rows.items()}
-
-
-def _pass(stream: Stream, number: int) -> None:
-    for module in MODULES:
-        for _ in stream.advance(number, module):
-            pass
 
 
 def _of_hidden(model: LlamaForCausalLM, hidden: torch.Tensor, windows: Windows) -> torch.Tensor:

@@ -6,8 +6,9 @@ its modules, and wait again. Memory is those hidden states and what the caller k
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -15,13 +16,15 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from transact_core.activations import BATCH_TOKENS, require_finite
+from transact_core.activations import MODULES, require_finite, windows_a_batch
 from transact_core.corpora import Windows
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the rotary embedding, each of shape (1, sequence_length, head_dim)."""
 Change = Callable[[torch.Tensor], torch.Tensor]
 """From an activation to another of the same shape; leaves what it is given as it was."""
+Changes = Mapping[tuple[str, int], Change]
+"""What is done to the activation at (site, layer), a site being one of `activations.SITES`."""
 GRAM_BLOCKS = 6
 
 
@@ -94,6 +97,15 @@ def run_mlp(
     return mlp.down_proj(transitional), transitional
 
 
+def run_module(
+    layer: nn.Module, module: str, hidden: torch.Tensor, rotary: Rotary, change: Change = unchanged
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`run_attention` where `module` is "mha", `run_mlp` where it is "mlp"."""
+    if module == "mha":
+        return run_attention(layer, hidden, rotary, change)
+    return run_mlp(layer, hidden, change)
+
+
 class Stream:
     """Hidden states of all windows, shape (windows, sequence_length, hidden_size).
 
@@ -108,7 +120,7 @@ class Stream:
         self.hidden = model.model.embed_tokens(ids)
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         self.rotary: Rotary = model.model.rotary_emb(self.hidden, positions)
-        self._windows_a_batch = max(1, BATCH_TOKENS // windows.sequence_length)
+        self._windows_a_batch = windows_a_batch(windows.sequence_length)
 
     def fork(self) -> "Stream":
         """A stream of its own that stands where this one does."""
@@ -136,13 +148,22 @@ class Stream:
         """
         layer = self.layers[number]
         for hidden in self.batches():
-            if module == "mha":
-                output, transitional = run_attention(layer, hidden, self.rotary, change)
-            else:
-                output, transitional = run_mlp(layer, hidden, change)
+            output, transitional = run_module(layer, module, hidden, self.rotary, change)
             require_finite(transitional, number, module)
             hidden += output
             yield transitional, hidden
+
+    def pass_layer(self, number: int, changes: Changes = MappingProxyType({})) -> None:
+        """Passes every window through layer `number`, with what is changed in it.
+
+        Raises:
+            TransActError: a transitional activation is NaN or infinite.
+        """
+        if change := changes.get(("residual", number)):
+            self.hidden = change(self.hidden)
+        for module in MODULES:
+            for _ in self.advance(number, module, changes.get((module, number), unchanged)):
+                pass
 
 
 @torch.no_grad()

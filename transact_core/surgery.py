@@ -13,6 +13,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from transact_core.activations import head_rows
 from transact_core.architecture import Architecture
 from transact_core.plan import LayerPlan, PruningPlan, kept_groups
 from transact_core.rotary import narrowed_rope, require_exact_rope
@@ -199,11 +200,6 @@ def _select_rows(
 ) -> dict[str, torch.Tensor]:
     both = (f"{name}.weight", f"{name}.bias")
     return {each: tensors[each][rows] for each in both if each in tensors}
-
-
-def head_rows(heads: tuple[int, ...], head_dim: int) -> torch.Tensor:
-    """Row numbers of whole heads, in the order of the heads."""
-    return (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
 @torch.no_grad()

@@ -173,7 +173,7 @@ def layer_fits(fits: Sequence[LayerFit], recovery: str) -> go.Figure:
     figure.update_xaxes(**layer_axis(max(fit.layer for fit in fits) + 1)).update_yaxes(
         title="relative squared error, held out", rangemode="tozero"
     )
-    kept = sum(fit.ridge is None for fit in fits)
+    kept = sum(fit.is_bare for fit in fits)
     better = len(fits) - kept
     title = f"{REPAIRS[recovery]} the error of {better} of {len(fits)} cut modules"
     if not better:

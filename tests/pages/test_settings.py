@@ -201,7 +201,8 @@ def test_what_is_let_through_lies_inside(tree, bounded, monkeypatch, start, part
     monkeypatch.chdir(tree / "secret")
     for prefix in (start, f"{tree}/", f"{tree}/allowed/"):
         path = prefix + "/".join(parts)
-        inside = os.path.realpath(os.path.expanduser(path))
+        # As everything here that opens a path does; `os.path` takes the tilde of ./~ for a name.
+        inside = os.path.realpath(Path(path).expanduser())
         for require in (require_readable, require_writable):
             try:
                 place = require(path, bounded)
