@@ -201,13 +201,13 @@ def test_what_is_let_through_lies_inside(tree, bounded, monkeypatch, start, part
     monkeypatch.chdir(tree / "secret")
     for prefix in (start, f"{tree}/", f"{tree}/allowed/"):
         path = prefix + "/".join(parts)
-        # As everything here that opens a path does; `os.path` takes the tilde of ./~ for a name.
-        inside = os.path.realpath(Path(path).expanduser())
         for require in (require_readable, require_writable):
             try:
                 place = require(path, bounded)
             except TransActError:
                 continue
+            # As all that opens a path here does; `os.path` takes the tilde of ./~ for a name.
+            inside = os.path.realpath(Path(path).expanduser())
             assert str(place) == inside
             assert (inside + "/").startswith(f"{tree}/allowed/")
 
