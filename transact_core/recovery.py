@@ -187,8 +187,9 @@ class _Repair:
         bare_error = energy(missing, weights)
         narrowed = {}
         if narrows and self.recovery == "least-squares" and len(self.folds) > 1:
-            narrowed, inputs = self._narrow(number, weights, inputs)
-            missing = wanted - projection(inputs)
+            narrowed, waist = self._narrow(number, weights)
+            if narrowed:
+                inputs, missing = waist, wanted - projection(waist)
         del wanted
 
         def fit(error: float, ridge: float | None) -> LayerFit:
@@ -231,12 +232,12 @@ class _Repair:
             hidden += projection(batch)
 
     def _narrow(
-        self, number: int, weights: torch.Tensor, bare: torch.Tensor
-    ) -> tuple[dict[nn.Linear, tuple], torch.Tensor]:
+        self, number: int, weights: torch.Tensor
+    ) -> tuple[dict[nn.Linear, tuple], torch.Tensor | None]:
         """Fits narrower heads; gives the projections of the bare cut, to go back to, and the waist.
 
-        What cannot be fitted in numbers keeps its bare cut and the waist `bare`, and there is
-        nothing to go back to.
+        What cannot be fitted in numbers keeps its bare cut: there is nothing to go back to, and no
+        other waist.
         """
         attention = self.pruned.model.layers[number].self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
@@ -256,7 +257,7 @@ class _Repair:
         except torch.linalg.LinAlgError:
             pass
         _put_back(before)
-        return {}, bare
+        return {}, None
 
     def _run(
         self,

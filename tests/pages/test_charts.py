@@ -133,10 +133,9 @@ def test_a_map_of_pairs_without_effects_or_without_a_cut_is_drawn():
 
 def test_a_repair_is_called_by_its_name():
     def fits(*ridges):
-        errors = [0.5 if ridge is None else 0.4 for ridge in ridges]
         return [
-            LayerFit(n, "mlp", 0.5, *both)
-            for n, both in enumerate(zip(errors, ridges, strict=True))
+            LayerFit(n, "mlp", 0.5, 0.5 if ridge is None else 0.4, ridge)
+            for n, ridge in enumerate(ridges)
         ]
 
     assert title(plan_charts.layer_fits(fits(0.1, 1.0), "least-squares")) == (
