@@ -133,6 +133,7 @@ def peak_of_prune(chosen: argparse.Namespace) -> str:
             "--output": Path(folder) / "pruned",
             "--mha-ratio": chosen.mha_ratio,
             "--mlp-ratio": chosen.mlp_ratio,
+            "--importance": chosen.importance,
             "--recovery": chosen.recovery,
             "--calibration-tokens": chosen.tokens,
             "--evaluation-tokens": chosen.sequence_length,
@@ -194,6 +195,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1344, help="a multiple of 192")
     parser.add_argument("--mha-ratio", default="0.33")
     parser.add_argument("--mlp-ratio", default="0.3")
+    parser.add_argument("--importance", default="activation")
     parser.add_argument("--recovery", default="least-squares")
     parser.add_argument("--folder", type=Path, help="where the models are written")
     chosen = parser.parse_args()

@@ -90,11 +90,14 @@ def _engine_choices(cut: Cut) -> Iterator[Choices]:
     """Each importance with each recovery; where the granularity is free, each that fits the cut.
 
     Then what is decided by measuring, with the strongest of both: units chosen sequentially,
-    `auto`, and a cut in steps.
+    `auto`, and a cut in steps. Narrower heads that are fitted are the same by every importance.
     """
     for granularity in _granularities(cut):
         for importance in IMPORTANCES:
             for recovery in RECOVERIES:
+                fitted = granularity == "head-dims" and recovery == "least-squares"
+                if fitted and importance != "reconstruction":
+                    continue
                 yield Choices(granularity=granularity, importance=importance, recovery=recovery)
     strongest = Choices(cut.granularity, "reconstruction", "least-squares")
     yield replace(strongest, sequential=True)

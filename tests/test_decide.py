@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from tests.conftest import KINDS, bench_of, make_model, same_weights, snapshot
 from tests.test_plan import architectures, ratios
 from transact_core.architecture import Architecture
-from transact_core.bench import Choices
+from transact_core.bench import Bench, Choices
 from transact_core.decide import decide, held_out_loss, schedule
 from transact_core.elimination import eliminate_module
 from transact_core.errors import TransActError
+from transact_core.evaluation import evaluate
 from transact_core.plan import GRANULARITIES, head_counts, widths
 from transact_core.recovery import recover
 from transact_core.surgery import prune
@@ -59,13 +60,23 @@ def test_auto_without_an_attention_cut_tries_nothing(gqa_bench):
 
 
 def test_held_out_loss_without_repair_is_that_of_the_pruned_model(gqa_bench):
-    from transact_core.evaluation import evaluate
-    from transact_core.surgery import prune
-
     plan = gqa_bench.plan(0.5, 0.3, Choices())
     model = prune(gqa_bench.loaded.model, plan)
     measured = evaluate(model, gqa_bench.calibration).mean_nll
-    assert held_out_loss(gqa_bench, plan, "none") == pytest.approx(measured, rel=1e-5)
+    loss = held_out_loss(gqa_bench.loaded.model, plan, gqa_bench.calibration, "none")
+    assert loss == pytest.approx(measured, rel=1e-5)
+
+
+@pytest.mark.parametrize(("count", "tried"), [(4, [0, 2]), (3, [0, 1, 2])])
+def test_auto_tries_on_half_of_the_windows_if_those_can_be_dealt(gqa_bench, count, tried):
+    calibration = replace(gqa_bench.calibration, ids=gqa_bench.calibration.ids[:count])
+    bench = Bench(gqa_bench.loaded, calibration, gqa_bench.evaluation)
+    choices = Choices(granularity="auto", recovery="none")
+    for granularity, loss in decide(bench, 0.34, 0, choices).granularity_losses.items():
+        plan = bench.plan(0.34, 0, replace(choices, granularity=granularity))
+        half = replace(calibration, ids=calibration.ids[tried])
+        expected = held_out_loss(bench.loaded.model, plan, half, "none")
+        assert loss == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

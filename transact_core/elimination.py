@@ -54,8 +54,8 @@ def eliminate(
     head_dim), and `channels`, (layers, intermediate_size), positions in the order from 0.
 
     Costs one pass without the LM head, the second moments, and two factorisations a layer. Memory
-    beside the hidden states of all windows is one module's: about two float64 matrices of the
-    width of its waist.
+    beside the hidden states of all windows is one module's: about one matrix in float64 and one in
+    float32 of the width of its waist.
 
     Raises:
         TransActError: a transitional activation is NaN or infinite.
@@ -91,13 +91,20 @@ def eliminate_module(
             "residual stream there is NaN or infinite; compute in float32, and if it stays "
             "so the weights are damaged."
         ) from None
-    columns = projection.weight.to(scale.device).double() * scale
-    order, _ = eliminate_channels(inverse, columns)
-    if module == "mlp":
-        return {"channels": _positions(order)}
-    attention = model.model.layers[number].self_attn
-    heads = head_energies(inverse, columns, attention.head_dim, attention.num_key_value_groups)
-    return {"heads": heads, "head_channels": _positions(order)}
+
+    def columns() -> torch.Tensor:
+        return projection.weight.to(scale.device).double() * scale
+
+    found = {}
+    if module == "mha":
+        attention = model.model.layers[number].self_attn
+        found["heads"] = head_energies(
+            inverse, columns(), attention.head_dim, attention.num_key_value_groups
+        )
+    # First, so that no more than one matrix stands in float64 at a time.
+    inverse = inverse.float()
+    order, _ = eliminate_channels(inverse, columns().float())
+    return {**found, "head_channels" if module == "mha" else "channels": _positions(order)}
 
 
 def weighted_rows(stream: Stream, number: int, module: str, eps: float) -> Iterator[torch.Tensor]:
@@ -137,10 +144,9 @@ def eliminate_channels(inverse: torch.Tensor, columns: torch.Tensor) -> Removal:
     `damped_inverse`. Between two updates of all of P and W, at most `BLOCK_SHARE` of the living
     channels go, one by one and with exact costs, chosen among the twice as many that were cheapest
     when the block began: of two channels that stand in for each other, both cheap, only one goes.
-    Updates are in float32.
+    Updates are in float32, and overwrite what is given in it.
     """
-    # Copies even where nothing is converted: they are written to.
-    inverse, columns = inverse.to(torch.float32, copy=True), columns.to(torch.float32, copy=True)
+    inverse, columns = inverse.float(), columns.float()
     names = torch.arange(len(inverse))
     gone = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
     order, costs = [], []
@@ -157,7 +163,7 @@ def eliminate_channels(inverse: torch.Tensor, columns: torch.Tensor) -> Removal:
         # What is gone stays in place for a while: moving the living costs as much as an update.
         if alive and len(gone) - alive >= len(gone) / 8:
             kept = (~gone).nonzero().flatten()
-            inverse, columns = inverse[kept][:, kept], columns[:, kept]
+            inverse, columns = inverse[kept[:, None], kept], columns[:, kept]
             names, gone = names[kept.cpu()], gone[kept]
     return torch.cat(order), torch.cat(costs)
 

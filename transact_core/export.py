@@ -17,7 +17,6 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, ValidationError
-from torch import nn
 from transformers import LlamaForCausalLM
 
 from transact_core import __version__
@@ -290,13 +289,12 @@ def _write_layers(
     """Cuts, repairs and writes the weights, a layer at a time; gives what the repairs did."""
     plan, recovery, dense = compression.plan, compression.recovery, bench.loaded.model
     cut = Cut(dense, plan, with_biases=recovery == "bias")
-    layers = cut.pruned.model.layers
     writer = CheckpointWriter(folder, getattr(torch, compression.save_dtype))
 
     def write_layer(number: int) -> None:
-        for name, tensor in layers[number].state_dict().items():
+        for name, tensor in cut.pruned.model.layers[number].state_dict().items():
             writer.add(f"model.layers.{number}.{name}", tensor)
-        layers[number] = nn.Identity()
+        cut.drop_layer(number)
 
     fits: tuple[LayerFit, ...] = ()
     if recovery != "none" and plan.cuts_anything(bench.loaded.architecture):

@@ -68,6 +68,10 @@ class Cut:
         """Gives one layer its weights; what the plan does not change is shared."""
         _fill(self.pruned.model.layers[number], self._tensors(number))
 
+    def drop_layer(self, number: int) -> None:
+        """Lets go of the weights of a layer that is done."""
+        self.pruned.model.layers[number] = nn.Identity()
+
     @torch.no_grad()
     def remake_module(self, plan: PruningPlan, number: int, module: str) -> None:
         """Cuts one module of one layer again, by another plan of the same widths."""
