@@ -85,16 +85,20 @@ def _effects_of_layer(stream: Stream, number: int) -> torch.Tensor:
     total: torch.Tensor | int = 0
     for hidden in stream.batches():
         query, key, attention = _attention_of_some(stream, number, hidden)
-        half = query.shape[-1] // 2
         queries_per_group = query.shape[1] // key.shape[1]
-        key = key.repeat_interleave(queries_per_group, dim=1)
-        effects = []
-        for pair in range(half):
-            both = [pair, pair + half]
-            logits = query[..., both] @ key[..., both].mT
-            mean = (attention * logits).sum(dim=-1, keepdim=True)
-            effects.append((attention * (logits - mean).square()).sum(dim=(0, 2, 3)))
-        by_head = torch.stack(effects, dim=-1)
+        # What all keys share moves a query's logits alike; without it less cancels below.
+        key = (key - key.mean(dim=2, keepdim=True)).repeat_interleave(queries_per_group, dim=1)
+        # A pair's share of the logit is linear in the key's two dims, so its variance takes no
+        # more than their moments under the attention.
+        (x, y), (to_x, to_y) = key.chunk(2, dim=-1), query.chunk(2, dim=-1)
+        moments = attention @ torch.cat([x, y, x * x, y * y, x * y], dim=-1)
+        mean_x, mean_y, xx, yy, xy = moments.chunk(5, dim=-1)
+        variance = (
+            to_x.square() * (xx - mean_x.square())
+            + to_y.square() * (yy - mean_y.square())
+            + 2 * to_x * to_y * (xy - mean_x * mean_y)
+        )
+        by_head = variance.clamp_min(0).sum(dim=(0, 2))
         total = total + by_head.unflatten(0, (-1, queries_per_group)).sum(dim=1).double().cpu()
     return total
 
