@@ -173,6 +173,18 @@ def test_two_runs_give_the_same_bits(gqa_bench):
     assert same_weights(twice[0], snapshot(twice[1]))
 
 
+@pytest.mark.parametrize("granularity", ["query-heads", "head-dims"])
+def test_what_is_only_judged_is_judged_as_what_is_kept(gqa_bench, granularity):
+    dense, windows = gqa_bench.loaded.model, gqa_bench.calibration
+    plan = gqa_bench.plan(0.5, 0.4, Choices(granularity))
+    whole, judged = (
+        recover(dense, prune(dense, plan), plan, windows, "least-squares", judge_only=only)
+        for only in (False, True)
+    )
+    assert judged.fits == whole.fits
+    assert torch.equal(judged.hidden, whole.hidden)
+
+
 def test_an_unknown_recovery_is_refused():
     with pytest.raises(TransActError, match="least-squares"):
         require_recovery("magic")

@@ -121,8 +121,9 @@ def held_out_loss(
     """Mean NLL in nats on the windows, each through repairs that have not seen it."""
     cut = Cut(dense, plan, with_biases=recovery == "bias")
     hidden = recover(
-        dense, cut.pruned, plan, windows, recovery, progress, cut.make_layer, cut.drop_layer
-    ).hidden
+        dense, cut.pruned, plan, windows, recovery, progress, cut.make_layer, cut.drop_layer,
+        judge_only=True,
+    ).hidden  # fmt: skip
     total = 0.0
     for states, ids in zip(hidden, windows.ids.to(hidden.device), strict=True):
         logits = dense.lm_head(dense.model.norm(states[:-1])).float()

@@ -55,6 +55,7 @@ def fit_narrow_heads(
     normed: torch.Tensor,
     weights: torch.Tensor,
     rotary: tuple[Rotary, Rotary],
+    judge_only: bool = False,
 ) -> torch.Tensor:
     """Replaces the projections of a layer's narrowed attention by fitted ones, in place.
 
@@ -62,7 +63,7 @@ def fit_narrow_heads(
     read, shape (windows, sequence_length, hidden_size), two windows or more; `weights` are the
     tokens' weights, shape (windows, sequence_length); `rotary` the dense and the narrow cosines and
     sines. The output projection is only carried over into the new basis: `recovery` fits it
-    afterwards.
+    afterwards. With `judge_only`, queries and keys are left as one half of the windows had them.
 
     Gives the narrow waist to judge by, shape (windows, sequence_length, num_attention_heads ×
     head_dim'): each half of the windows through queries and keys that were fitted on the other.
@@ -78,7 +79,8 @@ def fit_narrow_heads(
         for windows in judged.split(windows_a_batch(normed.shape[1])):
             seen[windows] = _dense_values(dense, pruned, normed[windows], rotary[1])
     waist = _fit_values(dense, pruned, seen, weights)
-    _fit_queries_and_keys(dense, pruned, plan, normed, rotary, generator)
+    if not judge_only:
+        _fit_queries_and_keys(dense, pruned, plan, normed, rotary, generator)
     return waist
 
 

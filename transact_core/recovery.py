@@ -97,19 +97,21 @@ def recover(
     before_layer: Callable[[int], None] = lambda _: None,
     after_layer: Callable[[int], None] = lambda _: None,
     choose: Choose | None = None,
+    judge_only: bool = False,
 ) -> Recovery:
     """Repairs the cut modules of `pruned` in place; the dense model is only read.
 
     `pruned` must come from `surgery.prune` on `dense` by `plan`: its cut projections are its own.
     Memory is one residual stream and one layer's activations over the calibration windows. With a
     single window nothing can be held out, and every module keeps its bare cut. A layer of `pruned`
-    need be there only between `before_layer` and `after_layer`, called with its number.
+    need be there only between `before_layer` and `after_layer`, called with its number. With
+    `judge_only` the errors and the stream alone are to be used: `pruned` is left half repaired.
 
     Raises:
         TransActError: the recovery is not known, or a transitional activation is NaN or infinite.
     """
     require_recovery(recovery)
-    repair = _Repair(dense, pruned, plan, windows, recovery, choose)
+    repair = _Repair(dense, pruned, plan, windows, recovery, choose, judge_only)
     fits = []
     layers = len(pruned.model.layers)
     for number in range(layers):
@@ -134,8 +136,10 @@ class _Repair:
         windows: Windows,
         recovery: str,
         choose: Choose | None,
+        judge_only: bool,
     ) -> None:
         self.dense, self.pruned, self.recovery, self.choose = dense, pruned, recovery, choose
+        self.judge_only = judge_only
         self.layers, self.narrower = list(plan.layers), bool(plan.head_dim)
         ids = windows.ids.to(dense.device)
         self.hidden = dense.model.embed_tokens(ids)
@@ -203,7 +207,8 @@ class _Repair:
                 self.nearby = self.ridges.index(chosen.ridge)
                 for fold, correction in fitted.corrections(chosen):
                     self.hidden[fold] += projection(inputs[fold]) + correction.to(inputs.dtype)
-                _change(projection, fitted.solve(chosen.ridge), self.recovery)
+                if not self.judge_only:
+                    _change(projection, fitted.solve(chosen.ridge), self.recovery)
                 return fit(chosen.error, chosen.ridge)
             if fitted.energy < bare_error:
                 self._carry(projection, inputs)
@@ -250,7 +255,13 @@ class _Repair:
         normed = decoder.input_layernorm(self.hidden)
         try:
             waist = fit_narrow_heads(
-                decoder.self_attn, attention, self.layers[number], normed, weights, rotary
+                decoder.self_attn,
+                attention,
+                self.layers[number],
+                normed,
+                weights,
+                rotary,
+                self.judge_only,
             )
             if all(each.weight.isfinite().all() for each in projections):
                 return before, waist
