@@ -235,7 +235,7 @@ def test_an_unknown_device_or_dtype_is_refused(checkpoint):
 def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(checkpoint, monkeypatch):
     available = psutil.virtual_memory()._replace(available=1000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: available)
-    monkeypatch.setattr(models, "_load_folder", None)
+    monkeypatch.setattr(models, "load_folder", None)
     refuse(checkpoint, "Loading takes about .* GB of memory on cpu")
 
 
@@ -339,7 +339,7 @@ def test_a_gguf_file_loads_as_the_model_it_was(wide_model, tokenizer, tmp_path):
 def test_a_gguf_file_is_converted_once(wide_model, tokenizer, tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer)
     first = load_model(str(path))
-    monkeypatch.setattr(models, "_convert_gguf", None)
+    monkeypatch.setattr(models, "convert_gguf", None)
     assert same_weights(load_model(str(path)).model, snapshot(first.model))
 
 

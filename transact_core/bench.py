@@ -24,11 +24,12 @@ from transact_core.damage import (
     measure_curves,
     narrow_heads,
 )
+from transact_core.devices import dtype_name, resolve_dtype
 from transact_core.errors import Progress, silent
 from transact_core.evaluation import Evaluation, evaluate, paired_difference
 from transact_core.footprint import Footprint, footprint
 from transact_core.importance import Evidence, Scores, score
-from transact_core.models import LoadedModel, dtype_name, resolve_dtype
+from transact_core.models import LoadedModel
 from transact_core.plan import Decision, Granularity, PruningPlan, make_plan
 from transact_core.recovery import LayerFit, recover, require_recovery
 from transact_core.rotary import PairEffects, measure_pairs, require_exact_rope

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
-from transact_core.models import dtype_name
+from transact_core.devices import dtype_name
 
 SHARD_BYTES = 250_000_000
 SINGLE = "model.safetensors"

@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from transact_core import corpora, export
 from transact_core.bench import Bench, Choices, model_report
+from transact_core.devices import dtype_name
 from transact_core.errors import Progress, TransActError
 from transact_core.evaluation import evaluate
 from transact_core.files import disk_trouble, read_text, require_free_output, staged_file
 from transact_core.footprint import footprint
 from transact_core.importance import IMPORTANCES, Evidence, score
-from transact_core.models import LoadedModel, dtype_name, load_model
+from transact_core.models import LoadedModel, load_model
 from transact_core.plan import GRANULARITIES, parse_ratio
 from transact_core.recovery import RECOVERIES
 from transact_core.results import decided

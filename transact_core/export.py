@@ -23,6 +23,7 @@ from transact_core import __version__
 from transact_core.bench import Bench, Measurement, measure, model_report
 from transact_core.checkpoint import CheckpointWriter
 from transact_core.corpora import Windows, describe
+from transact_core.devices import dtype_name
 from transact_core.errors import Progress, TransActError, silent
 from transact_core.evaluation import Evaluation
 from transact_core.files import (
@@ -31,8 +32,9 @@ from transact_core.files import (
     require_free_output,
     staged_folder,
 )
+from transact_core.folders import read_checkpoint
 from transact_core.footprint import Footprint
-from transact_core.models import LoadedModel, dtype_name, read_checkpoint
+from transact_core.models import LoadedModel
 from transact_core.plan import Data, Decision, Granularity, PruningPlan, Step
 from transact_core.recovery import LayerFit, RecoveryName, recover, require_recovery
 from transact_core.runtimes import Reading, readings_of_cut
