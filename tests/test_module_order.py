@@ -9,7 +9,7 @@ import transact_core
 FOLDER = Path(transact_core.__file__).parent
 ORDER = [
     name.strip()
-    for names in re.findall(r"^ {4}([a-z_, ]+?) {2,}\S", transact_core.__doc__, re.MULTILINE)
+    for names in re.findall(r"^ {4}([a-z, ]+?) {2,}\S", transact_core.__doc__, re.MULTILINE)
     for name in names.split(",")
 ]
 

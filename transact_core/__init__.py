@@ -7,7 +7,7 @@ Data flows one way, and a module imports only from those before it:
     architecture       the numbers that decide a model's size
     devices            where and in which dtype a model computes, and whether it fits there
     folders            a checkpoint folder, looked through and loaded
-    gguf_files         a GGUF file, looked through and converted to a folder
+    ggufs              a GGUF file, looked through and converted to a folder
     models             a source the user names → model, tokenizer, identity
     corpora            text → windows of token ids
     activations        one pass over calibration windows → statistics per layer

@@ -19,7 +19,7 @@ from transact_core.devices import dtype_name, estimate_memory, resolve_device, r
 from transact_core.errors import Progress, TransActError, first_line, silent
 from transact_core.files import cache_folder, sha256_of_file
 from transact_core.folders import PICKLE_SUFFIXES, inspect_folder, load_folder, pickle_refusal
-from transact_core.gguf_files import (
+from transact_core.ggufs import (
     convert_gguf,
     inspect_converted,
     inspect_gguf,
