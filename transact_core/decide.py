@@ -10,7 +10,6 @@ from dataclasses import fields, replace
 from fractions import Fraction
 
 import torch
-from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from transact_core.activations import head_rows
@@ -19,7 +18,7 @@ from transact_core.bench import Bench, Choices
 from transact_core.corpora import Windows
 from transact_core.elimination import eliminate_module
 from transact_core.errors import Progress, TransActError, silent
-from transact_core.evaluation import evaluate
+from transact_core.evaluation import Evaluation, evaluate, losses_behind_layers
 from transact_core.importance import Evidence, Scores, score
 from transact_core.plan import (
     GRANULARITIES,
@@ -124,11 +123,7 @@ def held_out_loss(
         dense, cut.pruned, plan, windows, recovery, progress, cut.make_layer, cut.drop_layer,
         judge_only=True,
     ).hidden  # fmt: skip
-    total = 0.0
-    for states, ids in zip(hidden, windows.ids.to(hidden.device), strict=True):
-        logits = dense.lm_head(dense.model.norm(states[:-1])).float()
-        total += functional.cross_entropy(logits, ids[1:], reduction="sum").item()
-    return total / (len(windows) * (windows.sequence_length - 1))
+    return Evaluation(losses_behind_layers(dense, hidden, windows)).mean_nll
 
 
 # --- module by module ------------------------------------------------------------------------

@@ -83,6 +83,21 @@ def token_losses(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits.float(), ids[1:], reduction="none").cpu()
 
 
+def losses_behind_layers(
+    model: LlamaForCausalLM, hidden: torch.Tensor, windows: Windows
+) -> torch.Tensor:
+    """What `evaluate` measures, of residual streams that have passed the layers already.
+
+    `hidden` has shape (windows, sequence_length, hidden_size); the result (windows, sequence_length
+    − 1), in nats, float32 on the CPU. A window's logits are held at a time.
+    """
+    losses = []
+    for states, ids in zip(hidden, windows.ids.to(hidden.device), strict=True):
+        logits = model.lm_head(model.model.norm(states[:-1]))
+        losses.append(functional.cross_entropy(logits.float(), ids[1:], reduction="none").cpu())
+    return torch.stack(losses)
+
+
 def paired_difference(pruned: Evaluation, dense: Evaluation) -> tuple[float, float]:
     """Mean per-token difference of NLL from the dense model, in nats, and its standard error.
 

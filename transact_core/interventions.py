@@ -8,11 +8,10 @@ waists of both modules, and the residual stream as it enters a layer.
 from collections.abc import Callable
 
 import torch
-from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from transact_core.corpora import Windows
-from transact_core.evaluation import Evaluation, require_losses
+from transact_core.evaluation import Evaluation, losses_behind_layers, require_losses
 from transact_core.streams import Changes, Stream
 
 
@@ -36,16 +35,4 @@ def evaluate_changed(
     for number in range(first, len(model.model.layers)):
         stream.pass_layer(number, changes)
         after_layer()
-    ids = windows.ids.to(model.device)
-    return Evaluation(
-        require_losses(
-            torch.stack(
-                [_losses(model, *window) for window in zip(stream.hidden, ids, strict=True)]
-            )
-        )
-    )
-
-
-def _losses(model: LlamaForCausalLM, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    logits = model.lm_head(model.model.norm(hidden[:-1]))
-    return functional.cross_entropy(logits.float(), ids[1:], reduction="none").cpu()
+    return Evaluation(require_losses(losses_behind_layers(model, stream.hidden, windows)))
