@@ -31,7 +31,7 @@ setup: $(SETUP) ## install the app and the built-in model into .venv
 	@echo "Ready: make app"
 
 app: $(SETUP) ## start the app on http://ADDRESS:PORT
-	$(PY) -m pages.shared.settings "$(ADDRESS)"
+	$(PY) -m pages.server.settings "$(ADDRESS)"
 	$(PY) -m streamlit run app.py --server.address "$(ADDRESS)" --server.port $(PORT) \
 		--server.headless true --browser.gatherUsageStats false
 
@@ -39,6 +39,7 @@ test: $(SETUP_DEV) ## check the code and run the tests (PYTEST_ARGS="-k name")
 	sh scripts/install_browser.sh $(PY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 benchmark: $(SETUP_BENCHMARK) ## compare with other libraries; takes hours (BENCHMARK_ARGS="--help")
@@ -53,6 +54,7 @@ screenshots: $(SETUP_DEV) ## take the README's picture anew, of the running app
 lint: $(SETUP_DEV) ## check the code alone
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
 
 format: $(SETUP_DEV) ## format the code and fix what can be fixed
 	$(PY) -m ruff check --fix .

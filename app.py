@@ -5,16 +5,19 @@ from pathlib import Path
 import streamlit as st
 import torch
 
-from pages.shared.access import require_access, show_exposure
-from pages.shared.navigation import go_on, page_sections
-from pages.shared.progress import show_jobs
-from pages.shared.settings import settings
-from pages.shared.text import plain
-from pages.shared.uploads import KINDS, keep_upload
-from pages.shared.workbench import Request, begin_visit, visit, workbench
-from transact_core import corpora, results
-from transact_core.errors import TransActError
-from transact_core.models import BUILTIN, BUILTIN_NAME
+from pages.charts.text import plain
+from pages.parts.login import require_access, show_exposure
+from pages.parts.navigation import go_on, page_sections
+from pages.parts.progress import show_jobs
+from pages.server.open_models import workbench
+from pages.server.request import Request
+from pages.server.settings import settings
+from pages.server.uploads import KINDS, keep_upload
+from pages.server.visits import begin_visit, visit
+from transact_core.base.errors import TransActError
+from transact_core.data.corpus import BUILTIN_TEXT
+from transact_core.experiments import results
+from transact_core.models.load import BUILTIN, BUILTIN_NAME
 
 MODEL_KINDS = {
     "Built-in": ("", ""),
@@ -35,7 +38,7 @@ def model_kind(model: str) -> str:
 
 
 def text_kind(source: str) -> str:
-    if source == corpora.BUILTIN:
+    if source == BUILTIN_TEXT:
         return "Built-in"
     return "Hub dataset" if source.startswith("hub:") else "Uploaded file"
 
@@ -50,19 +53,25 @@ def choose_model(before: str) -> str:
         return BUILTIN
     label, example = MODEL_KINDS[kind]
     return st.text_input(
-        label, before if kind == kind_before else "", key=f"model_{kind}", placeholder=example,
+        label,
+        before if kind == kind_before else "",
+        key=f"model_{kind}",
+        placeholder=example,
         persist_state="session",
-    )  # fmt: skip
+    )
 
 
 def choose_text(name: str, before: str) -> str:
     kind_before = text_kind(before)
     kind = st.selectbox(
-        f"{name} text", TEXT_KINDS, TEXT_KINDS.index(kind_before), key=f"{name}_kind",
+        f"{name} text",
+        TEXT_KINDS,
+        TEXT_KINDS.index(kind_before),
+        key=f"{name}_kind",
         persist_state="session",
-    )  # fmt: skip
+    )
     if kind == "Built-in":
-        return corpora.BUILTIN
+        return BUILTIN_TEXT
     if kind == "Hub dataset":
         dataset = st.text_input(
             f"{name} dataset",
@@ -123,9 +132,12 @@ def choose_request() -> Request:
         if torch.cuda.is_available():
             devices += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
         device = st.selectbox(
-            "Device", devices, devices.index(defaults.device), key="device",
+            "Device",
+            devices,
+            devices.index(defaults.device),
+            key="device",
             persist_state="session",
-        )  # fmt: skip
+        )
         dtypes = ["auto", "float32", "bfloat16", "float16"]
         dtype = st.selectbox(
             "Dtype",

@@ -36,9 +36,9 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from transact_core.architecture import Architecture
-from transact_core.corpora import Windows
-from transact_core.plan import Widths
+from transact_core.data.windows import Windows
+from transact_core.models.architecture import Architecture
+from transact_core.pruning.plan import Widths
 
 if TYPE_CHECKING:
     from benchmarks.cuts import Cut

@@ -23,12 +23,15 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.memory import peak_memory_of
-from transact_core.activations import batches, collect, transitional_inputs
-from transact_core.architecture import Architecture
-from transact_core.corpora import Windows, evaluation_windows, read_corpus
-from transact_core.elimination import weighted_rows
-from transact_core.models import load_model
-from transact_core.streams import Stream, second_moments
+from transact_core.base.linalg import second_moments
+from transact_core.data.corpus import read_corpus
+from transact_core.data.windows import Windows, evaluation_windows
+from transact_core.forward.statistics import collect
+from transact_core.forward.stream import Stream
+from transact_core.forward.waists import batches, transitional_inputs
+from transact_core.importance.elimination import weighted_rows
+from transact_core.models.architecture import Architecture
+from transact_core.models.load import load_model
 
 Pass = Callable[[LlamaForCausalLM, Windows], object]
 

@@ -23,13 +23,13 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from benchmarks.row import Setup, load
-from transact_core.bench import Bench, Choices
-from transact_core.corpora import Windows
-from transact_core.importance import IMPORTANCES
-from transact_core.plan import GRANULARITIES
-from transact_core.recovery import RECOVERIES, recover
-from transact_core.surgery import prune
-from transact_core.sweep import point_at
+from transact_core.data.windows import Windows
+from transact_core.experiments.bench import Bench, Choices
+from transact_core.experiments.sweep import point_at
+from transact_core.importance.scores import IMPORTANCES
+from transact_core.pruning.closed_form import RECOVERIES, recover
+from transact_core.pruning.plan import GRANULARITIES
+from transact_core.pruning.surgery import prune
 
 
 @torch.inference_mode()

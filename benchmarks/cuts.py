@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks.baselines import BASELINES
-from transact_core.architecture import Architecture
-from transact_core.bench import Choices
-from transact_core.importance import IMPORTANCES
-from transact_core.plan import GRANULARITIES, Widths, widths
-from transact_core.recovery import RECOVERIES
+from transact_core.experiments.bench import Choices
+from transact_core.importance.scores import IMPORTANCES
+from transact_core.models.architecture import Architecture
+from transact_core.pruning.closed_form import RECOVERIES
+from transact_core.pruning.plan import GRANULARITIES, Widths, widths
 
 PUBLISHED = "TransAct as published"
 DENSE = "dense"

@@ -23,12 +23,13 @@ import torch
 from playwright.sync_api import Page, expect, sync_playwright
 
 from tests.browser.driving import CHART, ROOT, choose, settle, start_chromium, wait_for_app
-from transact_core.activations import SITES, SUMS
-from transact_core.architecture import Architecture
-from transact_core.bench import Bench
-from transact_core.corpora import Windows
-from transact_core.evaluation import Evaluation
-from transact_core.models import LoadedModel
+from transact_core.data.windows import Windows
+from transact_core.experiments.bench import Bench
+from transact_core.forward.perplexity import Evaluation
+from transact_core.forward.statistics import SUMS
+from transact_core.forward.waists import SITES
+from transact_core.models.architecture import Architecture
+from transact_core.models.load import LoadedModel
 
 CHARTS = 5
 TIMEOUT_MS = 60_000
@@ -57,10 +58,13 @@ class SyntheticBench(Bench):
         self._tensors = {
             f"{site}.{name}": torch.randn(
                 architecture.num_hidden_layers, width, generator=generator
-            ).double().mul(1.5).exp()
+            )
+            .double()
+            .mul(1.5)
+            .exp()
             for site, width in zip(SITES, widths, strict=True)
             for name in SUMS
-        }  # fmt: skip
+        }
         self._losses = Evaluation(torch.ones(2, 7))
 
     def _remember(self, what, measure):
@@ -74,7 +78,7 @@ def serve(chosen: argparse.Namespace) -> None:
     """Runs the app in this process with the synthetic bench."""
     from streamlit.web import bootstrap
 
-    from pages.shared.workbench import Workbench
+    from pages.server.open_models import Workbench
 
     bench = SyntheticBench(
         Architecture(

@@ -28,8 +28,8 @@ import psutil
 import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from pages.shared.jobs import job_threads
-from pages.shared.workbench import MODELS_KEPT
+from pages.server.jobs import job_threads
+from pages.server.open_models import MODELS_KEPT
 from tests.browser.driving import (
     TIMEOUT_MS,
     ask_to_open,
@@ -43,11 +43,12 @@ from tests.browser.driving import (
     start_chromium,
 )
 from tests.conftest import make_model, make_tokenizer
-from transact_core import corpora
-from transact_core.bench import Bench, Choices
-from transact_core.files import cache_folder
-from transact_core.models import load_model
-from transact_core.sweep import Pair, most_informative_first, point_at
+from transact_core.base.files import cache_folder
+from transact_core.data.corpus import BUILTIN_TEXT, read_corpus
+from transact_core.data.windows import calibration_and_evaluation
+from transact_core.experiments.bench import Bench, Choices
+from transact_core.experiments.sweep import Pair, most_informative_first, point_at
+from transact_core.models.load import load_model
 
 CALIBRATION_TOKENS = 1024
 """As `ask_to_open` has it."""
@@ -56,13 +57,25 @@ PIECES_WAITED_AT_MOST = 2
 """The piece under way when a cut was asked for, and one more: others may come before the cut."""
 ROUND_SECONDS = 1800
 REST_SECONDS = 5
-LARGE = {"vocab_size": 32_000, "head_dim": 64, "num_attention_heads": 6, "num_key_value_heads": 3,
-         "hidden_size": 384, "intermediate_size": 1024, "max_position_embeddings": 512}  # fmt: skip
+LARGE = {
+    "vocab_size": 32_000,
+    "head_dim": 64,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 512,
+}
 MODELS = {
-    "heavy": LARGE | {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 16,
-                      "intermediate_size": 2048},
+    "heavy": LARGE
+    | {
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 16,
+        "intermediate_size": 2048,
+    },
     **{f"model-{layers}": LARGE | {"num_hidden_layers": layers} for layers in (2, 3, 4, 5, 6)},
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -277,11 +290,16 @@ def computed(
 ) -> list[float]:
     """Perplexities of cuts as this process computes them, with the app's number of threads."""
     loaded = load_model(str(folder))
-    text = corpora.read_corpus(corpora.BUILTIN)
-    windows = corpora.calibration_and_evaluation(
-        text, text, loaded.tokenizer, loaded.architecture.vocab_size,
-        CALIBRATION_TOKENS, evaluation_tokens, length,
-    )  # fmt: skip
+    text = read_corpus(BUILTIN_TEXT)
+    windows = calibration_and_evaluation(
+        text,
+        text,
+        loaded.tokenizer,
+        loaded.architecture.vocab_size,
+        CALIBRATION_TOKENS,
+        evaluation_tokens,
+        length,
+    )
     bench, choices = Bench(loaded, *windows), Choices(recovery=recovery)
     return [point_at(bench, pair, choices).perplexity for pair in ratios]
 
@@ -324,9 +342,14 @@ def main() -> None:
         with server(folder) as (address, memory):
             idle = memory.now()
             seen = go_through(
-                browser, address, folders, chosen.visitors, chosen.rounds, chosen.curve_points,
+                browser,
+                address,
+                folders,
+                chosen.visitors,
+                chosen.rounds,
+                chosen.curve_points,
                 *texts,
-            )  # fmt: skip
+            )
             time.sleep(REST_SECONDS)
             after, peak = memory.now(), max(memory.samples)
         browser.close()

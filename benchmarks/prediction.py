@@ -22,19 +22,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.row import Setup, load
-from transact_core.bench import Bench, Choices, compress
-from transact_core.errors import TransActError
-from transact_core.plan import GRANULARITIES
-from transact_core.prediction import (
+from transact_core.base.errors import TransActError
+from transact_core.experiments.bench import Bench, Choices, compress
+from transact_core.experiments.prediction import (
     USEFUL,
     Point,
-    Ratio,
     Scored,
     keep_score,
     next_points,
     predict_grid,
 )
-from transact_core.recovery import RECOVERIES
+from transact_core.planning.law import Ratio
+from transact_core.pruning.closed_form import RECOVERIES
+from transact_core.pruning.plan import GRANULARITIES
 
 Place = tuple[int, int]
 """Attention and MLP width."""

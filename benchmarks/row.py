@@ -23,17 +23,19 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from benchmarks.baselines import BASELINES, BaselineFailed
 from benchmarks.cuts import DENSE, PUBLISHED, Row, rows
 from benchmarks.memory import peak_memory
-from transact_core import corpora, export
-from transact_core.bench import Bench, Choices, compress
-from transact_core.checkpoint import mend_generation_config
-from transact_core.corpora import Windows
-from transact_core.decide import decide
-from transact_core.errors import TransActError, first_line
-from transact_core.evaluation import evaluate
-from transact_core.files import cache_folder
-from transact_core.models import LoadedModel, load_model
-from transact_core.plan import head_counts
-from transact_core.surgery import cast, round_weights
+from transact_core.base.errors import TransActError, first_line
+from transact_core.base.files import cache_folder
+from transact_core.data.corpus import read_corpus
+from transact_core.data.windows import Windows, calibration_and_evaluation
+from transact_core.experiments.bench import Bench, Choices, compress
+from transact_core.experiments.decide import decide
+from transact_core.export.compression import describe_compression
+from transact_core.export.folder import write_checkpoint
+from transact_core.export.writer import mend_generation_config
+from transact_core.forward.perplexity import evaluate
+from transact_core.models.load import LoadedModel, load_model
+from transact_core.pruning.plan import head_counts
+from transact_core.pruning.surgery import cast, round_weights
 
 RELOADED_TOLERANCE = 1e-3
 """In nats a token: what a reloaded model may differ by from the one in memory."""
@@ -68,10 +70,10 @@ class Result:
 
 def load(setup: Setup) -> tuple[LoadedModel, Windows, Windows]:
     """The dense model, calibration windows and evaluation windows."""
-    calibration = corpora.read_corpus(setup.calibration)
-    evaluation = corpora.read_corpus(setup.evaluation)
+    calibration = read_corpus(setup.calibration)
+    evaluation = read_corpus(setup.evaluation)
     loaded = load_model(setup.model)
-    windows = corpora.calibration_and_evaluation(
+    windows = calibration_and_evaluation(
         calibration,
         evaluation,
         loaded.tokenizer,
@@ -145,8 +147,8 @@ def _make(row: Row, loaded: LoadedModel, calibration: Windows):
     note = f"chose {plan.granularity}" if plan.granularity != choices.granularity else ""
 
     def save(output: Path) -> None:
-        compression = export.describe_compression(bench, decision, choices.recovery)
-        export.write_checkpoint(output, model, bench, measurement, compression)
+        compression = describe_compression(bench, decision, choices.recovery)
+        write_checkpoint(output, model, bench, measurement, compression)
 
     return model, save, note
 

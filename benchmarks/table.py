@@ -31,10 +31,10 @@ import torch
 from benchmarks.cuts import DENSE, Row, rows
 from benchmarks.row import Result, Setup
 from transact_core import __version__
-from transact_core.bench import Choices
-from transact_core.corpora import read_corpus
-from transact_core.errors import TransActError
-from transact_core.recovery import RECOVERIES
+from transact_core.base.errors import TransActError
+from transact_core.data.corpus import read_corpus
+from transact_core.experiments.bench import Choices
+from transact_core.pruning.closed_form import RECOVERIES
 
 COLUMNS = (
     "cut",
@@ -210,9 +210,11 @@ def run_settings(setup: Setup, arguments: list[str]) -> dict:
             name: read_corpus(getattr(setup, name)).sha256 for name in ("calibration", "evaluation")
         },
         "versions": {
-            "transact_core": __version__, "python": platform.python_version(), **_versions(),
+            "transact_core": __version__,
+            "python": platform.python_version(),
+            **_versions(),
         },
-    }  # fmt: skip
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -2,9 +2,9 @@
 
 import streamlit as st
 
-from pages.shared import activation_charts
-from pages.shared.figure import show
-from pages.shared.progress import require_bench
+from pages.charts import activation_charts
+from pages.parts.figure import show
+from pages.parts.progress import require_bench
 
 st.title("Activations")
 bench = require_bench()

@@ -2,16 +2,17 @@
 
 import streamlit as st
 
-from pages.shared import marked_text
-from pages.shared.cuts import in_words, require_cut
-from pages.shared.jobs import job_threads
-from pages.shared.progress import show_job
-from pages.shared.side_by_side import DENSE, PRUNED, Comparison, last_comparison, start_comparison
-from pages.shared.text import counted
-from pages.shared.workbench import Cut, visit
-from transact_core.bench import Bench
-from transact_core.errors import TransActError
-from transact_core.generation import (
+from pages.charts.text import counted
+from pages.parts import marked_text
+from pages.parts.cut_picker import in_words, require_cut
+from pages.parts.progress import show_job
+from pages.server.jobs import job_threads
+from pages.server.request import Cut
+from pages.server.side_by_side import DENSE, PRUNED, Comparison, last_comparison, start_comparison
+from pages.server.visits import visit
+from transact_core.base.errors import TransActError
+from transact_core.experiments.bench import Bench
+from transact_core.forward.generation import (
     Sampling,
     decode,
     encode_prompt,
@@ -33,19 +34,29 @@ def choose_and_start(bench: Bench, cut: Cut) -> None:
     columns = st.columns([2, 2, 2, 2], vertical_alignment="bottom")
     has_template = bool(tokenizer.chat_template)
     chat = columns[0].toggle(
-        "Chat template", value=has_template, disabled=not has_template, key="chat",
+        "Chat template",
+        value=has_template,
+        disabled=not has_template,
+        key="chat",
         persist_state="session",
         help="The prompt as a user's turn, in the form that this model was tuned for."
-        if has_template else "This tokenizer has none: the text is simply continued.",
-    )  # fmt: skip
+        if has_template
+        else "This tokenizer has none: the text is simply continued.",
+    )
     count = columns[1].number_input(
         "New tokens, at most", 1, 1024, 96, 16, key="new_tokens", persist_state="session"
     )
     temperature = columns[2].number_input(
-        "Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature", persist_state="session",
+        "Temperature",
+        0.0,
+        2.0,
+        0.0,
+        0.1,
+        key="temperature",
+        persist_state="session",
         help="0 takes the likeliest token each time; above, tokens are drawn, in both models from "
         "the same seed.",
-    )  # fmt: skip
+    )
     seed = columns[3].number_input(
         "Seed", 0, 2**31, 0, 1, key="seed", persist_state="session", disabled=temperature == 0
     )
@@ -58,9 +69,12 @@ def choose_and_start(bench: Bench, cut: Cut) -> None:
             st.error(str(error), icon=":material/error:")
             return
         start_comparison(
-            cut, ids, tokenizer(prompt)["input_ids"], int(count),
+            cut,
+            ids,
+            tokenizer(prompt)["input_ids"],
+            int(count),
             Sampling(temperature=temperature, seed=int(seed)),
-        )  # fmt: skip
+        )
         st.rerun()
 
 
@@ -78,13 +92,16 @@ def show_answers(bench: Bench, comparison: Comparison) -> None:
                 else None
             )
             figures[0].metric(
-                "Tokens/s", f"{speed:,.1f}" if speed else "–", change,
+                "Tokens/s",
+                f"{speed:,.1f}" if speed else "–",
+                change,
                 help="Of the tokens after the first.",
-            )  # fmt: skip
+            )
             figures[1].metric(
-                "Prompt", f"{1e3 * tokens[0].seconds:,.0f} ms" if tokens else "–",
+                "Prompt",
+                f"{1e3 * tokens[0].seconds:,.0f} ms" if tokens else "–",
                 help=f"{len(comparison.prompt):,} tokens, until the first new one.",
-            )  # fmt: skip
+            )
             figures[2].metric("New tokens", f"{len(tokens):,}")
             st.html(
                 marked_text.plain(decode(bench.loaded.tokenizer, [token.id for token in tokens]))
@@ -95,14 +112,20 @@ def show_losses(bench: Bench, comparison: Comparison) -> None:
     st.subheader("Where the loss changed")
     offered = [name for name, field in TEXTS.items() if getattr(comparison, field) is not None]
     which = st.segmented_control(
-        "Text", offered, default=offered[0], required=True, key="marked_text",
+        "Text",
+        offered,
+        default=offered[0],
+        required=True,
+        key="marked_text",
         label_visibility="collapsed",
-    )  # fmt: skip
+    )
     text = getattr(comparison, TEXTS[which])
     table = marked_text.losses_of_pieces(
-        pieces(bench.loaded.tokenizer, text.ids), text.losses[DENSE], text.losses[PRUNED],
+        pieces(bench.loaded.tokenizer, text.ids),
+        text.losses[DENSE],
+        text.losses[PRUNED],
         text.start,
-    )  # fmt: skip
+    )
     if table.empty:
         st.caption("There is no token to score in this text.")
         return
@@ -123,9 +146,14 @@ def show_losses(bench: Bench, comparison: Comparison) -> None:
     with st.expander("As a table"):
         st.dataframe(table, hide_index=True)
         st.download_button(
-            "CSV", table.to_csv(index=False).encode(), "losses.csv", "text/csv",
-            icon=":material/download:", type="tertiary", on_click="ignore",
-        )  # fmt: skip
+            "CSV",
+            table.to_csv(index=False).encode(),
+            "losses.csv",
+            "text/csv",
+            icon=":material/download:",
+            type="tertiary",
+            on_click="ignore",
+        )
 
 
 @st.fragment(run_every=0.4 if visit().visitor.unfinished_jobs else None)

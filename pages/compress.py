@@ -10,11 +10,10 @@ import pandas as pd
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from pages.shared import plan_charts
-from pages.shared.figure import show
-from pages.shared.jobs import DONE, Job
-from pages.shared.live import KEY, Measured, Position, live, position_of, predicted, tables
-from pages.shared.options import (
+from pages.charts import plan_charts
+from pages.live import KEY, Measured, Position, live, position_of, predicted, tables
+from pages.parts.figure import show
+from pages.parts.help_texts import (
     GRANULARITY_HELP,
     IMPORTANCE_HELP,
     MULTIPLE_HELP,
@@ -22,7 +21,7 @@ from pages.shared.options import (
     SEQUENTIAL_HELP,
     STEPS_HELP,
 )
-from pages.shared.progress import (
+from pages.parts.progress import (
     follow,
     require_bench,
     require_prepared,
@@ -30,27 +29,22 @@ from pages.shared.progress import (
     show_end,
     unfinished,
 )
-from pages.shared.workbench import (
-    Cut,
-    find_cut,
-    find_point,
-    first_look,
-    plan_at,
-    points,
-    start_cut,
-    visit,
-    what_to_learn,
-    workbench,
-)
-from transact_core.bench import Bench, Choices, Measurement
-from transact_core.decide import granularities_of, require_sequential
-from transact_core.errors import TransActError
-from transact_core.importance import IMPORTANCES
-from transact_core.plan import GRANULARITIES, Decision, PruningPlan
-from transact_core.prediction import Point, Ratio, keep_score, predict_grid, with_known_damage
-from transact_core.preview import EnergyKept, Structure, energy_kept, maps, structure
-from transact_core.recovery import RECOVERIES
-from transact_core.targets import Found, Target, find
+from pages.server.jobs import DONE, Job
+from pages.server.open_models import workbench
+from pages.server.points import find_cut, find_point, plan_at
+from pages.server.request import Cut, first_look, what_to_learn
+from pages.server.start_jobs import start_cut
+from pages.server.visits import points, visit
+from transact_core.base.errors import TransActError
+from transact_core.experiments.bench import Bench, Choices, Measurement
+from transact_core.experiments.decide import granularities_of, require_sequential
+from transact_core.experiments.prediction import Point, keep_score, predict_grid, with_known_damage
+from transact_core.importance.scores import IMPORTANCES
+from transact_core.planning.law import Ratio
+from transact_core.planning.preview import EnergyKept, Structure, energy_kept, maps, structure
+from transact_core.planning.targets import Found, Target, find
+from transact_core.pruning.closed_form import RECOVERIES
+from transact_core.pruning.plan import GRANULARITIES, Decision, PruningPlan
 
 # For each bench, of the choices that were new last.
 TABLES_KEPT = 24
@@ -89,17 +83,24 @@ def choose() -> Choices:
     columns = st.columns([6, 6, 6, 3, 4, 5], vertical_alignment="bottom")
     others = {
         name: column.selectbox(
-            label, CONTROLS[name], key=name, bind="query-params", persist_state="session",
+            label,
+            CONTROLS[name],
+            key=name,
+            bind="query-params",
+            persist_state="session",
             help=explained,
         )
         for column, (name, (label, explained)) in zip(columns[:-1], names.items(), strict=True)
-    }  # fmt: skip
+    }
     refused = why_not_sequential(others)
     columns[-1].toggle(
-        "Sequential", key="sequential", bind="query-params", persist_state="session",
+        "Sequential",
+        key="sequential",
+        bind="query-params",
+        persist_state="session",
         help=SEQUENTIAL_HELP if refused is None else f"{SEQUENTIAL_HELP}\n\n{refused}",
         disabled=refused is not None,
-    )  # fmt: skip
+    )
     return choices_now()
 
 
@@ -234,14 +235,15 @@ def measured_at(table: Structure, choices: Choices) -> list[Measured]:
     mlp = {option.width: number for number, option in enumerate(table.mlp.options)}
     return [
         Measured(
-            mha[point.footprint.mha_width], mlp[point.footprint.mlp_width],
+            mha[point.footprint.mha_width],
+            mlp[point.footprint.mlp_width],
             round(math.exp(point.delta_nll), 4),
         )
         for point in points()
         if choices_of(point) == choices
         and point.footprint.mha_width in mha
         and point.footprint.mlp_width in mlp
-    ]  # fmt: skip
+    ]
 
 
 # --- prediction ------------------------------------------------------------------------------
@@ -296,10 +298,11 @@ def learn(bench: Bench, choices: Choices) -> Job | None:
     if job is not None and job.error:
         st.error(f"{job.title} failed. {job.error}", icon=":material/error:")
     if st.button(
-        "Predict perplexity for these choices", icon=":material/query_stats:",
+        "Predict perplexity for these choices",
+        icon=":material/query_stats:",
         help="Measures what each layer loses at every width"
         + (", by repairing each layer's attention several times." if long else "."),
-    ):  # fmt: skip
+    ):
         board.learn(request, choices, anew=True)
         st.rerun()
     return None
@@ -358,14 +361,22 @@ def choose_target(
         else None,
     ):
         goal = st.segmented_control(
-            "Of what", list(GOALS), format_func=GOAL_NAMES.get, default="parameters",
-            required=True, key="goal",
-        )  # fmt: skip
+            "Of what",
+            list(GOALS),
+            format_func=GOAL_NAMES.get,
+            default="parameters",
+            required=True,
+            key="goal",
+        )
         label, least, most = GOALS[goal]
         st.number_input(
-            label, min_value=least, max_value=most, value=max(least, usual[goal]),
-            step=0.05 if goal == "perplexity" else 1.0, key=f"at-most-{goal}",
-        )  # fmt: skip
+            label,
+            min_value=least,
+            max_value=most,
+            value=max(least, usual[goal]),
+            step=0.05 if goal == "perplexity" else 1.0,
+            key=f"at-most-{goal}",
+        )
         st.button("Find the ratios", type="primary", on_click=search)
     met, words = st.session_state.pop("target-told", (True, ""))
     if words:
@@ -506,10 +517,15 @@ def offer_cut(
         tokens = f"{bench.evaluation.tokens:,} tokens"
         explained = f"Cuts the model, repairs it, and measures on {tokens}."
     room.button(
-        "Prune and measure perplexity", key="measure-cut", type="primary",
-        icon=":material/content_cut:", help=explained, width="stretch", on_click=measure,
+        "Prune and measure perplexity",
+        key="measure-cut",
+        type="primary",
+        icon=":material/content_cut:",
+        help=explained,
+        width="stretch",
+        on_click=measure,
         disabled=busy or not cuts or point is not None,
-    )  # fmt: skip
+    )
 
 
 def workbench_view(bench: Bench) -> None:

@@ -6,27 +6,21 @@ from pathlib import Path
 
 import streamlit as st
 
-from pages.shared.cuts import require_cut
-from pages.shared.jobs import DONE
-from pages.shared.progress import show_job
-from pages.shared.report import make_report
-from pages.shared.settings import settings
-from pages.shared.side_by_side import last_latency
-from pages.shared.text import plain
-from pages.shared.workbench import (
-    Cut,
-    find_cut,
-    find_point,
-    identity,
-    plan_at,
-    points,
-    start_export,
-    visit,
-)
-from transact_core.bench import Bench, Choices
-from transact_core.export import apply_command, describe_compression, reproduce_command
-from transact_core.plan import Decision
-from transact_core.runtimes import readings_of_cut
+from pages.charts.text import plain
+from pages.parts.cut_picker import require_cut
+from pages.parts.progress import show_job
+from pages.report import make_report
+from pages.server.jobs import DONE
+from pages.server.points import find_cut, find_point, plan_at
+from pages.server.request import Cut, identity
+from pages.server.settings import settings
+from pages.server.side_by_side import last_latency
+from pages.server.start_jobs import start_export
+from pages.server.visits import points, visit
+from transact_core.experiments.bench import Bench, Choices
+from transact_core.export.compression import apply_command, describe_compression, reproduce_command
+from transact_core.export.runtimes import readings_of_cut
+from transact_core.pruning.plan import Decision
 
 
 def show_configuration(bench: Bench, cut: Cut) -> None:
@@ -48,9 +42,14 @@ def show_configuration(bench: Bench, cut: Cut) -> None:
     compression = describe_compression(bench, decision, cut.recovery)
     with st.container(horizontal=True):
         st.download_button(
-            "compression.json", compression.to_json(), "compression.json", "application/json",
-            icon=":material/download:", type="primary", on_click="ignore",
-        )  # fmt: skip
+            "compression.json",
+            compression.to_json(),
+            "compression.json",
+            "application/json",
+            icon=":material/download:",
+            type="primary",
+            on_click="ignore",
+        )
         offer_report(bench, decision, cut.recovery)
     st.write("With the file:")
     st.code(apply_command(), language="bash", wrap_lines=True)
@@ -75,11 +74,16 @@ def offer_report(bench: Bench, decision: Decision, recovery: str) -> None:
         return make_report(bench, decision, recovery, point, measured, timed, now).encode()
 
     st.download_button(
-        "Report", make, "report.html", "text/html", icon=":material/description:",
-        on_click="ignore", help="One HTML page that explains this cut to a colleague: its charts "
+        "Report",
+        make,
+        "report.html",
+        "text/html",
+        icon=":material/description:",
+        on_click="ignore",
+        help="One HTML page that explains this cut to a colleague: its charts "
         "work without a network."
         + ("" if point else " This cut is not measured yet, and the report says so."),
-    )  # fmt: skip
+    )
 
 
 def show_other_runtimes(bench: Bench, cut: Cut, decision: Decision | None) -> None:
@@ -113,9 +117,11 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
     usual = astuple(Choices())
     name += "".join(f"-{each}" for each in astuple(cut.choices) if each not in usual)
     folder = st.text_input(
-        "Folder on the machine that runs this app", str(settings().export_folder / name),
-        key=f"folder-{name}", help="New or empty; it appears whole or not at all.",
-    )  # fmt: skip
+        "Folder on the machine that runs this app",
+        str(settings().export_folder / name),
+        key=f"folder-{name}",
+        help="New or empty; it appears whole or not at all.",
+    )
     about = ("export", visit().request)
     busy = show_job(*about)
     job = visit().latest_job(about)

@@ -6,24 +6,18 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from pages.shared import charts, exploring_charts
-from pages.shared.exploring import findings, pattern_job, start_without_heads
-from pages.shared.figure import show
-from pages.shared.jobs import DONE
-from pages.shared.options import IMPORTANCE_HELP
-from pages.shared.progress import (
-    SOON,
-    require_bench,
-    require_prepared,
-    show_dense,
-    show_job,
-    watch,
-)
-from pages.shared.workbench import visit
-from transact_core.bench import Bench, Choices
-from transact_core.errors import TransActError
-from transact_core.heads import sample
-from transact_core.importance import IMPORTANCES, Scores
+from pages.charts import common as charts
+from pages.charts import exploring_charts
+from pages.parts.figure import show
+from pages.parts.help_texts import IMPORTANCE_HELP
+from pages.parts.progress import SOON, require_bench, require_prepared, show_dense, show_job, watch
+from pages.server.exploring import findings, pattern_job, start_without_heads
+from pages.server.jobs import DONE
+from pages.server.visits import visit
+from transact_core.base.errors import TransActError
+from transact_core.experiments.bench import Bench, Choices
+from transact_core.experiments.head_probe import sample
+from transact_core.importance.scores import IMPORTANCES, Scores
 
 MAP = "head-map"
 
@@ -50,11 +44,14 @@ def choose(bench: Bench) -> tuple[int, int]:
             st.session_state[name] = 0
     return tuple(
         column.selectbox(
-            name.capitalize(), range(count), key=name, persist_state="session",
+            name.capitalize(),
+            range(count),
+            key=name,
+            persist_state="session",
             on_change=forget_click,
         )
         for column, (name, count) in zip(columns, counts.items(), strict=True)
-    )  # fmt: skip
+    )
 
 
 def show_channels(scores: Scores, layer: int, head: int) -> None:
@@ -70,9 +67,12 @@ def show_channels(scores: Scores, layer: int, head: int) -> None:
 def show_attention(bench: Bench, layer: int, head: int) -> None:
     columns = st.columns([5, 1])
     text = columns[0].text_area(
-        "Text to look at", key="head_text", persist_state="session", height=68,
+        "Text to look at",
+        key="head_text",
+        persist_state="session",
+        height=68,
         placeholder="Your own text; left empty, the evaluation text's beginning",
-    )  # fmt: skip
+    )
     tokens = columns[1].number_input(
         "Tokens", 4, 128, 48, 8, key="head_tokens", persist_state="session"
     )
@@ -132,9 +132,10 @@ def show_without(bench: Bench, layer: int, head: int) -> None:
         rest = [(layer, each) for each in range(heads) if (layer, each) not in found]
         with st.container(horizontal=True):
             one = st.button(
-                f"Measure without head {head} of layer {layer}", type="primary",
+                f"Measure without head {head} of layer {layer}",
+                type="primary",
                 disabled=(layer, head) in found,
-            )  # fmt: skip
+            )
             every = st.button(
                 f"Measure without each head of layer {layer}",
                 disabled=not rest,
@@ -162,7 +163,8 @@ def show_measured(bench: Bench, layer: int, head: int) -> None:
     table = without_table(bench)
     if not table.empty:
         st.dataframe(
-            table, hide_index=True,
+            table,
+            hide_index=True,
             column_config={
                 "ratio": st.column_config.NumberColumn("× dense", format="%.4f"),
                 "delta_nll": st.column_config.NumberColumn("Δ nats", format="%.4f"),
@@ -170,11 +172,17 @@ def show_measured(bench: Bench, layer: int, head: int) -> None:
                 "high": st.column_config.NumberColumn("to", format="%.4f"),
                 "perplexity": st.column_config.NumberColumn(format="%.3f"),
             },
-        )  # fmt: skip
+        )
         st.download_button(
-            "CSV", lambda: table.to_csv(index=False).encode(), "without-heads.csv", "text/csv",
-            icon=":material/download:", on_click="ignore", type="tertiary", key="without-csv",
-        )  # fmt: skip
+            "CSV",
+            lambda: table.to_csv(index=False).encode(),
+            "without-heads.csv",
+            "text/csv",
+            icon=":material/download:",
+            on_click="ignore",
+            type="tertiary",
+            key="without-csv",
+        )
 
 
 st.title("Heads")

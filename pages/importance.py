@@ -5,15 +5,17 @@ from dataclasses import replace
 import pandas as pd
 import streamlit as st
 
-from pages.shared import charts, plan_charts
-from pages.shared.figure import show
-from pages.shared.options import IMPORTANCE_HELP, measures
-from pages.shared.progress import require_bench, require_prepared
-from pages.shared.workbench import visit
-from transact_core.activations import MODULES, channels_holding
-from transact_core.bench import Bench
-from transact_core.importance import IMPORTANCES, Scores
-from transact_core.redundancy import kept_channels, kept_share
+from pages.charts import common as charts
+from pages.charts import plan_charts
+from pages.parts.figure import show
+from pages.parts.help_texts import IMPORTANCE_HELP, measures
+from pages.parts.progress import require_bench, require_prepared
+from pages.server.visits import visit
+from transact_core.experiments.bench import Bench
+from transact_core.forward.statistics import channels_holding
+from transact_core.forward.waists import MODULES
+from transact_core.importance.scores import IMPORTANCES, Scores
+from transact_core.planning.redundancy import kept_channels, kept_share
 
 SHARE = 0.9
 
@@ -114,13 +116,23 @@ scores = bench.scores(importance)
 in_order = charts.are_positions(scores.channels.numpy())
 with right.container(horizontal=True, vertical_alignment="center"):
     module = st.segmented_control(
-        "Channels of", ["MLP", "MHA"], default="MLP", required=True, key="channels_of",
-        persist_state="session", label_visibility="collapsed",
-    )  # fmt: skip
+        "Channels of",
+        ["MLP", "MHA"],
+        default="MLP",
+        required=True,
+        key="channels_of",
+        persist_state="session",
+        label_visibility="collapsed",
+    )
     ordered = st.toggle(
-        "Best first", value=True, key="ordered", persist_state="session", disabled=in_order,
+        "Best first",
+        value=True,
+        key="ordered",
+        persist_state="session",
+        disabled=in_order,
         help="These scores are positions: in that order all layers look the same."
-        if in_order else None,
-    )  # fmt: skip
+        if in_order
+        else None,
+    )
 show_map(scores, module, ordered and not in_order)
 show_tail(bench, scores, module, in_order)

@@ -4,14 +4,15 @@ import os
 
 import streamlit as st
 
-from pages.shared.cuts import in_words, require_cut
-from pages.shared.figure import show
-from pages.shared.latency_chart import latency_chart, latency_table
-from pages.shared.progress import show_job
-from pages.shared.side_by_side import last_latency, start_latency
-from pages.shared.text import counted
-from pages.shared.workbench import Cut, visit
-from transact_core.bench import Bench
+from pages.charts.latency_chart import latency_chart, latency_table
+from pages.charts.text import counted
+from pages.parts.cut_picker import in_words, require_cut
+from pages.parts.figure import show
+from pages.parts.progress import show_job
+from pages.server.request import Cut
+from pages.server.side_by_side import last_latency, start_latency
+from pages.server.visits import visit
+from transact_core.experiments.bench import Bench
 
 USUAL = (64, 128, 256, 512)
 LENGTHS = (16, 32, *USUAL, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -24,14 +25,22 @@ def choose_and_start(bench: Bench, cut: Cut) -> None:
     longest = bench.loaded.model.config.max_position_embeddings - DECODE
     possible = [length for length in LENGTHS if length <= longest]
     lengths = left.multiselect(
-        "Lengths of the prompt, tokens", possible,
-        [length for length in USUAL if length in possible] or possible[-1:], key="lengths",
+        "Lengths of the prompt, tokens",
+        possible,
+        [length for length in USUAL if length in possible] or possible[-1:],
+        key="lengths",
         persist_state="session",
-    )  # fmt: skip
+    )
     repeats = right.number_input(
-        "Repeats", 1, 50, 5, 1, key="repeats", persist_state="session",
+        "Repeats",
+        1,
+        50,
+        5,
+        1,
+        key="repeats",
+        persist_state="session",
         help="Of each model at each length, after one that is not counted.",
-    )  # fmt: skip
+    )
     if show_job("latency", visit().request):
         return
     if st.button("Time both models", type="primary", icon=":material/timer:", disabled=not lengths):
@@ -64,12 +73,14 @@ def show_run(bench: Bench) -> None:
         lambda: table,
     )
     st.dataframe(
-        table.dropna(axis="columns", how="all"), hide_index=True,
+        table.dropna(axis="columns", how="all"),
+        hide_index=True,
         column_config={
             name: st.column_config.NumberColumn(format="%.1f")
-            for name in table.columns if name.endswith(("ms", "lower", "upper", "per_s"))
+            for name in table.columns
+            if name.endswith(("ms", "lower", "upper", "per_s"))
         },
-    )  # fmt: skip
+    )
     if table["working_bytes"].isna().all():
         st.caption(
             "Memory is not measured: this device does not tell how much one pass takes. The KV "

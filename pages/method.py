@@ -1,20 +1,21 @@
 """What is computed, on one page: formulas, their sources, and where ours differs from the paper."""
 
-import re
+from importlib import import_module
 from inspect import getdoc
 
 import streamlit as st
 
-import transact_core
-from pages.shared import waist_chart
-from pages.shared.example import example
-from pages.shared.figure import show
-from pages.shared.formulas import FORMULAS, SOURCES, address, cited
-from pages.shared.navigation import link
-from pages.shared.options import GRANULARITY_HELP, measures
-from pages.shared.workbench import Request, visit
-from transact_core.importance import IMPORTANCES
-from transact_core.recovery import FOLDS, RIDGES
+from pages.charts import waist_chart
+from pages.parts.example import example
+from pages.parts.figure import show
+from pages.parts.formulas import FORMULAS, SOURCES, address, cited
+from pages.parts.help_texts import GRANULARITY_HELP, measures
+from pages.parts.navigation import link
+from pages.server.request import Request
+from pages.server.visits import visit
+from transact_core import ROOMS
+from transact_core.importance.scores import IMPORTANCES
+from transact_core.pruning.closed_form import FOLDS, RIDGES
 
 PAPER = "2407.05690"
 # Pixels; longer lines are hard to read.
@@ -22,7 +23,7 @@ LINE = 860
 
 
 def computed_by(*modules: str) -> None:
-    names = ", ".join(f"`{name}`" for name in modules)
+    names = ", ".join(f"`{name}.py`" for name in modules)
     st.caption(f"Computed by {names} in `transact_core/`.")
 
 
@@ -51,13 +52,15 @@ def show_idea() -> None:
     )
     show(
         waist_chart.section(
-            told.architecture, told.left,
-            "Width goes at the two waists; the residual stream stays whole", 400,
+            told.architecture,
+            told.left,
+            "Width goes at the two waists; the residual stream stays whole",
+            400,
         ),
         "method-section",
         f"one layer of {told.name} from left to right, all widths to scale, cut as in the worked "
         "example of the first page; grey is what goes.",
-    )  # fmt: skip
+    )
     st.markdown(
         "| module | transitional activation | its width | with channel $j$ goes |\n"
         "| --- | --- | --- | --- |\n"
@@ -66,7 +69,7 @@ def show_idea() -> None:
         "| MLP | silu(gate) · up, the input of `down_proj` | `intermediate_size` | row $j$ of gate "
         "and up; column $j$ of down |"
     )
-    computed_by("activations", "surgery", "premise")
+    computed_by("forward/statistics", "pruning/surgery", "experiments/premise")
     with st.container(horizontal=True, gap="medium"):
         for name in ("start", "premise", "activations"):
             link(name)
@@ -82,7 +85,7 @@ def show_importances() -> None:
         "inside a module of a layer, never across: every layer keeps the same widths, and its own "
         "units."
     )
-    computed_by("importance", "elimination", "saliences")
+    computed_by("importance/scores", "importance/elimination", "importance/gradients")
     for name in IMPORTANCES:
         with st.container(border=True):
             show_importance(name)
@@ -126,7 +129,9 @@ def show_widths() -> None:
         r"the width goes from $c$ to $c - \lfloor (c - t) / r \rfloor$ on its way to the target "
         f"$t$, as in the paper ({cited(PAPER)})."
     )
-    computed_by("plan", "rotary", "narrowing", "decide")
+    computed_by(
+        "pruning/plan", "importance/rotary_pairs", "pruning/narrow_heads", "experiments/decide"
+    )
 
 
 def show_repair() -> None:
@@ -151,7 +156,7 @@ def show_repair() -> None:
         "fitted on the others. Where no repair does better there, the bare cut "
         "stays. There is no training."
     )
-    computed_by("recovery", "ridge", "narrowing", "streams")
+    computed_by("pruning/closed_form", "pruning/ridge", "pruning/narrow_heads", "forward/stream")
 
 
 def show_measuring() -> None:
@@ -179,7 +184,7 @@ def show_measuring() -> None:
         "with five positive parameters that begin at what was found before and are fitted to every "
         "point measured; what the law misses, a Gaussian process follows. This part is ours."
     )
-    computed_by("footprint", "evaluation", "damage", "prediction")
+    computed_by("models/footprint", "forward/perplexity", "planning/damage", "planning/law")
 
 
 def show_differences() -> None:
@@ -205,18 +210,23 @@ def show_differences() -> None:
     )
 
 
-def stations() -> dict[str, str]:
-    """The modules of the library in the order the data flows, and what each does."""
-    return dict(re.findall(r"^ {4}([a-z, ]+?) {2,}(\S.*)$", transact_core.__doc__, re.MULTILINE))
+def rooms() -> dict[str, str]:
+    """The sub-packages of the library by name, and what each is for in one sentence."""
+    return {
+        name: (import_module(f"transact_core.{name}").__doc__ or "").strip().partition("\n")[0]
+        for name in ROOMS
+    }
 
 
-def show_modules() -> None:
-    st.subheader("Which module does what", anchor="modules")
-    st.markdown("Each file of `transact_core/` begins with what it does and how.")
-    with st.expander("All of them, in the order in which the data flows"):
+def show_rooms() -> None:
+    st.subheader("Where each part of the code is", anchor="modules")
+    st.markdown(
+        "`transact_core` has a sub-package for each job, and each file begins with what it does."
+    )
+    with st.expander("The sub-packages, in the order in which data flows through them"):
         st.markdown(
-            "| module | |\n| --- | --- |\n"
-            + "\n".join(f"| `{name}` | {what} |" for name, what in stations().items())
+            "| sub-package | |\n| --- | --- |\n"
+            + "\n".join(f"| `{name}` | {what} |" for name, what in rooms().items())
         )
 
 
@@ -244,5 +254,5 @@ with st.container(width=LINE):
     show_repair()
     show_measuring()
     show_differences()
-    show_modules()
+    show_rooms()
     show_sources()

@@ -5,16 +5,19 @@ from collections.abc import Sequence
 import numpy as np
 import streamlit as st
 
-from pages.shared import curve_chart, tradeoff_charts
-from pages.shared.figure import show
-from pages.shared.jobs import DONE
-from pages.shared.options import GRANULARITY_HELP, IMPORTANCE_HELP, RECOVERY_HELP, STEPS_HELP
-from pages.shared.progress import follow, require_bench, show_dense_end, show_end, unfinished
-from pages.shared.workbench import first_look, points, start_curve, visit, workbench
-from transact_core.bench import Bench, Choices, Measurement
-from transact_core.importance import IMPORTANCES
-from transact_core.plan import GRANULARITIES, head_counts, widths
-from transact_core.recovery import RECOVERIES
+from pages.charts import curve_chart, tradeoff_charts
+from pages.parts.figure import show
+from pages.parts.help_texts import GRANULARITY_HELP, IMPORTANCE_HELP, RECOVERY_HELP, STEPS_HELP
+from pages.parts.progress import follow, require_bench, show_dense_end, show_end, unfinished
+from pages.server.jobs import DONE
+from pages.server.open_models import workbench
+from pages.server.request import first_look
+from pages.server.start_jobs import start_curve
+from pages.server.visits import points, visit
+from transact_core.experiments.bench import Bench, Choices, Measurement
+from transact_core.importance.scores import IMPORTANCES
+from transact_core.pruning.closed_form import RECOVERIES
+from transact_core.pruning.plan import GRANULARITIES, head_counts, widths
 
 CURVES = ("MHA only", "MLP only", "Both")
 # What the points on the charts may be chosen by.
@@ -60,17 +63,26 @@ def choose_curve(bench: Bench) -> None:
             "Largest ratio", 0.05, 0.95, 0.7, 0.05, key="largest", persist_state="session"
         )
         granularity = columns[3].selectbox(
-            "Granularity", [*GRANULARITIES, "auto"], key="curve_granularity",
-            persist_state="session", help=GRANULARITY_HELP,
-        )  # fmt: skip
+            "Granularity",
+            [*GRANULARITIES, "auto"],
+            key="curve_granularity",
+            persist_state="session",
+            help=GRANULARITY_HELP,
+        )
         importance = columns[4].selectbox(
-            "Importance", list(IMPORTANCES), key="curve_importance", persist_state="session",
+            "Importance",
+            list(IMPORTANCES),
+            key="curve_importance",
+            persist_state="session",
             help=IMPORTANCE_HELP,
-        )  # fmt: skip
+        )
         recovery = columns[5].selectbox(
-            "Recovery", RECOVERIES, key="curve_recovery", persist_state="session",
+            "Recovery",
+            RECOVERIES,
+            key="curve_recovery",
+            persist_state="session",
             help=RECOVERY_HELP,
-        )  # fmt: skip
+        )
         steps = columns[6].number_input(
             "Steps", 1, 20, key="curve_steps", persist_state="session", help=STEPS_HELP
         )
@@ -114,9 +126,13 @@ def choose_shown(measured: Sequence[Measurement]) -> tuple[list[Measurement], st
     for column, (name, value_of) in zip(columns, SHOWN_BY.items(), strict=False):
         values = sorted({value_of(point) for point in measured})
         chosen = column.multiselect(
-            name, values, key=f"shown_{name}", persist_state="session",
-            placeholder=values[0] if len(values) == 1 else "all", disabled=len(values) < 2,
-        )  # fmt: skip
+            name,
+            values,
+            key=f"shown_{name}",
+            persist_state="session",
+            placeholder=values[0] if len(values) == 1 else "all",
+            disabled=len(values) < 2,
+        )
         shown = [point for point in shown if not chosen or value_of(point) in chosen]
     coloured_by = columns[3].selectbox(
         "Colours tell", list(curve_chart.COLOURED_BY), key="coloured_by", persist_state="session"
@@ -175,12 +191,25 @@ def show_charts(bench: Bench) -> None:
     st.subheader("All points")
     st.dataframe(
         curve_chart.points_table(measured)[
-            ["mha_ratio", "mlp_ratio", "granularity", "importance", "recovery", "perplexity",
-             "delta_nll", "delta_nll_se", "parameters", "mha_width", "mlp_width",
-             "kv_bytes_per_token", "flops_per_token", "seconds"]
+            [
+                "mha_ratio",
+                "mlp_ratio",
+                "granularity",
+                "importance",
+                "recovery",
+                "perplexity",
+                "delta_nll",
+                "delta_nll_se",
+                "parameters",
+                "mha_width",
+                "mlp_width",
+                "kv_bytes_per_token",
+                "flops_per_token",
+                "seconds",
+            ]
         ],
         hide_index=True,
-    )  # fmt: skip
+    )
 
 
 st.title("Perplexity against ratio")

@@ -3,15 +3,15 @@
 import pandas as pd
 import streamlit as st
 
-from pages.shared import exploring_charts
-from pages.shared.exploring import findings, start_layers, start_strengths
-from pages.shared.figure import show
-from pages.shared.progress import require_bench, show_dense, show_job
-from pages.shared.workbench import visit
-from transact_core.activations import SITES
-from transact_core.bench import Bench
-from transact_core.evaluation import Evaluation
-from transact_core.premise import DISTURBANCES, Disturbed
+from pages.charts import exploring_charts
+from pages.parts.figure import show
+from pages.parts.progress import require_bench, show_dense, show_job
+from pages.server.exploring import findings, start_layers, start_strengths
+from pages.server.visits import visit
+from transact_core.experiments.bench import Bench
+from transact_core.experiments.premise import DISTURBANCES, Disturbed
+from transact_core.forward.perplexity import Evaluation
+from transact_core.forward.waists import SITES
 
 ALL, EACH = "All layers at once", "Layer by layer"
 # Enough to tell the sites apart within a minute on the built-in model.
@@ -35,9 +35,13 @@ def choose(bench: Bench) -> tuple[str, str, list[float], list[int], int]:
     """Experiment, disturbance, strengths, layers and number of windows."""
     deep = bench.loaded.architecture.num_hidden_layers
     experiment = st.segmented_control(
-        "Where", [ALL, EACH], default=ALL, required=True, key="premise_where",
+        "Where",
+        [ALL, EACH],
+        default=ALL,
+        required=True,
+        key="premise_where",
         persist_state="session",
-    )  # fmt: skip
+    )
     columns = st.columns(3)
     disturbance = columns[0].selectbox(
         "Disturbance", DISTURBANCES, key="premise_disturbance", persist_state="session", help=HELP
@@ -45,11 +49,13 @@ def choose(bench: Bench) -> tuple[str, str, list[float], list[int], int]:
     layers: list[int] = []
     if experiment == ALL:
         chosen = columns[1].multiselect(
-            "Strengths", [1, 2, 5, 10, 20, 30, 40, 50, 60, 80],
+            "Strengths",
+            [1, 2, 5, 10, 20, 30, 40, 50, 60, 80],
             default=[round(100 * each) for each in STRENGTHS],
-            format_func=lambda percent: f"{percent} %", key="premise_strengths",
+            format_func=lambda percent: f"{percent} %",
+            key="premise_strengths",
             persist_state="session",
-        )  # fmt: skip
+        )
         strengths = sorted(percent / 100 for percent in chosen)
     else:
         percent = columns[1].number_input(
@@ -57,15 +63,25 @@ def choose(bench: Bench) -> tuple[str, str, list[float], list[int], int]:
         )
         strengths = [int(percent) / 100]
         count = columns[2].number_input(
-            "Layers", 1, deep, min(LAYERS, deep), key="premise_layers", persist_state="session",
+            "Layers",
+            1,
+            deep,
+            min(LAYERS, deep),
+            key="premise_layers",
+            persist_state="session",
             help="Evenly apart, the first and the last among them.",
-        )  # fmt: skip
+        )
         layers = spaced(deep, int(count))
     length, most = bench.evaluation.sequence_length, len(bench.evaluation)
     windows = columns[2 if experiment == ALL else 0].number_input(
-        "Evaluation windows", 1, most, min(most, max(2, TOKENS // length)), key="premise_windows",
-        persist_state="session", help=f"Of {length:,} tokens each, from the text's beginning.",
-    )  # fmt: skip
+        "Evaluation windows",
+        1,
+        most,
+        min(most, max(2, TOKENS // length)),
+        key="premise_windows",
+        persist_state="session",
+        help=f"Of {length:,} tokens each, from the text's beginning.",
+    )
     return experiment, disturbance, strengths, layers, int(windows)
 
 

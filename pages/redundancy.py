@@ -6,16 +6,18 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from pages.shared import exploring_charts
-from pages.shared.figure import show
-from pages.shared.options import GRANULARITY_HELP, IMPORTANCE_HELP
-from pages.shared.progress import require_bench, require_prepared, show_dense, show_job
-from pages.shared.workbench import find_point, points, start_curve, visit
-from transact_core.bench import Bench, Choices
-from transact_core.evaluation import Evaluation
-from transact_core.importance import IMPORTANCES
-from transact_core.plan import GRANULARITIES, PruningPlan
-from transact_core.redundancy import lost_by
+from pages.charts import exploring_charts
+from pages.parts.figure import show
+from pages.parts.help_texts import GRANULARITY_HELP, IMPORTANCE_HELP
+from pages.parts.progress import require_bench, require_prepared, show_dense, show_job
+from pages.server.points import find_point
+from pages.server.start_jobs import start_curve
+from pages.server.visits import points, visit
+from transact_core.experiments.bench import Bench, Choices
+from transact_core.forward.perplexity import Evaluation
+from transact_core.importance.scores import IMPORTANCES
+from transact_core.planning.redundancy import lost_by
+from transact_core.pruning.plan import GRANULARITIES, PruningPlan
 
 SHARES = tuple(tenths / 10 for tenths in range(1, 10))
 

@@ -7,15 +7,18 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from pages.shared import charts, curve_chart, waist_chart
-from pages.shared.example import Example, example
-from pages.shared.figure import show
-from pages.shared.navigation import link
-from pages.shared.progress import show_opening
-from pages.shared.report import SIZES, times_dense
-from pages.shared.text import counted
-from pages.shared.workbench import Request, asked_by, points, visit
-from transact_core.activations import MODULES
+from pages.charts import common as charts
+from pages.charts import curve_chart, waist_chart
+from pages.charts.text import counted
+from pages.parts.example import Example, example
+from pages.parts.figure import show
+from pages.parts.navigation import link
+from pages.parts.progress import show_opening
+from pages.report import SIZES, times_dense
+from pages.server.points import asked_by
+from pages.server.request import Request
+from pages.server.visits import points, visit
+from transact_core.forward.waists import MODULES
 
 SIZES_SHOWN = ("parameters", "kv_bytes_per_token", "flops_per_token")
 
@@ -34,10 +37,11 @@ def links(*names: str) -> None:
 def show_waste(told: Example) -> None:
     found = told.concentration
     step(
-        1, "Where is the waste?",
+        1,
+        "Where is the waste?",
         "In every layer the signal passes two waists: the outputs of the attention heads, and the "
         "activation inside the MLP. Its energy is not spread evenly over their width.",
-    )  # fmt: skip
+    )
     shares = {module: np.array(getattr(found, module)) for module in MODULES}
     show(
         charts.concentration(shares, found.share),
@@ -55,10 +59,11 @@ def show_cut(told: Example) -> None:
     heads = f"{left.num_attention_heads} of {dense.num_attention_heads} heads"
     channels = f"{left.intermediate_size:,} of {dense.intermediate_size:,} channels"
     step(
-        2, "What may I cut?",
+        2,
+        "What may I cut?",
         "Width at the waists: here each layer gives up heads and MLP channels of its own. The "
         "residual stream between the modules, the norms and the embeddings stay whole.",
-    )  # fmt: skip
+    )
     show(
         waist_chart.section(dense, left, f"{heads}, {channels} stay", 380),
         "example-section",
@@ -73,11 +78,12 @@ def show_cut(told: Example) -> None:
 def show_cost(told: Example) -> None:
     alone = sum(not (p.plan.mha_ratio and p.plan.mlp_ratio) for p in told.points)
     step(
-        3, "What will it cost me?",
+        3,
+        "What will it cost me?",
         "Sizes are exact before anything is cut. Perplexity is predicted from what each layer "
         f"alone would lose and from what was measured: here {alone} cuts of one module, and none "
         "of both.",
-    )  # fmt: skip
+    )
     before, after, said = told.dense.footprint, told.cut.footprint, told.predicted
     columns = st.columns(len(SIZES_SHOWN) + 1)
     shown = [row for row in SIZES if row[1] in SIZES_SHOWN]
@@ -85,27 +91,36 @@ def show_cost(told: Example) -> None:
         whole, kept = getattr(before, field), getattr(after, field)
         change = f"{kept / whole - 1:+.0%} from" if kept != whole else "as before,"
         column.metric(
-            label, f"{kept / scale:,.{digits}f}", f"{change} {whole / scale:,.{digits}f}",
-            delta_color="off", delta_arrow="off", border=True,
-        )  # fmt: skip
+            label,
+            f"{kept / scale:,.{digits}f}",
+            f"{change} {whole / scale:,.{digits}f}",
+            delta_color="off",
+            delta_arrow="off",
+            border=True,
+        )
     dense = told.dense.perplexity
     columns[-1].metric(
-        "Perplexity, predicted", f"{said.mid * dense:.2f}",
-        f"{said.low * dense:.2f} to {said.high * dense:.2f}", delta_color="off",
-        delta_arrow="off", border=True, help="The interval is meant for 9 cuts in 10.",
-    )  # fmt: skip
+        "Perplexity, predicted",
+        f"{said.mid * dense:.2f}",
+        f"{said.low * dense:.2f} to {said.high * dense:.2f}",
+        delta_color="off",
+        delta_arrow="off",
+        border=True,
+        help="The interval is meant for 9 cuts in 10.",
+    )
 
 
 def show_truth(told: Example) -> None:
     dense, cut = told.dense.perplexity, told.cut
     inside = told.predicted.low <= cut.perplexity / dense <= told.predicted.high
     step(
-        4, "Was that true?",
+        4,
+        "Was that true?",
         "The cut was made, what is left was repaired in closed form on "
         f"{told.calibration.tokens:,} tokens of text, and perplexity measured on "
         f"{told.evaluation.tokens:,} others. It came out {'inside' if inside else 'outside'} what "
         "was predicted.",
-    )  # fmt: skip
+    )
     figures = {
         "Perplexity, dense": (dense, "nothing cut"),
         "Perplexity, measured": (cut.perplexity, f"{times_dense(cut)} the dense model's"),
@@ -132,25 +147,28 @@ def show_truth(told: Example) -> None:
 
 def show_result(told: Example) -> None:
     step(
-        5, "Give it to me.",
+        5,
+        "Give it to me.",
         "What comes out is an ordinary checkpoint that stock `transformers` loads, with a "
         "configuration that makes it again and a report for a colleague. The Export page writes "
         "it; so does the command line:",
-    )  # fmt: skip
+    )
     st.code(
         f"python -m transact_core prune --model {told.model.source} "
         f"--mha-ratio {told.asked.mha_ratio:g} --mlp-ratio {told.asked.mlp_ratio:g} --output out",
-        language="bash", wrap_lines=True,
-    )  # fmt: skip
+        language="bash",
+        wrap_lines=True,
+    )
     links("export", "method")
 
 
 def show_turn() -> None:
     step(
-        6, "Your turn.",
+        6,
+        "Your turn.",
         "The sidebar takes your model and your texts, and the pages above do the same with them, "
         "computed on this machine.",
-    )  # fmt: skip
+    )
     show_opening()
 
 

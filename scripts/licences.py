@@ -21,9 +21,11 @@ PURPOSES = {
     "benchmarks/requirements.txt": "`make benchmark`",
 }
 ASKED_FOR = (
-    "requirements.txt", "requirements-dev.txt", "requirements-model.txt",
+    "requirements.txt",
+    "requirements-dev.txt",
+    "requirements-model.txt",
     "benchmarks/requirements.txt",
-)  # fmt: skip
+)
 LONGEST = 80
 HEAD = """# Licences
 

@@ -16,19 +16,22 @@ from datetime import UTC, datetime
 import torch
 
 from benchmarks.table import processor
-from pages.shared.example import FILE, Concentration, Dense, Example, Point
-from pages.shared.jobs import job_threads
-from pages.shared.workbench import Cut, Request
-from transact_core import prediction
-from transact_core.activations import MODULES, channels_holding
-from transact_core.architecture import Architecture
-from transact_core.bench import Bench, Choices, compress
-from transact_core.corpora import calibration_and_evaluation, describe, read_corpus
-from transact_core.export import describe_compression
-from transact_core.models import load_model
-from transact_core.plan import Decision, head_counts
-from transact_core.prediction import Ratio
-from transact_core.sweep import Pair
+from pages.parts.example import FILE, Concentration, Dense, Example, Point
+from pages.server.jobs import job_threads
+from pages.server.request import Cut, Request
+from transact_core.data.corpus import describe, read_corpus
+from transact_core.data.windows import calibration_and_evaluation
+from transact_core.experiments import prediction
+from transact_core.experiments.bench import Bench, Choices, compress
+from transact_core.experiments.prediction import predict_grid
+from transact_core.experiments.sweep import Pair
+from transact_core.export.compression import describe_compression
+from transact_core.forward.statistics import channels_holding
+from transact_core.forward.waists import MODULES
+from transact_core.models.architecture import Architecture
+from transact_core.models.load import load_model
+from transact_core.planning.law import Ratio
+from transact_core.pruning.plan import Decision, head_counts
 
 COMMAND = "python -m scripts.record_example"
 SHARE = 0.9
@@ -44,9 +47,14 @@ def open_bench(request: Request) -> Bench:
     texts = read_corpus(request.calibration), read_corpus(request.evaluation)
     loaded = load_model(request.model, request.device, request.dtype, progress)
     windows = calibration_and_evaluation(
-        *texts, loaded.tokenizer, loaded.architecture.vocab_size, request.calibration_tokens,
-        request.evaluation_tokens, request.sequence_length, progress,
-    )  # fmt: skip
+        *texts,
+        loaded.tokenizer,
+        loaded.architecture.vocab_size,
+        request.calibration_tokens,
+        request.evaluation_tokens,
+        request.sequence_length,
+        progress,
+    )
     return Bench(loaded, *windows)
 
 
@@ -73,7 +81,7 @@ def predict(bench: Bench, cut: Cut, left: Architecture, points: Iterable[Point])
     bench.damage(cut.choices, progress)
     known = [prediction.Point.of(point, cut.choices) for point in points]
     widths = [left.mha_width], [left.intermediate_size]
-    (predicted,) = prediction.predict_grid(bench, cut.choices, known, *widths).values()
+    (predicted,) = predict_grid(bench, cut.choices, known, *widths).values()
     return predicted
 
 

@@ -10,10 +10,11 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from transact_core import corpora
-from transact_core.architecture import Architecture
-from transact_core.bench import Bench
-from transact_core.models import LoadedModel
+from transact_core.data.corpus import corpus_from_text, read_corpus
+from transact_core.data.windows import calibration_and_evaluation
+from transact_core.experiments.bench import Bench
+from transact_core.models.architecture import Architecture
+from transact_core.models.load import LoadedModel
 
 # Machines are busy at times, and no test is about how long an example takes.
 settings.register_profile("untimed", deadline=None)
@@ -58,7 +59,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    trained.train_from_iterator([corpora.read_corpus("builtin").text[:20_000]], trainer)
+    trained.train_from_iterator([read_corpus("builtin").text[:20_000]], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=trained, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
@@ -126,10 +127,10 @@ def loaded_from(model: LlamaForCausalLM, tokenizer) -> LoadedModel:
 
 
 def windows_for(tokenizer, calibration_tokens=1024, evaluation_tokens=256, sequence_length=32):
-    text = corpora.read_corpus("builtin")
-    return corpora.calibration_and_evaluation(
-        corpora.corpus_from_text("builtin", text.text[:30_000]),
-        corpora.corpus_from_text("builtin", text.text[:30_000]),
+    text = read_corpus("builtin")
+    return calibration_and_evaluation(
+        corpus_from_text("builtin", text.text[:30_000]),
+        corpus_from_text("builtin", text.text[:30_000]),
         tokenizer,
         VOCAB_SIZE,
         calibration_tokens,
@@ -169,7 +170,7 @@ def checkpoint(gqa_model, tokenizer, tmp_path):
 @pytest.fixture
 def text_file(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text(corpora.read_corpus("builtin").text[:30_000])
+    path.write_text(read_corpus("builtin").text[:30_000])
     return path
 
 

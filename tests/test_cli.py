@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file, save_file
 
-import transact_core.sweep as sweep_module
 from tests.conftest import make_model
 from transact_core.cli import main
-from transact_core.export import read_compression, reproduce_command
-from transact_core.importance import IMPORTANCES
+from transact_core.experiments import sweep as sweep_module
+from transact_core.export.compression import read_compression, reproduce_command
+from transact_core.importance.scores import IMPORTANCES
 
 TOKENS = ["--calibration-tokens", "512", "--sequence-length", "32"]
 TEXTS = [*TOKENS, "--evaluation-tokens", "128"]
@@ -64,8 +64,19 @@ def test_an_output_can_be_cut_again(prune, text_file, tmp_path):
 
 
 def test_options_change_the_cut(prune):
-    _, made = prune("out", "0.4", "0.3", "--granularity", "kv-groups", "--multiple-of", "8",
-                    "--recovery", "none", "--save-dtype", "bfloat16")  # fmt: skip
+    _, made = prune(
+        "out",
+        "0.4",
+        "0.3",
+        "--granularity",
+        "kv-groups",
+        "--multiple-of",
+        "8",
+        "--recovery",
+        "none",
+        "--save-dtype",
+        "bfloat16",
+    )
     plan = json.loads((made / "compression.json").read_text())["plan"]
     assert (plan["num_key_value_heads"], plan["intermediate_size"]) == (2, 32)
     assert json.loads((made / "config.json").read_text())["dtype"] == "bfloat16"
@@ -334,7 +345,7 @@ def test_windows_of_one_token_cannot_be_scored(checkpoint, text_file, capsys):
 def test_a_full_disk_is_found_before_the_computing(prune, monkeypatch, capsys):
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr("transact_core.export.recover", None)
+    monkeypatch.setattr("transact_core.export.folder.recover", None)
     status, folder = prune()
     assert status == 2
     refused(capsys, "the disk has 0 MB free")
@@ -363,16 +374,20 @@ def edited(made, tmp_path, change):
     ("change", "complaint"),
     [
         (lambda stored: stored.update(colour="blue"), "colour"),
-        (lambda stored: stored["plan"]["layers"][1].update(kept_channels=list(range(13, 41))),
-         "out of range"),
+        (
+            lambda stored: stored["plan"]["layers"][1].update(kept_channels=list(range(13, 41))),
+            "out of range",
+        ),
         (lambda stored: stored["plan"]["layers"].pop(), "layers"),
         (lambda stored: stored["plan"].update(mlp_ratio=0.6), "contradict"),
-        (lambda stored: stored["model"].update(weight_files={"model.safetensors": "f" * 64}),
-         "SHA-256 differ"),
+        (
+            lambda stored: stored["model"].update(weight_files={"model.safetensors": "f" * 64}),
+            "SHA-256 differ",
+        ),
         (lambda stored: stored["calibration"].update(sha256="f" * 64), "calibration text"),
         (lambda stored: stored["evaluation"].update(tokens=10**6), "fewer than one window"),
     ],
-)  # fmt: skip
+)
 def test_a_compression_that_does_not_fit_is_refused(prune, capsys, tmp_path, change, complaint):
     _, made = prune()
     capsys.readouterr()
@@ -410,7 +425,7 @@ def test_an_interruption_leaves_nothing(prune, tmp_path, monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("transact_core.export.model_card", interrupt)
+    monkeypatch.setattr("transact_core.export.folder.model_card", interrupt)
     status, folder = prune()
     assert status == 130
     assert not folder.exists()

@@ -40,9 +40,12 @@ def pins(*files: str) -> dict[str, str]:
 
 LOCKED = [f"locks/{name}.txt" for name in LOCKS]
 ASKED = [
-    "requirements.txt", "requirements-dev.txt", "requirements-model.txt", "requirements-tools.txt",
+    "requirements.txt",
+    "requirements-dev.txt",
+    "requirements-model.txt",
+    "requirements-tools.txt",
     "benchmarks/requirements.txt",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("file", [*ASKED, *LOCKED])
@@ -81,9 +84,11 @@ def test_only_the_cuda_build_needs_what_is_cudas():
 @pytest.mark.parametrize("platform", PLATFORMS, ids=lambda each: each["platform_machine"])
 def test_what_is_asked_for_is_locked_on_every_platform(platform, python):
     environment = {
-        **default_environment(), **platform,
-        "python_version": python, "python_full_version": f"{python}.0",
-    }  # fmt: skip
+        **default_environment(),
+        **platform,
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+    }
     locked = {
         canonicalize_name(each.name)
         for file in ("locks/app.txt", "locks/torch.txt")

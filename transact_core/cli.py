@@ -18,19 +18,30 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from transact_core import corpora, export
-from transact_core.bench import Bench, Choices, model_report
-from transact_core.devices import dtype_name
-from transact_core.errors import Progress, TransActError
-from transact_core.evaluation import evaluate
-from transact_core.files import disk_trouble, read_text, require_free_output, staged_file
-from transact_core.footprint import footprint
-from transact_core.importance import IMPORTANCES, Evidence, score
-from transact_core.models import LoadedModel, load_model
-from transact_core.plan import GRANULARITIES, parse_ratio
-from transact_core.recovery import RECOVERIES
-from transact_core.results import decided
-from transact_core.sweep import Pair, known_points, sweep
+from transact_core.base.errors import Progress, TransActError
+from transact_core.base.files import disk_trouble, read_text, require_free_output, staged_file
+from transact_core.data.corpus import BUILTIN_TEXT, describe, read_corpus
+from transact_core.data.windows import calibration_and_evaluation, evaluation_windows
+from transact_core.experiments.bench import Bench, Choices, model_report
+from transact_core.experiments.results import decided
+from transact_core.experiments.sweep import Pair, known_points, sweep
+from transact_core.export.compression import (
+    Compression,
+    describe_compression,
+    read_compression,
+    require_same_model,
+    require_same_text,
+    version_warnings,
+)
+from transact_core.export.folder import compress_to_folder, evaluation_report, report
+from transact_core.export.model_card import kept_bare
+from transact_core.forward.perplexity import evaluate
+from transact_core.importance.scores import IMPORTANCES, Evidence, score
+from transact_core.models.devices import dtype_name
+from transact_core.models.footprint import footprint
+from transact_core.models.load import LoadedModel, load_model
+from transact_core.pruning.closed_form import RECOVERIES
+from transact_core.pruning.plan import GRANULARITIES, parse_ratio
 
 # Its thread redraws slow bars from outside, in the middle of an error's line if it comes to that.
 tqdm.monitor_interval = 0
@@ -108,9 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     points.add_argument("--mha-ratio", required=True, metavar="R,R,…")
     points.add_argument("--mlp-ratio", required=True, metavar="R,R,…")
     points.add_argument(
-        "--output", required=True, type=Path, metavar="FILE.csv",
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE.csv",
         help="a new file, or that of the same sweep, stopped: it goes on where it was",
-    )  # fmt: skip
+    )
     _add_choices(points)
     _add_texts(points)
     points.set_defaults(run=_sweep)
@@ -173,12 +187,12 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--calibration", default=corpora.BUILTIN, metavar="SOURCE")
+    parser.add_argument("--calibration", default=BUILTIN_TEXT, metavar="SOURCE")
     parser.add_argument("--calibration-tokens", type=_positive, default=8192, metavar="N")
 
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--evaluation", default=corpora.BUILTIN, metavar="SOURCE")
+    parser.add_argument("--evaluation", default=BUILTIN_TEXT, metavar="SOURCE")
     parser.add_argument("--evaluation-tokens", type=_positive, default=4096, metavar="N")
     parser.add_argument("--sequence-length", type=_positive, default=512, metavar="L")
 
@@ -195,14 +209,14 @@ def _prune(chosen: argparse.Namespace) -> None:
         decision = decided(bench, mha_ratio, mlp_ratio, _choices(chosen), progress)
         if decision.why:
             tqdm.write(decision.why, file=sys.stderr)
-        compression = export.describe_compression(bench, decision, chosen.recovery)
+        compression = describe_compression(bench, decision, chosen.recovery)
         _carry_out(bench, compression, chosen, progress)
 
 
 def _apply(chosen: argparse.Namespace) -> None:
-    compression = export.read_compression(chosen.compression)
+    compression = read_compression(chosen.compression)
     require_free_output(chosen.output)
-    for sentence in export.version_warnings(compression):
+    for sentence in version_warnings(compression):
         _warn(sentence)
     environment = compression.environment
     # Sums are split among threads, so the last bits depend on their number.
@@ -216,11 +230,11 @@ def _apply(chosen: argparse.Namespace) -> None:
         loaded = load_model(
             chosen.model or compression.model.source, device, environment.dtype, progress
         )
-        export.require_same_model(compression, loaded)
+        require_same_model(compression, loaded)
         compression.plan.check(loaded.architecture)
-        calibration = corpora.read_corpus(chosen.calibration or compression.calibration.source)
-        evaluation = corpora.read_corpus(chosen.evaluation or compression.evaluation.source)
-        windows = corpora.calibration_and_evaluation(
+        calibration = read_corpus(chosen.calibration or compression.calibration.source)
+        evaluation = read_corpus(chosen.evaluation or compression.evaluation.source)
+        windows = calibration_and_evaluation(
             calibration,
             evaluation,
             loaded.tokenizer,
@@ -230,30 +244,30 @@ def _apply(chosen: argparse.Namespace) -> None:
             compression.sequence_length,
             progress,
         )
-        export.require_same_text("calibration", compression.calibration, windows[0])
-        export.require_same_text("evaluation", compression.evaluation, windows[1])
+        require_same_text("calibration", compression.calibration, windows[0])
+        require_same_text("evaluation", compression.evaluation, windows[1])
         bench = Bench(loaded, *windows, save_dtype=compression.save_dtype)
         _carry_out(bench, compression, chosen, progress)
 
 
 def _carry_out(
     bench: Bench,
-    compression: export.Compression,
+    compression: Compression,
     chosen: argparse.Namespace,
     progress: Progress,
 ) -> None:
-    measurement = export.compress_to_folder(chosen.output, bench, compression, progress)
-    if told := export.kept_bare(measurement.fits):
+    measurement = compress_to_folder(chosen.output, bench, compression, progress)
+    if told := kept_bare(measurement.fits):
         _warn(told)
-    result = export.report(bench, measurement)
+    result = report(bench, measurement)
     print(json.dumps(result, indent=1) if chosen.json else _table(result, chosen.output))
 
 
 def _evaluate(chosen: argparse.Namespace) -> None:
     with _Bar() as progress:
         loaded = _load(chosen, progress)
-        windows = corpora.evaluation_windows(
-            corpora.read_corpus(chosen.evaluation),
+        windows = evaluation_windows(
+            read_corpus(chosen.evaluation),
             loaded.tokenizer,
             loaded.architecture.vocab_size,
             chosen.evaluation_tokens,
@@ -264,14 +278,14 @@ def _evaluate(chosen: argparse.Namespace) -> None:
     cost = footprint(loaded.architecture, dtype_name(loaded.source_dtype))
     result = {
         "model": model_report(cost, measured.perplexity),
-        "evaluation": export.evaluation_report(windows, measured),
+        "evaluation": evaluation_report(windows, measured),
     }
     if chosen.json:
         print(json.dumps(result, indent=1))
     else:
         print(
             f"Perplexity {measured.perplexity:.4f} over {measured.scored_tokens:,} scored tokens "
-            f"of {corpora.describe(windows.source)}"
+            f"of {describe(windows.source)}"
         )
 
 
@@ -279,8 +293,8 @@ def _analyze(chosen: argparse.Namespace) -> None:
     _require_new_file(chosen.output)
     with _Bar() as progress:
         loaded = _load(chosen, progress)
-        windows = corpora.evaluation_windows(
-            corpora.read_corpus(chosen.calibration),
+        windows = evaluation_windows(
+            read_corpus(chosen.calibration),
             loaded.tokenizer,
             loaded.architecture.vocab_size,
             chosen.calibration_tokens,
@@ -353,10 +367,10 @@ def _load(chosen: argparse.Namespace, progress: Progress) -> LoadedModel:
 def _bench(chosen: argparse.Namespace, progress: Progress) -> Bench:
     torch.manual_seed(chosen.seed)
     # Texts are read first: a wrong name is found before a large model is loaded.
-    calibration = corpora.read_corpus(chosen.calibration)
-    evaluation = corpora.read_corpus(chosen.evaluation)
+    calibration = read_corpus(chosen.calibration)
+    evaluation = read_corpus(chosen.evaluation)
     loaded = _load(chosen, progress)
-    windows = corpora.calibration_and_evaluation(
+    windows = calibration_and_evaluation(
         calibration,
         evaluation,
         loaded.tokenizer,

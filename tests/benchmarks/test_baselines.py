@@ -1,9 +1,9 @@
 import pytest
-from conftest import make_model, same_weights, snapshot
 
 from benchmarks.baselines import BASELINES, BaselineFailed
 from benchmarks.cuts import CUTS, Cut
-from transact_core.architecture import Architecture
+from tests.conftest import make_model, same_weights, snapshot
+from transact_core.models.architecture import Architecture
 
 PACKAGES = {"optipfair": "optipfair", "Torch-Pruning": "torch_pruning"}
 MLP = Cut("mlp", 0, 0.3)

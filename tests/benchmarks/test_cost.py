@@ -1,5 +1,5 @@
 from benchmarks import cost, memory
-from transact_core.activations import collect
+from transact_core.forward.statistics import collect
 
 
 def test_every_pass_is_set_against_the_plain_one(gqa_model, windows):
@@ -10,7 +10,7 @@ def test_every_pass_is_set_against_the_plain_one(gqa_model, windows):
 
 
 def test_a_random_model_is_one_the_engine_takes(checkpoint, tmp_path):
-    from transact_core.models import load_model
+    from transact_core.models.load import load_model
 
     folder = tmp_path / "random"
     folder.mkdir()

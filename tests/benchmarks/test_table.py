@@ -3,15 +3,15 @@ import dataclasses
 import json
 
 import pytest
-from conftest import loaded_from, make_model, same_weights, snapshot
 
 from benchmarks import cuts, table
 from benchmarks.cuts import CUTS, DENSE, PUBLISHED, UNCUT, Row, rows
 from benchmarks.row import find_row, kv_bytes_per_token, make_row, published_mha_ratio
-from transact_core.architecture import Architecture
-from transact_core.bench import Choices
-from transact_core.importance import IMPORTANCES
-from transact_core.recovery import RECOVERIES
+from tests.conftest import loaded_from, make_model, same_weights, snapshot
+from transact_core.experiments.bench import Choices
+from transact_core.importance.scores import IMPORTANCES
+from transact_core.models.architecture import Architecture
+from transact_core.pruning.closed_form import RECOVERIES
 
 MLP, HEADS = CUTS[1], CUTS[3]
 KV_CACHE = next(cut for cut in CUTS if cut.narrows_kv_cache)
@@ -107,10 +107,25 @@ def test_what_fails_is_a_row_with_a_reason(gqa_model, tokenizer, windows, monkey
 def test_one_command_makes_the_table_and_goes_on_with_it(checkpoint, text_file, tmp_path, capsys):
     output, page = tmp_path / "results.csv", tmp_path / "results.md"
     arguments = [
-        "--model", str(checkpoint), "--calibration", str(text_file), "--evaluation", str(text_file),
-        "--calibration-tokens", "256", "--evaluation-tokens", "128", "--sequence-length", "32",
-        "--output", str(output), "--markdown", str(page), "--only", "^30 % of the MLP: TransAct",
-    ]  # fmt: skip
+        "--model",
+        str(checkpoint),
+        "--calibration",
+        str(text_file),
+        "--evaluation",
+        str(text_file),
+        "--calibration-tokens",
+        "256",
+        "--evaluation-tokens",
+        "128",
+        "--sequence-length",
+        "32",
+        "--output",
+        str(output),
+        "--markdown",
+        str(page),
+        "--only",
+        "^30 % of the MLP: TransAct",
+    ]
     assert table.main(arguments) == 0
     with output.open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -134,12 +149,16 @@ def test_one_command_makes_the_table_and_goes_on_with_it(checkpoint, text_file, 
 
 def test_the_best_of_a_cut_comes_first_and_failures_last():
     settings = {
-        "command": "command", "versions": {"torch": "2"},
+        "command": "command",
+        "versions": {"torch": "2"},
         "setup": {
-            "model": "m", "calibration_tokens": 1, "evaluation_tokens": 1, "sequence_length": 1,
+            "model": "m",
+            "calibration_tokens": 1,
+            "evaluation_tokens": 1,
+            "sequence_length": 1,
             "share_measurements": False,
         },
-    }  # fmt: skip
+    }
     empty = dict.fromkeys(table.COLUMNS) | {"processor": "P", "threads": 2, "date": "2026-11-02"}
     lines = [
         empty | {"cut": "x", "method": "broken", "note": "refused: a|b"},
@@ -174,8 +193,10 @@ def test_each_importance_stands_beside_its_recoveries():
         for name, ratio in ratios.items()
     ]
     grid = [
-        "| ours, × dense | least-squares | none |", "| --- | ---: | ---: |",
-        "| activation | 1.200 | 1,500 |", "| taylor |  | 1.750 |",
-    ]  # fmt: skip
+        "| ours, × dense | least-squares | none |",
+        "| --- | ---: | ---: |",
+        "| activation | 1.200 | 1,500 |",
+        "| taylor |  | 1.750 |",
+    ]
     assert table._grid(lines)[:-1] == grid
     assert table._grid(lines[:1]) == []

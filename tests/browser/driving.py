@@ -50,9 +50,12 @@ def running_app(log: Path, script: str = "app.py", **environment: str) -> Iterat
     opened = {"TRANSACT_READ_FOLDERS": folder, "TRANSACT_WRITE_FOLDERS": folder}
     with log.open("w") as output:
         server = subprocess.Popen(
-            command + options, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+            command + options,
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
             env={**os.environ, **opened, **environment},
-        )  # fmt: skip
+        )
     address = f"http://localhost:{port}"
     try:
         wait_for_app(address, server, log)

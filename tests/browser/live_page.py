@@ -8,13 +8,13 @@ from dataclasses import asdict, replace
 import streamlit as st
 import torch
 
-from pages.shared.live import KEY, Measured, Position, live, predicted, tables
-from transact_core.activations import ActivationStatistics, ModuleStatistics
-from transact_core.architecture import Architecture
-from transact_core.importance import Scores
-from transact_core.plan import GRANULARITIES, Granularity
-from transact_core.prediction import Ratio
-from transact_core.preview import energy_kept, maps, structure
+from pages.live import KEY, Measured, Position, live, predicted, tables
+from transact_core.forward.statistics import ActivationStatistics, ModuleStatistics
+from transact_core.importance.scores import Scores
+from transact_core.models.architecture import Architecture
+from transact_core.planning.law import Ratio
+from transact_core.planning.preview import energy_kept, maps, structure
+from transact_core.pruning.plan import GRANULARITIES, Granularity
 
 SHAPES = {
     "small": Architecture(96, 200, 4, 12, 4, 8, 320, True, False, False),
@@ -34,9 +34,10 @@ def made(shape: str, granularity: Granularity) -> tuple:
 
     width = architecture.mha_width
     scores = Scores(
-        random(architecture.num_attention_heads), random(width),
+        random(architecture.num_attention_heads),
+        random(width),
         random(architecture.intermediate_size),
-    )  # fmt: skip
+    )
     sums = [random(width), random(architecture.intermediate_size)]
     mha, mlp = (ModuleStatistics(each, each, each, 1) for each in sums)
     statistics = ActivationStatistics(mha, mlp, residual=mha)
@@ -69,9 +70,15 @@ def view() -> None:
         measured = [Measured(table.mha.option_at[33], table.mlp.option_at[30], 1.7)]
     start, revision = st.session_state.setdefault("start", (Position(), 1))
     position = live(
-        given, start, revision, {"granularity": granularity}, 20.0,
-        prediction and predicted(table, prediction), measured, on_change=restore,
-    )  # fmt: skip
+        given,
+        start,
+        revision,
+        {"granularity": granularity},
+        20.0,
+        prediction and predicted(table, prediction),
+        measured,
+        on_change=restore,
+    )
     st.session_state["rested"] = position
     runs = st.session_state["runs"] = st.session_state.get("runs", 0) + 1
     st.text(f"rests at {asdict(position)}, run {runs}")

@@ -9,8 +9,8 @@ from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 
 from tests.browser.driving import at, button, choose, running_app, settle, slider
 from tests.browser.live_page import SHAPES
-from transact_core.footprint import footprint
-from transact_core.plan import widths
+from transact_core.models.footprint import footprint
+from transact_core.pruning.plan import widths
 
 pytestmark = pytest.mark.browser
 SHAPE = SHAPES["small"]

@@ -7,7 +7,7 @@ import torch
 from playwright.sync_api import Browser, expect
 
 from benchmarks.load import check, go_through, server, write_models
-from pages.shared.jobs import job_threads
+from pages.server.jobs import job_threads
 from tests.browser.driving import TIMEOUT_MS
 
 pytestmark = [pytest.mark.browser, pytest.mark.builtin]

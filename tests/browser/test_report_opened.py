@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect
 
-from pages.shared.report import make_report
+from pages.report import make_report
 from tests.browser.driving import CHART
-from transact_core.bench import Choices, compress
-from transact_core.export import read_compression
-from transact_core.plan import Decision
+from transact_core.experiments.bench import Choices, compress
+from transact_core.export.compression import read_compression
+from transact_core.pruning.plan import Decision
 
 pytestmark = pytest.mark.browser
 

@@ -1,5 +1,6 @@
 """A workbench of the tests' own, opened on a tiny model."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,27 @@ import torch
 from streamlit.runtime.pages_manager import PagesManager
 from streamlit.testing.v1 import AppTest
 
-from pages.shared import progress
-from pages.shared import workbench as shared
-from pages.shared.workbench import Request, Visit, Workbench
-from transact_core.bench import Choices
+import pages.live
+import pages.parts.login
+import pages.parts.progress
+import pages.report
+import pages.server.exploring
+import pages.server.side_by_side
+import pages.server.start_jobs  # noqa: F401 - loaded, so that `exchange` finds what they import
+from pages.server.open_models import Workbench
+from pages.server.request import Request
+from pages.server.visitors import Visit
+from transact_core.experiments.bench import Choices
 
 ROOT = Path(__file__).parents[2]
 WAIT = 30
+
+
+def exchange(monkeypatch, name, replacement):
+    """Puts a replacement wherever a loaded module of the pages holds something of that name."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("pages.") and hasattr(module, name):
+            monkeypatch.setattr(module, name, replacement)
 
 
 def ended(job):
@@ -28,8 +43,7 @@ def own_workbench(monkeypatch):
     """What all sessions share, made for one test."""
     threads = torch.get_num_threads()
     made = Workbench()
-    for module in (shared, progress):
-        monkeypatch.setattr(module, "workbench", lambda: made)
+    exchange(monkeypatch, "workbench", lambda: made)
     yield made
     # What still runs would go on in the next tests, without what this one put in its way.
     assert made.queue.stop(WAIT)

@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from pages.shared.text import NO_BREAK, plain, plain_in_chart
-from pages.shared.workbench import Request, Visit
+from pages.charts.text import NO_BREAK, plain, plain_in_chart
+from pages.server.request import Request
+from pages.server.visitors import Visit
 from tests.pages.conftest import ended
-from transact_core.errors import TransActError
+from transact_core.base.errors import TransActError
 
 HOSTILE = (
     "x<img src=https://evil.test/a onerror=alert(1)>![i](https://evil.test/b)[l](https://evil.test)"
@@ -30,9 +31,7 @@ MARKUP = {
 def markup(text: str) -> set[str]:
     """Kinds of markup that a text renders to."""
     blocks = MarkdownIt("commonmark").parse(text)
-    return MARKUP & {
-        token.type for block in blocks for token in (block, *(block.children or []))
-    }  # fmt: skip
+    return MARKUP & {token.type for block in blocks for token in (block, *(block.children or []))}
 
 
 def shown(text: str) -> str:

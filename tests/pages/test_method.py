@@ -5,10 +5,11 @@ import re
 
 import pytest
 
-from pages.shared import figure, formulas
-from pages.shared.formulas import FORMULAS, SOURCES
+from pages.parts import figure, formulas
+from pages.parts.formulas import FORMULAS, SOURCES
 from tests.pages.conftest import ROOT
-from transact_core.importance import IMPORTANCES, register
+from transact_core import ROOMS
+from transact_core.importance.scores import IMPORTANCES, register
 
 CITED = re.compile(r"arXiv\s+(\d{4}\.\d{5})")
 
@@ -44,7 +45,7 @@ def test_every_importance_has_its_formula_and_the_sources_of_its_docstring():
 def test_sources_are_those_that_the_engine_names():
     named = {
         each
-        for path in (ROOT / "transact_core").glob("*.py")
+        for path in (ROOT / "transact_core").rglob("*.py")
         for each in cited_in(path.read_text())
     }
     assert {key for key in SOURCES if "." in key} == named
@@ -62,17 +63,23 @@ def test_an_importance_without_a_formula_is_shown_by_its_docstring(opened, open_
     assert "by Kepler" in page_text(page)
 
 
-def test_every_module_of_the_library_is_told_of(opened, open_app):
-    files = {path.stem for path in (ROOT / "transact_core").glob("*.py")}
+def test_every_room_of_the_library_is_listed(opened, open_app):
+    folders = {path.parent.name for path in (ROOT / "transact_core").glob("*/__init__.py")}
+    assert set(ROOMS) == folders
     page = open_app("method")
-    table = next(block.value for block in page.markdown if "| module | |" in block.value)
-    named = {
-        name for names in re.findall(r"^\| `([a-z, ]+)` \|", table, re.MULTILINE)
-        for name in names.split(", ")
-    }  # fmt: skip
-    assert named == files - {"__init__", "__main__"}
-    computing = [each.value for each in page.caption if each.value.startswith("Computed by")]
-    assert {name for words in computing for name in re.findall(r"`(\w+)`", words)} <= files
+    table = next(block.value for block in page.markdown if "| sub-package | |" in block.value)
+    listed = dict(re.findall(r"^\| `([a-z]+)` \| (.+) \|$", table, re.MULTILINE))
+    assert list(listed) == list(ROOMS)
+    assert all(listed.values())
+
+
+def test_captions_name_files_that_exist(opened, open_app):
+    files = {f"{path.parent.name}/{path.name}" for path in (ROOT / "transact_core").rglob("*.py")}
+    page = open_app("method")
+    captions = [each.value for each in page.caption if each.value.startswith("Computed by")]
+    named = {name for words in captions for name in re.findall(r"`([\w/]+\.py)`", words)}
+    assert named
+    assert named <= files
 
 
 @pytest.mark.parametrize("part", ["channel", "head"])
@@ -87,5 +94,5 @@ def test_no_chart_is_drawn_without_a_sentence_on_how_to_read_it():
     reading = inspect.signature(figure.show).parameters["reading"]
     assert reading.default is inspect.Parameter.empty
     for path in (ROOT / "pages").rglob("*.py"):
-        if path != ROOT / "pages" / "shared" / "figure.py":
+        if path != ROOT / "pages" / "parts" / "figure.py":
             assert "plotly_chart(" not in path.read_text(), path

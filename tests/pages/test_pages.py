@@ -6,14 +6,15 @@ import threading
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from pages.shared import progress
-from pages.shared.workbench import Cut, Request, Visit
+from pages.parts import progress
+from pages.server.request import Cut, Request
+from pages.server.visitors import Visit
 from tests.pages.conftest import ended
-from transact_core import results
-from transact_core.bench import Choices
-from transact_core.errors import TransActError, silent
-from transact_core.importance import IMPORTANCES, register, score
-from transact_core.plan import GRANULARITIES
+from transact_core.base.errors import TransActError, silent
+from transact_core.experiments import results
+from transact_core.experiments.bench import Choices
+from transact_core.importance.scores import IMPORTANCES, register, score
+from transact_core.pruning.plan import GRANULARITIES
 
 
 @pytest.fixture
@@ -158,16 +159,26 @@ def test_what_a_model_cannot_have_is_refused_in_a_sentence(open_page, gqa_bench,
 
 def test_an_address_reopens_its_view_and_nonsense_in_it_does_not_matter(open_page):
     page = open_page(
-        "compress", mha="50", mlp="x", context="4096", granularity="kv-groups",
-        importance="magnitude", recovery="none", multiple_of="8",
-    )  # fmt: skip
+        "compress",
+        mha="50",
+        mlp="x",
+        context="4096",
+        granularity="kv-groups",
+        importance="magnitude",
+        recovery="none",
+        multiple_of="8",
+    )
     assert not page.exception
     given = live(page)
     assert given["start"] == {"revision": 1, "mha": 50, "mlp": 30, "context": 4096}
     assert given["choices"] == {
-        "granularity": "kv-groups", "importance": "magnitude", "recovery": "none", "steps": 1,
-        "multiple_of": 8, "sequential": False,
-    }  # fmt: skip
+        "granularity": "kv-groups",
+        "importance": "magnitude",
+        "recovery": "none",
+        "steps": 1,
+        "multiple_of": 8,
+        "sequential": False,
+    }
     assert given["mlp_at"]["width"] == 32
     assert page.query_params["mlp"] == "30"
     cut = page.session_state["visit"].cut
@@ -289,8 +300,11 @@ def test_a_new_tab_begins_with_what_the_visitor_left_and_a_link_decides(opened, 
     page.selectbox(key="importance").set_value("magnitude").run()
     left = first.cut
     assert (left.mha_ratio, left.granularity, left.importance, left.steps) == (
-        0.6, "kv-groups", "magnitude", 2,
-    )  # fmt: skip
+        0.6,
+        "kv-groups",
+        "magnitude",
+        2,
+    )
     tab = Visit(first.visitor)
     page = open_page("compress", tab)
     assert not page.exception
@@ -528,7 +542,7 @@ def test_jobs_are_listed_with_what_became_of_them(opened, open_page, slow_points
     running = measure_curve(page)
 
     def sidebar():
-        from pages.shared.progress import show_jobs
+        from pages.parts.progress import show_jobs
 
         show_jobs()
 

@@ -6,16 +6,16 @@ from html.parser import HTMLParser
 import pytest
 from plotly.offline import get_plotlyjs
 
-from pages.shared import charts
-from pages.shared.report import LIMITS, make_report
-from pages.shared.side_by_side import LatencyRun
-from pages.shared.workbench import Cut
+from pages.charts import common as charts
+from pages.report import LIMITS, make_report
+from pages.server.request import Cut
+from pages.server.side_by_side import LatencyRun
 from tests.pages.conftest import ended
 from tests.pages.test_pages import button
-from transact_core.bench import Choices, compress
-from transact_core.export import parse_compression
-from transact_core.latency import LatencyPoint, Timing
-from transact_core.plan import Decision
+from transact_core.experiments.bench import Choices, compress
+from transact_core.export.compression import parse_compression
+from transact_core.forward.latency import LatencyPoint, Timing
+from transact_core.pruning.plan import Decision
 
 PLOTLY = get_plotlyjs()
 VOID = {"meta", "br", "img", "link", "hr", "input"}

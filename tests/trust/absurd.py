@@ -26,11 +26,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model, make_tokenizer
-from tests.test_models import write_gguf
-from transact_core.corpora import read_corpus, tokenise
-from transact_core.errors import TransActError
-from transact_core.export import read_compression
-from transact_core.models import load_model
+from tests.models.test_load import write_gguf
+from transact_core.base.errors import TransActError
+from transact_core.data.corpus import read_corpus
+from transact_core.data.windows import tokenise
+from transact_core.export.compression import read_compression
+from transact_core.models.load import load_model
 
 SECONDS = 20
 ROOM = 1_500_000_000
@@ -81,8 +82,11 @@ CONFIGURATIONS: dict[str, dict[str, object]] = {
     "a rotary type that is a list": {"rope_parameters": {"rope_type": ["default"]}},
     "long factors of the wrong number": {
         "rope_parameters": {
-            "rope_type": "longrope", "rope_theta": 10000.0, "factor": 1.0,
-            "short_factor": [1.0] * 3, "long_factor": [1.0] * 99,
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "factor": 1.0,
+            "short_factor": [1.0] * 3,
+            "long_factor": [1.0] * 99,
             "original_max_position_embeddings": 256,
         }
     },
@@ -103,7 +107,7 @@ CONFIGURATIONS: dict[str, dict[str, object]] = {
     "tuples": {"return_dict": False},
     "labels of text": {"num_labels": "x"},
     "labels by the million": {"num_labels": 10**9},
-}  # fmt: skip
+}
 """Each is refused, or harmless: then it loads and computes the same as without it."""
 
 
@@ -133,9 +137,7 @@ def same_numbers(folder: Path, model: Path) -> None:
     loaded, plain = load_model(str(folder)), load_model(str(model))
     ids = torch.arange(40)[None] % 300
     with torch.inference_mode():
-        here, there = (
-            each.model(ids, use_cache=False).logits for each in (loaded, plain)
-        )  # fmt: skip
+        here, there = (each.model(ids, use_cache=False).logits for each in (loaded, plain))
     if not torch.equal(here, there) and not here.isfinite().all():
         raise ArithmeticError("it computes no numbers, and that was not said")
     raise TransActError("harmless")
@@ -254,14 +256,21 @@ def tokenizer_cases(model: Path) -> Iterator[Case]:
         "padding to a terabyte": changed(
             "padding",
             padding={
-                "strategy": {"Fixed": TERABYTE}, "direction": "Right", "pad_to_multiple_of": None,
-                "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>",
+                "strategy": {"Fixed": TERABYTE},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "<s>",
             },
         ),
         "truncation to nothing": changed(
             "truncation",
             truncation={
-                "max_length": 0, "strategy": "LongestFirst", "stride": 0, "direction": "Right",
+                "max_length": 0,
+                "strategy": "LongestFirst",
+                "stride": 0,
+                "direction": "Right",
             },
         ),
         "text that grows without end": changed(
@@ -270,22 +279,27 @@ def tokenizer_cases(model: Path) -> Iterator[Case]:
         "an expression that never ends": changed(
             "endless",
             pre_tokenizer={
-                "type": "Split", "pattern": {"Regex": "(([a-z ]+)+)+§"}, "behavior": "Isolated",
+                "type": "Split",
+                "pattern": {"Regex": "(([a-z ]+)+)+§"},
+                "behavior": "Isolated",
                 "invert": False,
             },
         ),
         "an expression that is none": changed(
             "no expression",
             pre_tokenizer={
-                "type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated",
+                "type": "Split",
+                "pattern": {"Regex": "(("},
+                "behavior": "Isolated",
                 "invert": False,
             },
         ),
         "no model": changed("no model", model=None),
         "a model that is none": changed("other model", model={"type": "Oracle"}),
         "ids beyond the vocabulary": changed(
-            "ids", model=stored["model"] | {"vocab": {k: v + 10**6 for k, v in
-                                                      stored["model"]["vocab"].items()}},
+            "ids",
+            model=stored["model"]
+            | {"vocab": {k: v + 10**6 for k, v in stored["model"]["vocab"].items()}},
         ),
         "ids of text": changed("ids of text", model=stored["model"] | {"vocab": {"a": "b"}}),
         "an empty vocabulary": changed(
@@ -294,18 +308,28 @@ def tokenizer_cases(model: Path) -> Iterator[Case]:
         "merges of nothing": changed("merges", model=stored["model"] | {"merges": [["§", "§§"]]}),
         "an added token at 2^31": changed(
             "added",
-            added_tokens=[{"id": 2**31, "content": "e", "single_word": False, "lstrip": False,
-                           "rstrip": False, "normalized": False, "special": True}],
+            added_tokens=[
+                {
+                    "id": 2**31,
+                    "content": "e",
+                    "single_word": False,
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "special": True,
+                }
+            ],
         ),
         "a post-processor without its token": changed(
             "post",
             post_processor={
-                "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "Z",
-                                                                           "type_id": 0}}],
-                "pair": [], "special_tokens": {},
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "Z", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
             },
         ),
-    }  # fmt: skip
+    }
     for name, folder in cases.items():
         yield f"tokenizer.json: {name}", lambda folder=folder: use(folder)
     for name, content in {"a list": b"[]", "nested": b'{"a":' * 100_000, "bytes": b"\xff"}.items():
@@ -346,10 +370,15 @@ def tokenizer_cases(model: Path) -> Iterator[Case]:
 def gguf_cases(folder: Path, tokenizer) -> Iterator[Case]:
     whole = write_gguf(
         folder / "whole.gguf",
-        make_model(hidden_size=64, intermediate_size=96, num_attention_heads=4,
-                   num_key_value_heads=2, head_dim=16),
+        make_model(
+            hidden_size=64,
+            intermediate_size=96,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+        ),
         tokenizer,
-    ).read_bytes()  # fmt: skip
+    ).read_bytes()
 
     def text(word: str) -> bytes:
         return struct.pack("<Q", len(word)) + word.encode()
@@ -374,12 +403,14 @@ def gguf_cases(folder: Path, tokenizer) -> Iterator[Case]:
         "a tensor at 2^63": head(1, 0) + tensor + struct.pack("<QIQ", 1, 0, 2**63),
         "a type that is none": head(1, 0) + tensor + struct.pack("<QIQ", 1, 999, 0),
         "arrays in arrays": head(0, 1)
-        + text("a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 100_000,
+        + text("a")
+        + struct.pack("<I", 9)
+        + struct.pack("<IQ", 9, 1) * 100_000,
         "another version": b"GGUF" + struct.pack("<IQQ", 99, 0, 0),
         "the other byte order": b"GGUF" + struct.pack(">IQQ", 3, 0, 1),
         "nothing": b"",
         "noise": np.random.default_rng(0).bytes(100_000),
-    }  # fmt: skip
+    }
     for name, content in contents.items():
         path = folder / f"{name.replace(' ', '-').replace('^', '')}.gguf"
         path.write_bytes(content)
@@ -546,8 +577,17 @@ def main() -> int:
             said, good = tried(case)
             right = right and good
             seconds = round(time.monotonic() - began, 2)
-            print(json.dumps({"case": name, "good": good, "said": said.replace(place, ""),
-                              "seconds": seconds}), flush=True)  # fmt: skip
+            print(
+                json.dumps(
+                    {
+                        "case": name,
+                        "good": good,
+                        "said": said.replace(place, ""),
+                        "seconds": seconds,
+                    }
+                ),
+                flush=True,
+            )
         print(f"At most {peak_mb() - before} MB beside {before} MB of imports", file=sys.stderr)
     return 0 if right else 1
 

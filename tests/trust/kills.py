@@ -299,15 +299,18 @@ def make_inputs(folder: Path) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "the inputs were not made"
         return
     from tests.conftest import make_model, make_tokenizer
-    from tests.test_models import write_gguf
+    from tests.models.test_load import write_gguf
     from transact_core.cli import main
-    from transact_core.corpora import read_corpus
+    from transact_core.data.corpus import read_corpus
 
     os.environ["TRANSACT_CACHE"] = str(folder / "cache")
     model = make_model(
-        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         head_dim=16,
-    )  # fmt: skip
+    )
     tokenizer = make_tokenizer()
     write_gguf(folder / "tiny.gguf", model, tokenizer)
     model.save_pretrained(folder / "model")
@@ -341,8 +344,20 @@ def works(inputs: Path) -> dict[str, Work]:
         ),
         "calibration": Work(
             "calibration",
-            command("prune", "--model", model, *half, "--importance", "reconstruction",
-                    "--granularity", "head-dims", "--output", "TRIAL/out", *texts, "--json"),
+            command(
+                "prune",
+                "--model",
+                model,
+                *half,
+                "--importance",
+                "reconstruction",
+                "--granularity",
+                "head-dims",
+                "--output",
+                "TRIAL/out",
+                *texts,
+                "--json",
+            ),
             "out",
         ),
         "export": Work(
@@ -352,17 +367,34 @@ def works(inputs: Path) -> dict[str, Work]:
         ),
         "apply": Work(
             "apply",
-            command("apply", str(inputs / "made" / "out" / "compression.json"), "--output",
-                    "TRIAL/out", "--json"),
+            command(
+                "apply",
+                str(inputs / "made" / "out" / "compression.json"),
+                "--output",
+                "TRIAL/out",
+                "--json",
+            ),
             "out",
         ),
         "sweep": Work(
             "sweep",
-            command("sweep", "--model", model, "--mha-ratio", "0,0.5", "--mlp-ratio", "0,0.3,0.5",
-                    "--recovery", "none", "--output", "TRIAL/points.csv", *texts),
+            command(
+                "sweep",
+                "--model",
+                model,
+                "--mha-ratio",
+                "0,0.5",
+                "--mlp-ratio",
+                "0,0.3,0.5",
+                "--recovery",
+                "none",
+                "--output",
+                "TRIAL/points.csv",
+                *texts,
+            ),
             None,
         ),
-    }  # fmt: skip
+    }
 
 
 def stock_loads(folder: Path) -> None:

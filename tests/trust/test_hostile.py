@@ -16,24 +16,34 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import bench_of, make_model, make_tokenizer, windows_for
-from tests.test_models import write_gguf
-from transact_core.bench import Choices
-from transact_core.corpora import read_corpus, tokenise
-from transact_core.errors import TransActError
-from transact_core.export import describe_compression, parse_compression, read_compression
-from transact_core.models import load_model
-from transact_core.plan import Decision
+from tests.models.test_load import write_gguf
+from transact_core.base.errors import TransActError
+from transact_core.data.corpus import read_corpus
+from transact_core.data.windows import tokenise
+from transact_core.experiments.bench import Choices
+from transact_core.export.compression import (
+    describe_compression,
+    parse_compression,
+    read_compression,
+)
+from transact_core.models.load import load_model
+from transact_core.pruning.plan import Decision
 
 fuzzed = settings(
     max_examples=int(os.environ.get("TRANSACT_FUZZ", "10")),
     suppress_health_check=list(HealthCheck),
 )
 JSON = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.text(max_size=20)
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.text(max_size=20)
     | st.integers(min_value=-(2**70), max_value=2**70),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
+    ),
     max_leaves=6,
-)  # fmt: skip
+)
 DAMAGE = st.lists(
     st.tuples(st.integers(0, 2**20), st.binary(min_size=1, max_size=12)), min_size=1, max_size=4
 )
@@ -62,8 +72,13 @@ def sources(tmp_path_factory):
     model = make_model(num_key_value_heads=3)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    wide = make_model(hidden_size=64, intermediate_size=96, num_attention_heads=4,
-                      num_key_value_heads=2, head_dim=16)  # fmt: skip
+    wide = make_model(
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
     write_gguf(folder / "model.gguf", wide, tokenizer)
     bench = bench_of(model, tokenizer, windows_for(tokenizer))
     plan = bench.plan(0.5, 0.3, Choices(granularity="head-dims"))

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import make_model
-from transact_core.bench import Choices, compress
 from transact_core.cli import main
-from transact_core.importance import IMPORTANCES
-from transact_core.recovery import RECOVERIES
+from transact_core.experiments.bench import Choices, compress
+from transact_core.importance.scores import IMPORTANCES
+from transact_core.pruning.closed_form import RECOVERIES
 
 TEXTS = ["--calibration-tokens", "512", "--evaluation-tokens", "128", "--sequence-length", "32"]
 

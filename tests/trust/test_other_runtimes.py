@@ -15,26 +15,34 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import bench_of, make_model, make_tokenizer, windows_for
-from transact_core.architecture import Architecture
-from transact_core.bench import Choices
-from transact_core.export import compress_to_folder, describe_compression
-from transact_core.plan import Decision
-from transact_core.runtimes import CTRANSLATE2, LLAMA_CPP, readings
+from transact_core.experiments.bench import Choices
+from transact_core.export.compression import describe_compression
+from transact_core.export.folder import compress_to_folder
+from transact_core.export.runtimes import CTRANSLATE2, LLAMA_CPP, readings
+from transact_core.models.architecture import Architecture
+from transact_core.pruning.plan import Decision
 
 WORDS = (
     "The assignment statement is used to bind names to values and to modify attributes or items "
     "of mutable objects. An attribute reference is a primary followed by a period and a name"
 )
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 YARN = {**LINEAR, "rope_type": "yarn", "original_max_position_embeddings": 64}
 SHAPE = {
-    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 CUTS = {
     "MLP alone": ("query-heads", 0.0, "least-squares", {}),
     "query-heads": ("query-heads", 0.5, "least-squares", {"num_attention_heads": 8, "head_dim": 8}),

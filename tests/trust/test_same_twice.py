@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tests.conftest import bench_of, make_model, make_tokenizer, same_weights, snapshot, windows_for
-from transact_core.bench import Choices, compress
-from transact_core.export import parse_compression
-from transact_core.models import load_model
+from transact_core.experiments.bench import Choices, compress
+from transact_core.export.compression import parse_compression
+from transact_core.models.load import load_model
 
 ROOT = Path(__file__).parents[2]
 STORED = Path(__file__).parent / "stored"
@@ -43,18 +43,36 @@ def command_line(place, *words, **environment) -> None:
     environment = {"OMP_NUM_THREADS": "1", "TRANSACT_CACHE": str(place / "cache"), **environment}
     done = subprocess.run(
         [sys.executable, "-m", "transact_core", *map(str, words)],
-        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
 def prune(place, output, granularity, **environment) -> Path:
     text = place / "text.txt"
     command_line(
-        place, "prune", "--model", place / "model", "--mha-ratio", "0.5", "--mlp-ratio", "0.3",
-        "--granularity", granularity, "--calibration", text, "--evaluation", text, *TEXTS,
-        "--output", place / output, **environment,
-    )  # fmt: skip
+        place,
+        "prune",
+        "--model",
+        place / "model",
+        "--mha-ratio",
+        "0.5",
+        "--mlp-ratio",
+        "0.3",
+        "--granularity",
+        granularity,
+        "--calibration",
+        text,
+        "--evaluation",
+        text,
+        *TEXTS,
+        "--output",
+        place / output,
+        **environment,
+    )
     return place / output
 
 
@@ -72,9 +90,15 @@ def test_a_new_process_gives_the_same_bytes_and_another_machine_the_same_plan(pl
         elsewhere.write_text(json.dumps(stored | {"environment": environment}))
         made = place / f"elsewhere-{number}"
         command_line(
-            place, "apply", elsewhere, "--output", made, ATEN_CPU_CAPABILITY=capability,
-            MKL_ENABLE_INSTRUCTIONS="SSE4_2", TRANSACT_CACHE=str(place / f"cache-{number}"),
-        )  # fmt: skip
+            place,
+            "apply",
+            elsewhere,
+            "--output",
+            made,
+            ATEN_CPU_CAPABILITY=capability,
+            MKL_ENABLE_INSTRUCTIONS="SSE4_2",
+            TRANSACT_CACHE=str(place / f"cache-{number}"),
+        )
         kept = json.loads((made / "compression.json").read_text())
         assert kept["plan"] == stored["plan"]
         result = json.loads((made / "report.json").read_text())
@@ -123,7 +147,7 @@ def test_stored_compressions_of_each_schema_are_still_read_and_carried_out(path,
 
 
 def test_there_is_a_stored_compression_of_the_present_schema():
-    from transact_core.export import SCHEMA_VERSION
+    from transact_core.export.compression import SCHEMA_VERSION
 
     stored = [parse_compression(path.read_text()) for path in STORED.glob("*.json")]
     assert SCHEMA_VERSION in {compression.schema_version for compression in stored}
@@ -132,7 +156,7 @@ def test_there_is_a_stored_compression_of_the_present_schema():
 def test_a_stored_compression_is_applied_from_the_command_line(place, tmp_path):
     """Version 1 with the fingerprints of this test's own model and text put in their places."""
     loaded = load_model(str(place / "model"))
-    from transact_core.corpora import read_corpus
+    from transact_core.data.corpus import read_corpus
 
     text = read_corpus(str(place / "text.txt"))
     stored = json.loads((STORED / "version-1-query-heads.json").read_text())

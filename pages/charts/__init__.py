@@ -1,0 +1,1 @@
+"""From data to figures. Nothing here imports Streamlit."""

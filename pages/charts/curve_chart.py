@@ -1,0 +1,196 @@
+"""Perplexity against ratio, a point for each cut that was measured."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from pages.charts.common import BOTH, DENSE, MHA, MLP, laid_out
+from transact_core.experiments.bench import Measurement
+from transact_core.forward.perplexity import Evaluation
+
+KINDS = {"MHA only": MHA, "MLP only": MLP, "both": BOTH}
+RECOVERIES = {
+    "least-squares": ("least-squares", "solid", ""),
+    "bias": ("bias", "dash", "-open-dot"),
+    "none": ("bare cut", "dot", "-open"),
+}
+"""Name, dash and filling of the markers."""
+SHAPES = ("circle", "square", "triangle-up", "star", "hexagon", "cross", "triangle-down")
+"""Of the markers, one for each importance and granularity that is told apart."""
+PALETTE = (MHA, MLP, BOTH, "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
+"""For choices other than what was cut."""
+TOLERATED = 1.2
+"""Times the dense perplexity that titles take for a small loss."""
+
+COLOURED_BY = {
+    "what is cut": lambda kind, point: kind,
+    "granularity": lambda kind, point: point.plan.granularity,
+    "importance": lambda kind, point: point.plan.importance,
+    "recovery": lambda kind, point: point.recovery,
+}
+"""What colours may stand for."""
+
+
+def removed_shares(point: Measurement, widths: tuple[int, int]) -> tuple[float, float]:
+    """Shares of the MHA and of the MLP width that were really removed, not those asked for."""
+    return (
+        1 - point.footprint.mha_width / widths[0],
+        1 - point.footprint.mlp_width / widths[1],
+    )
+
+
+def what_is_cut(point: Measurement, widths: tuple[int, int]) -> str | None:
+    """One of `KINDS`, or None where nothing is."""
+    removed = removed_shares(point, widths)
+    if not any(removed):
+        return None
+    return "both" if all(removed) else "MHA only" if removed[0] else "MLP only"
+
+
+def interval(point: Measurement) -> tuple[float, float]:
+    """How far perplexity's 95 % interval reaches up and down; NaN where one window was measured."""
+    return (
+        point.perplexity * np.expm1(1.96 * point.delta_nll_se),
+        -point.perplexity * np.expm1(-1.96 * point.delta_nll_se),
+    )
+
+
+def points_table(points: Sequence[Measurement]) -> pd.DataFrame:
+    """A row for each point: its choices, then the fields of `points.csv`."""
+    return pd.DataFrame(
+        [
+            {
+                "granularity": point.plan.granularity,
+                "importance": point.plan.importance,
+                "recovery": point.recovery,
+                **point.row(),
+            }
+            for point in points
+        ]
+    )
+
+
+def perplexity_curve(
+    points: Sequence[Measurement],
+    dense: Evaluation | None,
+    widths: tuple[int, int],
+    logarithmic: bool = False,
+    coloured_by: str = "what is cut",
+) -> go.Figure:
+    """Perplexity against the share of width that was really removed.
+
+    `widths` are the dense model's MHA and MLP widths. Bars are 95 % intervals of the paired
+    difference from the dense model. `coloured_by` is one of `COLOURED_BY`.
+    """
+    figure = go.Figure()
+    series = _series(points, widths)
+    variants = list(dict.fromkeys(variant for *_, variant in series))
+    colours = _colours(series, coloured_by)
+    for (kind, recovery, variant), members in series.items():
+        members.sort(key=lambda member: member[0])
+        measured = [point for _, point in members]
+        # Cuts of both modules that share the larger ratio are no steps along one line.
+        line = len({removed for removed, _ in members}) == len(members)
+        error, lower = zip(*map(interval, measured), strict=True)
+        name, dash, filling = RECOVERIES[recovery]
+        shape = SHAPES[variants.index(variant) % len(SHAPES)]
+        figure.add_scatter(
+            x=[removed for removed, _ in members],
+            y=[point.perplexity for point in measured],
+            error_y={"type": "data", "array": error, "arrayminus": lower, "thickness": 1.2},
+            mode="lines+markers" if line else "markers",
+            name=", ".join((kind, name, *variant)),
+            line={"color": colours[COLOURED_BY[coloured_by](kind, measured[0])], "dash": dash},
+            marker={"symbol": shape + filling, "size": 10},
+            customdata=[
+                [
+                    cost.mha_width,
+                    cost.mlp_width,
+                    cost.parameters / 1e6,
+                    plan.granularity,
+                    plan.importance,
+                ]
+                for plan, cost in ((point.plan, point.footprint) for point in measured)
+            ],
+            hovertemplate="perplexity %{y:.3f}<br>MHA width %{customdata[0]:,}, MLP width "
+            "%{customdata[1]:,}<br>%{customdata[2]:.1f} M parameters<br>%{customdata[3]}, by "
+            f"%{{customdata[4]}}, {name}<extra>{kind}</extra>",
+        )
+    if dense is not None:
+        figure.add_hline(y=dense.perplexity, line={"color": DENSE, "dash": "dash", "width": 1})
+        figure.add_scatter(
+            x=[0],
+            y=[dense.perplexity],
+            mode="markers",
+            name="dense",
+            marker={"symbol": "diamond", "size": 12, "color": DENSE},
+            hovertemplate="dense: perplexity %{y:.3f}<extra></extra>",
+        )
+    figure.update_xaxes(title="width removed (of both, the larger share)", tickformat=".0%")
+    largest = max((removed for group in series.values() for removed, _ in group), default=0.5)
+    figure.update_xaxes(range=[-0.03, largest + 0.05])
+    figure.update_yaxes(title="perplexity", type="log" if logarithmic else "linear")
+    figure = laid_out(figure, _curve_title(points, dense), 460)
+    if len(series) > 3:
+        figure.update_layout(
+            height=460 + 24 * len(series),
+            legend={"orientation": "v", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"},
+        )
+    return figure
+
+
+def _series(
+    points: Sequence[Measurement], widths: tuple[int, int]
+) -> dict[tuple[str, str, tuple[str, ...]], list[tuple[float, Measurement]]]:
+    """Points that a line may join, by what was cut, the recovery, and the choices to tell apart.
+
+    Granularity and importance are told apart where there is more than one; granularity is nothing
+    to a cut that leaves the heads whole.
+    """
+    importances = {point.plan.importance for point in points}
+    granularities = {
+        point.plan.granularity for point in points if point.footprint.mha_width < widths[0]
+    }
+    series = {}
+    for point in points:
+        kind = what_is_cut(point, widths)
+        if kind is None:
+            continue
+        variant = ()
+        if kind != "MLP only" and len(granularities) > 1:
+            variant += (point.plan.granularity,)
+        if len(importances) > 1:
+            variant += (point.plan.importance,)
+        removed = max(removed_shares(point, widths))
+        series.setdefault((kind, point.recovery, variant), []).append((removed, point))
+    return dict(sorted(series.items()))
+
+
+def _colours(series: dict, coloured_by: str) -> dict[str, str]:
+    if coloured_by == "what is cut":
+        return KINDS
+    values = sorted(
+        {
+            COLOURED_BY[coloured_by](kind, point)
+            for (kind, *_), members in series.items()
+            for _, point in members
+        }
+    )
+    return {value: PALETTE[number % len(PALETTE)] for number, value in enumerate(values)}
+
+
+def _curve_title(points: Sequence[Measurement], dense: Evaluation | None) -> str:
+    if dense is None:
+        return "Perplexity against ratio"
+    if not points:
+        return f"The dense model's perplexity is {dense.perplexity:.2f}; no cut is measured yet"
+    within = [point for point in points if point.perplexity <= TOLERATED * dense.perplexity]
+    if not within:
+        return f"Every measured cut costs more than {TOLERATED} × the dense {dense.perplexity:.2f}"
+    smallest = min(within, key=lambda point: point.footprint.parameters)
+    return (
+        f"Within {TOLERATED} × the dense {dense.perplexity:.2f}, the smallest model measured has "
+        f"{smallest.footprint.parameters / 1e6:,.1f} M parameters"
+    )

@@ -1,0 +1,208 @@
+"""What a plan keeps, and what its repair did."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from pages.charts.common import COLOURS, DENSE, MAGNITUDE, NAMES, laid_out, layer_axis
+from transact_core.pruning.closed_form import LayerFit
+from transact_core.pruning.plan import PruningPlan
+
+
+def energy_kept(shares: dict[str, np.ndarray]) -> go.Figure:
+    """Share of each layer's activation energy in what a plan keeps."""
+    figure = go.Figure()
+    for module, values in shares.items():
+        figure.add_scatter(
+            y=values,
+            name=NAMES[module],
+            mode="lines+markers",
+            line_color=COLOURS[module],
+            hovertemplate=f"{NAMES[module]} layer %{{x}}: %{{y:.2%}} kept<extra></extra>",
+        )
+    lowest, module = min((values.min(), module) for module, values in shares.items())
+    figure.update_xaxes(**layer_axis(len(shares[module]))).update_yaxes(
+        title="activation energy kept", tickformat=".0%", range=[min(0.5, lowest) - 0.02, 1.02]
+    )
+    title = (
+        "Nothing is cut: all of the energy is kept"
+        if lowest > 1 - 1e-12
+        else f"Least energy is kept in layer {int(shares[module].argmin())}'s {NAMES[module]}: "
+        f"{lowest:.1%}"
+    )
+    return laid_out(figure, title, 320)
+
+
+def kept_channels(plan: PruningPlan, width: int, height: int = 320) -> go.Figure:
+    """Layer × channel by index: the share of each bin of channels that a plan keeps."""
+    kept = np.zeros((len(plan.layers), width), dtype=np.float32)
+    for row, layer in zip(kept, plan.layers, strict=True):
+        row[list(layer.kept_channels)] = 1
+    bins = min(width, 128)
+    starts = np.unique(np.linspace(0, width, bins, endpoint=False).astype(int))
+    sizes = np.diff(np.append(starts, width))
+    share = np.add.reduceat(kept, starts, axis=1) / sizes
+    figure = go.Figure(
+        go.Heatmap(
+            z=share.astype(np.float32),
+            x=starts,
+            colorscale=MAGNITUDE,
+            zmin=0,
+            zmax=1,
+            colorbar={"title": {"text": "kept", "side": "right"}, "tickformat": ".0%"},
+            hovertemplate="layer %{y}, channels from %{x}: %{z:.0%} kept<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="MLP channel, by index", range=[0, width], showgrid=False)
+    figure.update_yaxes(**layer_axis(len(plan.layers), downwards=True), showgrid=False)
+    return laid_out(
+        figure, f"{plan.intermediate_size:,} of {width:,} MLP channels stay in each layer", height
+    )
+
+
+def pair_map(
+    effects: np.ndarray, plan: PruningPlan, inv_freq: np.ndarray, height: int = 660
+) -> go.Figure:
+    """Layer and key-value head × rotary pair: its share of what all the head's pairs do.
+
+    `effects` has shape (layers, groups, pairs) and `inv_freq`, radians a token, (pairs,). Cells of
+    pairs that go are small and pale; triangles mark the slots, whose frequencies all heads share.
+    """
+    layers, groups, pairs = effects.shape
+    total = effects.sum(axis=2, keepdims=True)
+    share = np.divide(effects, total, out=np.zeros_like(effects), where=total > 0)
+    slot = _slots_of_pairs(plan, effects.shape)
+    kept = slot >= 0
+    rows = layers * groups
+    layer, head = np.divmod(np.arange(rows), groups)
+    details = np.stack(
+        [
+            np.broadcast_to(layer[:, None], (rows, pairs)),
+            np.broadcast_to(head[:, None], (rows, pairs)),
+            share.reshape(rows, pairs),
+            slot.reshape(rows, pairs),
+        ],
+        axis=2,
+    ).astype(np.float32)
+    room = (height - 130) / rows
+    figure = go.Figure()
+    for stays, what, gaps in (
+        (
+            True,
+            "stays, in the slot of pair %{customdata[3]}",
+            {"xgap": 1, "ygap": min(1, room / 8)},
+        ),
+        (False, "goes", {"xgap": 5, "ygap": room / 2.5, "opacity": 0.6}),
+    ):
+        figure.add_heatmap(
+            z=np.where(kept == stays, np.log10(np.maximum(share, 1e-6)), np.nan)
+            .reshape(rows, pairs)
+            .astype(np.float32),
+            y=(np.arange(rows) + 0.5) / groups - 0.5,
+            colorscale=MAGNITUDE,
+            zmin=-3.5,
+            zmax=-0.5,
+            showscale=stays,
+            customdata=details,
+            hoverongaps=False,
+            **gaps,
+            colorbar={
+                "title": {"text": "share of the head's<br>effect on attention", "side": "right"},
+                "tickvals": [-1, -2, -3],
+                "ticktext": ["10 %", "1 %", "0.1 %"],
+            },
+            hovertemplate="layer %{customdata[0]}, KV head %{customdata[1]}, pair %{x}: "
+            "%{customdata[2]:.2%} of the effect<br>" + what + "<extra></extra>",
+        )
+    slots = list(plan.slots) if plan.head_dim else list(range(pairs))
+    above = -0.5 - layers / 50
+    figure.add_scatter(
+        x=slots,
+        y=[above] * len(slots),
+        mode="markers",
+        marker={"symbol": "triangle-down", "size": 8, "color": DENSE},
+        showlegend=False,
+        customdata=2 * np.pi / inv_freq[slots],
+        hovertemplate="slot of pair %{x}: one turn in %{customdata:,.0f} tokens<extra></extra>",
+    )
+    figure.update_xaxes(
+        title="rotary pair, from fast to slow",
+        range=[-0.5, pairs - 0.5],
+        showgrid=False,
+        tick0=0,
+        dtick=4 if pairs <= 32 else 8,
+    )
+    figure.update_yaxes(**layer_axis(layers, downwards=True), showgrid=False, zeroline=False)
+    figure.update_yaxes(range=[layers - 0.5, above - layers / 60])
+    figure.update_yaxes(title="layer" if groups == 1 else "layer, and in it the KV heads")
+    each = (share * kept).sum(axis=2)
+    title = (
+        f"{len(slots)} of {pairs} rotary pairs hold {each.mean():.1%} of a head's effect"
+        if plan.head_dim
+        else f"All {pairs} rotary pairs stay"
+    )
+    return laid_out(figure, title, height)
+
+
+def pairs_table(effects: np.ndarray, plan: PruningPlan) -> pd.DataFrame:
+    """A row for each pair of dims: its effect, and the slot it goes into, none where it goes."""
+    slot = _slots_of_pairs(plan, effects.shape)
+    layer, head, pair = (each.ravel() for each in np.indices(effects.shape))
+    return pd.DataFrame(
+        {
+            "layer": layer,
+            "kv_head": head,
+            "pair": pair,
+            "effect": effects.ravel(),
+            "slot": pd.Series(slot.ravel(), dtype="Int64").where(slot.ravel() >= 0),
+        }
+    )
+
+
+def _slots_of_pairs(plan: PruningPlan, shape: tuple[int, int, int]) -> np.ndarray:
+    """The slot that each pair goes into, by its pair's number; -1 for those that go."""
+    if not plan.head_dim:
+        return np.broadcast_to(np.arange(shape[2]), shape)
+    slot = np.full(shape, -1)
+    chosen = np.array([layer.slot_pairs for layer in plan.layers])
+    np.put_along_axis(slot, chosen, np.broadcast_to(plan.slots, chosen.shape), axis=2)
+    return slot
+
+
+REPAIRS = {"least-squares": "Least squares lowers", "bias": "A bias lowers"}
+
+
+def layer_fits(fits: Sequence[LayerFit], recovery: str) -> go.Figure:
+    """Error of each repaired module's output on held-out windows, bare and repaired."""
+    figure = go.Figure()
+    for module in ("mha", "mlp"):
+        mine = [fit for fit in fits if fit.module == module]
+        if not mine:
+            continue
+        layers = [fit.layer for fit in mine]
+        for name, dash, values in (
+            ("bare cut", "dot", [fit.bare_error for fit in mine]),
+            ("repaired", "solid", [fit.recovered_error for fit in mine]),
+        ):
+            figure.add_scatter(
+                x=layers,
+                y=values,
+                name=f"{NAMES[module]} {name}",
+                mode="lines+markers",
+                line={"color": COLOURS[module], "dash": dash},
+                marker_size=5,
+                hovertemplate=f"{NAMES[module]} layer %{{x}}, {name}: %{{y:.3f}}<extra></extra>",
+            )
+    figure.update_xaxes(**layer_axis(max(fit.layer for fit in fits) + 1)).update_yaxes(
+        title="relative squared error, held out", rangemode="tozero"
+    )
+    kept = sum(fit.is_bare for fit in fits)
+    better = len(fits) - kept
+    title = f"{REPAIRS[recovery]} the error of {better} of {len(fits)} cut modules"
+    if not better:
+        title = f"No repair did better than the bare cut in any of {len(fits)} modules"
+    elif kept:
+        title += f"; {kept} keep the bare cut"
+    return laid_out(figure, title, 340)

@@ -1,0 +1,218 @@
+"""What perplexity is paid for what is saved: the frontier, and the map over both ratios."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from pages.charts.common import DENSE, MAGNITUDE, laid_out
+from pages.charts.curve_chart import (
+    KINDS,
+    TOLERATED,
+    interval,
+    points_table,
+    removed_shares,
+    what_is_cut,
+)
+from transact_core.experiments.bench import Measurement
+from transact_core.forward.perplexity import Evaluation
+from transact_core.models.footprint import Footprint
+from transact_core.planning.frontier import frontier
+
+COSTS = {
+    "parameters": ("parameters (M)", 1e6, "M parameters", "parameters"),
+    "kv_bytes_per_token": ("KV cache per token (kB)", 1e3, "kB KV/token", "KV cache"),
+}
+"""By the field of a footprint: the axis, its scale, the unit in words, what is saved."""
+MAP_TICKS = (1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100)
+
+
+def frontier_table(
+    points: Sequence[Measurement], dense: tuple[Footprint, Evaluation], field: str
+) -> pd.DataFrame:
+    """The points, the dense model last, with `on_frontier`: whether none is better in both."""
+    cost, evaluation = dense
+    best = frontier(
+        [getattr(point.footprint, field) for point in points] + [getattr(cost, field)],
+        [point.perplexity for point in points] + [evaluation.perplexity],
+    )
+    table = points_table(points)
+    whole = pd.DataFrame(
+        [
+            {
+                "granularity": "dense",
+                "mha_ratio": 0.0,
+                "mlp_ratio": 0.0,
+                "parameters": cost.parameters,
+                "kv_bytes_per_token": cost.kv_bytes_per_token,
+                "perplexity": evaluation.perplexity,
+            }
+        ]
+    )
+    table = pd.concat([table, whole], ignore_index=True)
+    return table.assign(on_frontier=[number in best for number in range(len(table))])
+
+
+def frontier_chart(
+    points: Sequence[Measurement],
+    dense: tuple[Footprint, Evaluation],
+    widths: tuple[int, int],
+    field: str,
+    logarithmic: bool = False,
+) -> go.Figure:
+    """Perplexity against a field of the footprint; the points that no other beats are joined.
+
+    `dense` are the dense model's footprint and losses; it is one of the points.
+    """
+    axis, scale, unit, _ = COSTS[field]
+    table = frontier_table(points, dense, field)
+    best = table[table["on_frontier"]].sort_values(field)
+    figure = go.Figure()
+    figure.add_scatter(
+        x=best[field] / scale,
+        y=best["perplexity"],
+        mode="lines",
+        name="best for its size",
+        line={"color": DENSE, "width": 2, "shape": "hv"},
+        hoverinfo="skip",
+    )
+    for kind, colour in KINDS.items():
+        members = [
+            (point, unbeaten)
+            for point, unbeaten in zip(points, table["on_frontier"], strict=False)
+            if what_is_cut(point, widths) == kind
+        ]
+        if not members:
+            continue
+        measured = [point for point, _ in members]
+        upper, lower = zip(*map(interval, measured), strict=True)
+        figure.add_scatter(
+            x=[getattr(point.footprint, field) / scale for point in measured],
+            y=[point.perplexity for point in measured],
+            error_y={"type": "data", "array": upper, "arrayminus": lower, "thickness": 1},
+            mode="markers",
+            name=kind,
+            marker={
+                "color": colour,
+                "size": 10,
+                "symbol": ["circle" if unbeaten else "circle-open" for _, unbeaten in members],
+                "line": {"color": colour, "width": 1.5},
+            },
+            customdata=[
+                [
+                    *removed_shares(point, widths),
+                    point.plan.granularity,
+                    point.plan.importance,
+                    point.recovery,
+                ]
+                for point in measured
+            ],
+            hovertemplate=f"%{{x:,.1f}} {unit}, perplexity %{{y:.3f}}<br>"
+            "MHA −%{customdata[0]:.0%}, MLP −%{customdata[1]:.0%}<br>%{customdata[2]}, "
+            "by %{customdata[3]}, %{customdata[4]}<extra></extra>",
+        )
+    cost, evaluation = dense
+    figure.add_scatter(
+        x=[getattr(cost, field) / scale],
+        y=[evaluation.perplexity],
+        mode="markers",
+        name="dense",
+        marker={"symbol": "diamond", "size": 12, "color": DENSE},
+        hovertemplate=f"dense: %{{x:,.1f}} {unit}, perplexity %{{y:.3f}}<extra></extra>",
+    )
+    figure.update_xaxes(title=axis).update_yaxes(
+        title="perplexity", type="log" if logarithmic else "linear"
+    )
+    figure = laid_out(figure, _frontier_title(table, field), 450)
+    return figure.update_layout(
+        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.3, "yanchor": "top"}
+    )
+
+
+def _frontier_title(table: pd.DataFrame, field: str) -> str:
+    _, scale, unit, saved = COSTS[field]
+    dense = table.iloc[-1]
+    within = table[table["perplexity"] <= TOLERATED * dense["perplexity"]]
+    least = within[field].min()
+    if least >= dense[field]:
+        return f"Within {TOLERATED} × dense no measured cut saves {saved}"
+    return f"Within {TOLERATED} × dense: {least / scale:,.1f} of {dense[field] / scale:,.1f} {unit}"
+
+
+def best_at_each_pair(
+    points: Sequence[Measurement], widths: tuple[int, int]
+) -> list[tuple[tuple[float, float], Measurement]]:
+    """For each pair of widths measured, the shares removed and the point of least perplexity."""
+    best: dict[tuple[float, float], Measurement] = {}
+    for point in points:
+        removed = removed_shares(point, widths)
+        if any(removed) and (removed not in best or point.delta_nll < best[removed].delta_nll):
+            best[removed] = point
+    return sorted(best.items(), key=lambda item: item[0])
+
+
+def ratio_map(points: Sequence[Measurement], widths: tuple[int, int]) -> go.Figure:
+    """MHA × MLP share removed: perplexity over the dense model's, where it was measured."""
+    best = best_at_each_pair(points, widths)
+    times = np.exp([point.delta_nll for _, point in best])
+    shade = np.log(np.clip(times, 1, None))
+    top = max(math.log(2), float(shade.max(initial=0.0)))
+    ticks = [tick for tick in MAP_TICKS if math.log(tick) <= top]
+    figure = go.Figure(
+        go.Scatter(
+            x=[mha for (mha, _), _ in best],
+            y=[mlp for (_, mlp), _ in best],
+            mode="markers+text",
+            text=[_times_in_few_digits(each) for each in times],
+            textfont={
+                "size": 11,
+                "color": ["#000000" if each < 0.55 * top else "#ffffff" for each in shade],
+            },
+            marker={
+                "symbol": "square",
+                "size": 36,
+                "color": shade,
+                "cmin": 0,
+                "cmax": top,
+                "colorscale": MAGNITUDE,
+                "reversescale": True,
+                "colorbar": {
+                    "title": {"text": "times the dense perplexity", "side": "right"},
+                    "tickvals": np.log(ticks),
+                    "ticktext": [f"{tick:g}" for tick in ticks],
+                },
+            },
+            customdata=[
+                [
+                    value,
+                    point.perplexity,
+                    point.plan.granularity,
+                    point.plan.importance,
+                    point.recovery,
+                ]
+                for value, (_, point) in zip(times, best, strict=True)
+            ],
+            hovertemplate="MHA −%{x:.1%}, MLP −%{y:.1%}<br>%{customdata[0]:.3f} × dense, "
+            "perplexity %{customdata[1]:.3f}<br>%{customdata[2]}, "
+            "by %{customdata[3]}, %{customdata[4]}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="MHA width removed", tickformat=".0%", range=_around(best, 0))
+    figure.update_yaxes(title="MLP width removed", tickformat=".0%", range=_around(best, 1))
+    within = int((times <= TOLERATED).sum())
+    title = (
+        f"{within} of {len(best)} measured pairs cost at most {TOLERATED} × the dense perplexity"
+        if best
+        else "No pair of ratios is measured yet"
+    )
+    return laid_out(figure, title, 460)
+
+
+def _times_in_few_digits(times: float) -> str:
+    return f"{times:.2f}" if times < 9.995 else f"{times:.0f}" if times < 9999 else "≫"
+
+
+def _around(best: list[tuple[tuple[float, float], Measurement]], axis: int) -> list[float]:
+    return [-0.06, max([shares[axis] for shares, _ in best] + [0.3]) + 0.08]

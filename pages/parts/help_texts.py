@@ -1,0 +1,52 @@
+"""What the controls that several pages share offer, and what they say of each choice."""
+
+from transact_core.importance.scores import IMPORTANCES
+
+GRANULARITY_HELP = (
+    "`query-heads` takes the same number of queries from every group and leaves the KV cache; "
+    "`kv-groups` takes whole groups, and the KV cache shrinks with them; `head-dims` makes every "
+    "head narrower, and the KV cache with them; `auto` tries each on held-out calibration text and "
+    "takes the best, which takes about three times as long to measure."
+)
+STEPS_HELP = (
+    "How often units are scored anew on the model as pruned so far; each step takes about as long "
+    "to measure as a cut."
+)
+SEQUENTIAL_HELP = (
+    "Each module's units are chosen on the stream of the model as pruned and repaired before it; "
+    "takes about three times as long to measure. With the importance `reconstruction`, a recovery, "
+    "and one step."
+)
+RECOVERY_HELP = (
+    "Without training, on the calibration text: `least-squares` fits `o_proj` and `down_proj` "
+    "anew; `bias` adds the mean of what went missing, and its parameters; `none` leaves the bare "
+    "cut."
+)
+MULTIPLE_HELP = (
+    "MLP width and head dims are rounded to a multiple of this; runtimes like 8, 32, 64 or 256."
+)
+_MEASURES = {
+    "activation": "how large a unit's activation is over the calibration text (TransAct)",
+    "activation-weight": "how large what a unit writes is: activation times output weights (Wanda)",
+    "fluctuation": "how much what a unit writes varies about its mean, which a bias could write "
+    "(FLAP)",
+    "taylor": "how much the loss would change, to first order, without the unit's weights "
+    "(LLM-Pruner)",
+    "reconstruction": "how badly the rest, refitted, does without the unit; it chooses for what "
+    "least squares can rebuild",
+    "magnitude": "how large the unit's weights are, without looking at any text; a baseline",
+    "random": "nothing: units are drawn by lot; the baseline",
+}
+
+
+def measures(importance: str) -> str:
+    """What an importance measures, in a line that goes on after its name."""
+    line = _MEASURES.get(importance)
+    if line is None:
+        line = (IMPORTANCES[importance].__doc__ or "").strip().partition("\n")[0].rstrip(".")
+    return line
+
+
+IMPORTANCE_HELP = "What decides which units go first. It measures\n\n" + "\n".join(
+    f"- `{name}`: {measures(name)}" for name in IMPORTANCES
+)

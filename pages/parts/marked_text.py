@@ -1,0 +1,77 @@
+"""Text of models and users as HTML that is nothing but text, its tokens marked by their losses."""
+
+from collections.abc import Sequence
+from html import escape
+
+import pandas as pd
+import torch
+
+WORSE, BETTER = "213, 94, 0", "0, 114, 178"
+"""Okabe and Ito's vermilion and blue, told apart by colour-blind readers."""
+FULL_AT = 3.0
+"""Nats of difference at which the colour is at its strongest."""
+STRONGEST = 0.6
+"""Opacity then; text stays readable on it, on a light page and on a dark one."""
+STYLE = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7"
+
+
+def plain(text: str) -> str:
+    """Text as it stands, line breaks kept."""
+    return f'<div style="{STYLE}">{escape(text)}</div>'
+
+
+def losses_of_pieces(
+    pieces: Sequence[tuple[str, int]], dense: torch.Tensor, pruned: torch.Tensor, start: int
+) -> pd.DataFrame:
+    """A row for each piece from token `start` on: its text and what both models lose on it.
+
+    `pieces` are texts and their numbers of tokens; `dense` and `pruned`, of shape (tokens − 1,),
+    are the losses of all tokens but the first. A piece of several tokens has their sum.
+    """
+    rows, at = [], 0
+    for text, count in pieces:
+        first, at = max(at, start, 1), at + count
+        if first < at:
+            losses = [each[first - 1 : at - 1].sum().item() for each in (dense, pruned)]
+            rows.append(
+                {
+                    "token": text,
+                    "tokens": at - first,
+                    "dense_nll": losses[0],
+                    "pruned_nll": losses[1],
+                }
+            )
+    table = pd.DataFrame(rows, columns=["token", "tokens", "dense_nll", "pruned_nll"])
+    return table.assign(change=table["pruned_nll"] - table["dense_nll"])
+
+
+def marked(table: pd.DataFrame) -> str:
+    """The tokens, their background by how the loss changed, the numbers on hover."""
+    spans = []
+    for row in table.itertuples():
+        colour = WORSE if row.change > 0 else BETTER
+        strength = STRONGEST * min(1.0, abs(row.change) / FULL_AT)
+        numbers = (
+            f"dense {row.dense_nll:.3f}, pruned {row.pruned_nll:.3f}, change {row.change:+.3f} nats"
+        )
+        spans.append(
+            f'<span title="{escape(repr(row.token))}: {numbers}" '
+            f'style="background-color:rgba({colour},{strength:.2f})">{escape(row.token)}</span>'
+        )
+    return f'<div style="{STYLE}">{"".join(spans)}</div>'
+
+
+def scale() -> str:
+    """What the colours mean, from better to worse."""
+    steps = [
+        (BETTER, 1.0, f"−{FULL_AT:g} nats and less"),
+        (BETTER, 0.4, "better"),
+        (WORSE, 0.0, "same"),
+        (WORSE, 0.4, "worse"),
+        (WORSE, 1.0, f"+{FULL_AT:g} nats and more"),
+    ]
+    return "".join(
+        f'<span style="background-color:rgba({colour},{STRONGEST * share:.2f});'
+        f'padding:0.15rem 0.6rem;font-size:0.85rem">{words}</span>'
+        for colour, share, words in steps
+    )

@@ -1,0 +1,332 @@
+"""One page that explains a cut to a colleague: HTML that needs no network, its charts alive.
+
+The template escapes whatever it is given; only figures and plotly's own script are markup.
+"""
+
+import base64
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+
+import plotly.graph_objects as go
+import plotly.io
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from pages.charts import common as charts
+from pages.charts import curve_chart, plan_charts, tradeoff_charts
+from pages.charts.latency_chart import latency_chart
+from pages.charts.text import counted
+from pages.server.side_by_side import LatencyRun
+from transact_core.data.corpus import describe
+from transact_core.experiments.bench import Bench, Measurement
+from transact_core.export.compression import (
+    Compression,
+    TextReference,
+    apply_command,
+    describe_compression,
+    reproduce_command,
+)
+from transact_core.pruning.plan import Decision, PruningPlan
+
+SIZES = (
+    ("Parameters (M)", "parameters", 1e6, 1),
+    ("Weights (MB)", "weight_bytes", 1e6, 1),
+    ("KV cache per token (kB)", "kv_bytes_per_token", 1e3, 1),
+    ("FLOPs per token (M)", "flops_per_token", 1e6, 0),
+    ("MHA width", "mha_width", 1, 0),
+    ("MLP width", "mlp_width", 1, 0),
+)
+LIMITS = (
+    "Perplexity is of one text, named above; it says nothing about other texts, other languages, "
+    "tasks, instructions or safety.",
+    "The interval covers which windows of that text happened to be scored, not other texts.",
+    "Curves and frontiers hold what was measured in one session; a cut that was not tried may be "
+    "better.",
+    "Sizes are exact. Times, where there are any, are of one machine and one batch size.",
+)
+
+
+def make_report(
+    bench: Bench,
+    decision: Decision,
+    recovery: str,
+    point: Measurement | None,
+    points: Sequence[Measurement],
+    latency: LatencyRun | None,
+    made: datetime,
+) -> str:
+    """The whole page.
+
+    `point` is the cut's own measurement, or None where it is not measured; `points` are all that
+    were measured on the bench, whose dense model must be measured where there are any. `latency`
+    are times of this very cut, if any.
+    """
+    plan, compression = decision.plan, describe_compression(bench, decision, recovery)
+    template = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    ).get_template("report.html")
+    return template.render(
+        name=bench.loaded.name,
+        made=made.strftime("%d %B %Y, %H:%M %Z").strip(),
+        choices=f"MHA −{plan.mha_ratio:.0%}, MLP −{plan.mlp_ratio:.0%} · {plan.granularity} · "
+        f"importance {plan.importance} · recovery {recovery}",
+        verdict=_verdict(bench, plan, recovery, point),
+        sizes=_sizes(bench, plan, recovery, point),
+        perplexity_note=_perplexity_note(bench, point),
+        cut=_cut_in_words(bench, plan),
+        cut_figures=_drawn(_cut_figures(bench, plan)),
+        standing=_standing(point, points),
+        standing_figures=_drawn(_standing_figures(bench, point, points)),
+        repair_figures=_drawn(_repair_figures(point)),
+        latency_figures=_drawn(_latency_figures(bench, latency)),
+        facts=_facts(bench, compression),
+        compression_uri="data:application/json;base64,"
+        + base64.b64encode(compression.to_json().encode()).decode(),
+        apply_command=apply_command(),
+        reproduce_command=reproduce_command(compression),
+        limits=LIMITS,
+        plotly_js=Markup(_plotly_js()),
+        templates={
+            scheme: plotly.io.templates[name].to_plotly_json()
+            for scheme, name in (("light", "plotly_white"), ("dark", "plotly_dark"))
+        },
+    )
+
+
+@cache
+def _plotly_js() -> str:
+    return get_plotlyjs()
+
+
+Figure = tuple[go.Figure, str]
+"""With the sentence on how to read it."""
+
+
+def _drawn(figures: list[Figure]) -> list[tuple[Markup, str]]:
+    drawn = []
+    for figure, caption in figures:
+        figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
+        html = plotly.io.to_html(
+            figure,
+            full_html=False,
+            include_plotlyjs=False,
+            config={
+                "responsive": True,
+                "displaylogo": False,
+                "toImageButtonOptions": {"format": "svg"},
+            },
+        )
+        drawn.append((Markup(html), f"How to read it: {caption}"))
+    return drawn
+
+
+def _verdict(bench: Bench, plan: PruningPlan, recovery: str, point: Measurement | None) -> str:
+    dense, pruned = bench.dense_footprint, bench.footprint(plan, recovery)
+    sizes = (
+        f"{pruned.parameters / 1e6:,.1f} M of {dense.parameters / 1e6:,.1f} M parameters and "
+        f"{pruned.kv_bytes_per_token / dense.kv_bytes_per_token:.0%} of the KV cache stay."
+    )
+    if point is None:
+        return f"{sizes} What that costs is not measured yet: only the sizes below are known."
+    return (
+        f"{sizes} Perplexity is {point.perplexity:.2f}, {times_dense(point)} the dense model's "
+        f"{bench.dense().perplexity:.2f}."
+    )
+
+
+def times_dense(point: Measurement) -> str:
+    """Its perplexity over the dense model's, with the interval where there is one."""
+    times = f"{math.exp(point.delta_nll):.3f} ×"
+    if math.isnan(point.delta_nll_se):
+        return times
+    low, high = (math.exp(point.delta_nll + side * 1.96 * point.delta_nll_se) for side in (-1, 1))
+    return f"{times} (95 % interval {low:.3f} to {high:.3f})"
+
+
+def _sizes(
+    bench: Bench, plan: PruningPlan, recovery: str, point: Measurement | None
+) -> list[tuple[str, ...]]:
+    dense, pruned = bench.dense_footprint, bench.footprint(plan, recovery)
+    rows = []
+    for label, field, scale, digits in SIZES:
+        before, after = getattr(dense, field), getattr(pruned, field)
+        values = (f"{each / scale:,.{digits}f}" for each in (before, after))
+        rows.append((label, *values, f"{after / before:.1%}"))
+    if point is None:
+        return [*rows, ("Perplexity", "–", "not measured", "–")]
+    before = bench.dense().perplexity
+    times = math.exp(point.delta_nll)
+    return [*rows, ("Perplexity", f"{before:.2f}", f"{point.perplexity:.2f}", f"{times:.1%}")]
+
+
+def _perplexity_note(bench: Bench, point: Measurement | None) -> str:
+    flops = f"FLOPs with attention at {bench.dense_footprint.context_length:,} tokens. "
+    if point is None:
+        return flops + "This cut's perplexity is not measured yet."
+    interval = (
+        "a single window, so without an interval"
+        if math.isnan(point.delta_nll_se)
+        else f"difference of the loss from the dense model's {point.delta_nll:+.4f} ± "
+        f"{point.delta_nll_se:.4f} nats a token (standard error over windows, paired)"
+    )
+    return (
+        f"{flops}Perplexity on {point.evaluation.scored_tokens:,} scored tokens of "
+        f"{describe(bench.evaluation.source)}, windows of {bench.evaluation.sequence_length}, each "
+        f"scored alone; {interval}."
+    )
+
+
+def _cut_in_words(bench: Bench, plan: PruningPlan) -> str:
+    shape = bench.loaded.architecture
+    left = plan.applied_to(shape)
+    if not plan.cuts_anything(shape):
+        return "Nothing: at these ratios the model is the dense one."
+    return (
+        f"In each of {shape.num_hidden_layers} layers, inside attention and MLP; the residual "
+        f"stream of {shape.hidden_size:,} stays whole. Attention keeps {left.num_attention_heads} "
+        f"of {shape.num_attention_heads} query heads over {left.num_key_value_heads} of "
+        f"{shape.num_key_value_heads} KV heads, {left.head_dim} of {shape.head_dim} dims in each; "
+        f"the MLP keeps {left.intermediate_size:,} of {shape.intermediate_size:,} channels. Which "
+        "ones differs from layer to layer."
+    )
+
+
+def _cut_figures(bench: Bench, plan: PruningPlan) -> list[Figure]:
+    shape = bench.loaded.architecture
+    figures = []
+    if plan.granularity == "head-dims" and plan.head_dim:
+        pairs = bench.pairs()
+        figures.append(
+            (
+                plan_charts.pair_map(pairs.effects.numpy(), plan, pairs.inv_freq.numpy(), 560),
+                "full cells are rotary pairs of dims that stay, small pale ones go.",
+            )
+        )
+    elif plan.cuts_mha(shape):
+        removed = shape.num_attention_heads - plan.num_attention_heads
+        figures.append(
+            (
+                charts.head_map(
+                    bench.scores(plan.importance).heads.numpy(),
+                    plan,
+                    f"{removed} of {shape.num_attention_heads} heads go in each layer (×)",
+                ),
+                f"dark heads score low by {plan.importance}; those crossed out are removed.",
+            )
+        )
+    if plan.cuts_mlp(shape):
+        figures.append(
+            (
+                plan_charts.kept_channels(plan, shape.intermediate_size),
+                "dark is where most of the neighbouring channels go.",
+            )
+        )
+    return figures
+
+
+def _standing(point: Measurement | None, points: Sequence[Measurement]) -> str:
+    if not points:
+        return "Nothing is measured on these texts yet."
+    count = f"{len(points)} cut{'s are' if len(points) > 1 else ' is'} measured on these texts. "
+    if point is None:
+        return f"{count}This one is not, so it is not in the charts."
+    sentences = []
+    for field, (*_, saved) in tradeoff_charts.COSTS.items():
+        better = sum(
+            getattr(each.footprint, field) <= getattr(point.footprint, field)
+            and each.perplexity < point.perplexity
+            for each in points
+        )
+        sentences.append(
+            f"{better or 'None'} of them ha{'ve' if better > 1 else 's'} no more {saved} and a "
+            "lower perplexity than this one."
+        )
+    return count + " ".join(sentences)
+
+
+def _standing_figures(
+    bench: Bench, point: Measurement | None, points: Sequence[Measurement]
+) -> list[Figure]:
+    if not points:
+        return []
+    shape, dense = bench.loaded.architecture, bench.dense()
+    widths = (shape.mha_width, shape.intermediate_size)
+    curve = curve_chart.perplexity_curve(points, dense, widths)
+    figures = [(curve, "bars are 95 % intervals of the paired difference from the dense model.")]
+    if point is not None:
+        _mark(curve, max(curve_chart.removed_shares(point, widths)), point.perplexity)
+    for field, (_, scale, *_) in tradeoff_charts.COSTS.items():
+        figure = tradeoff_charts.frontier_chart(
+            points, (bench.dense_footprint, dense), widths, field
+        )
+        if point is not None:
+            _mark(figure, getattr(point.footprint, field) / scale, point.perplexity)
+        figures.append((figure, "full marks on the line are the best measured for their size."))
+    return figures
+
+
+def _mark(figure: go.Figure, x: float, y: float) -> None:
+    figure.add_scatter(
+        x=[x],
+        y=[y],
+        mode="markers",
+        name="this cut",
+        hoverinfo="skip",
+        marker={"symbol": "circle-open", "size": 24, "color": "#D55E00", "line": {"width": 3}},
+    )
+
+
+def _repair_figures(point: Measurement | None) -> list[Figure]:
+    if point is None or not point.fits:
+        return []
+    return [
+        (
+            plan_charts.layer_fits(point.fits, point.recovery),
+            "the lower the line, the nearer a module's output is to the dense one's, on windows "
+            "that the repair was not fitted on.",
+        )
+    ]
+
+
+def _latency_figures(bench: Bench, run: LatencyRun | None) -> list[Figure]:
+    if run is None or not run.points:
+        return []
+    return [
+        (
+            latency_chart(run.points),
+            f"medians of {run.repeats} repeats, bars their middle half; "
+            f"{str(bench.loaded.dtype)[6:]} on {bench.loaded.device.type}, "
+            f"{counted(run.threads, 'thread')}, batch 1.",
+        )
+    ]
+
+
+def _facts(bench: Bench, compression: Compression) -> list[tuple[str, str]]:
+    def text(reference: TextReference) -> str:
+        return (
+            f"{describe(reference.source)}, {reference.tokens:,} tokens, SHA-256 {reference.sha256}"
+        )
+
+    made_with = compression.environment
+    packages = ", ".join(f"{name} {version}" for name, version in made_with.packages.items())
+    return [
+        ("Model", f"{bench.loaded.name} ({compression.model.source})"),
+        *(
+            (f"Weights {name}", f"SHA-256 {digest}")
+            for name, digest in compression.model.weight_files.items()
+        ),
+        ("Calibration", text(compression.calibration)),
+        ("Evaluation", text(compression.evaluation)),
+        ("Saved as", compression.save_dtype),
+        (
+            "Computed",
+            f"in {made_with.dtype} on {made_with.device}, "
+            f"{counted(made_with.threads, 'thread')}, "
+            f"{made_with.cpu_capability}",
+        ),
+        ("Packages", packages),
+    ]

@@ -1,0 +1,286 @@
+"""Background jobs: one worker, so that jobs queue for the device instead of fighting over it.
+
+A job outlives the page that started it; any page can show it, and cancel it. Work that takes long
+comes in pieces: written as a generator, it gives up its turn at every `yield`, and between two of
+its pieces others have theirs. Turns go round among owners, and among the jobs of one owner, so that
+nobody waits for the whole of another's curve; what a page cannot be drawn without is urgent and
+goes before. What nobody asked for runs in the background: it comes last, and at each of its reports
+whatever waits is done first.
+"""
+
+import atexit
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
+from inspect import isgenerator
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+
+from transact_core.base.errors import Cancelled, Progress, TransActError
+
+QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
+STOPPING_SECONDS = 5
+"""What running work is given to come to a report when the process ends."""
+
+Work = Callable[[Progress], Any]
+"""Given a progress callback; or a generator that yields (pieces done, pieces) between its pieces.
+
+What it returns is the job's result. A generator should hold nothing large over a `yield`.
+"""
+
+
+class Job:
+    """One piece of work, its progress and what became of it.
+
+    `owner` is whom its turns are counted for, and `about` what tells it from others for a page.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        work: Work,
+        owner: object = None,
+        urgent: bool = False,
+        about: Hashable = None,
+        give_way: Callable[[], None] | None = None,
+    ) -> None:
+        self.title = title
+        self.owner = self if owner is None else owner
+        self.urgent = urgent
+        self.about = about
+        self.give_way = give_way
+        """Called at each report where the job is one of the background."""
+        self.state = QUEUED
+        self.stage, self.done, self.total = "", 0, 1
+        self.pieces_done, self.pieces = 0, 1
+        self.result: Any = None
+        self.error: str | None = None
+        self.refused = False
+        """Failed for a reason that stays, so that another try would fail as well."""
+        self.last_turn = 0
+        """The number of the turn it had last, counted by the queue; 0 before the first."""
+        self._turns: Generator[tuple[int, int], None, Any] | None = _in_turns(work, self.report)
+        self._changing = threading.Lock()
+        self._cancelled = threading.Event()
+        self._ended = threading.Event()
+        self._turn_began = self._stage_started = self._last_report = time.monotonic()
+        self._stage_began_with = 0
+        self._seconds_in_pieces = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.state in (DONE, FAILED, CANCELLED)
+
+    @property
+    def fraction(self) -> float:
+        """Of the current stage."""
+        return min(1.0, self.done / self.total) if self.total else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of its own computing, or None while there is nothing to judge by.
+
+        In the current stage, or over all pieces once one of them is done.
+        """
+        if self.pieces_done:
+            left = self._seconds_in_pieces / self.pieces_done * (self.pieces - self.pieces_done)
+            under_way = time.monotonic() - self._turn_began if self.state == RUNNING else 0.0
+            return max(0.0, left - under_way)
+        done, reported = self.done - self._stage_began_with, self._last_report
+        if self.state != RUNNING or done <= 0 or reported - self._stage_started < 1:
+            return None
+        # What was promised at the last report, less the time since: the clock never runs backwards
+        # while a long piece of the work is under way.
+        left = (reported - self._stage_started) * (self.total - self.done) / done
+        return max(0.0, left - (time.monotonic() - reported))
+
+    @property
+    def stopping(self) -> bool:
+        """Cancelled, and not yet at a report where it can stop."""
+        return self._cancelled.is_set() and not self.finished
+
+    def cancel(self) -> None:
+        """Stops the work at its next report of progress, or at once while it waits for a turn."""
+        with self._changing:
+            self._cancelled.set()
+            if self.state == QUEUED:
+                self._end(CANCELLED)
+
+    def wait(self, seconds: float) -> bool:
+        """Gives the work this long to end; True when it has."""
+        return self._ended.wait(seconds)
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """The progress callback that the work is given."""
+        if self._cancelled.is_set():
+            raise Cancelled
+        self._last_report = time.monotonic()
+        if stage != self.stage:
+            self._stage_started, self._stage_began_with = self._last_report, done
+        self.stage, self.done, self.total = stage, done, total
+        if self.give_way is not None:
+            self.give_way()
+
+    def take_turn(self) -> None:
+        """Works on to the end or to the end of a piece; called by the queue's worker alone."""
+        with self._changing:
+            if self.state != QUEUED:
+                return
+            self.state = RUNNING
+        self._turn_began = time.monotonic()
+        try:
+            before = self.pieces_done
+            self.pieces_done, self.pieces = next(self._turns)
+            if self.pieces_done > before:
+                self._seconds_in_pieces += time.monotonic() - self._turn_began
+            with self._changing:
+                if self._cancelled.is_set():
+                    raise Cancelled
+                self.state = QUEUED
+        except StopIteration as end:
+            self.result = end.value
+            self._end(DONE)
+        except Cancelled:
+            self._end(CANCELLED)
+        except TransActError as error:
+            self.error, self.refused = str(error), True
+            self._end(FAILED)
+        except (MemoryError, torch.OutOfMemoryError):
+            self.error = "The memory is used up; choose a smaller model or fewer tokens."
+            self._end(FAILED)
+        except Exception as error:
+            logging.getLogger(__name__).exception("The job %r failed", self.title)
+            self.error = f"Something unforeseen went wrong ({type(error).__name__}: {error})."
+            self._end(FAILED)
+
+    def _end(self, state: str) -> None:
+        # The work holds on to models; nothing of it is needed any more.
+        self._turns = None
+        self.state = state
+        self._ended.set()
+
+
+def _in_turns(work: Work, report: Progress) -> Generator[tuple[int, int], None, Any]:
+    made = work(report)
+    return (yield from made) if isgenerator(made) else made
+
+
+class JobQueue:
+    """Gives jobs their turns, one at a time, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._unfinished: list[Job] = []
+        self._running: Job | None = None
+        self._turns = 0
+        self._last_turns: WeakKeyDictionary[object, int] = WeakKeyDictionary()
+        threading.Thread(target=self._serve, name="jobs", daemon=True).start()
+        _queues.add(self)
+
+    def submit(
+        self,
+        title: str,
+        work: Work,
+        owner: object = None,
+        urgent: bool = False,
+        about: Hashable = None,
+        background: bool = False,
+    ) -> Job:
+        give_way = self._give_way if background else None
+        job = Job(title, work, owner, urgent, about, give_way)
+        with self._changed:
+            self._unfinished.append(job)
+            self._changed.notify()
+        return job
+
+    def stop(self, seconds: float) -> bool:
+        """Cancels all jobs and gives the running one this long; True when nothing runs any more."""
+        with self._changed:
+            jobs = list(self._unfinished)
+        for job in jobs:
+            job.cancel()
+        deadline = time.monotonic() + seconds
+        return all(job.wait(max(0.0, deadline - time.monotonic())) for job in jobs)
+
+    def ahead_of(self, job: Job) -> list[Job]:
+        """The jobs that have a turn before this one has its next, the running one first."""
+        with self._changed:
+            running = self._running
+            stays = running not in (None, job) and running.give_way is None
+            ahead = [running] if stays else []
+            waiting = [each for each in self._unfinished if each not in ahead]
+            last_turns, turn = dict(self._last_turns), self._turns
+        while (following := _next(waiting, last_turns)) not in (None, job):
+            ahead.append(following)
+            waiting.remove(following)
+            last_turns[following.owner] = turn = turn + 1
+        return ahead if following is job else []
+
+    def _serve(self) -> None:
+        # One core is left to the pages, which must answer while a job computes.
+        torch.set_num_threads(job_threads())
+        while True:
+            self._give_turn()
+
+    def _give_turn(self) -> None:
+        with self._changed:
+            while (job := _next(self._unfinished, self._last_turns)) is None:
+                self._changed.wait()
+        self._run(job)
+
+    def _give_way(self) -> None:
+        """Runs what waits in the midst of a background job, in the same thread."""
+        while True:
+            with self._changed:
+                others = [each for each in self._unfinished if each.give_way is None]
+                job = _next(others, self._last_turns)
+            if job is None:
+                return
+            self._run(job)
+
+    def _run(self, job: Job) -> None:
+        with self._changed:
+            self._turns += 1
+            self._last_turns[job.owner] = job.last_turn = self._turns
+            interrupted, self._running = self._running, job
+        job.take_turn()
+        with self._changed:
+            self._running = interrupted
+            self._unfinished = [each for each in self._unfinished if not each.finished]
+
+
+_queues: WeakSet[JobQueue] = WeakSet()
+
+
+@atexit.register
+def _stop_queues() -> None:
+    # A thread that computes while the interpreter ends takes the process down with it.
+    for queue in list(_queues):
+        queue.stop(STOPPING_SECONDS)
+
+
+def _next(jobs: Iterable[Job], last_turns: Mapping[object, int]) -> Job | None:
+    """Whose turn it is: the urgent, then the owner and the job that have waited longest.
+
+    Those of the background come last.
+    """
+    waiting = (job for job in jobs if job.state == QUEUED)
+    return min(
+        waiting,
+        key=lambda job: (
+            job.give_way is not None,
+            not job.urgent,
+            last_turns.get(job.owner, 0),
+            job.last_turn,
+        ),
+        default=None,
+    )
+
+
+def job_threads() -> int:
+    """Threads that a job computes with."""
+    return max(1, len(os.sched_getaffinity(0)) - 1) if hasattr(os, "sched_getaffinity") else 1

@@ -1,0 +1,285 @@
+"""Open models and the jobs that open, score and measure them; shared by all sessions."""
+
+import gc
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from weakref import WeakSet
+
+import streamlit as st
+import torch
+from transformers import LlamaForCausalLM
+
+from pages.server.jobs import DONE, Job, JobQueue, job_threads
+from pages.server.request import Cut, Request, first_look, identity, what_to_learn
+from pages.server.settings import require_readable_source, settings
+from pages.server.visitors import Visitor, size_of
+from transact_core.base.errors import Progress, TransActError, silent
+from transact_core.data.corpus import read_corpus
+from transact_core.data.windows import calibration_and_evaluation
+from transact_core.experiments.bench import Bench, Choices, Measurement, carry_out, compress
+from transact_core.experiments.results import decided, measured
+from transact_core.models.load import LoadedModel, load_model
+from transact_core.pruning.plan import PruningPlan
+
+MODELS_KEPT = 2
+BENCHES_KEPT = 12
+"""More than models: without its model a bench is small, and the pages need no more of it."""
+VISITORS_KEPT = 200
+HELD_BYTES = 1 << 30
+"""Of what all visitors have measured and found out; on disk there is more of it."""
+
+
+@dataclass
+class Opening:
+    """The jobs that open a request: first its bench, then the dense model's perplexity."""
+
+    bench: Job
+    dense: Job
+    preparations: dict[Choices, Job] = field(default_factory=dict)
+    """The jobs that measured what plans need beyond the opening."""
+    damages: dict[Choices, Job] = field(default_factory=dict)
+    """The jobs that measured what a prediction needs."""
+
+
+class Workbench:
+    """What all sessions of one server share: the queue, visitors, loaded models, open benches."""
+
+    def __init__(self) -> None:
+        # The number of threads that results depend on is the jobs' own.
+        torch.set_num_threads(job_threads())
+        self.queue = JobQueue()
+        # Sessions come in threads of their own; models and the last cut are the worker's alone.
+        self._lock = threading.RLock()
+        self._visitors: OrderedDict[str, Visitor] = OrderedDict()
+        self._everyone: WeakSet[Visitor] = WeakSet()
+        self._openings: OrderedDict[Request, Opening] = OrderedDict()
+        self._models: OrderedDict[tuple[str, str, str], LoadedModel] = OrderedDict()
+        self._benches: WeakSet[Bench] = WeakSet()
+        self._in_use: LoadedModel | None = None
+        self._last_cut: tuple[Request, tuple, LlamaForCausalLM] | None = None
+
+    def visitor(self, identity: str | None) -> Visitor:
+        """The visitor of that identity; without one, a new visitor that is not found again."""
+        with self._lock:
+            known = self._visitors.get(identity) or Visitor()
+            self._everyone.add(known)
+            if identity is None:
+                return known
+            self._visitors[identity] = known
+            self._visitors.move_to_end(identity)
+            idle = [key for key, each in self._visitors.items() if not each.unfinished_jobs]
+            for key in idle[: max(0, len(self._visitors) - VISITORS_KEPT)]:
+                if key != identity:
+                    del self._visitors[key]
+            return known
+
+    def make_room(self) -> None:
+        """Lets go of what visitors have beyond `HELD_BYTES`, what was looked at longest ago first.
+
+        Those with unfinished jobs keep theirs. A point let go of is still on disk, and comes from
+        there when it is asked for again.
+        """
+        with self._lock:
+            everything = [
+                (holding.looked_at, size_of(holding), visitor, request)
+                for visitor in self._everyone
+                for request, holding in list(visitor.holdings.items())
+            ]
+            held = sum(size for _, size, _, _ in everything)
+            idle = [each for each in everything if not each[2].unfinished_jobs]
+            # The last one looked at stays however large it is.
+            for _, size, visitor, request in sorted(idle, key=lambda each: each[0])[:-1]:
+                if held <= HELD_BYTES:
+                    return
+                visitor.holdings.pop(request, None)
+                held -= size
+
+    def open(self, request: Request) -> Opening:
+        """The jobs that open this request; sessions that ask for the same share them."""
+        with self._lock:
+            opening = self._openings.get(request)
+            if opening is None:
+                bench = self.queue.submit(
+                    "Opening the model", lambda report: self._opened(request, report), urgent=True
+                )
+                opening = self._openings[request] = Opening(bench, self._dense(request, bench))
+            self._openings.move_to_end(request)
+            ended = [key for key, each in self._openings.items() if each.bench.finished]
+            for key in ended[: max(0, len(self._openings) - BENCHES_KEPT)]:
+                if key != request:
+                    del self._openings[key]
+            return opening
+
+    def reopen(self, request: Request) -> Opening:
+        """Opens anew what failed or was cancelled, at the visitor's wish."""
+        with self._lock:
+            if self._openings[request].bench.finished:
+                del self._openings[request]
+            return self.open(request)
+
+    def measure_dense(self, request: Request) -> None:
+        """Measures the dense model anew where that failed or was cancelled."""
+        with self._lock:
+            opening = self.open(request)
+            if opening.dense.finished:
+                opening.dense = self._dense(request, opening.bench)
+
+    def prepare(self, request: Request, choices: Choices, anew: bool = False) -> Job:
+        """The job that measures what plans with these choices need; shared as openings are.
+
+        The request must be open. `anew` is for what failed or was cancelled.
+        """
+        # No plan looks at the recovery, and what auto and steps try is tried when it is measured.
+        wanted = replace(first_look(choices), recovery=Choices.recovery)
+        with self._lock:
+            opening = self.open(request)
+            job = opening.preparations.get(wanted)
+            if job is None or (anew and job.finished):
+                job = opening.preparations[wanted] = self.queue.submit(
+                    f"Scoring by {choices.importance}",
+                    lambda report: self.bench(request, report).prepare(wanted, report),
+                    urgent=True,
+                )
+            return job
+
+    def learn(self, request: Request, choices: Choices, anew: bool = False) -> Job:
+        """The job that measures what predictions with these choices need; shared as openings are.
+
+        The request must be open. `anew` is for what failed or was cancelled.
+        """
+        wanted = what_to_learn(choices)
+        with self._lock:
+            opening = self.open(request)
+            job = opening.damages.get(wanted)
+            if job is None or (anew and job.finished):
+
+                def measure(report: Progress) -> None:
+                    bench = self.bench(request, silent)
+                    # Others have turns in the midst of this, and may open models of their own.
+                    self._in_use = bench.loaded
+                    try:
+                        bench.damage(wanted, report)
+                    finally:
+                        self._in_use = None
+
+                job = opening.damages[wanted] = self.queue.submit(
+                    "Measuring what each layer loses", measure, background=True
+                )
+            return job
+
+    def bench(self, request: Request, report: Progress) -> Bench:
+        """The bench of a request with its model at hand; for jobs, and held by none over a turn.
+
+        Raises:
+            TransActError: it cannot be opened any more, or the weights are not those they were.
+        """
+        opening = self._openings.get(request)
+        if opening is None or opening.bench.state != DONE:
+            return self._opened(request, report)
+        bench = opening.bench.result
+        if bench.loaded.released:
+            loaded = self._model(request, report)
+            if loaded.weight_files != bench.loaded.weight_files:
+                with self._lock:
+                    self._openings.pop(request, None)
+                raise TransActError(
+                    f"The weights of {loaded.source} have changed since they were opened; "
+                    "try again with the new ones."
+                )
+            bench.loaded = loaded
+        elif request.model_key in self._models:
+            self._models.move_to_end(request.model_key)
+        return bench
+
+    def _dense(self, request: Request, bench: Job) -> Job:
+        def measure(report: Progress) -> None:
+            if bench.state == DONE:
+                self.bench(request, report).dense(report)
+
+        # Not urgent, so that it waits for every opening; its first turn comes before other jobs'.
+        return self.queue.submit("Measuring the dense model", measure)
+
+    def _opened(self, request: Request, report: Progress) -> Bench:
+        bench = self._bench(request, report)
+        self._benches.add(bench)
+        return bench
+
+    def _bench(self, request: Request, report: Progress) -> Bench:
+        for source in (request.model, request.calibration, request.evaluation):
+            require_readable_source(source, settings())
+        calibration = read_corpus(request.calibration)
+        evaluation = read_corpus(request.evaluation)
+        loaded = self._model(request, report)
+        bench = Bench(
+            loaded,
+            *calibration_and_evaluation(
+                calibration,
+                evaluation,
+                loaded.tokenizer,
+                loaded.architecture.vocab_size,
+                request.calibration_tokens,
+                request.evaluation_tokens,
+                request.sequence_length,
+                report,
+            ),
+        )
+        bench.statistics(report)
+        bench.scores(Choices().importance)
+        return bench
+
+    def _model(self, request: Request, report: Progress) -> LoadedModel:
+        key = request.model_key
+        if key not in self._models:
+            # Room is made first, so that the old and the new model are not held at once.
+            unused = [each for each, held in self._models.items() if held is not self._in_use]
+            for dropped in unused[: max(0, len(self._models) - MODELS_KEPT + 1)]:
+                self._forget(dropped)
+            require_readable_source(request.model, settings())
+            self._models[key] = load_model(*key, report)
+        self._models.move_to_end(key)
+        return self._models[key]
+
+    def _forget(self, key: tuple[str, str, str]) -> None:
+        """Lets go of a model: its benches stay, with what was measured on them."""
+        loaded = self._models.pop(key)
+        for bench in list(self._benches):
+            if bench.loaded is loaded:
+                bench.release_model()
+        if self._last_cut and self._last_cut[0].model_key == key:
+            self._last_cut = None
+
+    def measure(self, request: Request, cut: Cut, report: Progress) -> Measurement:
+        """The point of a cut; a model made for it is kept until the next cut, for an export."""
+        bench = self.bench(request, report)
+
+        def compress_and_hold(
+            bench: Bench, plan: PruningPlan, recovery: str, progress: Progress
+        ) -> tuple[LlamaForCausalLM, Measurement]:
+            self._last_cut = None
+            model, point = compress(bench, plan, recovery, progress)
+            self._last_cut = (request, identity(plan, recovery), model)
+            return model, point
+
+        decision = decided(bench, *cut.ratios, cut.choices, report)
+        return measured(bench, decision, cut.recovery, report, compress_and_hold)
+
+    def model(self, request: Request, point: Measurement, report: Progress) -> LlamaForCausalLM:
+        """The pruned model of a point: that of the last cut where it is the same, or made anew."""
+        asked = (request, identity(point.plan, point.recovery))
+        if self._last_cut is None or self._last_cut[:2] != asked:
+            self._last_cut = None
+            bench = self.bench(request, report)
+            model, _ = carry_out(bench, point.plan, point.recovery, report)
+            self._last_cut = (*asked, model)
+        return self._last_cut[2]
+
+
+@st.cache_resource(show_spinner=False)
+def workbench() -> Workbench:
+    # Streamlit collects garbage after every run of a page or a fragment. To look through the half
+    # million objects of imported libraries each time took a third of a second, in which nothing
+    # else in this process moved.
+    gc.collect()
+    gc.freeze()
+    return Workbench()

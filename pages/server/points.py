@@ -1,0 +1,61 @@
+"""Measured points of a visitor: found, added, looked up on disk or measured."""
+
+from collections.abc import Iterable
+
+from pages.server.open_models import workbench
+from pages.server.request import Cut, Request, first_look, identity
+from pages.server.visits import points
+from transact_core.base.errors import Progress
+from transact_core.experiments.bench import Bench, Choices, Measurement
+from transact_core.experiments.results import find_decision
+from transact_core.experiments.sweep import Pair
+from transact_core.experiments.sweep import find_point as find_kept_point
+from transact_core.pruning.plan import Decision, PruningPlan
+
+POINTS_KEPT = 300
+"""Of one visitor with one request."""
+
+
+def find_point(plan: PruningPlan, recovery: str) -> Measurement | None:
+    """A point of this visitor with the same cut."""
+    wanted = identity(plan, recovery)
+    return next(
+        (point for point in points() if identity(point.plan, point.recovery) == wanted), None
+    )
+
+
+def asked_by(cut: Cut, known: Iterable[Measurement]) -> Measurement | None:
+    """The point, among those known, that was asked for by these very controls."""
+    return next((point for point in known if Cut.of(point) == cut), None)
+
+
+def add_point(known: list[Measurement], point: Measurement) -> None:
+    """A point joins others; it takes the place of one with the same cut."""
+    same = identity(point.plan, point.recovery)
+    others = [each for each in known if identity(each.plan, each.recovery) != same]
+    known[:] = [*others, point][-POINTS_KEPT:]
+    workbench().make_room()
+
+
+def find_cut(bench: Bench, cut: Cut) -> Decision | None:
+    """How a cut was or would be decided; None where that takes trying, and it was not tried."""
+    own = asked_by(cut, points())
+    return own.decision if own else find_decision(bench, *cut.ratios, cut.choices)
+
+
+def plan_at(bench: Bench, cut: Cut, decision: Decision | None) -> PruningPlan:
+    """The plan of a cut as it was decided, or a first look at one that is not decided yet."""
+    return decision.plan if decision else bench.plan(*cut.ratios, first_look(cut.choices))
+
+
+def kept_at_hand(bench: Bench, ratios: Pair, choices: Choices) -> Measurement | None:
+    """The point on disk, where it can be looked up without measuring anything."""
+    prepared = bench.prepared(first_look(choices))
+    return find_kept_point(bench, ratios, choices) if prepared else None
+
+
+def point_of(cut: Cut, request: Request, known: list[Measurement], report: Progress) -> Measurement:
+    """The point of a cut among those known, or measured now and added to them; for jobs."""
+    point = asked_by(cut, known) or workbench().measure(request, cut, report)
+    add_point(known, point)
+    return point

@@ -1,0 +1,83 @@
+"""What a page asks for: a request (model, texts, tokens) and a cut (the controls of Compress)."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from transact_core.data.corpus import BUILTIN_TEXT
+from transact_core.experiments.bench import Choices, Measurement
+from transact_core.experiments.sweep import Pair
+from transact_core.models.load import BUILTIN
+from transact_core.pruning.plan import Granularity, PruningPlan
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which model, which texts, how much of them."""
+
+    model: str = BUILTIN
+    device: str = "auto"
+    dtype: str = "auto"
+    calibration: str = BUILTIN_TEXT
+    evaluation: str = BUILTIN_TEXT
+    calibration_tokens: int = 8192
+    evaluation_tokens: int = 4096
+    sequence_length: int = 512
+
+    @property
+    def model_key(self) -> tuple[str, str, str]:
+        """What tells one loaded model from another."""
+        return self.model, self.device, self.dtype
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What the controls of the Compress page say."""
+
+    mha_ratio: float = 0.33
+    mlp_ratio: float = 0.3
+    granularity: Granularity | Literal["auto"] = Choices.granularity
+    importance: str = Choices.importance
+    recovery: str = Choices.recovery
+    steps: int = Choices.steps
+    multiple_of: int = Choices.multiple_of
+    sequential: bool = Choices.sequential
+
+    @property
+    def ratios(self) -> Pair:
+        return self.mha_ratio, self.mlp_ratio
+
+    @property
+    def choices(self) -> Choices:
+        return Choices(**{each.name: getattr(self, each.name) for each in fields(Choices)})
+
+    @classmethod
+    def of(cls, point: Measurement) -> "Cut":
+        plan, decision = point.plan, point.decision
+        return cls(
+            plan.mha_ratio,
+            plan.mlp_ratio,
+            "auto" if decision.granularity_losses else plan.granularity,
+            plan.importance,
+            point.recovery,
+            decision.steps,
+            plan.multiple_of,
+            decision.sequential,
+        )
+
+
+def first_look(choices: Choices) -> Choices:
+    """What a plan is drawn by while `auto`, steps and sequential choices are not decided."""
+    granularity = choices.granularity if choices.granularity != "auto" else Choices.granularity
+    return replace(choices, granularity=granularity, steps=1, sequential=False)
+
+
+def what_to_learn(choices: Choices) -> Choices:
+    """The choices that a prediction's measurements depend on; the rest are as usual."""
+    if choices.granularity == "head-dims":
+        return replace(choices, steps=1, multiple_of=1, sequential=False)
+    return Choices(importance=choices.importance)
+
+
+def identity(plan: PruningPlan, recovery: str) -> tuple:
+    """What makes two cuts of one bench the same, whatever ratio asked for them."""
+    return plan.layers, plan.slots, plan.importance, recovery

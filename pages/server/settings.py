@@ -1,0 +1,313 @@
+"""What the server of the app allows: folders, uploads, who may come in. The command line has none.
+
+All of it is environment variables named `TRANSACT_…`, which SECURITY.md lists. They are read once,
+and one that is wrong stops the app with a sentence. Paths from the browser are used only after
+`require_readable`, `require_readable_source` or `require_writable`.
+"""
+
+import ipaddress
+import logging
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+
+import streamlit as st
+
+from transact_core.base.errors import TransActError
+from transact_core.base.files import cache_folder
+from transact_core.data.corpus import BUILTIN_TEXT
+from transact_core.models import load as models
+
+PREFIX = "TRANSACT_"
+READ, WRITE = "TRANSACT_READ_FOLDERS", "TRANSACT_WRITE_FOLDERS"
+UPLOADS_MB = "TRANSACT_UPLOADS_MB"
+TOKEN, USER_HEADER, USERS = "TRANSACT_ACCESS_TOKEN", "TRANSACT_USER_HEADER", "TRANSACT_USERS"
+NAMES = (READ, WRITE, UPLOADS_MB, TOKEN, USER_HEADER, USERS, "TRANSACT_CACHE")
+UPLOADS_MB_USUAL = 1024
+SHORTEST_TOKEN = 16
+"""Characters; with so many, guessing through the form is hopeless."""
+LONGEST_PATH = 4096
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server allows."""
+
+    address: str | None
+    """Where it listens; None is everywhere."""
+    read_folders: tuple[Path, ...]
+    write_folders: tuple[Path, ...]
+    uploads_mb: int = UPLOADS_MB_USUAL
+    access_token: str | None = field(default=None, repr=False)
+    user_header: str | None = None
+    login: bool = False
+    """Whether Streamlit's own OIDC login is set up."""
+    users: frozenset[str] | None = None
+    """Who may come in, of those whom the header or the login names; None is all of them."""
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine reaches the server."""
+        return is_loopback(self.address)
+
+    @property
+    def controlled(self) -> bool:
+        """Whether anything is asked of those who come."""
+        return bool(self.access_token or self.user_header or self.login)
+
+    @property
+    def export_folder(self) -> Path:
+        """Where checkpoints go unless another folder is named."""
+        usual = own_folder()
+        allowed = any(usual.resolve().is_relative_to(each) for each in self.write_folders)
+        return usual if allowed or not self.write_folders else self.write_folders[0]
+
+
+def own_folder() -> Path:
+    """The one folder that the browser may use where others than this machine's user may come."""
+    return Path.home() / "transact"
+
+
+def is_loopback(address: str | None) -> bool:
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address or "0.0.0.0").is_loopback
+    except ValueError:
+        return False
+
+
+def read_settings(
+    environment: Mapping[str, str], address: str | None, login: bool = False
+) -> Settings:
+    """Settings from the environment, for a server at an address, with Streamlit's login or not.
+
+    Raises:
+        TransActError: a setting says nothing that can be followed.
+    """
+    for name in environment:
+        suffix = name.removeprefix(PREFIX)
+        if name.startswith(PREFIX) and name not in NAMES:
+            known = [each.removeprefix(PREFIX) for each in NAMES]
+            if near := get_close_matches(suffix, known, n=1, cutoff=0.7):
+                raise TransActError(f"There is no setting {name}; {PREFIX}{near[0]} is meant.")
+    token = environment.get(TOKEN)
+    if token is not None and len(token) < SHORTEST_TOKEN:
+        raise TransActError(
+            f"{TOKEN} has {len(token)} characters; it takes at least {SHORTEST_TOKEN}, as "
+            "`python3 -c 'import secrets; print(secrets.token_urlsafe())'` makes them."
+        )
+    header = environment.get(USER_HEADER)
+    if header is not None and not re.fullmatch(r"[A-Za-z0-9-]+", header):
+        raise TransActError(
+            f"{USER_HEADER} is {header!r}, which is no header's name; set it to the one that your "
+            "proxy sends, as X-Forwarded-User."
+        )
+    users = environment.get(USERS)
+    if users is not None and header is None and not login:
+        raise TransActError(
+            f"{USERS} says who may come in and nothing says who comes: set {USER_HEADER}, or "
+            "Streamlit's login in .streamlit/secrets.toml."
+        )
+    allowed = None if users is None else frozenset(filter(None, map(str.strip, users.split(","))))
+    if allowed is not None and not allowed:
+        raise TransActError(f"{USERS} names nobody; name users, separated by commas, or unset it.")
+    # A proxy or a login is there for others, wherever the server itself listens.
+    alone = is_loopback(address) and header is None and not login
+    usual = (Path.home(), Path.cwd()) if alone else (own_folder(),)
+    return Settings(
+        address,
+        _folders(environment, READ, usual),
+        _folders(environment, WRITE, usual),
+        _megabytes(environment),
+        token,
+        header,
+        login,
+        allowed,
+    )
+
+
+def _folders(
+    environment: Mapping[str, str], name: str, usual: tuple[Path, ...]
+) -> tuple[Path, ...]:
+    """Resolved, without what was named twice; set and empty is none at all."""
+    if (value := environment.get(name)) is None:
+        return tuple(dict.fromkeys(folder.resolve() for folder in usual))
+    folders = []
+    for part in filter(None, value.split(os.pathsep)):
+        try:
+            folder = Path(part).expanduser()
+            if not folder.is_absolute() or not folder.is_dir():
+                raise TransActError(
+                    f"{name} names {part!r}, which is no folder of this machine by its full path; "
+                    f"make it or name others, separated by {os.pathsep!r}."
+                )
+            folders.append(folder.resolve())
+        except (OSError, RuntimeError, ValueError):
+            raise TransActError(f"{name} names {part!r}, which cannot be looked at.") from None
+    return tuple(dict.fromkeys(folders))
+
+
+def _megabytes(environment: Mapping[str, str]) -> int:
+    value = environment.get(UPLOADS_MB, str(UPLOADS_MB_USUAL))
+    # int() would take signs, underscores and numbers of thousands of digits too.
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", value, re.ASCII):
+        raise TransActError(
+            f"{UPLOADS_MB} is {value!r}; it takes a whole number of megabytes, from 1."
+        )
+    return int(value)
+
+
+def login_configured() -> bool:
+    """Whether the secrets of Streamlit set up its OIDC login.
+
+    Raises:
+        TransActError: there is a file of secrets that cannot be read, so that nobody knows.
+    """
+    if st.secrets.load_if_toml_exists():
+        return "auth" in st.secrets
+    for path in st.get_option("secrets.files"):
+        if os.path.lexists(path):
+            raise TransActError(f"{path} cannot be read as TOML; mend it or remove it.")
+    return False
+
+
+@st.cache_resource(show_spinner=False)
+def _read_once(address: str | None) -> Settings:
+    read = read_settings(os.environ, address, login_configured())
+    if told := exposure(read):
+        logging.getLogger(__name__).warning(told)
+    return read
+
+
+def settings() -> Settings:
+    """Of this server; what is exposed is logged when they are first read."""
+    return _read_once(st.get_option("server.address"))
+
+
+# --- paths from the browser ------------------------------------------------------------------
+
+
+def uploads_folder() -> Path:
+    return cache_folder() / "uploads"
+
+
+def resolved(path: Path | str) -> Path:
+    """The place that a path from the browser means, links and `..` followed.
+
+    Raises:
+        TransActError: it is no path, or one that leads round in a circle.
+    """
+    try:
+        if len(str(path)) > LONGEST_PATH:
+            raise ValueError
+        return Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError):
+        raise TransActError(f"{str(path)[:200]!r} is no path of this machine.") from None
+
+
+def require_readable(path: Path | str, allowed: Settings) -> Path:
+    """The resolved path, which lies in a folder that the browser may read.
+
+    Raises:
+        TransActError: it lies elsewhere. Nothing is told of whether there is anything.
+    """
+    place = resolved(path)
+    if not _within(place, (*allowed.read_folders, uploads_folder().resolve())):
+        raise TransActError(_refusal(path, "read", READ, allowed.read_folders))
+    return place
+
+
+def require_writable(path: Path | str, allowed: Settings) -> Path:
+    """The resolved path, which lies below a folder that the browser may write.
+
+    Not the folder itself: an output is staged beside its place and renamed.
+
+    Raises:
+        TransActError: it lies elsewhere.
+    """
+    place = resolved(path)
+    if place in allowed.write_folders or not _within(place, allowed.write_folders):
+        raise TransActError(_refusal(path, "written", WRITE, allowed.write_folders))
+    return place
+
+
+def require_readable_source(source: str, allowed: Settings) -> None:
+    """Refuses a model or a text whose name is a path out of what the browser may read.
+
+    Raises:
+        TransActError: it is one.
+    """
+    source = source.strip()
+    if source in (models.BUILTIN, BUILTIN_TEXT):
+        return
+    if source.startswith("hub:"):
+        source = source.removeprefix("hub:").partition(":")[0]
+    # The libraries that fetch from the hub take a folder of the same name where there is one.
+    if not (HUB_NAME.fullmatch(source) and not os.path.lexists(source)):
+        require_readable(source, allowed)
+
+
+def _within(place: Path, folders: tuple[Path, ...]) -> bool:
+    return any(place.is_relative_to(folder) for folder in folders)
+
+
+def _refusal(path: Path | str, verb: str, name: str, folders: tuple[Path, ...]) -> str:
+    where = " and ".join(map(str, folders)) or "no folder"
+    return (
+        f"{path} may not be {verb} from the browser: {name} allows {where}; name a folder below, "
+        "or have whoever runs the server set it."
+    )
+
+
+# --- what a server lets others do ------------------------------------------------------------
+
+
+def exposure(allowed: Settings) -> str | None:
+    """What a server that listens beyond its own machine exposes, or None for one that does not."""
+    if allowed.local:
+        return None
+    reads = " and ".join(map(str, allowed.read_folders)) or "no folder"
+    writes = " and ".join(map(str, allowed.write_folders)) or "no folder"
+    told = (
+        f"This app listens beyond its own machine, at {allowed.address or 'every address'}. "
+        f"Whoever may come in can load models from {reads} and from the hub, write checkpoints "
+        f"into {writes}, and use this machine's memory, disk and processors. "
+    )
+    asked = [
+        way
+        for way, on in (
+            (f"the header {allowed.user_header} of a proxy", allowed.user_header),
+            ("a login", allowed.login),
+            ("the access token", allowed.access_token),
+        )
+        if on
+    ]
+    if not asked:
+        return told + f"Nothing is asked of anyone: set {TOKEN}, or see SECURITY.md."
+    told += f"What is asked: {' and '.join(asked)}; it travels unencrypted unless TLS is set up."
+    if allowed.user_header:
+        told += " Whoever gets past the proxy can claim any name."
+    return told
+
+
+def main() -> int:
+    """Checks the settings for a server at the address given, before it starts."""
+    try:
+        address = sys.argv[1] if len(sys.argv) > 1 else None
+        told = exposure(read_settings(os.environ, address, login_configured()))
+    except TransActError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if told:
+        print(told, file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

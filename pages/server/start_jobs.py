@@ -1,0 +1,107 @@
+"""Jobs that pages start: a cut, a curve, an export."""
+
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+
+from pages.server.jobs import Job, Work
+from pages.server.open_models import workbench
+from pages.server.points import add_point, kept_at_hand, point_of
+from pages.server.request import Cut, first_look
+from pages.server.settings import require_writable, settings
+from pages.server.visits import points, visit
+from transact_core.base.errors import Progress
+from transact_core.base.files import require_free_output
+from transact_core.experiments.bench import Bench, Choices, Measurement
+from transact_core.experiments.sweep import Pair, most_informative_first, point_at
+from transact_core.export.compression import describe_compression
+from transact_core.export.folder import require_room, write_checkpoint
+
+FINISHED_JOBS_KEPT = 4
+
+
+def start(title: str, work: Work, about: Hashable) -> Job:
+    """Queues work of this visitor's.
+
+    The work asks `Workbench.bench` for its bench when its turn has come: what waits holds no model.
+    """
+    visitor = visit().visitor
+    finished = [job for job in visitor.jobs if job.finished][-FINISHED_JOBS_KEPT:]
+    job = workbench().queue.submit(title, work, owner=visitor, about=about)
+    visitor.jobs[:] = [each for each in visitor.jobs if not each.finished or each in finished]
+    visitor.jobs.append(job)
+    return job
+
+
+def start_cut(bench: Bench, cut: Cut) -> None:
+    """The point of a cut joins this visitor's: at once where it is kept, or measured by a job.
+
+    Nothing more is started where a job measures it already.
+    """
+    mine, request = points(), visit().request
+    about = "cut", request, cut
+    earlier = visit().latest_job(about)
+    if earlier is not None and not earlier.finished:
+        return
+    known = kept_at_hand(bench, cut.ratios, cut.choices)
+    if known is not None:
+        add_point(mine, known)
+        return
+
+    def work(report: Progress) -> Measurement:
+        point = workbench().measure(request, cut, report)
+        add_point(mine, point)
+        return point
+
+    start(f"Cut of {in_words(cut.ratios)}", work, about)
+
+
+def start_curve(bench: Bench, ratios: list[Pair], choices: Choices) -> None:
+    """Each point of a curve joins this visitor's as soon as it is measured, at once where kept."""
+    mine, request = points(), visit().request
+    kept = {pair: kept_at_hand(bench, pair, choices) for pair in ratios}
+    missing = [pair for pair in ratios if kept[pair] is None]
+    for pair in set(ratios) - set(missing):
+        add_point(mine, kept[pair])
+    if not missing:
+        return
+    missing = most_informative_first(missing)
+
+    def work(report: Progress) -> Iterator[tuple[int, int]]:
+        bench = workbench().bench(request, report)
+        bench.prepare(first_look(choices), report)
+        bench.dense(report)
+        del bench
+        yield 0, len(missing)
+        for number, pair in enumerate(missing, start=1):
+
+            def counted(stage: str, done: int, total: int, number: int = number) -> None:
+                report(f"point {number} of {len(missing)}: {stage.lower()}", done, total)
+
+            add_point(mine, point_at(workbench().bench(request, report), pair, choices, counted))
+            yield number, len(missing)
+        return len(missing)
+
+    start(f"Curve up to {in_words(missing[0])}", work, ("curve", request))
+
+
+def in_words(ratios: Pair) -> str:
+    return f"MHA {ratios[0]:.0%}, MLP {ratios[1]:.0%}"
+
+
+def start_export(cut: Cut, folder: Path) -> None:
+    """Queues the writing of a checkpoint; its cut is made and measured where that is not known."""
+    mine, request = points(), visit().request
+
+    def work(report: Progress) -> Path:
+        require_writable(folder, settings())
+        require_free_output(folder)
+        point = point_of(cut, request, mine, report)
+        require_room(folder, point.footprint)
+        model = workbench().model(request, point, report)
+        report("Writing the checkpoint", 0, 1)
+        bench = workbench().bench(request, report)
+        compression = describe_compression(bench, point.decision, point.recovery)
+        write_checkpoint(folder, model, bench, point, compression)
+        return folder
+
+    start("Writing the checkpoint", work, ("export", request))

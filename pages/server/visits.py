@@ -1,0 +1,57 @@
+"""The tab in view: which visitor it belongs to and what that visitor has of the request."""
+
+import hashlib
+from itertools import cycle
+from pathlib import PurePosixPath
+from urllib.parse import urlsplit
+
+import streamlit as st
+
+from pages.server.open_models import workbench
+from pages.server.visitors import Holding, Visit
+from transact_core.experiments.bench import Measurement
+
+WANTED = "page"
+"""In the address of app.py, the page that it shall go on to."""
+XSRF_COOKIE = "_streamlit_xsrf"
+
+
+def visitor_id() -> str | None:
+    """What tells this browser from others and survives a reload; None where it has no cookie.
+
+    It is made of the token that Streamlit gives each browser against forged requests, masked anew
+    on every answer: `version|mask|masked token|time`. The token itself is kept nowhere.
+    """
+    try:
+        _, mask, masked, _ = st.context.cookies.get(XSRF_COOKIE, "").strip('"').split("|")
+        token = bytes(a ^ b for a, b in zip(bytes.fromhex(masked), cycle(bytes.fromhex(mask))))
+    except ValueError:
+        return None
+    return hashlib.sha256(token).hexdigest() if len(token) >= 16 else None
+
+
+def begin_visit(user: str | None = None) -> None:
+    """Called by app.py, through which every visit begins; a user is one visitor in any browser."""
+    if "visit" not in st.session_state:
+        st.session_state["visit"] = Visit(workbench().visitor(user or visitor_id()))
+
+
+def visit() -> Visit:
+    """What this tab looks at, and what is its visitor's."""
+    if "visit" not in st.session_state:
+        # A server's first visitor who comes by a page's own address gets that page run alone:
+        # until `st.navigation` was called once, Streamlit takes `pages/` for its older kind of app.
+        name = PurePosixPath(urlsplit(st.context.url or "").path).name
+        st.switch_page("app.py", query_params={**st.query_params, WANTED: name})
+    return st.session_state["visit"]
+
+
+def holding() -> Holding:
+    """What this visitor has of the request in view."""
+    mine = visit()
+    return mine.visitor.of(mine.request)
+
+
+def points() -> list[Measurement]:
+    """What this visitor measured on the bench in view."""
+    return holding().points

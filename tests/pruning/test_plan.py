@@ -1,0 +1,250 @@
+import dataclasses
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transact_core.base.errors import TransActError
+from transact_core.importance.rotary_pairs import PairEffects, drop_order
+from transact_core.importance.scores import Scores
+from transact_core.models.architecture import Architecture
+from transact_core.pruning.plan import (
+    GRANULARITIES,
+    PruningPlan,
+    head_counts,
+    kept_groups,
+    make_plan,
+    parse_ratio,
+    widths,
+)
+
+ratios = (
+    st.floats(0, 1, exclude_max=True)
+    .map(lambda ratio: round(ratio, 3))
+    .filter(lambda ratio: ratio < 1)
+)
+
+
+@st.composite
+def architectures(draw) -> Architecture:
+    groups, queries = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    heads, head_dim = groups * queries, 2 * draw(st.integers(1, 4))
+    return Architecture(
+        hidden_size=heads * draw(st.integers(1, 8)),
+        intermediate_size=draw(st.integers(1, 70)),
+        num_hidden_layers=draw(st.integers(1, 3)),
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        vocab_size=11,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+    )
+
+
+def random_pairs(shape: Architecture, random) -> PairEffects:
+    half = shape.head_dim // 2
+    effects = random(shape.num_key_value_heads * half).unflatten(1, (-1, half))
+    inv_freq = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    return PairEffects(effects, drop_order(effects, inv_freq), inv_freq)
+
+
+@st.composite
+def plans(draw) -> tuple[Architecture, Scores, PruningPlan]:
+    shape = draw(architectures())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+
+    def random(width: int) -> torch.Tensor:
+        return torch.rand(shape.num_hidden_layers, width, generator=generator, dtype=torch.float64)
+
+    scores = Scores(
+        heads=random(shape.num_attention_heads),
+        head_channels=random(shape.mha_width),
+        channels=random(shape.intermediate_size),
+    )
+    plan = make_plan(
+        shape,
+        scores,
+        "activation",
+        draw(ratios),
+        draw(ratios),
+        draw(st.sampled_from(GRANULARITIES)),
+        draw(st.integers(1, 9)),
+        random_pairs(shape, random),
+    )
+    return shape, scores, plan
+
+
+@given(plans())
+def test_a_plan_fits_its_architecture_and_round_trips(made):
+    shape, _, plan = made
+    plan.check(shape)
+    assert PruningPlan.model_validate_json(plan.model_dump_json()) == plan
+
+
+@given(plans())
+def test_the_best_channels_stay(made):
+    _, scores, plan = made
+    for row, layer in zip(scores.channels, plan.layers, strict=True):
+        gone = sorted(set(range(len(row))) - set(layer.kept_channels))
+        if gone:
+            assert row[gone].max() <= row[list(layer.kept_channels)].min()
+
+
+@given(plans())
+def test_the_best_heads_of_each_group_stay_or_the_best_groups(made):
+    shape, scores, plan = made
+    queries = shape.queries_per_group
+    for row, layer in zip(scores.heads, plan.layers, strict=True):
+        groups = kept_groups(layer.kept_heads, shape)
+        if len(groups) < shape.num_key_value_heads:
+            means = row.unflatten(0, (-1, queries)).mean(1)
+            gone = sorted(set(range(shape.num_key_value_heads)) - set(groups))
+            assert means[gone].max() <= means[list(groups)].min()
+        else:
+            for group in groups:
+                members = range(group * queries, (group + 1) * queries)
+                kept = [head for head in members if head in layer.kept_heads]
+                gone = [head for head in members if head not in layer.kept_heads]
+                assert not gone or row[gone].max() <= row[kept].min()
+
+
+@given(architectures(), ratios, ratios, st.sampled_from(GRANULARITIES), st.integers(1, 9))
+def test_widths_are_the_nearest_that_stock_transformers_loads(
+    shape, mha_ratio, mlp_ratio, granularity, multiple_of
+):
+    taken = widths(shape, mha_ratio, mlp_ratio, granularity, multiple_of).applied_to(shape)
+    assert shape.hidden_size % taken.num_attention_heads == 0
+    assert taken.num_attention_heads % taken.num_key_value_heads == 0
+    if granularity == "head-dims":
+        unit = "head_dim"
+        units = [
+            width for width in range(2, shape.head_dim + 1, 2) if width % multiple_of == 0
+        ] or [shape.head_dim]
+        assert taken.num_attention_heads == shape.num_attention_heads
+    else:
+        unit = "num_attention_heads"
+        units = head_counts(shape, granularity)
+        assert taken.head_dim == shape.head_dim
+    for name, ratio, dense, allowed in (
+        (unit, mha_ratio, getattr(shape, unit), units),
+        (
+            "intermediate_size",
+            mlp_ratio,
+            shape.intermediate_size,
+            [width for width in range(1, shape.intermediate_size + 1) if width % multiple_of == 0]
+            or [shape.intermediate_size],
+        ),
+    ):
+        got, wanted = getattr(taken, name), dense * (1 - Fraction(str(ratio)))
+        if ratio == 0:
+            assert got == dense
+        else:
+            assert got in allowed
+            distance = abs(got - wanted)
+            assert all(
+                abs(other - wanted) > distance or (abs(other - wanted) == distance and other <= got)
+                for other in allowed
+            )
+
+
+@given(architectures(), ratios, ratios, st.sampled_from(GRANULARITIES))
+def test_a_larger_ratio_never_leaves_more(shape, one, other, granularity):
+    small, large = sorted((one, other))
+    gentle = widths(shape, small, small, granularity).applied_to(shape)
+    hard = widths(shape, large, large, granularity).applied_to(shape)
+    assert hard.head_dim <= gentle.head_dim
+    assert hard.num_attention_heads <= gentle.num_attention_heads
+    assert hard.num_key_value_heads <= gentle.num_key_value_heads
+    assert hard.intermediate_size <= gentle.intermediate_size
+
+
+def test_a_tie_takes_the_wider():
+    shape = Architecture(40, 5, 1, 8, 8, 4, 11, False, False, False)
+    assert widths(shape, 0, 0.5, "query-heads").intermediate_size == 3
+    # 6 and 4 of 8 heads are as near, but 6 does not divide 40.
+    assert head_counts(shape, "query-heads") == [1, 2, 4, 5, 8]
+
+
+@pytest.mark.parametrize("text", ["abc", "", "nan", "inf", "-0.1", "1", "1.5", "0.3.3"])
+def test_a_ratio_that_is_none_is_refused(text):
+    with pytest.raises(TransActError, match="--mha-ratio"):
+        parse_ratio(text, "--mha-ratio")
+
+
+SHAPE = Architecture(48, 10, 2, 6, 3, 8, 11, False, False, False)
+
+
+@pytest.fixture
+def plan() -> PruningPlan:
+    scores = Scores(torch.rand(2, 6), torch.rand(2, 48), torch.rand(2, 10))
+    return make_plan(SHAPE, scores, "activation", 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "complaint"),
+    [
+        ({"kept_channels": (0, 1, 2, 3, 10)}, "out of range"),
+        ({"kept_channels": (0, 1, 2, 3)}, "where the plan's width is 5"),
+        ({"kept_channels": (1, 0, 2, 3, 4)}, "ascending"),
+        ({"kept_channels": (0, 0, 2, 3, 4)}, "ascending"),
+        ({"kept_heads": (0, 2, 6)}, "out of range"),
+        ({"kept_heads": (0, 1, 4)}, "groups"),
+    ],
+)
+def test_choices_that_do_not_fit_are_refused(plan, layer, complaint):
+    layers = (plan.layers[0].model_copy(update=layer), plan.layers[1])
+    with pytest.raises(TransActError, match=complaint):
+        plan.model_copy(update={"layers": layers}).check(SHAPE)
+
+
+@pytest.fixture
+def narrow_plan() -> PruningPlan:
+    scores = Scores(torch.rand(2, 6), torch.rand(2, 48), torch.rand(2, 10))
+    pairs = random_pairs(SHAPE, lambda width: torch.rand(2, width, dtype=torch.float64))
+    return make_plan(SHAPE, scores, "activation", 0.5, 0, "head-dims", pairs=pairs)
+
+
+def test_narrower_heads_keep_the_best_scored_dims_of_each_group():
+    scores = Scores(torch.rand(2, 6), torch.rand(2, 48), torch.rand(2, 10))
+    pairs = random_pairs(SHAPE, lambda width: torch.rand(2, width, dtype=torch.float64))
+    plan = make_plan(SHAPE, scores, "activation", 0.5, 0, "head-dims", pairs=pairs)
+    assert (plan.head_dim, plan.num_attention_heads, len(plan.slots)) == (4, 6, 2)
+    for layer, row in zip(plan.layers, scores.head_channels, strict=True):
+        for group in range(3):
+            means = (row[group * 16 : group * 16 + 8] + row[group * 16 + 8 : group * 16 + 16]) / 2
+            assert sorted(means.topk(4).indices.tolist()) == list(layer.value_dims[group])
+
+
+@pytest.mark.parametrize(
+    ("layer", "complaint"),
+    [
+        ({"slot_pairs": ((0, 1), (0, 1))}, "for 2 key-value heads"),
+        ({"slot_pairs": ((0, 1), (0, 1), (1, 1))}, "without repeats"),
+        ({"slot_pairs": ((0, 1), (0, 1), (1, 4))}, "out of range"),
+        ({"value_dims": ((0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2))}, "plan's width is 4"),
+    ],
+)
+def test_dims_that_do_not_fit_are_refused(narrow_plan, layer, complaint):
+    narrow_plan.check(SHAPE)
+    layers = (narrow_plan.layers[0].model_copy(update=layer), narrow_plan.layers[1])
+    with pytest.raises(TransActError, match=complaint):
+        narrow_plan.model_copy(update={"layers": layers}).check(SHAPE)
+
+
+def test_dims_in_a_plan_of_whole_heads_are_refused(plan, narrow_plan):
+    with pytest.raises(TransActError, match="slot_pairs"):
+        plan.model_copy(update={"layers": narrow_plan.layers}).check(SHAPE)
+
+
+def test_widths_that_contradict_the_ratios_are_refused(plan):
+    with pytest.raises(TransActError, match="contradict"):
+        plan.model_copy(update={"intermediate_size": 6}).check(SHAPE)
+
+
+def test_a_plan_of_another_depth_is_refused(plan):
+    with pytest.raises(TransActError, match="layers"):
+        plan.check(dataclasses.replace(SHAPE, num_hidden_layers=3))

@@ -1,0 +1,351 @@
+"""One model on one pair of texts: plan a cut, carry it out, measure it.
+
+A `Bench` holds what every position of the two sliders shares, each worked out once: the statistics
+of the calibration pass and the dense model's own losses.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from transformers import LlamaForCausalLM
+
+from transact_core.base.cache import Tensors, remembered, sha256_of_tokens
+from transact_core.base.errors import Progress, silent
+from transact_core.data.windows import Windows
+from transact_core.forward.perplexity import Evaluation, evaluate, paired_difference
+from transact_core.forward.statistics import ActivationStatistics
+from transact_core.importance.rotary_pairs import PairEffects, measure_pairs
+from transact_core.importance.scores import Evidence, Scores, score
+from transact_core.models.devices import dtype_name, resolve_dtype
+from transact_core.models.footprint import Footprint, footprint
+from transact_core.models.load import LoadedModel
+from transact_core.planning.damage import (
+    NARROW_RATIOS,
+    RIDGES,
+    Damage,
+    curves,
+    kept_first,
+    measure_curves,
+    narrow_heads,
+)
+from transact_core.pruning.closed_form import LayerFit, recover, require_recovery
+from transact_core.pruning.plan import Decision, Granularity, PruningPlan, make_plan
+from transact_core.pruning.rope import require_exact_rope
+from transact_core.pruning.surgery import prune, round_weights
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What decides a cut beside its two ratios; the defaults of the command line."""
+
+    granularity: Granularity | Literal["auto"] = "query-heads"
+    importance: str = "activation"
+    recovery: str = "least-squares"
+    multiple_of: int = 1
+    steps: int = 1
+    """How often units are scored anew on the model as pruned so far; see `decide`."""
+    sequential: bool = False
+    """Whether each module's units are chosen on the stream of the model as pruned before it."""
+
+    @property
+    def single_pass(self) -> bool:
+        """Whether one set of scores decides, so that nothing need be tried on the way."""
+        return self.granularity != "auto" and self.steps == 1 and not self.sequential
+
+
+class Bench:
+    """One model on one pair of texts, with what all cuts of it have in common."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        calibration: Windows,
+        evaluation: Windows,
+        save_dtype: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.loaded = loaded
+        self.calibration = calibration
+        self.evaluation = evaluation
+        self.save_dtype = dtype_name(
+            loaded.source_dtype if save_dtype is None else resolve_dtype(save_dtype, loaded.device)
+        )
+        self.seed = seed
+        self._measured: dict[str, Tensors] = {}
+        self._dense: Evaluation | None = None
+        self._scores: dict[str, Scores] = {}
+
+    def statistics(self, progress: Progress = silent) -> ActivationStatistics:
+        """The statistics of the calibration windows; measured at the first call."""
+        return self._evidence(progress).statistics
+
+    def scores(self, importance: str, progress: Progress = silent) -> Scores:
+        """Scores from the calibration windows; what they need is measured at the first call.
+
+        Raises:
+            TransActError: the importance is not known, or what it measures is NaN or infinite.
+        """
+        if importance not in self._scores:
+            self._scores[importance] = score(importance, self._evidence(progress))
+        return self._scores[importance]
+
+    def _evidence(self, progress: Progress) -> Evidence:
+        return Evidence(
+            self.loaded.model,
+            self.calibration,
+            self.loaded.architecture,
+            self.seed,
+            progress,
+            self._remember,
+        )
+
+    def _remember(self, what: str, measure: Callable[[], Tensors]) -> Tensors:
+        if what not in self._measured:
+            key = {"measured": what, **self._determined_by(self.calibration)}
+            self._measured[what] = remembered(key, measure)
+        return self._measured[what]
+
+    def dense(self, progress: Progress = silent) -> Evaluation:
+        """The dense model's losses; measured at the first call."""
+        if self._dense is None:
+
+            def measure() -> dict[str, torch.Tensor]:
+                stage = "Measuring the dense model"
+                return {"nll": evaluate(self.loaded.model, self.evaluation, progress, stage).nll}
+
+            key = {"measured": "nll", **self._determined_by(self.evaluation)}
+            self._dense = Evaluation(**remembered(key, measure))
+        return self._dense
+
+    def _determined_by(self, windows: Windows) -> dict[str, object]:
+        return {**self._model_identity, "tokens": sha256_of_tokens(windows.ids)}
+
+    @cached_property
+    def _model_identity(self) -> dict[str, object]:
+        loaded = self.loaded
+        return {
+            "weights": sorted(loaded.weight_files.values()),
+            "config": loaded.model.config.to_json_string(),
+            "device": loaded.device.type,
+            "dtype": dtype_name(loaded.dtype),
+        }
+
+    @cached_property
+    def identity(self) -> dict[str, object]:
+        """All that determines what a cut on this bench costs, beside the cut itself; JSON."""
+        return {
+            **self._model_identity,
+            "calibration": sha256_of_tokens(self.calibration.ids),
+            "evaluation": sha256_of_tokens(self.evaluation.ids),
+            "save_dtype": self.save_dtype,
+            "seed": self.seed,
+        }
+
+    def pairs(self, progress: Progress = silent) -> PairEffects:
+        """The rotary pairs' effects on attention; measured at the first call."""
+        require_exact_rope(self.loaded.model.config)
+        tensors = self._remember(
+            "rotary pairs",
+            lambda: measure_pairs(self.loaded.model, self.calibration, progress).to_tensors(),
+        )
+        return PairEffects(**tensors)
+
+    def damage(self, choices: Choices, progress: Progress = silent) -> Damage:
+        """What each layer loses at every width; measured at the first call, read from then on.
+
+        Of cuts in one step; `choices` must name a granularity, not `auto`. One pass serves all
+        recoveries and granularities of an importance, but for `head-dims`, which takes a repair of
+        every layer's attention for each of `NARROW_RATIOS` and each recovery.
+        """
+        shape = self.loaded.architecture
+        tensors = self._remember(
+            self._curves_of(choices.importance),
+            lambda: measure_curves(
+                self.loaded.model,
+                self.calibration,
+                kept_first(self.scores(choices.importance, progress), shape),
+                progress,
+            ),
+        )
+        if choices.granularity == "head-dims":
+            tensors = tensors | self._remember(
+                self._narrowing_by(choices),
+                lambda: narrow_heads(
+                    self.loaded.model,
+                    self.calibration,
+                    self._narrow_plans(choices, progress),
+                    choices.recovery,
+                    progress,
+                ),
+            )
+        return curves(tensors, shape, choices.granularity, choices.recovery)
+
+    def damage_known(self, choices: Choices) -> bool:
+        """Whether `damage` with these choices needs no measuring any more."""
+        narrowed = (
+            choices.granularity != "head-dims" or self._narrowing_by(choices) in self._measured
+        )
+        return self._curves_of(choices.importance) in self._measured and narrowed
+
+    def _curves_of(self, importance: str) -> str:
+        return f"what each width loses by {importance}, seed {self.seed}, ridges {RIDGES}"
+
+    def _narrowing_by(self, choices: Choices) -> str:
+        return (
+            f"what narrower heads lose by {choices.importance}, seed {self.seed}, "
+            f"{choices.recovery}, at {NARROW_RATIOS}"
+        )
+
+    def _narrow_plans(self, choices: Choices, progress: Progress) -> list[PruningPlan]:
+        plans = {}
+        for ratio in NARROW_RATIOS:
+            plan = self.plan(ratio, 0.0, replace(choices, multiple_of=1), progress)
+            if plan.head_dim:
+                plans[plan.head_dim] = plan
+        return list(plans.values())
+
+    def release_model(self) -> None:
+        """Lets go of the dense model; what was measured on it stays, and nothing more can be."""
+        self.loaded = self.loaded.release()
+
+    def prepared(self, choices: Choices) -> bool:
+        """Whether a plan with these choices needs no measuring any more."""
+        pairs_known = choices.granularity != "head-dims" or "rotary pairs" in self._measured
+        return choices.importance in self._scores and pairs_known
+
+    def prepare(self, choices: Choices, progress: Progress = silent) -> None:
+        """Measures what every plan with these choices needs."""
+        self.plan(0.0, 0.0, choices, progress)
+
+    def plan(
+        self,
+        mha_ratio: float,
+        mlp_ratio: float,
+        choices: Choices,
+        progress: Progress = silent,
+        scores: Scores | None = None,
+    ) -> PruningPlan:
+        """What these ratios and choices keep in one step; measures what the choice needs.
+
+        `scores` takes the place of the dense model's own.
+        """
+        return make_plan(
+            self.loaded.architecture,
+            scores or self.scores(choices.importance, progress),
+            choices.importance,
+            mha_ratio,
+            mlp_ratio,
+            choices.granularity,
+            choices.multiple_of,
+            self.pairs(progress) if choices.granularity == "head-dims" else None,
+        )
+
+    @cached_property
+    def dense_footprint(self) -> Footprint:
+        """Of the model as it is stored."""
+        return footprint(self.loaded.architecture, dtype_name(self.loaded.source_dtype))
+
+    def footprint(self, plan: PruningPlan, recovery: str = Choices.recovery) -> Footprint:
+        """Of a cut as it would be saved."""
+        cut = plan.applied_to(self.loaded.architecture, with_biases=recovery == "bias")
+        return footprint(cut, self.save_dtype)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured point: what was cut, what is left, what it costs in perplexity."""
+
+    decision: Decision
+    recovery: str
+    footprint: Footprint
+    evaluation: Evaluation = field(repr=False)
+    delta_nll: float
+    """Mean per-token difference of NLL from the dense model, in nats."""
+    delta_nll_se: float
+    """Its standard error, over evaluation windows."""
+    fits: tuple[LayerFit, ...]
+    seconds: float
+    """That cutting, repairing and measuring took when it was done."""
+
+    @property
+    def plan(self) -> PruningPlan:
+        return self.decision.plan
+
+    @property
+    def perplexity(self) -> float:
+        return self.evaluation.perplexity
+
+    def row(self) -> dict[str, float]:
+        """A row of `points.csv`."""
+        return {
+            "mha_ratio": self.plan.mha_ratio,
+            "mlp_ratio": self.plan.mlp_ratio,
+            **model_report(self.footprint, self.perplexity),
+            "delta_nll": self.delta_nll,
+            "delta_nll_se": self.delta_nll_se,
+            "seconds": self.seconds,
+        }
+
+
+def model_report(cost: Footprint, perplexity: float) -> dict[str, float]:
+    """`dense` or `pruned` of `report.json`."""
+    return {"perplexity": perplexity, **asdict(cost)}
+
+
+def compress(
+    bench: Bench, plan: PruningPlan, recovery: str, progress: Progress = silent
+) -> tuple[LlamaForCausalLM, Measurement]:
+    """Cuts, repairs and measures; perplexity is that of the weights as they would be saved.
+
+    Raises:
+        TransActError: the plan does not fit the model or the recovery is not known.
+    """
+    require_recovery(recovery)
+    bench.dense(progress)
+    start = time.perf_counter()
+    model, fits = carry_out(bench, plan, recovery, progress)
+    return model, measure(bench, model, plan, recovery, fits, start, progress)
+
+
+def carry_out(
+    bench: Bench, plan: PruningPlan, recovery: str, progress: Progress = silent
+) -> tuple[LlamaForCausalLM, tuple[LayerFit, ...]]:
+    """Cuts and repairs, and rounds the weights as they would be saved; nothing is measured."""
+    dense = bench.loaded.model
+    model = prune(dense, plan, with_biases=recovery == "bias")
+    fits: tuple[LayerFit, ...] = ()
+    if recovery != "none" and plan.cuts_anything(bench.loaded.architecture):
+        fits = recover(dense, model, plan, bench.calibration, recovery, progress).fits
+    round_weights(model, resolve_dtype(bench.save_dtype, bench.loaded.device))
+    return model, fits
+
+
+def measure(
+    bench: Bench,
+    model: LlamaForCausalLM,
+    plan: PruningPlan,
+    recovery: str,
+    fits: tuple[LayerFit, ...],
+    start: float,
+    progress: Progress = silent,
+) -> Measurement:
+    """Measures what a cut has made, its weights rounded as they are saved.
+
+    `start` is when the making began, on the clock of `time.perf_counter`.
+    """
+    evaluation = evaluate(model, bench.evaluation, progress)
+    delta_nll, delta_nll_se = paired_difference(evaluation, bench.dense())
+    return Measurement(
+        decision=Decision(plan),
+        recovery=recovery,
+        footprint=bench.footprint(plan, recovery),
+        evaluation=evaluation,
+        delta_nll=delta_nll,
+        delta_nll_se=delta_nll_se,
+        fits=fits,
+        seconds=time.perf_counter() - start,
+    )

@@ -1,0 +1,316 @@
+"""Choices that cannot be made from one set of scores.
+
+Which granularity, cuts in several steps, and units chosen module by module on the pruned stream.
+All end in one plan. What they tried on the way is told beside it; how the plan is carried out does
+not depend on it, so a stored plan is applied without deciding again.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from fractions import Fraction
+
+import torch
+from transformers import LlamaForCausalLM
+
+from transact_core.base.errors import Progress, TransActError, silent
+from transact_core.data.windows import Windows
+from transact_core.experiments.bench import Bench, Choices
+from transact_core.forward.perplexity import Evaluation, evaluate, losses_behind_layers
+from transact_core.forward.waists import head_rows
+from transact_core.importance.elimination import eliminate_module
+from transact_core.importance.scores import Evidence, Scores, score
+from transact_core.models.architecture import Architecture
+from transact_core.pruning.closed_form import recover, require_recovery
+from transact_core.pruning.plan import (
+    GRANULARITIES,
+    Decision,
+    Granularity,
+    LayerPlan,
+    PruningPlan,
+    Step,
+    Widths,
+    head_counts,
+    widths,
+)
+from transact_core.pruning.rope import require_exact_rope
+from transact_core.pruning.surgery import Cut, prune
+
+
+def decide(
+    bench: Bench,
+    mha_ratio: float,
+    mlp_ratio: float,
+    choices: Choices,
+    progress: Progress = silent,
+) -> Decision:
+    """The plan for these ratios, with `auto` resolved and all steps taken.
+
+    Raises:
+        TransActError: a choice is not known, or the granularity cannot be had for this model.
+    """
+    require_recovery(choices.recovery)
+    if choices.sequential:
+        require_sequential(choices)
+    losses: dict[Granularity, float] = {}
+    if choices.granularity == "auto":
+        if mha_ratio:
+            losses = granularity_losses(bench, mha_ratio, choices, progress)
+        granularity = min(losses, key=losses.get, default=Choices.granularity)
+        choices = replace(choices, granularity=granularity)
+    if choices.sequential:
+        plan = _sequentially(bench, mha_ratio, mlp_ratio, choices, progress)
+        return Decision(plan, losses, sequential=True)
+    if choices.steps == 1:
+        return Decision(bench.plan(mha_ratio, mlp_ratio, choices, progress), losses)
+    plan, earlier = _stepwise(bench, mha_ratio, mlp_ratio, choices, progress)
+    return Decision(plan, losses, choices.steps, earlier)
+
+
+# --- auto ------------------------------------------------------------------------------------
+
+
+def granularities_of(bench: Bench) -> tuple[Granularity, ...]:
+    """Those that differ from each other and can be had for this model."""
+    names = list(GRANULARITIES)
+    if bench.loaded.architecture.queries_per_group == 1:
+        names.remove("query-heads")
+    try:
+        require_exact_rope(bench.loaded.model.config)
+    except TransActError:
+        names.remove("head-dims")
+    return tuple(names)
+
+
+def granularity_losses(
+    bench: Bench, mha_ratio: float, choices: Choices, progress: Progress = silent
+) -> dict[Granularity, float]:
+    """Held-out loss of each granularity that cuts, with the attention alone cut at this ratio.
+
+    No window is scored by a repair that has seen it (see `recovery`), so no text is set aside.
+    Every other window takes part: the differences show on half of the text, for half of the time.
+    """
+    windows = bench.calibration
+    if len(windows) >= 4:
+        windows = replace(windows, ids=windows.ids[::2])
+    losses = {}
+    for granularity in granularities_of(bench):
+
+        def told(stage: str, done: int, total: int, granularity: str = granularity) -> None:
+            progress(f"Trying {granularity}: {stage.lower()}", done, total)
+
+        tried = replace(choices, granularity=granularity)
+        plan = bench.plan(mha_ratio, 0.0, tried, told)
+        # Where its nearest width is the dense one, nothing would be lost, nor removed.
+        if not plan.cuts_mha(bench.loaded.architecture):
+            continue
+        losses[granularity] = held_out_loss(
+            bench.loaded.model, plan, windows, choices.recovery, told
+        )
+    return losses
+
+
+@torch.no_grad()
+def held_out_loss(
+    dense: LlamaForCausalLM,
+    plan: PruningPlan,
+    windows: Windows,
+    recovery: str,
+    progress: Progress = silent,
+) -> float:
+    """Mean NLL in nats on the windows, each through repairs that have not seen it."""
+    cut = Cut(dense, plan, with_biases=recovery == "bias")
+    hidden = recover(
+        dense,
+        cut.pruned,
+        plan,
+        windows,
+        recovery,
+        progress,
+        cut.make_layer,
+        cut.drop_layer,
+        judge_only=True,
+    ).hidden
+    return Evaluation(losses_behind_layers(dense, hidden, windows)).mean_nll
+
+
+# --- module by module ------------------------------------------------------------------------
+
+
+def require_sequential(choices: Choices) -> None:
+    """Whether units can be chosen sequentially with these choices.
+
+    Raises:
+        TransActError: they cannot; the other choice that is in the way is named.
+    """
+    if choices.importance != "reconstruction":
+        raise TransActError(
+            "Units are chosen sequentially by the importance reconstruction only, not by "
+            f"{choices.importance}."
+        )
+    if choices.recovery == "none":
+        raise TransActError(
+            "Choosing units sequentially repairs each module before it looks at the next; choose "
+            "the recovery least-squares or bias."
+        )
+    if choices.steps > 1:
+        raise TransActError(
+            "Units are chosen sequentially in one step; leave out either of the two."
+        )
+
+
+def _sequentially(
+    bench: Bench, mha_ratio: float, mlp_ratio: float, choices: Choices, progress: Progress
+) -> PruningPlan:
+    """Eliminates the units of each module on the stream of the model as pruned and repaired so far.
+
+    What the dense model's scores decide is where it begins; of narrower heads it stays.
+    """
+    scores = bench.scores(choices.importance, progress)
+    scores = Scores(**{each.name: getattr(scores, each.name).clone() for each in fields(scores)})
+    plan = bench.plan(mha_ratio, mlp_ratio, choices, progress)
+    if not plan.cuts_anything(bench.loaded.architecture):
+        return plan
+    dense = bench.loaded.model
+    cut = Cut(dense, plan, with_biases=choices.recovery == "bias")
+
+    def choose(
+        number: int, module: str, transitional: torch.Tensor, weights: torch.Tensor
+    ) -> LayerPlan:
+        if module == "mha" and plan.head_dim:
+            return cut.plan.layers[number]
+        # An elimination weights squares by the square of what a repair does.
+        rows = (
+            window * weight[:, None] for window, weight in zip(transitional, weights, strict=True)
+        )
+        for name, row in eliminate_module(dense, number, module, rows).items():
+            getattr(scores, name)[number] = row
+        # The other module is left out: what it keeps is decided, slots of narrower heads among it.
+        if module == "mha":
+            kept = bench.plan(mha_ratio, 0.0, choices, scores=scores).layers[number].kept_heads
+            update = {"kept_heads": kept}
+        else:
+            kept = bench.plan(0.0, mlp_ratio, choices, scores=scores).layers[number].kept_channels
+            update = {"kept_channels": kept}
+        chosen = cut.plan.layers[number].model_copy(update=update)
+        layers = (*cut.plan.layers[:number], chosen, *cut.plan.layers[number + 1 :])
+        cut.remake_module(cut.plan.model_copy(update={"layers": layers}), number, module)
+        return chosen
+
+    def told(stage: str, done: int, total: int) -> None:
+        progress(f"Choosing units: {stage.lower()}", done, total)
+
+    recover(
+        dense,
+        cut.pruned,
+        plan,
+        bench.calibration,
+        choices.recovery,
+        told,
+        cut.make_layer,
+        cut.drop_layer,
+        choose,
+    )
+    return cut.plan
+
+
+# --- several steps ---------------------------------------------------------------------------
+
+
+def _stepwise(
+    bench: Bench, mha_ratio: float, mlp_ratio: float, choices: Choices, progress: Progress
+) -> tuple[PruningPlan, tuple[Step, ...]]:
+    """Scores, cuts and repairs by turns, each time scoring the model as pruned so far.
+
+    Every step's model is cut from the dense one, so its repairs do not pile up. Dims of narrower
+    heads keep the dense model's scores: a repaired head has other axes.
+    """
+    scores = bench.scores(choices.importance, progress)
+    dense = bench.loaded.model
+    earlier = []
+    targets = list(schedule(bench.loaded.architecture, mha_ratio, mlp_ratio, choices))
+    for number, target in enumerate(targets[:-1], start=1):
+
+        def told(stage: str, done: int, total: int, number: int = number) -> None:
+            progress(f"Step {number} of {choices.steps}: {stage.lower()}", done, total)
+
+        plan = bench.plan(*target, replace(choices, multiple_of=1), told, scores)
+        if not plan.cuts_anything(bench.loaded.architecture):
+            continue
+        model = prune(dense, plan, with_biases=choices.recovery == "bias")
+        recover(dense, model, plan, bench.calibration, choices.recovery, told)
+        cut = Architecture.from_config(model.config)
+        earlier.append(
+            Step(
+                num_attention_heads=cut.num_attention_heads,
+                num_key_value_heads=cut.num_key_value_heads,
+                head_dim=cut.head_dim,
+                intermediate_size=cut.intermediate_size,
+                perplexity=evaluate(model, bench.evaluation, told).perplexity,
+            )
+        )
+        evidence = Evidence(model, bench.calibration, cut, bench.seed, told)
+        scores = _in_dense_places(score(choices.importance, evidence), plan, scores)
+    return bench.plan(mha_ratio, mlp_ratio, choices, progress, scores), tuple(earlier)
+
+
+def schedule(
+    architecture: Architecture, mha_ratio: float, mlp_ratio: float, choices: Choices
+) -> Iterator[tuple[float, float]]:
+    """The ratios of each step: from the current width `c` to `c − (c − t) // steps left`.
+
+    Heads take the nearest number that can be had between the two. Source: TransAct, iterative
+    pruning.
+    """
+    target = widths(architecture, mha_ratio, mlp_ratio, choices.granularity, choices.multiple_of)
+    at = Widths(
+        architecture.num_attention_heads,
+        architecture.num_key_value_heads,
+        architecture.intermediate_size,
+        architecture.head_dim,
+    )
+    end = target.head_dim or architecture.head_dim
+    allowed = (
+        head_counts(architecture, choices.granularity)
+        if choices.granularity != "head-dims"
+        else [architecture.num_attention_heads]
+    )
+    for left in range(choices.steps, 1, -1):
+        wanted = _towards(at.num_attention_heads, target.num_attention_heads, left)
+        possible = [
+            count
+            for count in allowed
+            if target.num_attention_heads <= count <= at.num_attention_heads
+        ]
+        at = Widths(
+            min(possible, key=lambda count: (abs(count - wanted), -count)),
+            at.num_key_value_heads,
+            _towards(at.intermediate_size, target.intermediate_size, left),
+            max(end, _towards(at.head_dim, end, left) // 2 * 2),
+        )
+        heads = Fraction(at.num_attention_heads, architecture.num_attention_heads)
+        dims = Fraction(at.head_dim, architecture.head_dim)
+        channels = Fraction(at.intermediate_size, architecture.intermediate_size)
+        yield float(1 - heads * dims), float(1 - channels)
+    yield mha_ratio, mlp_ratio
+
+
+def _towards(current: int, target: int, steps_left: int) -> int:
+    return current - (current - target) // steps_left
+
+
+def _in_dense_places(scores: Scores, plan: PruningPlan, dense: Scores) -> Scores:
+    """Scores of a pruned model at the dense model's indices; what is gone scores minus infinity."""
+
+    def placed(name: str, indices: list[torch.Tensor]) -> torch.Tensor:
+        rows = torch.full_like(getattr(dense, name), -torch.inf)
+        for row, kept, values in zip(rows, indices, getattr(scores, name), strict=True):
+            row[kept] = values
+        return rows
+
+    channels = placed("channels", [torch.tensor(layer.kept_channels) for layer in plan.layers])
+    if plan.head_dim:
+        return replace(dense, channels=channels)
+    heads = [torch.tensor(layer.kept_heads) for layer in plan.layers]
+    head_dim = dense.head_channels.shape[1] // dense.heads.shape[1]
+    dims = [head_rows(layer.kept_heads, head_dim) for layer in plan.layers]
+    return Scores(placed("heads", heads), placed("head_channels", dims), channels)

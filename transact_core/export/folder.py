@@ -1,0 +1,156 @@
+"""The output folder: checkpoint, tokenizer, `compression.json`, `report.json` and the model card.
+
+The folder appears whole or not at all: it is written beside its final name and then renamed.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM
+
+from transact_core.base.errors import Progress, silent
+from transact_core.base.files import require_disk_space, require_free_output, staged_folder
+from transact_core.data.windows import Windows
+from transact_core.experiments.bench import Bench, Measurement, measure, model_report
+from transact_core.export.compression import Compression
+from transact_core.export.model_card import kept_bare, model_card
+from transact_core.export.runtimes import readings_of_cut
+from transact_core.export.writer import CheckpointWriter
+from transact_core.forward.perplexity import Evaluation
+from transact_core.models.checkpoint_folder import read_checkpoint
+from transact_core.models.footprint import Footprint
+from transact_core.pruning.closed_form import LayerFit, recover
+from transact_core.pruning.surgery import Cut
+
+BESIDE_WEIGHTS_BYTES = 50_000_000
+"""Room for the tokenizer, compression.json and the rest of an output folder."""
+
+
+def report(bench: Bench, measurement: Measurement) -> dict[str, dict]:
+    """What `report.json` holds."""
+    return {
+        "dense": model_report(bench.dense_footprint, bench.dense().perplexity),
+        "pruned": model_report(measurement.footprint, measurement.perplexity),
+        "evaluation": evaluation_report(bench.evaluation, measurement.evaluation),
+    }
+
+
+def evaluation_report(windows: Windows, evaluation: Evaluation) -> dict[str, str | int]:
+    """`evaluation` of `report.json`."""
+    return {
+        "source": windows.source,
+        "sha256": windows.sha256,
+        "tokens": windows.tokens,
+        "scored_tokens": evaluation.scored_tokens,
+        "sequence_length": windows.sequence_length,
+    }
+
+
+def require_room(output: Path, cost: Footprint) -> None:
+    """Refuses an output that the disk has no room for; called before an hour of computing too."""
+    require_disk_space(output, cost.weight_bytes + BESIDE_WEIGHTS_BYTES)
+
+
+def write_checkpoint(
+    output: Path,
+    model: LlamaForCausalLM,
+    bench: Bench,
+    measurement: Measurement,
+    compression: Compression,
+) -> None:
+    """Writes the output folder of a model at hand, whole or not at all.
+
+    Raises:
+        TransActError: the folder is not empty, cannot be written, or the disk is too full.
+    """
+    require_free_output(output)
+    require_room(output, measurement.footprint)
+    with staged_folder(output) as folder:
+        writer = CheckpointWriter(folder, getattr(torch, compression.save_dtype))
+        for name, tensor in model.state_dict().items():
+            if name != "lm_head.weight" or not model.config.tie_word_embeddings:
+                writer.add(name, tensor)
+        writer.finish(model)
+        _write_beside(folder, bench, measurement, compression)
+
+
+def _write_beside(
+    folder: Path, bench: Bench, measurement: Measurement, compression: Compression
+) -> None:
+    """What an output folder holds beside weights and configurations."""
+    result = report(bench, measurement)
+    bench.loaded.tokenizer.save_pretrained(folder)
+    (folder / "compression.json").write_text(compression.to_json())
+    (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
+    loaded = bench.loaded
+    others = readings_of_cut(compression.plan, loaded.architecture, loaded.model.config)
+    card = model_card(loaded.name, compression, result, others, kept_bare(measurement.fits))
+    (folder / "README.md").write_text(card)
+
+
+def compress_to_folder(
+    output: Path, bench: Bench, compression: Compression, progress: Progress = silent
+) -> Measurement:
+    """Carries out a compression straight into its output folder, whole or not at all.
+
+    Layers are cut, repaired, written and let go of one after the other, and the dense model is
+    released before what was written is loaded and measured: beside the dense weights there is one
+    layer, one residual stream and a shard. The weights are those that `bench.compress` makes.
+
+    Raises:
+        TransActError: as `bench.compress` and `write_checkpoint` do.
+    """
+    plan, recovery = compression.plan, compression.recovery
+    require_free_output(output)
+    require_room(output, bench.footprint(plan, recovery))
+    bench.dense(progress)
+    start = time.perf_counter()
+    device, dtype = bench.loaded.device, bench.loaded.dtype
+    with staged_folder(output) as folder:
+        fits = _write_layers(folder, bench, compression, progress)
+        bench.release_model()
+        model = read_checkpoint(folder, dtype).to(device)
+        model.eval().requires_grad_(False)
+        measurement = measure(bench, model, plan, recovery, fits, start, progress)
+        _write_beside(folder, bench, measurement, compression)
+    return measurement
+
+
+def _write_layers(
+    folder: Path, bench: Bench, compression: Compression, progress: Progress
+) -> tuple[LayerFit, ...]:
+    """Cuts, repairs and writes the weights, a layer at a time; gives what the repairs did."""
+    plan, recovery, dense = compression.plan, compression.recovery, bench.loaded.model
+    cut = Cut(dense, plan, with_biases=recovery == "bias")
+    writer = CheckpointWriter(folder, getattr(torch, compression.save_dtype))
+
+    def write_layer(number: int) -> None:
+        for name, tensor in cut.pruned.model.layers[number].state_dict().items():
+            writer.add(f"model.layers.{number}.{name}", tensor)
+        cut.drop_layer(number)
+
+    fits: tuple[LayerFit, ...] = ()
+    if recovery != "none" and plan.cuts_anything(bench.loaded.architecture):
+        fits = recover(
+            dense,
+            cut.pruned,
+            plan,
+            bench.calibration,
+            recovery,
+            progress,
+            cut.make_layer,
+            write_layer,
+        ).fits
+    else:
+        for number in range(len(plan.layers)):
+            cut.make_layer(number)
+            write_layer(number)
+    progress("Writing the checkpoint", 0, 1)
+    # Last, as what is added waits in memory until a shard is full.
+    for name in bench.loaded.architecture.outer_tensors():
+        writer.add(name, cut.pruned.get_parameter(name))
+    writer.finish(cut.pruned)
+    progress("Writing the checkpoint", 1, 1)
+    return fits

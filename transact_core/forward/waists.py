@@ -1,0 +1,54 @@
+"""Transitional activations: where they are in a decoder layer, and how their units are counted.
+
+The transitional activation of a module is the input of its output projection: `o_proj` for the
+attention, `down_proj` for the MLP.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import LlamaForCausalLM
+
+from transact_core.base.errors import TransActError
+from transact_core.data.windows import Windows
+
+MODULES = ("mha", "mlp")
+SITES = (*MODULES, "residual")
+"""Where activations are looked at: the waists of both modules, and the stream between modules."""
+BATCH_TOKENS = 2048
+
+
+def windows_a_batch(sequence_length: int) -> int:
+    """Windows that make about `BATCH_TOKENS` tokens, one at least."""
+    return max(1, BATCH_TOKENS // sequence_length)
+
+
+def batches(windows: Windows, device: torch.device) -> Iterator[torch.Tensor]:
+    """Windows in batches of about `BATCH_TOKENS` tokens, shape (batch, sequence_length)."""
+    yield from windows.ids.to(device).split(windows_a_batch(windows.sequence_length))
+
+
+def transitional_inputs(model: LlamaForCausalLM, layer: int) -> dict[str, torch.nn.Module]:
+    """The two projections whose inputs are a layer's transitional activations."""
+    decoder = model.model.layers[layer]
+    return {"mha": decoder.self_attn.o_proj, "mlp": decoder.mlp.down_proj}
+
+
+def head_rows(heads: Sequence[int], head_dim: int) -> torch.Tensor:
+    """Places of whole heads in an attention's waist, in the order of the heads."""
+    return (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
+
+
+def require_finite(values: torch.Tensor, layer: int, site: str) -> None:
+    """Refuses an activation, or sums of one, that no score could be made of."""
+    # One number to look at instead of one a value; float16 alone could not hold the sum.
+    if not values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).isfinite():
+        what = (
+            f"residual stream that enters layer {layer}"
+            if site == "residual"
+            else f"transitional activation of the {site} of layer {layer}"
+        )
+        raise TransActError(
+            f"The {what} is NaN or infinite; compute in float32, and if it stays so the weights "
+            "are damaged."
+        )

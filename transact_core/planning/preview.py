@@ -1,0 +1,254 @@
+"""What every position of the two sliders leaves, in tables small enough to be drawn from.
+
+A page that follows the thumb cannot plan anew at each step. What can be said before anything is
+cut depends on few widths: a side's distinct widths are its *options*, and every position of its
+slider takes one of them. Costs add up over the two sides, so an option's own saving is enough.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from transact_core.forward.statistics import ActivationStatistics
+from transact_core.importance.scores import Scores
+from transact_core.models.architecture import DTYPE_BYTES, Architecture
+from transact_core.models.footprint import footprint
+from transact_core.pruning.plan import (
+    Granularity,
+    Widths,
+    best_first,
+    kept_heads,
+    value_dim_scores,
+    widths,
+)
+
+POSITIONS = tuple(range(96))
+"""Where a slider can stand, in per cent of the width removed."""
+RANKS = 256
+"""How many places of a layer's sorted scores are kept."""
+FLOOR = -3.0
+"""Below this power of ten of the layer's best, scores look alike."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs, in numbers that add up over its modules."""
+
+    parameters: int
+    flops: int
+    """FLOPs per token without attention over the context."""
+    flops_per_context: int
+    """FLOPs per token for each token of context."""
+    kv_values: int
+    """Values that a token adds to the KV cache, all layers."""
+
+    def __sub__(self, other: "Cost") -> "Cost":
+        return Cost(*(mine - its for mine, its in zip(_values(self), _values(other), strict=True)))
+
+
+def _values(cost: Cost) -> tuple[int, ...]:
+    return tuple(vars(cost).values())
+
+
+def cost_of(architecture: Architecture) -> Cost:
+    """The footprint's numbers, freed from dtype and context length."""
+    one, two = (footprint(architecture, "float32", length) for length in (1, 2))
+    slope = two.flops_per_token - one.flops_per_token
+    return Cost(
+        parameters=one.parameters,
+        flops=one.flops_per_token - slope,
+        flops_per_context=slope,
+        kv_values=one.kv_bytes_per_token // DTYPE_BYTES["float32"],
+    )
+
+
+@dataclass(frozen=True)
+class Option:
+    """One width that a side can be left with."""
+
+    widths: Widths
+    """With the other side left whole."""
+    width: int
+    """Of the side's transitional activation."""
+    saving: Cost
+    """What the model costs less; parameters may be more, where a repair adds biases."""
+
+
+@dataclass(frozen=True)
+class Side:
+    options: tuple[Option, ...]
+    """Widest first; the first is the dense model's."""
+    option_at: tuple[int, ...]
+    """The number of the option that each position takes."""
+
+    def position_of(self, option: int) -> int:
+        """Of the positions that take this option the one nearest to the width it removes."""
+        removed = 100 * (1 - self.options[option].width / self.options[0].width)
+        mine = [place for place in POSITIONS if self.option_at[place] == option]
+        return min(mine, key=lambda place: abs(place - removed))
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The exact part of a preview: what all positions cost, for one granularity."""
+
+    granularity: Granularity
+    dense: Cost
+    mha: Side
+    mlp: Side
+
+    def cost(self, mha_option: int, mlp_option: int) -> Cost:
+        mha, mlp = self.mha.options[mha_option], self.mlp.options[mlp_option]
+        return self.dense - mha.saving - mlp.saving
+
+
+def structure(
+    architecture: Architecture,
+    granularity: Granularity,
+    multiple_of: int = 1,
+    with_biases: bool = False,
+) -> Structure:
+    """All positions' widths and costs; `with_biases` as `surgery.prune` takes it."""
+    dense = cost_of(architecture)
+
+    def side(module: str) -> Side:
+        at = [
+            widths(
+                architecture,
+                place / 100 if module == "mha" else 0.0,
+                place / 100 if module == "mlp" else 0.0,
+                granularity,
+                multiple_of,
+            )
+            for place in POSITIONS
+        ]
+        distinct = list(dict.fromkeys(at))
+        options = []
+        for each in distinct:
+            cut = each.applied_to(architecture, with_biases)
+            width = cut.mha_width if module == "mha" else cut.intermediate_size
+            options.append(Option(each, width, dense - cost_of(cut)))
+        return Side(tuple(options), tuple(distinct.index(each) for each in at))
+
+    return Structure(granularity, dense, side("mha"), side("mlp"))
+
+
+# --- energy ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EnergyKept:
+    """Share of each layer's activation energy `Σ a²` in what stays: shape (options, layers)."""
+
+    mha: np.ndarray
+    mlp: np.ndarray
+
+    def mean(self, mha_option: int, mlp_option: int) -> float:
+        """Over all layers and both modules."""
+        return float((self.mha[mha_option].mean() + self.mlp[mlp_option].mean()) / 2)
+
+
+def energy_kept(
+    table: Structure,
+    scores: Scores,
+    statistics: ActivationStatistics,
+    architecture: Architecture,
+) -> EnergyKept:
+    """For narrower heads that of the dims of the values which the bare cut keeps."""
+    mlp = statistics.mlp.sum_of_squares
+    ordered = mlp.gather(1, best_first(scores.channels)).cumsum(dim=1)
+    kept_mlp = [ordered[:, option.width - 1] for option in table.mlp.options]
+
+    mha = statistics.mha.sum_of_squares
+    if table.granularity == "head-dims":
+        groups = (architecture.num_key_value_heads, -1, architecture.head_dim)
+        by_dim = mha.unflatten(1, groups).sum(dim=2)
+        order = best_first(value_dim_scores(scores, architecture))
+        ordered = by_dim.gather(2, order).cumsum(dim=2).sum(dim=1)
+        dims = [option.widths.head_dim or architecture.head_dim for option in table.mha.options]
+        kept_mha = [ordered[:, count - 1] for count in dims]
+    else:
+        by_head = mha.unflatten(1, (-1, architecture.head_dim)).sum(dim=2)
+        kept_mha = [
+            (by_head * kept_heads(scores.heads, option.widths, architecture)).sum(dim=1)
+            for option in table.mha.options
+        ]
+    return EnergyKept(_shares(kept_mha, mha), _shares(kept_mlp, mlp))
+
+
+def _shares(kept: Sequence[torch.Tensor], energy: torch.Tensor) -> np.ndarray:
+    total = energy.sum(dim=1)
+    share = torch.where(total > 0, torch.stack(list(kept)) / total, 1.0)
+    return share.clamp(0, 1).numpy()
+
+
+# --- maps ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shades:
+    """Scores as shares of the layer's best, from 0 (dark) to 1, on a scale that tells them apart.
+
+    On the scale `log`, 0 stands for 10^FLOOR of the best and less. On the scale `order` a unit's
+    shade is its place, as its score is no size.
+    """
+
+    values: np.ndarray
+    scale: str
+
+    def in_bytes(self) -> bytes:
+        """A byte each, row by row."""
+        return np.round(self.values * 255).astype(np.uint8).tobytes()
+
+
+def shades(scores: np.ndarray, logarithmic_below: float) -> Shades:
+    """`scores` has shape (layers, units); logarithmic where the median share is below that."""
+    share = relative(scores)
+    if are_positions(scores):
+        return Shades(share, "order")
+    if np.median(share) >= logarithmic_below:
+        return Shades(share, "linear")
+    return Shades(np.clip(np.log10(np.maximum(share, 10**FLOOR)) / -FLOOR + 1, 0, 1), "log")
+
+
+def relative(scores: np.ndarray) -> np.ndarray:
+    """Shares of the layer's best, 0 where a layer has no score above 0; shape (layers, units)."""
+    best = scores.max(axis=1, keepdims=True)
+    return np.clip(np.divide(scores, best, out=np.zeros_like(scores), where=best > 0), 0, 1)
+
+
+def are_positions(scores: np.ndarray) -> bool:
+    """Whether each layer's scores are the numbers from 0 on, each once: an order, no sizes."""
+    return np.array_equal(
+        np.sort(scores, axis=1), np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
+    )
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Kept and removed, for every option."""
+
+    heads: Shades
+    """Shape (layers, num_attention_heads)."""
+    stays_until: np.ndarray
+    """The number of the last option at which a head stays; shape (layers, num_attention_heads)."""
+    ranked_channels: Shades
+    """Each layer's channels from the best to the worst, at evenly spaced ranks: (layers, RANKS)."""
+
+
+def maps(table: Structure, scores: Scores, architecture: Architecture) -> Maps:
+    if table.granularity == "head-dims":
+        last = torch.full(scores.heads.shape, len(table.mha.options) - 1)
+    else:
+        # What a narrower option keeps, a wider one keeps too.
+        last = -1 + sum(
+            kept_heads(scores.heads, option.widths, architecture).long()
+            for option in table.mha.options
+        )
+    channels = shades(scores.channels.numpy(), 0.3)
+    width = channels.values.shape[1]
+    at = np.unique(np.linspace(0, width - 1, min(RANKS, width)).round().astype(int))
+    ranked = -np.sort(-channels.values, axis=1)[:, at]
+    return Maps(shades(scores.heads.numpy(), 0.1), last.numpy(), Shades(ranked, channels.scale))

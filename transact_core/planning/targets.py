@@ -1,0 +1,110 @@
+"""A target instead of a ratio: the pair of slider positions that meets it best."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from transact_core.base.errors import TransActError
+from transact_core.planning.law import Ratio
+from transact_core.planning.preview import EnergyKept, Structure
+
+Goal = Literal["parameters", "kv-cache", "perplexity"]
+
+
+Prediction = Mapping[tuple[int, int], Ratio]
+"""By the transitional widths (MHA, MLP)."""
+
+
+@dataclass(frozen=True)
+class Target:
+    goal: Goal
+    at_most: float
+    """Parameters as a number; the KV cache and perplexity as multiples of the dense model's."""
+
+
+@dataclass(frozen=True)
+class Found:
+    mha_position: int
+    """Both in per cent of the width removed."""
+    mlp_position: int
+    meeting: int
+    """How many pairs of widths meet the target."""
+    of: int
+    why: str
+    """What this pair has before the others that meet it, in words."""
+
+
+def find(
+    target: Target,
+    table: Structure,
+    prediction: Prediction | None = None,
+    energy: EnergyKept | None = None,
+) -> Found:
+    """Looks through all pairs of widths that the sliders can take.
+
+    Of those that meet a size the one of lowest predicted perplexity is taken; without a prediction
+    the one that keeps most activation energy, and without scores the one of most parameters. Of
+    those that meet a perplexity the one of fewest parameters is taken.
+
+    Raises:
+        TransActError: no pair meets the target, or there is no prediction to look for one by.
+    """
+    if target.goal == "perplexity" and not prediction:
+        raise TransActError("No perplexity is predicted yet: measure a point, then ask again.")
+    pairs = list(product(range(len(table.mha.options)), range(len(table.mlp.options))))
+    sizes = {pair: _size(target.goal, table, pair, prediction) for pair in pairs}
+    meeting = [pair for pair in pairs if sizes[pair] <= target.at_most]
+    if not meeting:
+        least = min(sizes.values())
+        raise TransActError(
+            f"No position of the sliders comes down to {_in_words(target.goal, target.at_most)}; "
+            f"the least there is {_in_words(target.goal, least)}."
+        )
+
+    def predicted(pair: tuple[int, int]) -> float:
+        interval = prediction.get(_widths(table, pair))
+        return interval.mid if interval else float("inf")
+
+    def parameters(pair: tuple[int, int]) -> int:
+        return table.cost(*pair).parameters
+
+    if target.goal == "perplexity":
+        best = min(meeting, key=lambda pair: (parameters(pair), predicted(pair)))
+        why = "it has the fewest parameters"
+    elif prediction:
+        best = min(meeting, key=lambda pair: (predicted(pair), parameters(pair)))
+        why = "its predicted perplexity is the lowest"
+    elif energy is not None:
+        best = max(meeting, key=lambda pair: (energy.mean(*pair), parameters(pair)))
+        why = "it keeps the most activation energy, on the mean over layers, MHA and MLP"
+    else:
+        best = max(meeting, key=parameters)
+        why = "it keeps the most parameters"
+    mha, mlp = best
+    return Found(
+        table.mha.position_of(mha), table.mlp.position_of(mlp), len(meeting), len(pairs), why
+    )
+
+
+def _widths(table: Structure, pair: tuple[int, int]) -> tuple[int, int]:
+    return table.mha.options[pair[0]].width, table.mlp.options[pair[1]].width
+
+
+def _size(
+    goal: Goal, table: Structure, pair: tuple[int, int], prediction: Prediction | None
+) -> float:
+    if goal == "parameters":
+        return table.cost(*pair).parameters
+    if goal == "kv-cache":
+        return table.cost(*pair).kv_values / table.dense.kv_values
+    interval = prediction.get(_widths(table, pair))
+    return interval.mid if interval else float("inf")
+
+
+def _in_words(goal: Goal, size: float) -> str:
+    if goal == "parameters":
+        return f"{size / 1e6:,.1f} M parameters"
+    if goal == "kv-cache":
+        return f"{size:.0%} of the KV cache"
+    return f"{size:.2f} times the dense model's perplexity"

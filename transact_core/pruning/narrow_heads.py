@@ -1,0 +1,321 @@
+"""Queries, keys and values of narrower heads, fitted to what the dense heads did.
+
+Selecting rotary pairs and value dims is the bare cut. Here every head gets better ones, in closed
+form and from the calibration text:
+
+*Queries and keys.* With A (head_dim' × head_dim) for each query head and B for each key-value
+head, the logit `q · R(Δ) k` becomes `A q · R'(Δ) B k`, where R turns by the dense frequencies and
+R' by those of the shared slots. It is linear in A and linear in B, so the two are fitted in turn by
+least squares on sampled pairs of a query and keys. Only differences between keys count, since the
+softmax does not see what all keys share; keys are drawn as attention draws them, and some more
+evenly, so that a key that nobody looks at does not become loud.
+
+*Values.* Value to output is linear inside a head, so any basis of the head's outputs will do: the
+one that loses least of what the output projection writes, shared by the heads of a group. It is
+the truncated singular value decomposition in the metric of the activations (Wang et al. 2024,
+SVD-LLM, arXiv 2403.07378), with one right side for all heads of the group.
+
+A fit flatters the windows that it has seen, and `recovery` judges on windows that it has not. So
+queries and keys are fitted three times: on each half of the windows, for the other half to run
+through, and on all of them for the model. The value basis, of far fewer choices, sees them all.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, rotate_half
+
+from transact_core.forward.stream import Rotary, attend
+from transact_core.forward.waists import windows_a_batch
+from transact_core.pruning.plan import LayerPlan
+
+ROUNDS = 2
+ITERATIONS = 15
+RIDGE = 1e-3
+"""Towards the bare cut, relative to the mean curvature."""
+KEYS_A_QUERY = 6
+QUERY_STRIDE = 4
+MAX_QUERIES = 8192
+"""Of every fourth token, and of long calibration texts fewer: a head has few weights to fit."""
+EVENLY = 0.25
+"""Share of keys drawn from the attention of half the logits."""
+CONVERGED = 1e-5
+"""Of the first gradient; going on from there in float32 would only grow rounding errors."""
+
+
+@torch.no_grad()
+def fit_narrow_heads(
+    dense: nn.Module,
+    pruned: nn.Module,
+    plan: LayerPlan,
+    normed: torch.Tensor,
+    weights: torch.Tensor,
+    rotary: tuple[Rotary, Rotary],
+    judge_only: bool = False,
+) -> torch.Tensor:
+    """Replaces the projections of a layer's narrowed attention by fitted ones, in place.
+
+    `dense` and `pruned` are the attentions before and after the bare cut. `normed` is what both
+    read, shape (windows, sequence_length, hidden_size), two windows or more; `weights` are the
+    tokens' weights, shape (windows, sequence_length); `rotary` the dense and the narrow cosines and
+    sines. The output projection is only carried over into the new basis: `recovery` fits it
+    afterwards. With `judge_only`, queries and keys are left as one half of the windows had them.
+
+    Gives the narrow waist to judge by, shape (windows, sequence_length, num_attention_heads ×
+    head_dim'): each half of the windows through queries and keys that were fitted on the other.
+
+    Raises:
+        LinAlgError: the numbers are not finite.
+    """
+    generator = torch.Generator(device=normed.device).manual_seed(0)
+    halves = torch.arange(len(normed)).tensor_split(2)
+    seen = normed.new_empty(*normed.shape[:2], dense.o_proj.in_features)
+    for fitted_on, judged in (halves, halves[::-1]):
+        _fit_queries_and_keys(dense, pruned, plan, normed[fitted_on], rotary, generator)
+        for windows in judged.split(windows_a_batch(normed.shape[1])):
+            seen[windows] = _dense_values(dense, pruned, normed[windows], rotary[1])
+    waist = _fit_values(dense, pruned, seen, weights)
+    if not judge_only:
+        _fit_queries_and_keys(dense, pruned, plan, normed, rotary, generator)
+    return waist
+
+
+def _fit_queries_and_keys(
+    dense: nn.Module,
+    pruned: nn.Module,
+    plan: LayerPlan,
+    normed: torch.Tensor,
+    rotary: tuple[Rotary, Rotary],
+    generator: torch.Generator,
+) -> None:
+    half = dense.head_dim // 2
+    width = pruned.head_dim
+    shape = (width, dense.head_dim)
+    groups, queries = len(plan.slot_pairs), dense.num_key_value_groups
+    key_maps = torch.zeros(groups, *shape, device=normed.device)
+    for group, pairs in enumerate(plan.slot_pairs):
+        dims = torch.tensor(pairs, device=normed.device)
+        key_maps[group, torch.arange(width), torch.cat([dims, dims + half])] = 1
+    query_maps = key_maps.repeat_interleave(queries, dim=0)
+    for group in range(groups):
+        heads = range(group * queries, (group + 1) * queries)
+        samples = [_sample(dense, normed, head, rotary, generator) for head in heads]
+        for _ in range(ROUNDS):
+            for head, sample in zip(heads, samples, strict=True):
+                query_maps[head] = _fit_query(query_maps[head], key_maps[group], sample)
+            key_maps[group] = _fit_key(key_maps[group], query_maps[list(heads)], samples)
+    # Attention divides by the root of head_dim, which has changed.
+    _map_rows(dense.q_proj, pruned.q_proj, query_maps * (width / dense.head_dim) ** 0.5)
+    _map_rows(dense.k_proj, pruned.k_proj, key_maps)
+
+
+def _map_rows(source: nn.Linear, target: nn.Linear, maps: torch.Tensor) -> None:
+    """Rows of each head of `source` mixed by its map, shape (heads, head_dim', head_dim)."""
+    for name in ("weight", "bias"):
+        rows = getattr(source, name)
+        if rows is not None:
+            per_head = rows.float().unflatten(0, (len(maps), -1))
+            mixed = torch.einsum("hnd,hd...->hn...", maps, per_head).flatten(0, 1)
+            setattr(target, name, nn.Parameter(mixed.to(rows.dtype), requires_grad=False))
+
+
+# --- queries and keys ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Queries of one head, some keys for each, and the differences of logits to be met.
+
+    `query` has shape (samples, head_dim), `key` (samples, keys, head_dim), both before rotation;
+    `target` (samples, keys), less its mean over keys. The rotations are the narrow ones.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    target: torch.Tensor
+    query_rotary: Rotary
+    key_rotary: Rotary
+
+
+def _sample(
+    dense: nn.Module,
+    normed: torch.Tensor,
+    head: int,
+    rotary: tuple[Rotary, Rotary],
+    generator: torch.Generator,
+) -> _Sample:
+    group = head // dense.num_key_value_groups
+    length, dim = normed.shape[1], dense.head_dim
+    query = _of_head(dense.q_proj, normed, head, dim)
+    key = _of_head(dense.k_proj, normed, group, dim)
+    (cos, sin), (narrow_cos, narrow_sin) = (
+        (cosines[0].float(), sines[0].float()) for cosines, sines in rotary
+    )
+    stride = max(QUERY_STRIDE, math.ceil(normed[..., 0].numel() / MAX_QUERIES))
+    stride = min(stride, length)
+    places = torch.arange(stride - 1, length, stride, device=normed.device)
+    query = query[:, places]
+    turned = _turn(query, cos[places], sin[places]) * dense.scaling
+    logits = turned @ _turn(key, cos, sin).mT
+    logits = logits.masked_fill(
+        torch.arange(length, device=normed.device) > places[:, None], -torch.inf
+    )
+    drawn_from = (1 - EVENLY) * logits.softmax(-1) + EVENLY * (logits / 2).softmax(-1)
+    keys = torch.multinomial(
+        drawn_from.flatten(0, 1), KEYS_A_QUERY, replacement=True, generator=generator
+    ).unflatten(0, logits.shape[:2])
+    window = torch.arange(len(normed), device=normed.device)[:, None, None]
+    where = places.repeat(len(normed))
+    return _Sample(
+        query=query.flatten(0, 1) * dense.scaling,
+        key=key[window, keys].flatten(0, 1),
+        target=_centred(logits.gather(-1, keys)).flatten(0, 1),
+        query_rotary=(narrow_cos[where, None], narrow_sin[where, None]),
+        key_rotary=(narrow_cos[keys.flatten(0, 1)], narrow_sin[keys.flatten(0, 1)]),
+    )
+
+
+def _of_head(projection: nn.Linear, normed: torch.Tensor, head: int, dim: int) -> torch.Tensor:
+    rows = slice(head * dim, (head + 1) * dim)
+    bias = None if projection.bias is None else projection.bias[rows]
+    return functional.linear(normed, projection.weight[rows], bias).float()
+
+
+def _turn(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates dims i and i + dim / 2 together, as LLaMA does."""
+    return vectors * cos + rotate_half(vectors) * sin
+
+
+def _centred(values: torch.Tensor) -> torch.Tensor:
+    return values - values.mean(dim=-1, keepdim=True)
+
+
+def _fit_query(query_map: torch.Tensor, key_map: torch.Tensor, sample: _Sample) -> torch.Tensor:
+    key = _turn(sample.key @ key_map.T, *sample.key_rotary)
+    key = key - key.mean(dim=1, keepdim=True)
+    # Turned back by the query's place, so that what is left of the logit is (A q) · key.
+    cos, sin = sample.query_rotary
+    key = _turn(key, cos, -sin)
+    curvature = key.square().sum() * sample.query.square().mean() / key_map.numel() ** 0.5
+    return _least_squares(
+        query_map,
+        lambda x: ((sample.query @ x.T)[:, None] * key).sum(dim=-1),
+        lambda left: (left[..., None] * key).sum(dim=1).T @ sample.query,
+        sample.target,
+        RIDGE * curvature.item(),
+    )
+
+
+def _fit_key(
+    key_map: torch.Tensor, query_maps: torch.Tensor, samples: list[_Sample]
+) -> torch.Tensor:
+    queries, keys, targets = [], [], []
+    for query_map, sample in zip(query_maps, samples, strict=True):
+        query = _turn((sample.query @ query_map.T)[:, None], *sample.query_rotary)
+        cos, sin = sample.key_rotary
+        queries.append(_turn(query, cos, -sin))
+        keys.append(sample.key)
+        targets.append(sample.target)
+    query, key, target = torch.cat(queries), torch.cat(keys), torch.cat(targets)
+    curvature = query.square().sum() * key.square().mean() / key_map.numel() ** 0.5
+    return _least_squares(
+        key_map,
+        lambda x: _centred((query * (key @ x.T)).sum(dim=-1)),
+        lambda left: (_centred(left)[..., None] * query).flatten(0, 1).T @ key.flatten(0, 1),
+        target,
+        RIDGE * curvature.item(),
+    )
+
+
+def _least_squares(
+    start: torch.Tensor,
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    adjoint: Callable[[torch.Tensor], torch.Tensor],
+    target: torch.Tensor,
+    ridge: float,
+) -> torch.Tensor:
+    """Minimises `|forward(x) − target|² + ridge |x − start|²` by conjugate gradients from `start`.
+
+    Stopped early, which shrinks towards the start as a ridge does.
+    """
+    change = torch.zeros_like(start)
+    left = target - forward(start)
+    gradient = adjoint(left)
+    direction, energy = gradient.clone(), gradient.square().sum()
+    enough = CONVERGED**2 * energy
+    for _ in range(ITERATIONS):
+        if not energy > enough:
+            break
+        moved = forward(direction)
+        curvature = moved.square().sum() + ridge * direction.square().sum()
+        step = energy / curvature
+        change = change + step * direction
+        left = left - step * moved
+        gradient = adjoint(left) - ridge * change
+        before, energy = energy, gradient.square().sum()
+        direction = gradient + energy / before * direction
+    return start + change
+
+
+# --- values ----------------------------------------------------------------------------------
+
+
+def _dense_values(
+    dense: nn.Module, pruned: nn.Module, normed: torch.Tensor, rotary: Rotary
+) -> torch.Tensor:
+    """Outputs of heads as wide as before, under the attention of the narrow queries and keys.
+
+    Shape (windows, sequence_length, num_attention_heads × head_dim).
+    """
+    query, key, value = (
+        projection(normed).unflatten(-1, (-1, width)).transpose(1, 2)
+        for projection, width in (
+            (pruned.q_proj, pruned.head_dim),
+            (pruned.k_proj, pruned.head_dim),
+            (dense.v_proj, dense.head_dim),
+        )
+    )
+    return attend(*apply_rotary_pos_emb(query, key, *rotary), value, pruned.scaling)
+
+
+def _fit_values(
+    dense: nn.Module, pruned: nn.Module, seen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The value basis of each group, for the outputs `seen` of heads as wide as before.
+
+    Gives those outputs in the new bases.
+    """
+    queries, dim = dense.num_key_value_groups, dense.head_dim
+    heads = seen.unflatten(-1, (-1, dim))
+    moments = seen.new_zeros(heads.shape[2], dim, dim, dtype=torch.float64)
+    for window, weight in zip(heads, weights, strict=True):
+        rows = window.float() * weight.sqrt()[:, None, None]
+        moments += torch.einsum("thd,the->hde", rows, rows)
+    floor = moments.diagonal(dim1=1, dim2=2).mean().clamp_min(torch.finfo(torch.float64).tiny)
+    output = dense.o_proj.weight.double().unflatten(1, (-1, dim))
+    value_maps, columns = [], []
+    for group in torch.arange(len(moments)).split(queries):
+        moment = moments[group].sum(dim=0) + 1e-6 * floor * torch.eye(dim).to(moments)
+        root, inverse_root = _roots(moment)
+        written = output[:, group]
+        stacked = written.transpose(0, 1).flatten(0, 1)
+        basis = torch.linalg.svd(stacked @ root, full_matrices=False).Vh[: pruned.head_dim]
+        value_maps.append(basis @ inverse_root)
+        columns.append(written @ root @ basis.T)
+    maps = torch.stack(value_maps)
+    _map_rows(dense.v_proj, pruned.v_proj, maps.float())
+    weight = torch.cat(columns, dim=1).flatten(1).to(dense.o_proj.weight.dtype)
+    pruned.o_proj.weight = nn.Parameter(weight, requires_grad=False)
+    per_head = maps.repeat_interleave(queries, dim=0).to(seen.dtype)
+    return torch.einsum("wthd,hnd->wthn", heads, per_head).flatten(2)
+
+
+def _roots(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A symmetric positive matrix's root and the root's inverse."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp_min(torch.finfo(values.dtype).tiny)
+    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T

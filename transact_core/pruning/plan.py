@@ -1,0 +1,386 @@
+"""Scores and two ratios to a plan: what each layer keeps.
+
+A plan is pure data. Sliders write it, charts read it, surgery executes it, export saves it; whoever
+wants to know what will be cut looks here and nowhere else.
+
+Which widths can be had is decided by whole units, by `multiple_of`, and by one rule of stock
+transformers: `LlamaConfig` refuses a `num_attention_heads` that does not divide `hidden_size`.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from itertools import pairwise
+from typing import Annotated, Literal, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from transact_core.base.errors import TransActError
+from transact_core.importance.rotary_pairs import PairEffects
+from transact_core.importance.scores import Scores
+from transact_core.models.architecture import Architecture
+
+Granularity = Literal["query-heads", "kv-groups", "head-dims"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+Ratio = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Index = Annotated[int, Field(ge=0)]
+
+
+class Data(BaseModel):
+    """Frozen data that refuses unknown fields by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What the ratios become once whole units are taken."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    head_dim: int | None = None
+    """None is the dense model's."""
+
+    def applied_to(self, architecture: Architecture, with_biases: bool = False) -> Architecture:
+        """What the cut leaves; `with_biases` as `surgery.prune` takes it."""
+        cut = replace(
+            architecture,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            intermediate_size=self.intermediate_size,
+            head_dim=self.head_dim or architecture.head_dim,
+        )
+        if not with_biases:
+            return cut
+        return replace(
+            cut,
+            attention_bias=cut.attention_bias or cut.mha_width < architecture.mha_width,
+            mlp_bias=cut.mlp_bias or cut.intermediate_size < architecture.intermediate_size,
+        )
+
+
+class LayerPlan(Data):
+    """Ascending indices of what one layer keeps; for narrower heads also which dims of them."""
+
+    kept_heads: tuple[Index, ...]
+    kept_channels: tuple[Index, ...]
+    slot_pairs: tuple[tuple[Index, ...], ...] = ()
+    """For each key-value head the rotary pair of queries and keys that goes into each slot."""
+    value_dims: tuple[tuple[Index, ...], ...] = ()
+    """For each key-value head the dims of its values that stay, ascending."""
+
+
+class PruningPlan(Data):
+    mha_ratio: Ratio
+    mlp_ratio: Ratio
+    granularity: Granularity
+    importance: str
+    multiple_of: Annotated[int, Field(ge=1)] = 1
+    num_attention_heads: Annotated[int, Field(ge=1)]
+    num_key_value_heads: Annotated[int, Field(ge=1)]
+    intermediate_size: Annotated[int, Field(ge=1)]
+    head_dim: Annotated[int, Field(ge=2)] | None = None
+    """None is the dense model's."""
+    slots: tuple[Index, ...] = ()
+    """The rotary pairs whose frequencies narrower heads share, ascending."""
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def widths(self) -> Widths:
+        return Widths(
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.intermediate_size,
+            self.head_dim,
+        )
+
+    def cuts_mha(self, architecture: Architecture) -> bool:
+        return self.widths.applied_to(architecture).mha_width < architecture.mha_width
+
+    def cuts_mlp(self, architecture: Architecture) -> bool:
+        return self.intermediate_size < architecture.intermediate_size
+
+    def cuts_anything(self, architecture: Architecture) -> bool:
+        return self.cuts_mha(architecture) or self.cuts_mlp(architecture)
+
+    def applied_to(self, architecture: Architecture, with_biases: bool = False) -> Architecture:
+        """What the cut leaves; `with_biases` as `surgery.prune` takes it."""
+        return self.widths.applied_to(architecture, with_biases)
+
+    def check(self, architecture: Architecture) -> None:
+        """Refuses a plan that this architecture cannot be cut by.
+
+        Raises:
+            TransActError: layers, heads or channels that do not exist, widths that contradict the
+                indices or the ratios, or groups left with different numbers of queries.
+        """
+        expected = widths(
+            architecture, self.mha_ratio, self.mlp_ratio, self.granularity, self.multiple_of
+        )
+        if self.widths != expected:
+            raise TransActError(
+                f"The plan's widths {self.widths} contradict its ratios, which make {expected}."
+            )
+        if len(self.layers) != architecture.num_hidden_layers:
+            raise TransActError(
+                f"The plan has {len(self.layers)} layers and the model has "
+                f"{architecture.num_hidden_layers}."
+            )
+        if self.head_dim:
+            _check_indices("slots", self.slots, self.head_dim // 2, architecture.head_dim // 2)
+        for number, layer in enumerate(self.layers):
+            self._check_dims(number, layer, architecture)
+            _check_indices(
+                f"kept_heads of layer {number}",
+                layer.kept_heads,
+                self.num_attention_heads,
+                architecture.num_attention_heads,
+            )
+            _check_indices(
+                f"kept_channels of layer {number}",
+                layer.kept_channels,
+                self.intermediate_size,
+                architecture.intermediate_size,
+            )
+            groups = kept_groups(layer.kept_heads, architecture)
+            queries = {
+                sum(head // architecture.queries_per_group == group for head in layer.kept_heads)
+                for group in groups
+            }
+            if len(groups) != self.num_key_value_heads or len(queries) != 1:
+                raise TransActError(
+                    f"The kept_heads of layer {number} leave {len(groups)} key-value groups of "
+                    f"{sorted(queries)} queries, where every layer needs "
+                    f"{self.num_key_value_heads} groups of one size."
+                )
+
+    def _check_dims(self, number: int, layer: LayerPlan, architecture: Architecture) -> None:
+        groups = architecture.num_key_value_heads if self.head_dim else 0
+        pairs, width = (self.head_dim or 0) // 2, self.head_dim or 0
+        for name, rows in (("slot_pairs", layer.slot_pairs), ("value_dims", layer.value_dims)):
+            if len(rows) != groups:
+                raise TransActError(
+                    f"The {name} of layer {number} are for {len(rows)} key-value heads, "
+                    f"where {groups} are narrowed."
+                )
+        for row in layer.slot_pairs:
+            _check_indices(
+                f"slot_pairs of layer {number}",
+                tuple(sorted(row)),
+                pairs,
+                architecture.head_dim // 2,
+            )
+        for row in layer.value_dims:
+            _check_indices(f"value_dims of layer {number}", row, width, architecture.head_dim)
+
+
+def _check_indices(what: str, kept: tuple[int, ...], width: int, dense_width: int) -> None:
+    if any(after <= before for before, after in pairwise(kept)):
+        raise TransActError(f"The {what} are not in ascending order without repeats.")
+    if kept and kept[-1] >= dense_width:
+        raise TransActError(
+            f"The {what} go up to {kept[-1]}, out of range: the model's last is {dense_width - 1}."
+        )
+    if len(kept) != width:
+        raise TransActError(f"The {what} are {len(kept)}, where the plan's width is {width}.")
+
+
+def kept_groups(kept_heads: tuple[int, ...], architecture: Architecture) -> tuple[int, ...]:
+    """Key-value heads that the kept query heads read, ascending."""
+    return tuple(sorted({head // architecture.queries_per_group for head in kept_heads}))
+
+
+class Step(Data):
+    """A pruned model on the way to the plan: its widths, and its perplexity after recovery."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A plan and what was tried on the way to it."""
+
+    plan: PruningPlan
+    granularity_losses: dict[Granularity, float] = field(default_factory=dict)
+    """Mean NLL in nats on held-out calibration windows of each granularity that `auto` tried."""
+    steps: int = 1
+    """As asked for; those that would have cut nothing are not among the earlier ones."""
+    earlier_steps: tuple[Step, ...] = ()
+    sequential: bool = False
+    """Whether units were chosen module by module, each on the stream of what was pruned before."""
+
+    @property
+    def why(self) -> str | None:
+        """One sentence on the granularity that `auto` took."""
+        if not self.granularity_losses:
+            return None
+        losses = sorted(self.granularity_losses.items(), key=lambda item: item[1])
+        tried = ", ".join(f"{name} {loss:.3f}" for name, loss in losses)
+        return (
+            f"auto takes {self.plan.granularity}: the lowest loss on held-out calibration windows "
+            f"(nats a token: {tried})."
+        )
+
+
+def parse_ratio(text: str | float, name: str) -> float:
+    """A ratio in [0, 1): the fraction of the width that is removed.
+
+    Raises:
+        TransActError: not a number, or outside that range.
+    """
+    try:
+        ratio = float(text)
+    except ValueError:
+        raise TransActError(f"The {name} {text!r} is not a number.") from None
+    if not (math.isfinite(ratio) and 0 <= ratio < 1):
+        raise TransActError(
+            f"The {name} {text} is outside [0, 1): 0 removes nothing, 0.5 removes half."
+        )
+    return ratio
+
+
+def head_counts(architecture: Architecture, granularity: Granularity) -> list[int]:
+    """Numbers of query heads that can be kept, ascending; the last is the dense model's.
+
+    `query-heads` keeps all groups and the same number of queries in each; `kv-groups` keeps whole
+    groups. Without grouping the two are the same.
+    """
+    groups, queries = architecture.num_key_value_heads, architecture.queries_per_group
+    if granularity == "query-heads" and queries > 1:
+        counts = [groups * kept for kept in range(1, queries + 1)]
+    else:
+        counts = [kept * queries for kept in range(1, groups + 1)]
+    return [
+        count
+        for count in counts
+        if architecture.hidden_size % count == 0 or count == architecture.num_attention_heads
+    ]
+
+
+def widths(
+    architecture: Architecture,
+    mha_ratio: float,
+    mlp_ratio: float,
+    granularity: Granularity,
+    multiple_of: int = 1,
+) -> Widths:
+    """The widths nearest to what the ratios ask for, the wider one on a tie."""
+    heads = architecture.num_attention_heads
+    groups = architecture.num_key_value_heads
+    head_dim = None
+    if granularity == "head-dims":
+        head_dim = _narrower_head_dim(architecture, mha_ratio, multiple_of)
+    elif mha_ratio:
+        heads = _nearest(heads, mha_ratio, head_counts(architecture, granularity))
+        if granularity == "kv-groups" or architecture.queries_per_group == 1:
+            groups = heads // architecture.queries_per_group
+    channels = architecture.intermediate_size
+    if mlp_ratio:
+        multiples = range(multiple_of, channels + 1, multiple_of)
+        channels = _nearest(channels, mlp_ratio, multiples or [channels])
+    return Widths(heads, groups, channels, head_dim)
+
+
+def _narrower_head_dim(
+    architecture: Architecture, mha_ratio: float, multiple_of: int
+) -> int | None:
+    """The nearest even multiple of `multiple_of`, or None where that is the dense head_dim."""
+    dense, step = architecture.head_dim, math.lcm(2, multiple_of)
+    multiples = range(step, dense + 1, step) or [dense]
+    nearest = _nearest(dense, mha_ratio, multiples) if mha_ratio else dense
+    return nearest if nearest < dense else None
+
+
+def _nearest(dense: int, ratio: float, allowed: Sequence[int]) -> int:
+    """The nearest of ascending widths."""
+    # The decimal the user wrote, not its binary neighbour, decides a tie.
+    wanted = dense * (1 - Fraction(str(ratio)))
+    above = bisect_left(allowed, wanted)
+    around = allowed[max(0, above - 1) : above + 1]
+    return min(around, key=lambda width: (abs(width - wanted), -width))
+
+
+def make_plan(
+    architecture: Architecture,
+    scores: Scores,
+    importance: str,
+    mha_ratio: float,
+    mlp_ratio: float,
+    granularity: Granularity = "query-heads",
+    multiple_of: int = 1,
+    pairs: PairEffects | None = None,
+) -> PruningPlan:
+    """Keeps the best-scored units: the same widths everywhere, own indices in each layer.
+
+    `pairs` is needed where `head-dims` makes the heads narrower: queries and keys keep the rotary
+    pairs of most effect on attention, whatever the importance, and values their best-scored dims.
+    Of equal scores the unit with the lower index is kept.
+    """
+    target = widths(architecture, mha_ratio, mlp_ratio, granularity, multiple_of)
+    heads = kept_heads(scores.heads, target, architecture)
+    channels = best_first(scores.channels)[:, : target.intermediate_size].sort(dim=1).values
+    slots: tuple[int, ...] = ()
+    dims = [{} for _ in range(architecture.num_hidden_layers)]
+    if target.head_dim:
+        slots = pairs.slots(target.head_dim // 2)
+        ordered = best_first(value_dim_scores(scores, architecture))
+        values = ordered[..., : target.head_dim].sort(dim=2).values
+        dims = [
+            {"slot_pairs": layer_pairs, "value_dims": layer_values}
+            for layer_pairs, layer_values in zip(
+                pairs.assign(slots).tolist(), values.tolist(), strict=True
+            )
+        ]
+    return PruningPlan(
+        mha_ratio=mha_ratio,
+        mlp_ratio=mlp_ratio,
+        granularity=granularity,
+        importance=importance,
+        multiple_of=multiple_of,
+        num_attention_heads=target.num_attention_heads,
+        num_key_value_heads=target.num_key_value_heads,
+        intermediate_size=target.intermediate_size,
+        head_dim=target.head_dim,
+        slots=slots,
+        layers=tuple(
+            LayerPlan(
+                kept_heads=layer_heads.nonzero().flatten().tolist(),
+                kept_channels=layer_channels.tolist(),
+                **layer_dims,
+            )
+            for layer_heads, layer_channels, layer_dims in zip(heads, channels, dims, strict=True)
+        ),
+    )
+
+
+def kept_heads(scores: torch.Tensor, target: Widths, architecture: Architecture) -> torch.Tensor:
+    """Which heads stay, shape (layers, num_attention_heads), bool."""
+    grouped = scores.unflatten(1, (architecture.num_key_value_heads, -1))
+    if target.num_key_value_heads == architecture.num_key_value_heads:
+        queries = target.num_attention_heads // target.num_key_value_heads
+        kept = torch.zeros_like(grouped, dtype=torch.bool)
+        kept.scatter_(2, best_first(grouped)[..., :queries], True)
+    else:
+        groups = best_first(grouped.mean(dim=2))[..., : target.num_key_value_heads]
+        kept = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter_(1, groups, True)
+        kept = kept.unsqueeze(2).expand_as(grouped)
+    return kept.flatten(1)
+
+
+def value_dim_scores(scores: Scores, architecture: Architecture) -> torch.Tensor:
+    """Of each key-value head's dims, shape (layers, num_key_value_heads, head_dim)."""
+    groups = (architecture.num_key_value_heads, -1, architecture.head_dim)
+    return scores.head_channels.unflatten(1, groups).mean(dim=2)
+
+
+def best_first(scores: torch.Tensor) -> torch.Tensor:
+    """Indices along the last axis in the order in which units are kept."""
+    return scores.argsort(dim=-1, descending=True, stable=True)

@@ -1,0 +1,221 @@
+"""A model and a plan to a pruned stock `LlamaForCausalLM`.
+
+Removing width is selecting rows and columns, so the result is exact: a removed channel is a channel
+that was zero. Untouched tensors are shared with the dense model, which is never written to.
+"""
+
+import copy
+import dataclasses
+import math
+
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from transact_core.forward.waists import head_rows
+from transact_core.models.architecture import Architecture
+from transact_core.pruning.plan import LayerPlan, PruningPlan, kept_groups
+from transact_core.pruning.rope import narrowed_rope, require_exact_rope
+
+
+@torch.no_grad()
+def prune(
+    model: LlamaForCausalLM, plan: PruningPlan, with_biases: bool = False
+) -> LlamaForCausalLM:
+    """Cuts every layer as the plan says; the result shares what it does not change.
+
+    `with_biases` gives the cut modules the biases that a repair by bias writes into. Stock
+    configurations know biases for all projections of a module or for none, so those of the others
+    are zeros.
+
+    Raises:
+        TransActError: the plan does not fit the model.
+    """
+    cut = Cut(model, plan, with_biases)
+    for number in range(len(plan.layers)):
+        cut.make_layer(number)
+    return cut.pruned
+
+
+class Cut:
+    """A cut made a layer at a time, for callers that let go of the layers that are done.
+
+    `pruned` is the model to be; a layer of it has no weights until `make_layer` gives it some.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model: LlamaForCausalLM, plan: PruningPlan, with_biases: bool = False
+    ) -> None:
+        self.dense, self.plan = model, plan
+        self.architecture = Architecture.from_config(model.config)
+        plan.check(self.architecture)
+        left = plan.applied_to(self.architecture, with_biases)
+        self.shapes = left.layer_tensors()
+        self.pruned = _empty_like(model, left, plan.slots)
+        outer = {
+            name: tensor
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if not name.startswith("model.layers.")
+        }
+        self.pruned.load_state_dict(outer, strict=False, assign=True)
+        self.pruned.tie_weights()
+        self.pruned.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def make_layer(self, number: int) -> None:
+        """Gives one layer its weights; what the plan does not change is shared."""
+        _fill(self.pruned.model.layers[number], self._tensors(number))
+
+    def drop_layer(self, number: int) -> None:
+        """Lets go of the weights of a layer that is done."""
+        self.pruned.model.layers[number] = nn.Identity()
+
+    @torch.no_grad()
+    def remake_module(self, plan: PruningPlan, number: int, module: str) -> None:
+        """Cuts one module of one layer again, by another plan of the same widths."""
+        self.plan = plan
+        name = {"mha": "self_attn", "mlp": "mlp"}[module]
+        made = self.pruned.model.layers[number].get_submodule(name)
+        _fill(made, _under(self._tensors(number), name + "."))
+
+    def _tensors(self, number: int) -> dict[str, torch.Tensor]:
+        plan, layer = self.plan, self.plan.layers[number]
+        tensors = dict(self.dense.model.layers[number].state_dict(keep_vars=True))
+        if plan.cuts_mha(self.architecture):
+            cut_heads = narrow_attention if plan.head_dim else cut_attention
+            parts = _under(tensors, "self_attn.")
+            tensors |= _prefixed("self_attn.", cut_heads(parts, layer, self.architecture))
+        if plan.cuts_mlp(self.architecture):
+            tensors |= _prefixed("mlp.", cut_mlp(_under(tensors, "mlp."), layer))
+        for name, shape in self.shapes.items():
+            if name.endswith(".bias") and name not in tensors:
+                weight = tensors[name.removesuffix("bias") + "weight"]
+                tensors[name] = nn.Parameter(weight.new_zeros(shape))
+        return tensors
+
+
+def _fill(made: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    made.load_state_dict(tensors, strict=True, assign=True)
+    made.requires_grad_(False)
+
+
+@torch.no_grad()
+def cast(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
+    """The model with its weights in another dtype; what has that dtype already is shared."""
+    tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    return _filled(_empty_like(model, Architecture.from_config(model.config)), tensors)
+
+
+def _filled(empty: LlamaForCausalLM, tensors: dict[str, torch.Tensor]) -> LlamaForCausalLM:
+    empty.load_state_dict(tensors, strict=True, assign=True)
+    empty.tie_weights()
+    return empty.eval().requires_grad_(False)
+
+
+def _empty_like(
+    model: LlamaForCausalLM, architecture: Architecture, slots: tuple[int, ...] = ()
+) -> LlamaForCausalLM:
+    config = copy.deepcopy(model.config)
+    # head_dim is implied by the other widths where it is absent, so it is written out too.
+    for name, value in dataclasses.asdict(architecture).items():
+        setattr(config, name, value)
+    # Its buffers are no part of the state dict, so it comes from outside the meta device.
+    rotary = model.model.rotary_emb
+    if slots:
+        require_exact_rope(config)
+        frequencies = rotary.inv_freq[list(slots)]
+        config.rope_parameters = narrowed_rope(config, frequencies, rotary.attention_scaling)
+        rotary = LlamaRotaryEmbedding(config).to(rotary.inv_freq.device)
+    with torch.device("meta"):
+        pruned = LlamaForCausalLM(config)
+    pruned.model.rotary_emb = rotary
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    return pruned
+
+
+def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _prefixed(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: nn.Parameter(tensor) for name, tensor in tensors.items()}
+
+
+def cut_attention(
+    tensors: dict[str, torch.Tensor], layer: LayerPlan, architecture: Architecture
+) -> dict[str, torch.Tensor]:
+    """Keeps the rows of Q, K, V and the columns of O that belong to the kept heads."""
+    device = tensors["q_proj.weight"].device
+    queries = head_rows(layer.kept_heads, architecture.head_dim).to(device)
+    groups = kept_groups(layer.kept_heads, architecture)
+    keys = head_rows(groups, architecture.head_dim).to(device)
+    cut = {"o_proj.weight": tensors["o_proj.weight"][:, queries]}
+    for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        cut |= _select_rows(tensors, name, rows)
+    return cut
+
+
+def narrow_attention(
+    tensors: dict[str, torch.Tensor], layer: LayerPlan, architecture: Architecture
+) -> dict[str, torch.Tensor]:
+    """Keeps, in every head, the rotary pairs of Q and K in their slots and the dims of V and O.
+
+    Attention divides by the root of head_dim, so queries are scaled by what that changes.
+    """
+    queries_per_group = architecture.queries_per_group
+    pairs = torch.tensor(layer.slot_pairs)
+    rotated = torch.cat([pairs, pairs + architecture.head_dim // 2], dim=1)
+    values = torch.tensor(layer.value_dims)
+    scale = math.sqrt(rotated.shape[1] / architecture.head_dim)
+
+    def rows(dims: torch.Tensor, repeats: int = 1) -> torch.Tensor:
+        """Row numbers of these dims of each head; one row of dims a key-value head."""
+        dims = dims.repeat_interleave(repeats, dim=0)
+        starts = torch.arange(len(dims))[:, None] * architecture.head_dim
+        return (starts + dims).flatten().to(tensors["q_proj.weight"].device)
+
+    columns = rows(values, queries_per_group)
+    queries = _select_rows(tensors, "q_proj", rows(rotated, queries_per_group))
+    return {
+        "o_proj.weight": tensors["o_proj.weight"][:, columns],
+        **{name: tensor * scale for name, tensor in queries.items()},
+        **_select_rows(tensors, "k_proj", rows(rotated)),
+        **_select_rows(tensors, "v_proj", rows(values)),
+    }
+
+
+def cut_mlp(tensors: dict[str, torch.Tensor], layer: LayerPlan) -> dict[str, torch.Tensor]:
+    """Keeps the rows of gate and up and the columns of down that belong to the kept channels."""
+    kept = torch.tensor(layer.kept_channels, device=tensors["down_proj.weight"].device)
+    cut = {"down_proj.weight": tensors["down_proj.weight"][:, kept]}
+    for name in ("gate_proj", "up_proj"):
+        cut |= _select_rows(tensors, name, kept)
+    return cut
+
+
+def _select_rows(
+    tensors: dict[str, torch.Tensor], name: str, rows: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    both = (f"{name}.weight", f"{name}.bias")
+    return {each: tensors[each][rows] for each in both if each in tensors}
+
+
+@torch.no_grad()
+def round_weights(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
+    """Rounds the weights to what `dtype` can hold, in the dtype they compute in.
+
+    Perplexity is measured on the weights as saved. Parameters that change are replaced, never
+    written into, since they may be shared with the dense model.
+    """
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            rounded = weight.to(dtype).to(weight.dtype)
+            if not torch.equal(rounded, weight):
+                setattr(module, name, nn.Parameter(rounded, requires_grad=False))
+    model.tie_weights()
