@@ -44,8 +44,7 @@ from tests.browser.driving import (
 )
 from tests.conftest import make_model, make_tokenizer
 from transact_core.base.files import cache_folder
-from transact_core.data.corpus import BUILTIN_TEXT, read_corpus
-from transact_core.data.windows import calibration_and_evaluation
+from transact_core.data.windows import WindowSpec, make_windows
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.experiments.sweep import Pair, most_informative_first, point_at
 from transact_core.models.load import load_model
@@ -290,16 +289,12 @@ def computed(
 ) -> list[float]:
     """Perplexities of cuts as this process computes them, with the app's number of threads."""
     loaded = load_model(str(folder))
-    text = read_corpus(BUILTIN_TEXT)
-    windows = calibration_and_evaluation(
-        text,
-        text,
-        loaded.tokenizer,
-        loaded.architecture.vocab_size,
-        CALIBRATION_TOKENS,
-        evaluation_tokens,
-        length,
+    spec = WindowSpec(
+        calibration_tokens=CALIBRATION_TOKENS,
+        evaluation_tokens=evaluation_tokens,
+        sequence_length=length,
     )
+    windows = make_windows(spec, loaded.tokenizer, loaded.architecture.vocab_size)
     bench, choices = Bench(loaded, *windows), Choices(recovery=recovery)
     return [point_at(bench, pair, choices).perplexity for pair in ratios]
 

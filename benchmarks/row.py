@@ -25,8 +25,7 @@ from benchmarks.cuts import DENSE, PUBLISHED, Row, rows
 from benchmarks.memory import peak_memory
 from transact_core.base.errors import TransActError, first_line
 from transact_core.base.files import cache_folder
-from transact_core.data.corpus import read_corpus
-from transact_core.data.windows import Windows, calibration_and_evaluation
+from transact_core.data.windows import Windows, WindowSpec, make_windows, read_texts
 from transact_core.experiments.bench import Bench, Choices, compress
 from transact_core.experiments.decide import decide
 from transact_core.export.compression import describe_compression
@@ -70,18 +69,16 @@ class Result:
 
 def load(setup: Setup) -> tuple[LoadedModel, Windows, Windows]:
     """The dense model, calibration windows and evaluation windows."""
-    calibration = read_corpus(setup.calibration)
-    evaluation = read_corpus(setup.evaluation)
-    loaded = load_model(setup.model)
-    windows = calibration_and_evaluation(
-        calibration,
-        evaluation,
-        loaded.tokenizer,
-        loaded.architecture.vocab_size,
+    spec = WindowSpec(
+        setup.calibration,
+        setup.evaluation,
         setup.calibration_tokens,
         setup.evaluation_tokens,
         setup.sequence_length,
     )
+    texts = read_texts(spec)
+    loaded = load_model(setup.model)
+    windows = make_windows(spec, loaded.tokenizer, loaded.architecture.vocab_size, texts=texts)
     return loaded, *windows
 
 

@@ -19,8 +19,8 @@ from benchmarks.table import processor
 from pages.parts.example import FILE, Concentration, Dense, Example, Point
 from pages.server.jobs import job_threads
 from pages.server.request import Cut, Request
-from transact_core.data.corpus import describe, read_corpus
-from transact_core.data.windows import calibration_and_evaluation
+from transact_core.data.corpus import describe
+from transact_core.data.windows import make_windows, read_texts
 from transact_core.experiments import prediction
 from transact_core.experiments.bench import Bench, Choices, compress
 from transact_core.experiments.prediction import predict_grid
@@ -44,16 +44,14 @@ def progress(stage: str, done: int, total: int) -> None:
 
 
 def open_bench(request: Request) -> Bench:
-    texts = read_corpus(request.calibration), read_corpus(request.evaluation)
+    texts = read_texts(request.windows)
     loaded = load_model(request.model, request.device, request.dtype, progress)
-    windows = calibration_and_evaluation(
-        *texts,
+    windows = make_windows(
+        request.windows,
         loaded.tokenizer,
         loaded.architecture.vocab_size,
-        request.calibration_tokens,
-        request.evaluation_tokens,
-        request.sequence_length,
-        progress,
+        texts=texts,
+        progress=progress,
     )
     return Bench(loaded, *windows)
 

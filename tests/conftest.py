@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transact_core.data.corpus import corpus_from_text, read_corpus
-from transact_core.data.windows import calibration_and_evaluation
+from transact_core.data.windows import WindowSpec, make_windows
 from transact_core.experiments.bench import Bench
 from transact_core.models.architecture import Architecture
 from transact_core.models.load import LoadedModel
@@ -127,16 +127,13 @@ def loaded_from(model: LlamaForCausalLM, tokenizer) -> LoadedModel:
 
 
 def windows_for(tokenizer, calibration_tokens=1024, evaluation_tokens=256, sequence_length=32):
-    text = read_corpus("builtin")
-    return calibration_and_evaluation(
-        corpus_from_text("builtin", text.text[:30_000]),
-        corpus_from_text("builtin", text.text[:30_000]),
-        tokenizer,
-        VOCAB_SIZE,
-        calibration_tokens,
-        evaluation_tokens,
-        sequence_length,
+    text = corpus_from_text("builtin", read_corpus("builtin").text[:30_000])
+    spec = WindowSpec(
+        calibration_tokens=calibration_tokens,
+        evaluation_tokens=evaluation_tokens,
+        sequence_length=sequence_length,
     )
+    return make_windows(spec, tokenizer, VOCAB_SIZE, texts=(text, text))
 
 
 @pytest.fixture

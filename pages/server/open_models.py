@@ -15,8 +15,7 @@ from pages.server.request import Cut, Request, first_look, identity, what_to_lea
 from pages.server.settings import require_readable_source, settings
 from pages.server.visitors import Visitor, size_of
 from transact_core.base.errors import Progress, TransActError, silent
-from transact_core.data.corpus import read_corpus
-from transact_core.data.windows import calibration_and_evaluation
+from transact_core.data.windows import context_length_of, make_windows, read_texts
 from transact_core.experiments.bench import Bench, Choices, Measurement, carry_out, compress
 from transact_core.experiments.results import decided, measured
 from transact_core.models.load import LoadedModel, load_model
@@ -208,22 +207,17 @@ class Workbench:
     def _bench(self, request: Request, report: Progress) -> Bench:
         for source in (request.model, request.calibration, request.evaluation):
             require_readable_source(source, settings())
-        calibration = read_corpus(request.calibration)
-        evaluation = read_corpus(request.evaluation)
+        texts = read_texts(request.windows)
         loaded = self._model(request, report)
-        bench = Bench(
-            loaded,
-            *calibration_and_evaluation(
-                calibration,
-                evaluation,
-                loaded.tokenizer,
-                loaded.architecture.vocab_size,
-                request.calibration_tokens,
-                request.evaluation_tokens,
-                request.sequence_length,
-                report,
-            ),
+        windows = make_windows(
+            request.windows,
+            loaded.tokenizer,
+            loaded.architecture.vocab_size,
+            context_length_of(loaded.model.config),
+            texts,
+            report,
         )
+        bench = Bench(loaded, *windows)
         bench.statistics(report)
         bench.scores(Choices().importance)
         return bench

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from transact_core.data.corpus import BUILTIN_TEXT
+from transact_core.data.windows import WindowSpec
 from transact_core.experiments.bench import Choices, Measurement
 from transact_core.experiments.sweep import Pair
 from transact_core.models.load import BUILTIN
@@ -17,16 +17,20 @@ class Request:
     model: str = BUILTIN
     device: str = "auto"
     dtype: str = "auto"
-    calibration: str = BUILTIN_TEXT
-    evaluation: str = BUILTIN_TEXT
-    calibration_tokens: int = 8192
-    evaluation_tokens: int = 4096
-    sequence_length: int = 512
+    calibration: str = WindowSpec.calibration
+    evaluation: str = WindowSpec.evaluation
+    calibration_tokens: int = WindowSpec.calibration_tokens
+    evaluation_tokens: int = WindowSpec.evaluation_tokens
+    sequence_length: int = WindowSpec.sequence_length
 
     @property
     def model_key(self) -> tuple[str, str, str]:
         """What tells one loaded model from another."""
         return self.model, self.device, self.dtype
+
+    @property
+    def windows(self) -> WindowSpec:
+        return WindowSpec(**{each.name: getattr(self, each.name) for each in fields(WindowSpec)})
 
 
 @dataclass(frozen=True)

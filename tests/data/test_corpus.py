@@ -4,19 +4,11 @@ import time
 import pandas as pd
 import pytest
 
-from tests.conftest import VOCAB_SIZE
 from transact_core.base.errors import TransActError
 from transact_core.base.files import sha256_of_text
-from transact_core.data.corpus import corpus_from_text, read_corpus
-from transact_core.data.windows import calibration_and_evaluation
+from transact_core.data.corpus import corpus_from_text, file_and_column, read_corpus
 
 ROWS = ["one fish", "two fish", "red fish"]
-
-
-def windows(tokenizer, calibration, evaluation, tokens=(64, 64), length=16):
-    return calibration_and_evaluation(
-        calibration, evaluation, tokenizer, VOCAB_SIZE, *tokens, length
-    )
 
 
 def write_json_lines(path):
@@ -67,6 +59,11 @@ def test_long_texts_are_cut_and_that_is_said(monkeypatch):
         ("empty.txt", b"", "empty"),
         ("blank.txt", b" \n\n ", "empty"),
         ("zeros.txt", b"ab\0cd", "binary"),
+        ("half.txt", b"\xef\xbb\xbfab\0cd", "binary"),
+        ("wide.txt", "fish".encode("utf-16-le"), "UTF-16 without a byte-order mark"),
+        ("pair.txt", b"\xff\xfe\x00\xd8a\x00", "is not UTF-16 text"),
+        ("mark.txt", b"\xef\xbb\xbf\r\n", "empty"),
+        ("rows.jsonl", b'{"text": "caf\xe9"}', "not UTF-8 text"),
         ("latin.txt", "caf\u00e9 society".encode("latin-1"), "UTF-8"),
         ("table.csv", b"a,b", "none of"),
         ("rows.jsonl", b'{"text": "a"}\n{oops', "Line 2"),
@@ -98,46 +95,132 @@ def test_a_hub_dataset_without_network_is_refused(monkeypatch):
     assert time.monotonic() - started < 10
 
 
-def test_one_text_gives_evaluation_the_beginning_and_calibration_the_rest(tokenizer):
-    corpus = corpus_from_text("text", read_corpus("builtin").text[:5000])
-    calibration, evaluation = windows(tokenizer, corpus, corpus, (40, 50))
-    ids = tokenizer(corpus.text)["input_ids"]
-    assert evaluation.ids.flatten().tolist() == ids[:48]
-    assert calibration.ids.flatten().tolist() == ids[48:80]
-    assert (evaluation.tokens, calibration.tokens) == (48, 32)
+# --- texts from Windows -----------------------------------------------------------------------
+
+UNIX = "one fish\n\ntwo fish: \u00e9\n"
+MARKED = ("utf-8-sig", "utf-16", "utf-32")
 
 
-def test_two_texts_are_each_taken_from_the_beginning(tokenizer):
-    text = read_corpus("builtin").text
-    one, other = corpus_from_text("one", text[:3000]), corpus_from_text("other", text[3000:6000])
-    calibration, evaluation = windows(tokenizer, one, other)
-    assert calibration.ids.flatten().tolist() == tokenizer(one.text)["input_ids"][:64]
-    assert evaluation.ids.flatten().tolist() == tokenizer(other.text)["input_ids"][:64]
+def encoded(text, encoding):
+    """The text with a byte-order mark, in both orders where there are two."""
+    if encoding == "utf-8-sig":
+        return [text.encode(encoding)]
+    little, big = f"{encoding}-le", f"{encoding}-be"
+    return [("\ufeff" + text).encode(little), ("\ufeff" + text).encode(big)]
 
 
-def test_fewer_tokens_than_asked_are_used_and_that_is_said(tokenizer):
-    corpus = corpus_from_text("short", read_corpus("builtin").text[:400])
-    calibration, evaluation = windows(tokenizer, corpus, corpus, (100_000, 16))
-    assert 0 < calibration.tokens < 100_000
-    assert "where 100,000 were asked" in calibration.notices[0]
-    assert evaluation.notices == ()
+@pytest.mark.parametrize("suffix", [".txt", ".md"])
+@pytest.mark.parametrize("line_end", ["\r\n", "\r"])
+@pytest.mark.parametrize("encoding", MARKED)
+def test_a_file_from_windows_is_the_same_text(tmp_path, suffix, line_end, encoding):
+    path = tmp_path / f"text{suffix}"
+    for content in encoded(UNIX.replace("\n", line_end), encoding):
+        path.write_bytes(content)
+        corpus = read_corpus(str(path))
+        assert corpus.text == UNIX
+        assert corpus.sha256 == sha256_of_text(UNIX)
+        assert any("carriage returns" in notice for notice in corpus.notices)
+        named = [notice for notice in corpus.notices if "byte-order mark" in notice]
+        assert bool(named) == (encoding != "utf-8-sig")
 
 
-@pytest.mark.parametrize(
-    ("tokens", "length", "complaint"),
-    [
-        ((64, 64), 5000, "fewer than one window"),
-        ((64, 4000), 32, "calibration|gives .* tokens here"),
-        ((64, 64), 1, "at least 2"),
-    ],
-)
-def test_text_that_fills_no_window_is_refused(tokenizer, tokens, length, complaint):
-    corpus = corpus_from_text("short", read_corpus("builtin").text[:400])
-    with pytest.raises(TransActError, match=complaint):
-        windows(tokenizer, corpus, corpus, tokens, length)
+def test_a_usual_file_has_no_notices(tmp_path):
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "text.txt").write_bytes(UNIX.encode(encoding))
+        corpus = read_corpus(str(tmp_path / "text.txt"))
+        assert (corpus.text, corpus.notices) == (UNIX, ())
 
 
-def test_a_tokenizer_of_another_model_is_refused(tokenizer):
-    corpus = read_corpus("builtin")
-    with pytest.raises(TransActError, match="do not belong together"):
-        calibration_and_evaluation(corpus, corpus, tokenizer, 100, 64, 64, 16)
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", MARKED)
+def test_json_lines_from_windows_are_the_same_text(tmp_path, line_end, encoding):
+    lines = [json.dumps({"text": row.replace(" ", "\r\n")}) for row in ROWS]
+    path = tmp_path / "rows.jsonl"
+    for content in encoded(line_end.join(lines) + line_end, encoding):
+        path.write_bytes(content)
+        corpus = read_corpus(str(path))
+        assert corpus.text == "one\nfish\n\ntwo\nfish\n\nred\nfish"
+        assert "carriage returns" in corpus.notices[0]
+
+
+def test_rows_of_parquet_from_windows_are_the_same_text(tmp_path):
+    rows = ["\ufeffone\r\nfish", "\ufefftwo\rfish"]
+    pd.DataFrame({"text": rows}).to_parquet(tmp_path / "rows.parquet")
+    corpus = read_corpus(str(tmp_path / "rows.parquet"))
+    assert corpus.text == "one\nfish\n\ntwo\nfish"
+    assert "carriage returns" in corpus.notices[0]
+
+
+def test_files_that_were_appended_to_each_other_leave_no_marks(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes("one\r\n".encode("utf-8-sig") + "two\r\n".encode("utf-8-sig"))
+    assert read_corpus(str(path)).text == "one\ntwo\n"
+
+
+def test_a_text_of_two_characters_a_line_end_is_cut_where_others_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("transact_core.data.corpus.MAX_CHARACTERS", 10)
+    for encoding in ("utf-8", "utf-16", "utf-32"):
+        (tmp_path / "text.txt").write_bytes(("a" + "\r\n" * 50).encode(encoding))
+        corpus = read_corpus(str(tmp_path / "text.txt"))
+        assert corpus.text == "a" + "\n" * 9
+        assert "first 10 characters" in corpus.notices[-1]
+
+
+def test_a_character_cut_in_two_where_the_reading_stops_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("transact_core.data.corpus.MAX_CHARACTERS", 10)
+    (tmp_path / "text.txt").write_bytes(("a" + "\u20ac" * 60).encode())
+    assert read_corpus(str(tmp_path / "text.txt")).text == "a" + "\u20ac" * 9
+
+
+# --- columns by name --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def answers(tmp_path):
+    """A function that writes rows of two columns as `.jsonl` or `.parquet`; gives the path."""
+
+    def write(name):
+        path = tmp_path / name
+        rows = [{"text": "a", "answer": "one"}, {"text": "b", "answer": "two"}]
+        if path.suffix == ".jsonl":
+            path.write_text("\n".join(json.dumps(row) for row in rows))
+        else:
+            pd.DataFrame(rows).to_parquet(path)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows:of:mine.jsonl"])
+def test_a_column_of_a_file_is_named_behind_a_colon(answers, name):
+    path = answers(name)
+    assert read_corpus(str(path)).text == "a\n\nb"
+    corpus = read_corpus(f"{path}:answer")
+    assert (corpus.text, corpus.source) == ("one\n\ntwo", f"{path}:answer")
+    with pytest.raises(TransActError, match="has no column 'reply'; it has text, answer"):
+        read_corpus(f"{path}:reply")
+
+
+def test_a_path_that_exists_wins_over_a_column(answers):
+    answers("rows.jsonl")
+    other = answers("rows.jsonl:answer").with_name("rows.jsonl:answer")
+    assert file_and_column(str(other)) == (other, None)
+
+
+def test_colons_that_name_no_column_stay_in_the_path(tmp_path, answers):
+    path = answers("rows.jsonl")
+    for source in (r"C:\texts\rows.jsonl", f"{path}:", f"{path}:../rows.jsonl", f"{path}.gz:a"):
+        assert file_and_column(source)[1] is None
+        with pytest.raises(TransActError, match="There is no text at"):
+            read_corpus(source)
+
+
+def test_columns_of_a_plain_text_are_refused(text_file):
+    with pytest.raises(TransActError, match="has no columns"):
+        read_corpus(f"{text_file}:text")
+
+
+def test_rows_that_are_no_objects_have_no_columns(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('"a"')
+    with pytest.raises(TransActError, match=r"Line 1 .* has no columns"):
+        read_corpus(f"{tmp_path / 'rows.jsonl'}:text")

@@ -457,7 +457,8 @@ def text_cases(folder: Path) -> Iterator[Case]:
         path.write_bytes(content)
         return lambda: read_corpus(str(path))
 
-    yield "text: UTF-16", text("utf16.txt", "one fish".encode("utf-16"))
+    yield "text: UTF-16 without a mark", text("utf16.txt", "one fish".encode("utf-16-le"))
+    yield "text: half a pair in UTF-16", text("pair.txt", b"\xff\xfe\x00\xd8a\x00")
     yield "text: Latin-1", text("latin.txt", "fünf Fische".encode("latin-1"))
     yield "text: UTF-8 in the middle of a letter", text("half.txt", "ü".encode()[:1])
     yield "text: nulls", text("null.txt", b"a\0b")
@@ -475,7 +476,7 @@ def text_cases(folder: Path) -> Iterator[Case]:
     yield "jsonl: a number of a million digits", text("digits.jsonl", b"9" * 1_000_000)
     yield "jsonl: numbers for text", text("numbers.jsonl", b'{"text": 7}\n')
     yield "jsonl: half a surrogate pair", text("lone.jsonl", b'{"text": "\\ud800"}\n')
-    yield "jsonl: another encoding", text("utf16.jsonl", '{"text": "x"}'.encode("utf-16"))
+    yield "jsonl: another encoding", text("utf16.jsonl", '{"text": "x"}'.encode("utf-16-le"))
     line = folder / "line.jsonl"
     line.write_bytes(b'{"text": "')
     os.truncate(line, TERABYTE)

@@ -1,28 +1,53 @@
 """A source that the user names to one text with a SHA-256: built-in, file or hub dataset."""
 
+import codecs
 import json
+import os
 import pydoc_data.topics
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 from huggingface_hub import HfApi
+from transformers import PreTrainedTokenizerBase
 
 from transact_core.base.errors import TransActError, first_line
 from transact_core.base.files import sha256_of_text
+from transact_core.data.conversations import (
+    Conversation,
+    Message,
+    apply_chat_template,
+    as_plain_text,
+    conversation_from_columns,
+    conversation_from_messages,
+    find_conversation_columns,
+    has_chat_template,
+)
 
 BUILTIN_TEXT = "builtin"
 MAX_CHARACTERS = 16_000_000
 """Longer texts are read this far: some millions of tokens, more than any measurement here takes."""
 MAX_GROUP_BYTES = 500_000_000
+"""Bytes that one column may unpack to in one row group of a Parquet file."""
 BATCH_ROWS = 64
 """Few, since a packed column may repeat one long text in every row."""
 HUB_TIMEOUT_S = 10
+"""Seconds that the hub may take to say whether it has a dataset."""
 TEXT_COLUMNS = ("text", "content", "document")
+"""Columns of text, in the order in which they are looked for."""
+BYTE_ORDER_MARK = "\ufeff"
+ENCODINGS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+"""The byte-order marks of encodings other than UTF-8; UTF-32's first, which begin like UTF-16's."""
+LONGEST_MARK_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -32,35 +57,76 @@ class Corpus:
     source: str
     text: str = field(repr=False)
     sha256: str
+    """Of the text as it is used: line ends and byte-order marks are not those of the file."""
     notices: tuple[str, ...] = ()
+    conversations: tuple[Conversation, ...] = field(default=(), repr=False)
+    """Where the rows are conversations, these, until `for_model` has written them as the model's
+    chat template does; `text` holds them as plain text meanwhile."""
+    has_special_tokens: bool = False
+    """Whether the text names its special tokens itself, as a chat template writes it."""
+
+
+Piece = str | Conversation | None
+"""What a row of a table holds; None where it is missing."""
 
 
 def read_corpus(source: str) -> Corpus:
-    """Reads `builtin`, a `.txt`, `.jsonl` or `.parquet` file, or a hub dataset.
+    """Reads `builtin`, a `.txt`, `.md`, `.jsonl` or `.parquet` file, or a hub dataset.
 
-    A hub dataset is named `hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]]`, its split `train` by default.
-    Rows of a table are joined by blank lines. At most `MAX_CHARACTERS` are read.
+    A hub dataset is named `hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]]`, its split `train` by default; a
+    column of a `.jsonl` or `.parquet` file as `FILE:COLUMN`. Rows of text are joined by blank
+    lines. Rows may also be conversations: a list of turns (`messages`, `conversations`), or a
+    question and its answer (`instruction` and `output`, `prompt` and `completion` or `response`).
+    At most `MAX_CHARACTERS` are read. Texts are UTF-8, or what their byte-order mark says; line
+    ends are read as newlines.
 
     Raises:
         TransActError: the source is missing, empty, binary or holds no text.
     """
     source = source.strip()
     if source == BUILTIN_TEXT:
-        text = _builtin_text()
-    elif source.startswith("hub:"):
-        text = _hub_text(source)
-    else:
-        text = _file_text(Path(source).expanduser())
-    return corpus_from_text(source, text)
+        return corpus_from_text(source, _builtin_text())
+    if source.startswith("hub:"):
+        return _gather(source, _hub_rows(source))
+    path, column = file_and_column(source)
+    if not os.path.isfile(path):
+        raise TransActError(
+            f"There is no text at {str(path)!r}: name a .txt, .jsonl or .parquet file, a column "
+            f"of one as FILE:COLUMN, hub:DATASET or {BUILTIN_TEXT!r}."
+        )
+    kind = path.suffix.lower()
+    if kind in PLAIN_KINDS:
+        if column is not None:
+            raise TransActError(f"{path} has no columns to name; .jsonl and .parquet files have.")
+        return corpus_from_text(source, *_plain_text(path))
+    if kind not in TABLE_READERS:
+        raise TransActError(
+            f"{path} is none of .txt, .jsonl and .parquet; save the text as one of these."
+        )
+    return _gather(source, TABLE_READERS[kind](path, column))
 
 
-def corpus_from_text(source: str, text: str) -> Corpus:
-    """A corpus from a string already in memory, such as an uploaded file's."""
-    notices: tuple[str, ...] = ()
+def corpus_from_text(source: str, text: str, encoding: str = "UTF-8") -> Corpus:
+    """A corpus from a string already in memory, such as an uploaded file's.
+
+    Line ends are made newlines and byte-order marks left out; `encoding` is what the text was
+    read from. Both are said in the notices where they are not what is usual.
+
+    Raises:
+        TransActError: the text is empty or holds half of a surrogate pair.
+    """
+    notices = []
+    if encoding != "UTF-8":
+        notices.append(f"The text {source} is read as {encoding}, as its byte-order mark says.")
+    # Longer than what is used, as line ends of two characters become one.
+    text = text[: 2 * MAX_CHARACTERS]
+    if "\r" in text:
+        notices.append(_line_end_notice(source))
+    text = with_newlines(text)
     if len(text) >= MAX_CHARACTERS:
         text = text[:MAX_CHARACTERS]
-        notices = (f"Only the first {MAX_CHARACTERS:,} characters of {source} are used.",)
-    if not text.replace("\ufeff", "").strip():
+        notices.append(f"Only the first {MAX_CHARACTERS:,} characters of {source} are used.")
+    if not text.replace(BYTE_ORDER_MARK, "").strip():
         raise TransActError(f"The text {source} is empty.")
     try:
         sha256 = sha256_of_text(text)
@@ -69,7 +135,69 @@ def corpus_from_text(source: str, text: str) -> Corpus:
             f"The text {source} holds half of a surrogate pair, which is no character; "
             "write it anew as UTF-8."
         ) from None
-    return Corpus(source=source, text=text, sha256=sha256, notices=notices)
+    return Corpus(source=source, text=text, sha256=sha256, notices=tuple(notices))
+
+
+def for_model(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+    """The corpus as text for one model: its conversations as the model's chat template has them.
+
+    Where the model has no chat template, they stay plain text, each turn as `role: content`, and a
+    notice says so. A corpus without conversations is given back as it is.
+
+    Raises:
+        TransActError: the chat template is faulty or refuses a conversation.
+    """
+    if not corpus.conversations:
+        return corpus
+    if not has_chat_template(tokenizer):
+        notice = (
+            f"The model has no chat template: the conversations of {corpus.source} are read as "
+            "plain text, every turn as 'role: content'."
+        )
+        return replace(corpus, conversations=(), notices=(*corpus.notices, notice))
+    text = apply_chat_template(corpus.conversations, tokenizer, corpus.source, MAX_CHARACTERS)
+    written = corpus_from_text(corpus.source, text)
+    notices = tuple(dict.fromkeys(corpus.notices + written.notices))
+    return replace(written, notices=notices, has_special_tokens=True)
+
+
+def file_and_column(source: str) -> tuple[Path, str | None]:
+    """The file that a source names, and its column where it names one as `FILE:COLUMN`.
+
+    Paths may hold colons themselves (as `C:\\texts` does): what exists as a whole is a path.
+    """
+    path = _expanded(source)
+    if os.path.lexists(path):
+        return path, None
+    head = source
+    while ":" in head:
+        head = head.rpartition(":")[0]
+        column = source[len(head) + 1 :]
+        file = _expanded(head)
+        # No column is a way out of a folder that a server allows to be read.
+        if column and not set(column) & set("/\\") and os.path.isfile(file):
+            return file, column
+    return path, None
+
+
+def _expanded(path: str) -> Path:
+    """The path with `~` as the user's home, where there is such a user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def with_newlines(text: str) -> str:
+    """The text with `\\n` for every line end and without byte-order marks at line starts.
+
+    Files that were appended to each other have such marks inside.
+    """
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if BYTE_ORDER_MARK in text:
+        text = text.removeprefix(BYTE_ORDER_MARK).replace(f"\n{BYTE_ORDER_MARK}", "\n")
+    return text
 
 
 def describe(source: str) -> str:
@@ -85,92 +213,104 @@ def _builtin_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def _file_text(path: Path) -> str:
-    readers = {".txt": _plain_text, ".md": _plain_text, ".jsonl": _json_lines, ".parquet": _parquet}
-    if not path.is_file():
-        raise TransActError(
-            f"There is no text at {str(path)!r}: name a .txt, .jsonl or .parquet file, "
-            f"hub:DATASET or {BUILTIN_TEXT!r}."
-        )
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise TransActError(
-            f"{path} is none of .txt, .jsonl and .parquet; save the text as one of these."
-        )
-    return reader(path)
+def _encoding(beginning: bytes) -> str:
+    """What the byte-order mark at the beginning of a file says; UTF-8 where there is none."""
+    return next((name for mark, name in ENCODINGS if beginning.startswith(mark)), "UTF-8")
 
 
-def _plain_text(path: Path) -> str:
+def _plain_text(path: Path) -> tuple[str, str]:
+    """The text of a file, as far as it is used, and its encoding."""
+    limit = 8 * MAX_CHARACTERS
     with path.open("rb") as file:
-        raw = file.read(4 * MAX_CHARACTERS)
-    if b"\0" in raw:
-        raise TransActError(f"{path} is a binary file, not text.")
-    try:
-        return raw.decode("utf-8")[:MAX_CHARACTERS]
-    except UnicodeDecodeError as error:
-        if len(raw) == 4 * MAX_CHARACTERS and error.start > len(raw) - 4:
-            return raw[: error.start].decode("utf-8")[:MAX_CHARACTERS]
+        raw = file.read(limit)
+    encoding = _encoding(raw[:LONGEST_MARK_BYTES])
+    if encoding == "UTF-8" and b"\0" in raw:
         raise TransActError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8."
+            f"{path} is a binary file, or UTF-16 without a byte-order mark; save the text as UTF-8."
+        )
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        # A character may be cut in two where the reading stopped.
+        return decoder.decode(raw, final=len(raw) < limit), encoding
+    except UnicodeDecodeError as error:
+        raise TransActError(
+            f"{path} is not {encoding} text (byte {error.start}); convert it to UTF-8."
         ) from None
 
 
-def _json_lines(path: Path) -> str:
-    def rows() -> Iterator[str | None]:
-        with path.open("rb") as file:
-            for number in count(1):
-                line = file.readline(4 * MAX_CHARACTERS)
-                if not line:
-                    return
-                if len(line) == 4 * MAX_CHARACTERS:
-                    raise TransActError(f"Line {number} of {path} is too long to be read.")
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.decode())
-                except (ValueError, RecursionError):
-                    raise TransActError(f"Line {number} of {path} is not JSON.") from None
-                if isinstance(row, str):
-                    yield row
-                elif isinstance(row, dict):
-                    yield _as_text(row[_text_column(row, str(path))], f"Line {number} of {path}")
-                else:
-                    raise TransActError(f"Line {number} of {path} is neither text nor an object.")
+def _json_lines(path: Path, column: str | None) -> Iterator[Piece]:
+    longest = 4 * MAX_CHARACTERS
+    with path.open("rb") as file:
+        encoding = _encoding(file.read(LONGEST_MARK_BYTES))
+    with path.open(encoding=encoding, newline="") as file:
+        for line_number in count(1):
+            where = f"Line {line_number} of {path}"
+            try:
+                line = file.readline(longest)
+            except UnicodeDecodeError:
+                raise TransActError(
+                    f"{where}, or one soon after it, is not {encoding} text; convert it to UTF-8."
+                ) from None
+            if not line:
+                return
+            if len(line) == longest:
+                raise TransActError(f"{where} is too long to be read.")
+            line = line.removeprefix(BYTE_ORDER_MARK)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                raise TransActError(f"{where} is not JSON.") from None
+            if isinstance(row, dict):
+                yield _piece(row, _columns(row, column, str(path)), where)
+            elif isinstance(row, str) and column is None:
+                yield row
+            else:
+                wanted = "is neither text nor an object" if column is None else "has no columns"
+                raise TransActError(f"{where} {wanted}.")
 
-    return _join(rows())
 
-
-def _parquet(path: Path) -> str:
+def _parquet_rows(path: Path, column: str | None) -> Iterator[Piece]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        column = _text_column(file.schema_arrow.names, str(path))
-        _require_modest_rows(file.metadata, column, path)
-        rows = (
-            _as_text(value, f"The column {column!r} of {path}")
-            for batch in file.iter_batches(BATCH_ROWS, columns=[column])
-            for value in batch.column(0).to_pylist()
-        )
-        return _join(rows)
+        columns = _columns(file.schema_arrow.names, column, str(path))
+        _require_modest_rows(file.metadata, columns, path)
+        for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
+            for row in batch.to_pylist():
+                yield _piece(row, columns, str(path))
     except (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError):
         raise TransActError(f"{path} is truncated, corrupt or not a Parquet file.") from None
 
 
-def _require_modest_rows(metadata: pyarrow.parquet.FileMetaData, column: str, path: Path) -> None:
+PLAIN_KINDS = (".txt", ".md")
+TABLE_READERS: dict[str, Callable[[Path, str | None], Iterator[Piece]]] = {
+    ".jsonl": _json_lines,
+    ".parquet": _parquet_rows,
+}
+
+
+def _require_modest_rows(
+    metadata: pyarrow.parquet.FileMetaData, columns: tuple[str, ...], path: Path
+) -> None:
     """Refuses row groups that would fill the memory once they are unpacked."""
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        for number in range(metadata.num_columns):
-            chunk = row_group.column(number)
-            if chunk.path_in_schema != column or chunk.total_uncompressed_size <= MAX_GROUP_BYTES:
-                continue
-            raise TransActError(
-                f"The column {column!r} of {path} unpacks to "
-                f"{chunk.total_uncompressed_size / 1e6:,.0f} MB in one row group; write the file "
-                "in smaller row groups."
+    for group_index in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group_index)
+        for chunk_index in range(metadata.num_columns):
+            chunk = row_group.column(chunk_index)
+            # Of a column of turns, `messages.list.element.content` is a chunk.
+            read = chunk.path_in_schema in columns or any(
+                chunk.path_in_schema.startswith(f"{column}.") for column in columns
             )
+            if read and chunk.total_uncompressed_size > MAX_GROUP_BYTES:
+                raise TransActError(
+                    f"The column {chunk.path_in_schema!r} of {path} unpacks to "
+                    f"{chunk.total_uncompressed_size / 1e6:,.0f} MB in one row group; write the "
+                    "file in smaller row groups."
+                )
 
 
-def _hub_text(source: str) -> str:
+def _hub_rows(source: str) -> Iterator[Piece]:
     parts = [*source.removeprefix("hub:").split(":"), "", "", ""]
     name, config, split, column = parts[:4]
     if not name or len(parts) > 7:
@@ -178,17 +318,15 @@ def _hub_text(source: str) -> str:
     # Importing datasets takes over a second and most runs never need it.
     from datasets import load_dataset
 
+    where = f"The dataset {name}"
     try:
         # datasets would try an unreachable hub for half a minute, with a line for each attempt.
         HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
         rows = load_dataset(name, config or None, split=split or "train", streaming=True)
-        return _join(
-            _as_text(row[column or _text_column(row, name)], f"The dataset {name}") for row in rows
-        )
+        for row in rows:
+            yield _piece(row, _columns(row, column or None, where), where)
     except TransActError:
         raise
-    except KeyError:
-        raise TransActError(f"The dataset {name} has no column {column!r}.") from None
     except Exception as error:
         raise TransActError(
             f"The dataset {name} could not be read from the hub ({first_line(error)}); "
@@ -196,30 +334,79 @@ def _hub_text(source: str) -> str:
         ) from None
 
 
-def _as_text(value: object, where: str) -> str | None:
-    """What is no text is refused instead of being spelt out; a missing one stays missing."""
-    if value is not None and not isinstance(value, str):
-        raise TransActError(f"{where} holds {type(value).__name__} where text is expected.")
-    return value
-
-
-def _text_column(names: Iterable[str], where: str) -> str:
+def _columns(names: Iterable[str], column: str | None, where: str) -> tuple[str, ...]:
+    """The columns to be read: the one asked for, one of text, or those of a conversation."""
     names = list(names)
+    if column is not None:
+        if column not in names:
+            raise TransActError(f"{where} has no column {column!r}; it has {', '.join(names)}.")
+        return (column,)
     for name in TEXT_COLUMNS:
         if name in names:
-            return name
-    raise TransActError(
-        f"{where} has no column named {', '.join(TEXT_COLUMNS)}; it has {', '.join(names)}."
-    )
+            return (name,)
+    columns = find_conversation_columns(names)
+    if not columns:
+        raise TransActError(
+            f"{where} has no column named {', '.join(TEXT_COLUMNS)} or messages, nor a question "
+            f"and an answer; it has {', '.join(names)}. Name one by adding :COLUMN to the source."
+        )
+    return columns
 
 
-def _join(rows: Iterable[str | None]) -> str:
-    pieces, length = [], 0
+def _piece(row: Mapping[str, object], columns: tuple[str, ...], where: str) -> Piece:
+    """What a row holds in these columns.
+
+    Raises:
+        TransActError: it is neither text nor turns; it is refused instead of being spelt out.
+    """
+    values = [row[column] for column in columns]
+    where = f"{where}, column {columns[0]!r},"
+    if len(values) > 1:
+        return conversation_from_columns(values, where)
+    (value,) = values
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value):
+        return conversation_from_messages(value, where)
+    raise TransActError(f"{where} holds {type(value).__name__} where text is expected.")
+
+
+def _gather(source: str, rows: Iterable[Piece]) -> Corpus:
+    """A corpus of the rows of a table, those that are missing passed over.
+
+    Raises:
+        TransActError: some rows are text and others conversations.
+    """
+    texts: list[str] = []
+    conversations: list[Conversation] = []
+    notices: tuple[str, ...] = ()
+    length = 0
     for row in rows:
-        if row is None:
+        if isinstance(row, str):
+            texts.append(row)
+        elif row:
+            if any("\r" in turn.content for turn in row):
+                notices = (_line_end_notice(source),)
+            # A template puts words before a turn, so its beginning is no line start later.
+            conversation = tuple(Message(turn.role, with_newlines(turn.content)) for turn in row)
+            conversations.append(conversation)
+            texts.append(as_plain_text(conversation))
+        else:
             continue
-        pieces.append(row)
-        length += len(row) + 2
+        length += len(texts[-1]) + 2
         if length > MAX_CHARACTERS:
             break
-    return "\n\n".join(pieces)
+    if conversations and len(conversations) < len(texts):
+        raise TransActError(
+            f"The text {source} mixes rows of text and conversations; name one of its columns by "
+            "adding :COLUMN to the source."
+        )
+    corpus = corpus_from_text(source, "\n\n".join(texts))
+    return replace(corpus, conversations=tuple(conversations), notices=(*notices, *corpus.notices))
+
+
+def _line_end_notice(source: str) -> str:
+    return (
+        f"The line ends of {source} hold carriage returns, as Windows writes them; they are read "
+        "as newlines."
+    )

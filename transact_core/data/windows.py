@@ -3,10 +3,28 @@
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from transact_core.base.errors import INTERRUPTIONS, Progress, TransActError, silent
-from transact_core.data.corpus import Corpus
+from transact_core.data.corpus import BUILTIN_TEXT, Corpus, for_model, read_corpus
+
+
+@dataclass(frozen=True)
+class WindowSpec:
+    """Which texts, and how many tokens of them; the defaults of the command line and of the app."""
+
+    calibration: str = BUILTIN_TEXT
+    """A source, as `read_corpus` reads it."""
+    evaluation: str = BUILTIN_TEXT
+    """A source; where it is the same text, evaluation has its beginning."""
+    calibration_tokens: int = 8192
+    evaluation_tokens: int = 4096
+    sequence_length: int = 512
+    """Tokens of one window, of which each is measured alone."""
+
+
+Texts = tuple[Corpus, Corpus]
+"""The calibration and the evaluation text."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +51,102 @@ class Windows:
         return self.ids.shape[0]
 
 
+def read_texts(spec: WindowSpec) -> Texts:
+    """Both texts of a specification; read before a model is loaded, a wrong name costs no wait.
+
+    Raises:
+        TransActError: as `read_corpus` does.
+    """
+    calibration = read_corpus(spec.calibration)
+    same = spec.evaluation.strip() == spec.calibration.strip()
+    return calibration, calibration if same else read_corpus(spec.evaluation)
+
+
+def make_windows(
+    spec: WindowSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    context_length: int | None = None,
+    texts: Texts | None = None,
+    progress: Progress = silent,
+) -> tuple[Windows, Windows]:
+    """Calibration and evaluation windows; from one text, evaluation has the beginning.
+
+    `texts` are those of the specification where they were read before. Where a window is longer
+    than `context_length`, in tokens, a notice says so; see `context_length_of`.
+
+    Raises:
+        TransActError: a text cannot be read, or is shorter than the windows it must fill.
+    """
+    calibration, evaluation = (for_model(text, tokenizer) for text in texts or read_texts(spec))
+    progress("Tokenising the text", 0, 2)
+    evaluation_ids = tokenise(evaluation, tokenizer, vocab_size)
+    evaluated = _windows(
+        evaluation, evaluation_ids, spec.evaluation_tokens, spec.sequence_length, context_length
+    )
+    progress("Tokenising the text", 1, 2)
+    if calibration.sha256 == evaluation.sha256:
+        calibration_ids = evaluation_ids[evaluated.tokens :]
+    else:
+        calibration_ids = tokenise(calibration, tokenizer, vocab_size)
+    calibrated = _windows(
+        calibration, calibration_ids, spec.calibration_tokens, spec.sequence_length, context_length
+    )
+    progress("Tokenising the text", 2, 2)
+    return calibrated, evaluated
+
+
+def evaluation_windows(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    tokens: int,
+    sequence_length: int,
+    context_length: int | None = None,
+) -> Windows:
+    """Windows of one text alone, from its beginning.
+
+    Raises:
+        TransActError: the text is shorter than a window.
+    """
+    corpus = for_model(corpus, tokenizer)
+    ids = tokenise(corpus, tokenizer, vocab_size)
+    return _windows(corpus, ids, tokens, sequence_length, context_length)
+
+
+def context_length_of(config: LlamaConfig) -> int:
+    """How many tokens the model was trained, or stretched, to see at once.
+
+    `max_position_embeddings`, which counts what `llama3`, `longrope` and most `yarn` models were
+    stretched to. Models stretched by `linear` and `dynamic` factors, and some by `yarn`, give the
+    length before; for these the longer one is taken, as nothing tells them from the others.
+    """
+    length = config.max_position_embeddings
+    rope = config.rope_parameters or {}
+    factor = rope.get("factor") or 1.0
+    if rope.get("rope_type") in ("linear", "dynamic"):
+        length *= factor
+    elif rope.get("rope_type") == "yarn":
+        length = max(length, (rope.get("original_max_position_embeddings") or 0) * factor)
+    return int(length)
+
+
 def tokenise(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
     """The whole corpus as one row of token ids, with the tokenizer's own special tokens.
+
+    A chat template writes the special tokens itself, and none is added to its text.
 
     Raises:
         TransActError: the tokenizer fails, or makes ids that the model has no embedding for.
     """
     try:
-        ids = tokenizer(corpus.text, return_tensors="pt", verbose=False)["input_ids"][0].long()
+        encoded = tokenizer(
+            corpus.text,
+            return_tensors="pt",
+            verbose=False,
+            add_special_tokens=not corpus.has_special_tokens,
+        )
+        ids = encoded["input_ids"][0].long()
     except INTERRUPTIONS:
         raise
     except BaseException as error:
@@ -56,48 +162,13 @@ def tokenise(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocab_size: int
     return ids
 
 
-def calibration_and_evaluation(
-    calibration: Corpus,
-    evaluation: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    calibration_tokens: int,
-    evaluation_tokens: int,
-    sequence_length: int,
-    progress: Progress = silent,
-) -> tuple[Windows, Windows]:
-    """Calibration and evaluation windows; from one text, evaluation has the beginning.
-
-    Raises:
-        TransActError: a text is shorter than the windows it must fill.
-    """
-    progress("Tokenising the text", 0, 2)
-    evaluation_ids = tokenise(evaluation, tokenizer, vocab_size)
-    evaluation_windows = _windows(evaluation, evaluation_ids, evaluation_tokens, sequence_length)
-    progress("Tokenising the text", 1, 2)
-    if calibration.sha256 == evaluation.sha256:
-        calibration_ids = evaluation_ids[evaluation_windows.tokens :]
-    else:
-        calibration_ids = tokenise(calibration, tokenizer, vocab_size)
-    calibration_windows = _windows(
-        calibration, calibration_ids, calibration_tokens, sequence_length
-    )
-    progress("Tokenising the text", 2, 2)
-    return calibration_windows, evaluation_windows
-
-
-def evaluation_windows(
+def _windows(
     corpus: Corpus,
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
+    ids: torch.Tensor,
     tokens: int,
     sequence_length: int,
+    context_length: int | None,
 ) -> Windows:
-    """Evaluation windows alone."""
-    return _windows(corpus, tokenise(corpus, tokenizer, vocab_size), tokens, sequence_length)
-
-
-def _windows(corpus: Corpus, ids: torch.Tensor, tokens: int, sequence_length: int) -> Windows:
     if sequence_length < 2:
         raise TransActError("The sequence length must be at least 2 tokens.")
     if tokens < sequence_length:
@@ -117,6 +188,13 @@ def _windows(corpus: Corpus, ids: torch.Tensor, tokens: int, sequence_length: in
             *notices,
             f"The text {corpus.source} gives {ids.numel():,} tokens where {tokens:,} were asked "
             "for; all of them are used.",
+        )
+    if context_length is not None and sequence_length > context_length:
+        notices = (
+            *notices,
+            f"Windows of {sequence_length:,} tokens are longer than the {context_length:,} that "
+            "the model was trained to see at once (max_position_embeddings): what is measured "
+            "beyond that says little about the model; choose a shorter sequence length.",
         )
     count = min(tokens, ids.numel()) // sequence_length
     return Windows(

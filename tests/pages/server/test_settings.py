@@ -22,6 +22,7 @@ from pages.server.settings import (
     uploads_folder,
 )
 from transact_core.base.errors import TransActError
+from transact_core.data.corpus import file_and_column
 
 ROOT = Path(__file__).parents[3]
 TOKEN = "correct horse battery"
@@ -222,6 +223,18 @@ def test_only_sources_that_are_paths_are_held_to_folders(tree, bounded, monkeypa
     for source in (*paths, "hub:../secret", "/etc", " /etc/passwd ", "~/x", "", "hub:"):
         with pytest.raises(TransActError):
             require_readable_source(source, bounded)
+
+
+def test_a_column_of_a_file_is_held_to_the_folder_of_the_file(tree, bounded):
+    for folder in ("allowed", "secret"):
+        (tree / folder / "rows.jsonl").write_text('{"a": "b"}')
+    require_readable_source(str(tree / "allowed" / "rows.jsonl:a"), bounded)
+    with pytest.raises(TransActError):
+        require_readable_source(str(tree / "secret" / "rows.jsonl:a"), bounded)
+    # As a path this lies in the allowed folder; then it names no column of the other one.
+    around = str(tree / "secret" / "rows.jsonl:" / ".." / ".." / "allowed" / "x")
+    require_readable_source(around, bounded)
+    assert file_and_column(around) == (Path(around), None)
 
 
 @pytest.mark.parametrize(("address", "code"), [("localhost", 0), ("0.0.0.0", 0), ("", 2)])
