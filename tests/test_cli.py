@@ -1,15 +1,23 @@
+import argparse
 import json
 import math
 import os
 import shutil
+import sys
+import weakref
 
 import pandas as pd
 import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model
+from transact_core import cli
 from transact_core.cli import main
+from transact_core.experiments import bench as bench_module
+from transact_core.experiments import cut_spec as cut_spec_module
 from transact_core.experiments import sweep as sweep_module
+from transact_core.experiments.bench import Choices
+from transact_core.experiments.cut_spec import BenchSpec
 from transact_core.export.compression import read_compression, reproduce_command
 from transact_core.importance.scores import IMPORTANCES
 
@@ -277,7 +285,7 @@ def test_a_file_that_is_no_sweep_s_is_refused_before_the_computing(
 ):
     output = tmp_path / "points.csv"
     output.mkdir() if content is None else output.write_bytes(content)
-    monkeypatch.setattr("transact_core.cli.load_model", None)
+    monkeypatch.setattr("transact_core.experiments.cut_spec.load_model", None)
     assert sweep()[0] == 2
     refused(capsys, "is not a sweep's; name a new file")
     assert content is None or output.read_bytes() == content
@@ -430,3 +438,123 @@ def test_an_interruption_leaves_nothing(prune, tmp_path, monkeypatch, capsys):
     assert status == 130
     assert not folder.exists()
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".out")]
+
+
+# --- help -------------------------------------------------------------------------------------
+
+
+def commands():
+    (choices,) = (action for action in cli._parser()._actions if isinstance(action.choices, dict))
+    return choices.choices
+
+
+def test_every_option_of_every_command_says_what_it_does_and_its_default():
+    seen = 0
+    for name, parser in commands().items():
+        shown = " ".join(parser.format_help().split())
+        assert parser.description
+        for action in parser._actions:
+            assert action.help, (name, action.dest)
+            if action.required or action.default == argparse.SUPPRESS:
+                continue
+            default = "off" if action.default is False else action.default
+            said = " ".join(parser._get_formatter()._expand_help(action).split())
+            assert said.replace("- ", "-") in shown.replace("- ", "-")
+            assert f"(default: {'' if default is None else default}" in said, (name, action.dest)
+            seen += 1
+    assert seen > 40
+
+
+def test_the_help_of_the_commands_lists_them_all():
+    shown = cli._parser().format_help()
+    assert all(f"\n    {name} " in shown for name in commands())
+
+
+@pytest.mark.parametrize(
+    ("started", "name"),
+    [
+        ("/usr/bin/transact", "transact"),
+        ("transact.exe", "transact"),
+        ("/lib/transact_core/__main__.py", "python -m transact_core"),
+    ],
+)
+def test_the_usage_names_the_command_as_it_was_started(monkeypatch, capsys, started, name):
+    monkeypatch.setattr(sys, "argv", [started])
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    assert f"usage: {name} prune " in capsys.readouterr().out
+
+
+def test_options_reach_the_choices(monkeypatch):
+    command = ["sweep", "--model", "m", "--mha-ratio", "0", "--mlp-ratio", "0", "--output", "o"]
+    chosen = cli._parser().parse_args([*command, "--head-dim-multiple-of", "8"])
+    assert cli._choices(chosen).head_dim_multiple_of == 8
+    assert cli._choices(cli._parser().parse_args(command)) == Choices()
+    assert cli._bench_spec(cli._parser().parse_args(command)) == BenchSpec("m")
+
+
+# --- texts and windows ------------------------------------------------------------------------
+
+
+def test_windows_beyond_the_models_context_are_warned_of(
+    prune, sweep, checkpoint, text_file, tmp_path, capsys
+):
+    said = "Warning: Windows of 300 tokens are longer than the 256"
+    length = ["--sequence-length", "300", "--evaluation-tokens", "600"]
+    assert prune("out", "0.5", "0.3", *length, "--calibration-tokens", "600")[0] == 0
+    assert capsys.readouterr().err.count(said) == 1
+    again = ["--output", str(tmp_path / "again")]
+    assert main(["apply", str(tmp_path / "out" / "compression.json"), *again]) == 0
+    assert capsys.readouterr().err.count(said) == 1
+    assert sweep("0", "0", *length, "--calibration-tokens", "600")[0] == 0
+    assert capsys.readouterr().err.count(said) == 1
+    model = ["--model", str(checkpoint)]
+    assert main(["evaluate", *model, "--evaluation", str(text_file), *length]) == 0
+    assert capsys.readouterr().err.count(said) == 1
+    scores = ["--output", str(tmp_path / "scores.parquet"), "--calibration", str(text_file)]
+    tokens = ["--calibration-tokens", "600", "--sequence-length", "300"]
+    assert main(["analyze", *model, *scores, *tokens]) == 0
+    assert capsys.readouterr().err.count(said) == 1
+
+
+def test_a_column_of_conversations_calibrates_and_is_found_again(prune, text_file, tmp_path):
+    rows = [{"role": "user", "content": text} for text in text_file.read_text().split("\n\n")]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(json.dumps({"turns": [row], "text": "no"}) for row in rows))
+    status, made = prune("out", "0.5", "0.3", "--calibration", f"{path}:turns")
+    assert status == 0
+    compression = read_compression(made / "compression.json")
+    assert compression.calibration.source == f"{path}:turns"
+    again = tmp_path / "again"
+    assert main(["apply", str(made / "compression.json"), "--output", str(again)]) == 0
+    assert (again / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+def test_the_dense_weights_are_gone_when_the_pruned_model_is_measured(prune, tmp_path, monkeypatch):
+    """They are half of the memory that a cut takes, or more."""
+    load_really, measure_really = cli.load_model, bench_module.evaluate
+    dense, alive = [], []
+
+    def load(*arguments):
+        loaded = load_really(*arguments)
+        dense[:] = [weakref.ref(weight) for weight in loaded.model.parameters()]
+        return loaded
+
+    def measure(*arguments):
+        alive.append(sum(weight() is not None for weight in dense))
+        return measure_really(*arguments)
+
+    for module in (cli, cut_spec_module):
+        monkeypatch.setattr(module, "load_model", load)
+    monkeypatch.setattr(bench_module, "evaluate", measure)
+    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "one"))
+    status, made = prune()
+    assert status == 0
+    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "two"))
+    again = ["--output", str(tmp_path / "again")]
+    assert main(["apply", str(made / "compression.json"), *again]) == 0
+    # Both measure the dense model and then the pruned one.
+    assert alive == [len(dense), 0, len(dense), 0]

@@ -1,7 +1,7 @@
-"""The command line: `python -m transact_core COMMAND`.
+"""Width pruning of LLaMA-family models, from the command line.
 
-Results go to stdout, progress and logs to stderr. What the user can mend is one line on stderr and
-exit status 2.
+Results go to stdout, progress and warnings to stderr. An error that the user can correct is one
+line on stderr and exit status 2.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pandas as pd
 import torch
@@ -20,10 +20,17 @@ from tqdm import tqdm
 
 from transact_core.base.errors import Progress, TransActError
 from transact_core.base.files import disk_trouble, read_text, require_free_output, staged_file
-from transact_core.data.corpus import BUILTIN_TEXT, describe, read_corpus
-from transact_core.data.windows import calibration_and_evaluation, evaluation_windows
+from transact_core.data.corpus import describe, read_corpus
+from transact_core.data.windows import (
+    Windows,
+    WindowSpec,
+    context_length_of,
+    evaluation_windows,
+    make_windows,
+    read_texts,
+)
 from transact_core.experiments.bench import Bench, Choices, model_report
-from transact_core.experiments.results import decided
+from transact_core.experiments.cut_spec import BenchSpec, CutSpec, decide_spec, open_bench
 from transact_core.experiments.sweep import Pair, known_points, sweep
 from transact_core.export.compression import (
     Compression,
@@ -43,16 +50,28 @@ from transact_core.models.load import LoadedModel, load_model
 from transact_core.pruning.closed_form import RECOVERIES
 from transact_core.pruning.plan import GRANULARITIES, parse_ratio
 
-# Its thread redraws slow bars from outside, in the middle of an error's line if it comes to that.
+# tqdm's monitor thread redraws slow bars at any time, even in the middle of an error message.
 tqdm.monitor_interval = 0
 
 EXIT_USER_ERROR = 2
+"""Exit status after an error that the user can correct, as argparse has it."""
 EXIT_INTERRUPTED = 130
+"""Exit status after SIGINT or SIGTERM, as shells have it: 128 and the number of SIGINT."""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise TransActError(message[0].upper() + message[1:] + "; see --help.")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is None or action.default == argparse.SUPPRESS:
+            return action.help
+        default = "off" if action.default is False else "%(default)s"
+        return f"{action.help} (default: {default})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,60 +94,118 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 # --- arguments -------------------------------------------------------------------------------
 
+_SOURCE = (
+    "builtin (Python's own reference), a .txt, .md, .jsonl or .parquet file, FILE:COLUMN, or "
+    "hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]]"
+)
+_TEXT_DEFAULTS = WindowSpec()
+
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m transact_core", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    parser = _Parser(
+        prog=_program(), description=__doc__.splitlines()[0], formatter_class=_HelpFormatter
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, parser_class=_Parser, metavar="COMMAND", title="commands"
+    )
 
-    prune = commands.add_parser("prune", help="cut a model and write the checkpoint folder")
+    def command(name: str, run: Callable[[argparse.Namespace], None], what: str) -> _Parser:
+        added = commands.add_parser(
+            name,
+            help=what,
+            description=f"{what[0].upper()}{what[1:]}.",
+            formatter_class=_HelpFormatter,
+        )
+        added.set_defaults(run=run)
+        return added
+
+    prune = command("prune", _prune, "cut a model, measure it and write it as a checkpoint folder")
     _add_model(prune)
-    prune.add_argument("--mha-ratio", required=True, metavar="R", help="0 to under 1")
-    prune.add_argument("--mlp-ratio", required=True, metavar="R", help="0 to under 1")
-    prune.add_argument("--output", required=True, type=Path, metavar="DIR")
+    for ratio, width in (("--mha-ratio", "attention"), ("--mlp-ratio", "MLP")):
+        prune.add_argument(
+            ratio,
+            required=True,
+            metavar="R",
+            help=f"fraction of the {width} width to remove, from 0 to below 1",
+        )
+    _add_output_folder(prune)
     _add_choices(prune)
-    _add_texts(prune)
-    prune.add_argument("--json", action="store_true", help="print what report.json holds")
-    prune.set_defaults(run=_prune)
+    _add_calibration(prune)
+    _add_evaluation(prune)
+    _add_json(prune, "print what report.json holds instead of a table")
 
-    apply = commands.add_parser("apply", help="carry out a compression.json")
-    apply.add_argument("compression", type=Path, metavar="compression.json")
-    apply.add_argument("--output", required=True, type=Path, metavar="DIR")
-    apply.add_argument("--model", metavar="M", help="where the model is on this machine")
-    apply.add_argument("--calibration", metavar="SOURCE")
-    apply.add_argument("--evaluation", metavar="SOURCE")
-    apply.add_argument("--json", action="store_true", help="print what report.json holds")
-    apply.set_defaults(run=_apply)
+    apply = command(
+        "apply", _apply, "carry out a compression.json: the same choices, repaired and measured"
+    )
+    apply.add_argument(
+        "compression",
+        type=Path,
+        metavar="compression.json",
+        help="the file, as an output folder or the app has it",
+    )
+    _add_output_folder(apply)
+    apply.add_argument(
+        "--model",
+        metavar="M",
+        help="where the model is on this machine; the SHA-256 of its weights must be the recorded "
+        "one (default: the recorded place)",
+    )
+    for text in ("calibration", "evaluation"):
+        apply.add_argument(
+            f"--{text}",
+            metavar="SOURCE",
+            help=f"where the {text} text is on this machine; its SHA-256 must be the recorded one "
+            "(default: the recorded source)",
+        )
+    _add_json(apply, "print what report.json holds instead of a table")
 
-    measure = commands.add_parser("evaluate", help="measure perplexity")
+    measure = command("evaluate", _evaluate, "measure the perplexity of a model")
     _add_model(measure)
     _add_evaluation(measure)
-    measure.add_argument("--json", action="store_true", help="print JSON")
-    measure.set_defaults(run=_evaluate)
+    _add_json(measure, "print JSON, with the fields of report.json, instead of a sentence")
 
-    analyze = commands.add_parser("analyze", help="score every head and channel")
+    analyze = command("analyze", _analyze, "score every head and channel of a model")
     _add_model(analyze)
-    analyze.add_argument("--output", required=True, type=Path, metavar="FILE.parquet")
-    analyze.add_argument("--importance", default="activation", choices=list(IMPORTANCES))
+    analyze.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE.parquet",
+        help="new file for the scores, a row for every unit",
+    )
+    _add_importance(analyze)
     _add_calibration(analyze)
-    analyze.add_argument("--sequence-length", type=_positive, default=512, metavar="L")
-    analyze.add_argument("--seed", type=_seed, default=0)
-    analyze.set_defaults(run=_analyze)
+    _add_sequence_length(analyze)
+    _add_seed(analyze)
 
-    points = commands.add_parser("sweep", help="measure a grid of ratios")
+    points = command("sweep", _sweep, "measure every pair of a grid of ratios")
     _add_model(points)
-    points.add_argument("--mha-ratio", required=True, metavar="R,R,…")
-    points.add_argument("--mlp-ratio", required=True, metavar="R,R,…")
+    for ratio, width in (("--mha-ratio", "attention"), ("--mlp-ratio", "MLP")):
+        points.add_argument(
+            ratio,
+            required=True,
+            metavar="R,R,…",
+            help=f"fractions of the {width} width to remove, each from 0 to below 1, with commas "
+            "between them",
+        )
     points.add_argument(
         "--output",
         required=True,
         type=Path,
         metavar="FILE.csv",
-        help="a new file, or that of the same sweep, stopped: it goes on where it was",
+        help="file for the points: a new one, or that of the same sweep interrupted earlier, which "
+        "is then continued",
     )
     _add_choices(points)
-    _add_texts(points)
-    points.set_defaults(run=_sweep)
+    _add_calibration(points)
+    _add_evaluation(points)
     return parser
+
+
+def _program() -> str:
+    """How this process was started: by the installed command or as a module."""
+    installed = Path(sys.argv[0]).stem == "transact"
+    return "transact" if installed else "python -m transact_core"
 
 
 def _positive(text: str) -> int:
@@ -154,47 +231,158 @@ def _whole(text: str) -> int:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, metavar="M", help="builtin, a folder, a .gguf file or a hub id"
+        "--model",
+        required=True,
+        metavar="M",
+        help="builtin, a checkpoint folder, a .gguf file or a hub id such as owner/name",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
     parser.add_argument(
-        "--dtype", default="auto", help="auto (float32 on a CPU, bfloat16 on a GPU) or a dtype"
+        "--device",
+        default="auto",
+        metavar="D",
+        help="where to compute: cpu, cuda, cuda:1, …; auto takes a GPU where there is one",
     )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        help="what to compute in; auto is float32 on a CPU and bfloat16 on a GPU",
+    )
+
+
+def _add_output_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="new or empty folder for the pruned model; it appears whole or not at all",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--json", action="store_true", help=what)
 
 
 def _add_choices(parser: argparse.ArgumentParser) -> None:
     defaults = Choices()
     parser.add_argument(
-        "--granularity", default=defaults.granularity, choices=[*GRANULARITIES, "auto"]
+        "--granularity",
+        default=defaults.granularity,
+        choices=[*GRANULARITIES, "auto"],
+        help="what is removed from attention: as many query-heads from every KV group, whole "
+        "kv-groups, or dimensions of every head (head-dims); auto measures all three on held-out "
+        "calibration windows and takes the best",
     )
-    parser.add_argument("--importance", default=defaults.importance, choices=list(IMPORTANCES))
-    parser.add_argument("--recovery", default=defaults.recovery, choices=RECOVERIES)
-    parser.add_argument("--steps", type=_positive, default=defaults.steps, metavar="K")
+    _add_importance(parser)
+    parser.add_argument(
+        "--recovery",
+        default=defaults.recovery,
+        choices=RECOVERIES,
+        help="repair on the calibration text: least-squares refits o_proj and down_proj, bias adds "
+        "the mean of what was removed, none leaves the bare cut",
+    )
+    parser.add_argument(
+        "--steps",
+        type=_positive,
+        default=defaults.steps,
+        metavar="K",
+        help="number of steps in which the cut is made; units are scored anew on the model as "
+        "pruned and repaired so far",
+    )
     parser.add_argument(
         "--sequential",
         action="store_true",
         help="choose each module's units on the stream of the model as pruned before it; with "
         "the importance reconstruction",
     )
-    parser.add_argument("--multiple-of", type=_positive, default=defaults.multiple_of, metavar="N")
-    parser.add_argument("--save-dtype", choices=["float32", "float16", "bfloat16"])
-    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument(
+        "--multiple-of",
+        type=_positive,
+        default=defaults.multiple_of,
+        metavar="N",
+        help="round the MLP width to a multiple of N channels; runtimes like 8, 32, 64 or 256",
+    )
+    parser.add_argument(
+        "--head-dim-multiple-of",
+        type=_positive,
+        default=defaults.head_dim_multiple_of,
+        metavar="N",
+        help="with head-dims, round the width of a head to a multiple of N dimensions",
+    )
+    parser.add_argument(
+        "--save-dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="dtype of the saved weights, in which they are measured (default: that of the stored "
+        "weights; float16 from a quantised GGUF)",
+    )
+    _add_seed(parser)
 
 
-def _add_texts(parser: argparse.ArgumentParser) -> None:
-    _add_calibration(parser)
-    _add_evaluation(parser)
+def _add_importance(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--importance",
+        default=Choices.importance,
+        choices=list(IMPORTANCES),
+        help="what a unit is scored by, the lowest being removed: its activation (TransAct), "
+        "activation times output weights (activation-weight, Wanda), the variance of what it "
+        "writes (fluctuation, FLAP), the loss to first order (taylor, LLM-Pruner), what a refit "
+        "of the others misses (reconstruction), its weights (magnitude), or by lot (random)",
+    )
+
+
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="S",
+        help="seed of all random draws, from 0 to 2^63 - 1",
+    )
 
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--calibration", default=BUILTIN_TEXT, metavar="SOURCE")
-    parser.add_argument("--calibration-tokens", type=_positive, default=8192, metavar="N")
+    parser.add_argument(
+        "--calibration",
+        default=_TEXT_DEFAULTS.calibration,
+        metavar="SOURCE",
+        help=f"text that units are scored and repaired on: {_SOURCE}",
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=_positive,
+        default=_TEXT_DEFAULTS.calibration_tokens,
+        metavar="N",
+        help="number of calibration tokens, cut into whole windows",
+    )
 
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--evaluation", default=BUILTIN_TEXT, metavar="SOURCE")
-    parser.add_argument("--evaluation-tokens", type=_positive, default=4096, metavar="N")
-    parser.add_argument("--sequence-length", type=_positive, default=512, metavar="L")
+    parser.add_argument(
+        "--evaluation",
+        default=_TEXT_DEFAULTS.evaluation,
+        metavar="SOURCE",
+        help=f"text that perplexity is measured on: {_SOURCE}; where it is the calibration text "
+        "too, evaluation has its beginning and calibration what follows",
+    )
+    parser.add_argument(
+        "--evaluation-tokens",
+        type=_positive,
+        default=_TEXT_DEFAULTS.evaluation_tokens,
+        metavar="N",
+        help="number of evaluation tokens, cut into whole windows",
+    )
+    _add_sequence_length(parser)
+
+
+def _add_sequence_length(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sequence-length",
+        type=_positive,
+        default=_TEXT_DEFAULTS.sequence_length,
+        metavar="L",
+        help="tokens of one window; each window is fed alone",
+    )
 
 
 # --- commands --------------------------------------------------------------------------------
@@ -204,12 +392,13 @@ def _prune(chosen: argparse.Namespace) -> None:
     mha_ratio = parse_ratio(chosen.mha_ratio, "--mha-ratio")
     mlp_ratio = parse_ratio(chosen.mlp_ratio, "--mlp-ratio")
     require_free_output(chosen.output)
+    spec = CutSpec(_bench_spec(chosen), (mha_ratio, mlp_ratio), _choices(chosen))
     with _Bar() as progress:
-        bench = _bench(chosen, progress)
-        decision = decided(bench, mha_ratio, mlp_ratio, _choices(chosen), progress)
+        bench = _open(spec.bench, progress)
+        decision = decide_spec(bench, spec, progress)
         if decision.why:
             tqdm.write(decision.why, file=sys.stderr)
-        compression = describe_compression(bench, decision, chosen.recovery)
+        compression = describe_compression(bench, decision, spec.choices.recovery)
         _carry_out(bench, compression, chosen, progress)
 
 
@@ -218,62 +407,67 @@ def _apply(chosen: argparse.Namespace) -> None:
     require_free_output(chosen.output)
     for sentence in version_warnings(compression):
         _warn(sentence)
-    environment = compression.environment
     # Sums are split among threads, so the last bits depend on their number.
-    torch.set_num_threads(environment.threads)
+    torch.set_num_threads(compression.environment.threads)
     torch.manual_seed(compression.seed)
+    with _Bar() as progress:
+        # Nothing here but the bench holds the dense model, which is released on the way.
+        bench = _recorded_bench(compression, chosen, progress)
+        _carry_out(bench, compression, chosen, progress)
+
+
+def _recorded_bench(
+    compression: Compression, chosen: argparse.Namespace, progress: Progress
+) -> Bench:
+    """The bench that a compression was made on, its model and texts checked by their SHA-256."""
+    environment = compression.environment
     device = environment.device
     if device == "cuda" and not torch.cuda.is_available():
         _warn("this compression was made on a GPU and none is here; the last bits will differ.")
         device = "cpu"
-    with _Bar() as progress:
-        loaded = load_model(
-            chosen.model or compression.model.source, device, environment.dtype, progress
-        )
-        require_same_model(compression, loaded)
-        compression.plan.check(loaded.architecture)
-        calibration = read_corpus(chosen.calibration or compression.calibration.source)
-        evaluation = read_corpus(chosen.evaluation or compression.evaluation.source)
-        windows = calibration_and_evaluation(
-            calibration,
-            evaluation,
-            loaded.tokenizer,
-            loaded.architecture.vocab_size,
-            compression.calibration.tokens,
-            compression.evaluation.tokens,
-            compression.sequence_length,
-            progress,
-        )
-        require_same_text("calibration", compression.calibration, windows[0])
-        require_same_text("evaluation", compression.evaluation, windows[1])
-        bench = Bench(loaded, *windows, save_dtype=compression.save_dtype)
-        _carry_out(bench, compression, chosen, progress)
+    spec = WindowSpec(
+        chosen.calibration or compression.calibration.source,
+        chosen.evaluation or compression.evaluation.source,
+        compression.calibration.tokens,
+        compression.evaluation.tokens,
+        compression.sequence_length,
+    )
+    texts = read_texts(spec)
+    model = chosen.model or compression.model.source
+    loaded = load_model(model, device, environment.dtype, progress)
+    require_same_model(compression, loaded)
+    compression.plan.check(loaded.architecture)
+    calibration, evaluation = make_windows(
+        spec,
+        loaded.tokenizer,
+        loaded.architecture.vocab_size,
+        context_length_of(loaded.model.config),
+        texts,
+        progress,
+    )
+    require_same_text("calibration", compression.calibration, calibration)
+    require_same_text("evaluation", compression.evaluation, evaluation)
+    bench = Bench(loaded, calibration, evaluation, compression.save_dtype, compression.seed)
+    _warn_all(bench.notices)
+    return bench
 
 
 def _carry_out(
-    bench: Bench,
-    compression: Compression,
-    chosen: argparse.Namespace,
-    progress: Progress,
+    bench: Bench, compression: Compression, chosen: argparse.Namespace, progress: Progress
 ) -> None:
+    """Writes the output folder, and prints what was measured."""
     measurement = compress_to_folder(chosen.output, bench, compression, progress)
-    if told := kept_bare(measurement.fits):
-        _warn(told)
+    if unrepaired := kept_bare(measurement.fits):
+        _warn(unrepaired)
     result = report(bench, measurement)
     print(json.dumps(result, indent=1) if chosen.json else _table(result, chosen.output))
 
 
 def _evaluate(chosen: argparse.Namespace) -> None:
     with _Bar() as progress:
-        loaded = _load(chosen, progress)
-        windows = evaluation_windows(
-            read_corpus(chosen.evaluation),
-            loaded.tokenizer,
-            loaded.architecture.vocab_size,
-            chosen.evaluation_tokens,
-            chosen.sequence_length,
+        loaded, windows = _load_with_windows(
+            chosen, chosen.evaluation, chosen.evaluation_tokens, progress
         )
-        _warn_all(windows.notices)
         measured = evaluate(loaded.model, windows, progress)
     cost = footprint(loaded.architecture, dtype_name(loaded.source_dtype))
     result = {
@@ -292,15 +486,9 @@ def _evaluate(chosen: argparse.Namespace) -> None:
 def _analyze(chosen: argparse.Namespace) -> None:
     _require_new_file(chosen.output)
     with _Bar() as progress:
-        loaded = _load(chosen, progress)
-        windows = evaluation_windows(
-            read_corpus(chosen.calibration),
-            loaded.tokenizer,
-            loaded.architecture.vocab_size,
-            chosen.calibration_tokens,
-            chosen.sequence_length,
+        loaded, windows = _load_with_windows(
+            chosen, chosen.calibration, chosen.calibration_tokens, progress
         )
-        _warn_all(windows.notices)
         evidence = Evidence(loaded.model, windows, loaded.architecture, chosen.seed, progress)
         frame = score(chosen.importance, evidence).to_frame(chosen.importance)
     _write_file(chosen.output, lambda path: frame.to_parquet(path, index=False))
@@ -317,7 +505,7 @@ def _sweep(chosen: argparse.Namespace) -> None:
     output, choices = chosen.output, _choices(chosen)
     before = _lines_of_sweep(output, pairs)
     with _Bar() as progress:
-        bench = _bench(chosen, progress)
+        bench = _open(_bench_spec(chosen), progress)
         known = known_points(bench, pairs, choices, progress)
         rows = {pair: point.row() for pair, point in known.items()}
         if not _without_seconds(before) <= _without_seconds(_as_csv(rows, pairs).splitlines()):
@@ -336,7 +524,7 @@ def _sweep(chosen: argparse.Namespace) -> None:
 
 
 class _Bar:
-    """Progress as one bar a stage on stderr, with time left."""
+    """Progress on stderr: one bar for each stage, with the time left."""
 
     def __enter__(self) -> Progress:
         self._bar: tqdm | None = None
@@ -358,36 +546,48 @@ class _Bar:
         self._close()
 
 
-def _load(chosen: argparse.Namespace, progress: Progress) -> LoadedModel:
+def _load_with_windows(
+    chosen: argparse.Namespace, source: str, tokens: int, progress: Progress
+) -> tuple[LoadedModel, Windows]:
+    """The model, and windows from the beginning of one text."""
+    corpus = read_corpus(source)
     loaded = load_model(chosen.model, chosen.device, chosen.dtype, progress)
-    _warn_all(loaded.notices)
-    return loaded
-
-
-def _bench(chosen: argparse.Namespace, progress: Progress) -> Bench:
-    torch.manual_seed(chosen.seed)
-    # Texts are read first: a wrong name is found before a large model is loaded.
-    calibration = read_corpus(chosen.calibration)
-    evaluation = read_corpus(chosen.evaluation)
-    loaded = _load(chosen, progress)
-    windows = calibration_and_evaluation(
-        calibration,
-        evaluation,
+    windows = evaluation_windows(
+        corpus,
         loaded.tokenizer,
         loaded.architecture.vocab_size,
-        chosen.calibration_tokens,
-        chosen.evaluation_tokens,
+        tokens,
         chosen.sequence_length,
-        progress,
+        context_length_of(loaded.model.config),
     )
-    _warn_all(windows[0].notices + windows[1].notices)
-    return Bench(loaded, *windows, save_dtype=chosen.save_dtype, seed=chosen.seed)
+    _warn_all(loaded.notices + windows.notices)
+    return loaded, windows
+
+
+def _bench_spec(chosen: argparse.Namespace) -> BenchSpec:
+    return BenchSpec(
+        model=chosen.model,
+        device=chosen.device,
+        dtype=chosen.dtype,
+        windows=_fields_of(WindowSpec, chosen),
+        save_dtype=chosen.save_dtype,
+        seed=chosen.seed,
+    )
+
+
+def _open(spec: BenchSpec, progress: Progress) -> Bench:
+    bench = open_bench(spec, progress)
+    _warn_all(bench.notices)
+    return bench
 
 
 def _choices(chosen: argparse.Namespace) -> Choices:
-    return Choices(
-        **{field.name: getattr(chosen, field.name) for field in dataclasses.fields(Choices)}
-    )
+    return _fields_of(Choices, chosen)
+
+
+def _fields_of(kind: type, chosen: argparse.Namespace) -> Any:
+    """The dataclass `kind` from the options that are named as its fields."""
+    return kind(**{field.name: getattr(chosen, field.name) for field in dataclasses.fields(kind)})
 
 
 def _warn(sentence: str) -> None:
@@ -400,10 +600,11 @@ def _warn_all(sentences: Sequence[str]) -> None:
 
 
 def _lines_of_sweep(path: Path, pairs: Sequence[Pair]) -> list[str]:
-    """The lines of a sweep's file that is to be gone on with; none where it is new.
+    """The lines of the file of an interrupted sweep, its header first; none for a new file.
 
     Raises:
-        TransActError: it is none, or holds a point that is not asked for and would be lost.
+        TransActError: the file is not a sweep's, or holds a point that this sweep is not asked for
+            and that would be lost.
     """
     if not path.exists():
         _require_new_file(path)
@@ -411,7 +612,7 @@ def _lines_of_sweep(path: Path, pairs: Sequence[Pair]) -> list[str]:
     try:
         header, *lines = read_text(path).splitlines()
         points = {
-            (float(mha), float(mlp)) for mha, mlp, _ in (each.split(",", 2) for each in lines)
+            (float(mha), float(mlp)) for mha, mlp, _ in (line.split(",", 2) for line in lines)
         }
     except (OSError, ValueError):
         header = ""
@@ -431,7 +632,7 @@ def _as_csv(rows: dict[Pair, dict[str, float]], pairs: Sequence[Pair]) -> str:
 
 
 def _without_seconds(lines: Sequence[str]) -> set[str]:
-    """Lines of a sweep's file without their last column, which is another each time."""
+    """Lines of a sweep's file without their last column, which differs from run to run."""
     return {line.rpartition(",")[0] for line in lines}
 
 
@@ -443,7 +644,7 @@ def _require_new_file(path: Path) -> None:
 
 
 def _write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside the file and renames, so that readers never see a part of it."""
+    """Writes a temporary file and renames it, so that readers never see a part of it."""
     try:
         with staged_file(path) as staging:
             write(staging)

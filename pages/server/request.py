@@ -45,6 +45,7 @@ class Cut:
     steps: int = Choices.steps
     multiple_of: int = Choices.multiple_of
     sequential: bool = Choices.sequential
+    head_dim_multiple_of: int = Choices.head_dim_multiple_of
 
     @property
     def ratios(self) -> Pair:

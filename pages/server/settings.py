@@ -19,7 +19,7 @@ import streamlit as st
 
 from transact_core.base.errors import TransActError
 from transact_core.base.files import cache_folder
-from transact_core.data.corpus import BUILTIN_TEXT, file_and_column
+from transact_core.data.corpus import BUILTIN_TEXT
 from transact_core.models import load as models
 
 PREFIX = "TRANSACT_"
@@ -248,6 +248,9 @@ def require_readable_source(source: str, allowed: Settings) -> None:
         return
     if source.startswith("hub:"):
         source = source.removeprefix("hub:").partition(":")[0]
+    # Imported late, as torch comes with it.
+    from transact_core.data.corpus import file_and_column
+
     path, column = file_and_column(source)
     if column is not None:
         source = str(path)

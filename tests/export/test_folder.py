@@ -233,5 +233,8 @@ def test_the_command_names_every_choice(cut):
         "--save-dtype float32",
         "--seed 0",
         "--steps 1",
+        # Without these a machine with a GPU would compute there, and in bfloat16.
+        "--device cpu",
+        "--dtype float32",
     ):
         assert words in command

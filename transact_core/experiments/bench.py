@@ -1,7 +1,7 @@
 """One model on one pair of texts: plan a cut, carry it out, measure it.
 
-A `Bench` holds what every position of the two sliders shares, each worked out once: the statistics
-of the calibration pass and the dense model's own losses.
+A `Bench` holds what all cuts of the model share, and measures each of these once: the statistics of
+the calibration windows and the losses of the dense model.
 """
 
 import time
@@ -46,10 +46,13 @@ class Choices:
     importance: str = "activation"
     recovery: str = "least-squares"
     multiple_of: int = 1
+    """Channels: the MLP width is rounded to a multiple of it."""
     steps: int = 1
     """How often units are scored anew on the model as pruned so far; see `decide`."""
     sequential: bool = False
     """Whether each module's units are chosen on the stream of the model as pruned before it."""
+    head_dim_multiple_of: int = 1
+    """Dimensions: where heads are narrowed, `head_dim` is rounded to a multiple of it."""
 
     @property
     def single_pass(self) -> bool:
@@ -58,7 +61,11 @@ class Choices:
 
 
 class Bench:
-    """One model on one pair of texts, with what all cuts of it have in common."""
+    """One model on one pair of texts, with what all cuts of it have in common.
+
+    What is measured on the dense model is kept in the cache folder too, under the SHA-256 of all
+    that determines it, and read from there by later runs.
+    """
 
     def __init__(
         self,
@@ -78,6 +85,12 @@ class Bench:
         self._measured: dict[str, Tensors] = {}
         self._dense: Evaluation | None = None
         self._scores: dict[str, Scores] = {}
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know of the model and the texts, a sentence each."""
+        texts = self.calibration.notices + self.evaluation.notices
+        return tuple(dict.fromkeys(self.loaded.notices + texts))
 
     def statistics(self, progress: Progress = silent) -> ActivationStatistics:
         """The statistics of the calibration windows; measured at the first call."""
@@ -104,6 +117,7 @@ class Bench:
         )
 
     def _remember(self, what: str, measure: Callable[[], Tensors]) -> Tensors:
+        """What `measure` gives on the calibration windows, from memory or the cache if known."""
         if what not in self._measured:
             key = {"measured": what, **self._determined_by(self.calibration)}
             self._measured[what] = remembered(key, measure)
@@ -155,11 +169,11 @@ class Bench:
         return PairEffects(**tensors)
 
     def damage(self, choices: Choices, progress: Progress = silent) -> Damage:
-        """What each layer loses at every width; measured at the first call, read from then on.
+        """The error from cutting each layer alone, at every width; measured at the first call.
 
-        Of cuts in one step; `choices` must name a granularity, not `auto`. One pass serves all
-        recoveries and granularities of an importance, but for `head-dims`, which takes a repair of
-        every layer's attention for each of `NARROW_RATIOS` and each recovery.
+        It is that of cuts in one step; `choices` must name a granularity, not `auto`. One pass
+        serves all recoveries and granularities of an importance, except for `head-dims`: there the
+        attention of every layer is repaired at each of `NARROW_RATIOS`, once for each recovery.
         """
         shape = self.loaded.architecture
         tensors = self._remember(
@@ -209,7 +223,7 @@ class Bench:
         return list(plans.values())
 
     def release_model(self) -> None:
-        """Lets go of the dense model; what was measured on it stays, and nothing more can be."""
+        """Lets go of the dense weights: what was measured stays, and no more can be measured."""
         self.loaded = self.loaded.release()
 
     def prepared(self, choices: Choices) -> bool:
@@ -229,9 +243,9 @@ class Bench:
         progress: Progress = silent,
         scores: Scores | None = None,
     ) -> PruningPlan:
-        """What these ratios and choices keep in one step; measures what the choice needs.
+        """The units that these ratios and choices keep in one step; measures what that needs.
 
-        `scores` takes the place of the dense model's own.
+        `scores` are used in place of the dense model's where they are given.
         """
         return make_plan(
             self.loaded.architecture,
@@ -246,18 +260,18 @@ class Bench:
 
     @cached_property
     def dense_footprint(self) -> Footprint:
-        """Of the model as it is stored."""
+        """The size and cost of the dense model as it is stored."""
         return footprint(self.loaded.architecture, dtype_name(self.loaded.source_dtype))
 
     def footprint(self, plan: PruningPlan, recovery: str = Choices.recovery) -> Footprint:
-        """Of a cut as it would be saved."""
+        """The size and cost of a cut as it would be saved."""
         cut = plan.applied_to(self.loaded.architecture, with_biases=recovery == "bias")
         return footprint(cut, self.save_dtype)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured point: what was cut, what is left, what it costs in perplexity."""
+    """One measured cut: what was removed, what is left, what it costs in perplexity."""
 
     decision: Decision
     recovery: str
@@ -269,7 +283,7 @@ class Measurement:
     """Its standard error, over evaluation windows."""
     fits: tuple[LayerFit, ...]
     seconds: float
-    """That cutting, repairing and measuring took when it was done."""
+    """How long cutting, repairing and measuring took when it was done."""
 
     @property
     def plan(self) -> PruningPlan:
@@ -292,7 +306,7 @@ class Measurement:
 
 
 def model_report(cost: Footprint, perplexity: float) -> dict[str, float]:
-    """`dense` or `pruned` of `report.json`."""
+    """The entry `dense` or `pruned` of `report.json`."""
     return {"perplexity": perplexity, **asdict(cost)}
 
 
@@ -314,7 +328,7 @@ def compress(
 def carry_out(
     bench: Bench, plan: PruningPlan, recovery: str, progress: Progress = silent
 ) -> tuple[LlamaForCausalLM, tuple[LayerFit, ...]]:
-    """Cuts and repairs, and rounds the weights as they would be saved; nothing is measured."""
+    """Cuts, repairs, and rounds the weights to the dtype they are saved in; measures nothing."""
     dense = bench.loaded.model
     model = prune(dense, plan, with_biases=recovery == "bias")
     fits: tuple[LayerFit, ...] = ()
@@ -333,9 +347,9 @@ def measure(
     start: float,
     progress: Progress = silent,
 ) -> Measurement:
-    """Measures what a cut has made, its weights rounded as they are saved.
+    """Measures a pruned model whose weights are rounded to the dtype that they are saved in.
 
-    `start` is when the making began, on the clock of `time.perf_counter`.
+    `start` is the time at which cutting began, in seconds of `time.perf_counter`.
     """
     evaluation = evaluate(model, bench.evaluation, progress)
     delta_nll, delta_nll_se = paired_difference(evaluation, bench.dense())

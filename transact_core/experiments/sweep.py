@@ -1,4 +1,4 @@
-"""Ratios to measured points."""
+"""Pairs of ratios to measured points, the most informative ones first."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -18,19 +18,24 @@ def sweep(
     choices: Choices,
     progress: Progress = silent,
 ) -> Iterator[Measurement]:
-    """The point of every pair of ratios: known ones at once, then the most informative first.
+    """Yields the point of every pair of ratios: known ones first, then the most informative.
 
-    A point is kept as soon as it is measured, so a sweep that was stopped goes on where it was.
+    Every point is kept on disk as soon as it is measured, so a sweep that was stopped measures only
+    what is missing when it is run again.
+
+    Raises:
+        TransActError: the recovery or importance is not known, or as `decide` and `compress` do.
     """
     pairs = list(ratios)
     known = known_points(bench, pairs, choices, progress)
     bench.dense(progress)
     yield from known.values()
     missing = [pair for pair in pairs if pair not in known]
-    for number, pair in enumerate(most_informative_first(missing), start=len(pairs) - len(missing)):
+    known_count = len(pairs) - len(missing)
+    for position, pair in enumerate(most_informative_first(missing), start=known_count + 1):
 
-        def counted(stage: str, done: int, total: int, number: int = number) -> None:
-            progress(f"Point {number + 1} of {len(pairs)}: {stage.lower()}", done, total)
+        def counted(stage: str, done: int, total: int, position: int = position) -> None:
+            progress(f"Point {position} of {len(pairs)}: {stage.lower()}", done, total)
 
         yield point_at(bench, pair, choices, counted)
 
@@ -38,7 +43,7 @@ def sweep(
 def known_points(
     bench: Bench, pairs: Iterable[Pair], choices: Choices, progress: Progress = silent
 ) -> dict[Pair, Measurement]:
-    """The points that are kept from earlier, by their pair of ratios."""
+    """The points kept on disk from earlier runs, by their pair of ratios."""
     require_recovery(choices.recovery)
     bench.scores(choices.importance, progress)
     found = {pair: find_point(bench, pair, choices) for pair in pairs}
@@ -48,7 +53,7 @@ def known_points(
 def point_at(
     bench: Bench, pair: Pair, choices: Choices, progress: Progress = silent
 ) -> Measurement:
-    """The point at one pair of ratios, from what is kept as far as that goes."""
+    """The point at one pair of ratios: read from disk where it is kept, or else measured."""
     decision = decided(bench, *pair, choices, progress)
     return measured(bench, decision, choices.recovery, progress)
 
@@ -60,19 +65,23 @@ def find_point(bench: Bench, pair: Pair, choices: Choices) -> Measurement | None
 
 
 def most_informative_first(pairs: Iterable[Pair]) -> list[Pair]:
-    """The largest cut, then by turns the pair furthest from all before it.
+    """The pairs in farthest-point order: the largest cut, then always the pair that is farthest,
+    in Euclidean distance, from all pairs before it.
 
-    Along a line these are its ends, its middle, the middles of the halves, and so on; over a grid
-    its corners and then its inside. Of equals the one asked for first comes first.
+    Along a line these are its two ends, its middle, the middles of the halves, and so on; over a
+    grid its corners and then its inside. Of equally distant pairs the first one given comes first.
     """
-    left, ordered = list(pairs), []
-    distance = [math.hypot(*pair) for pair in left]
-    while left:
-        next_one = max(range(len(left)), key=distance.__getitem__)
-        pair = left.pop(next_one)
-        distance.pop(next_one)
+    remaining, ordered = list(pairs), []
+    distances = [math.hypot(*pair) for pair in remaining]
+    while remaining:
+        farthest = max(range(len(remaining)), key=distances.__getitem__)
+        pair = remaining.pop(farthest)
+        distances.pop(farthest)
         if not ordered:
-            distance = [math.inf] * len(left)
+            distances = [math.inf] * len(remaining)
         ordered.append(pair)
-        distance = [min(d, math.dist(pair, other)) for d, other in zip(distance, left, strict=True)]
+        distances = [
+            min(distance, math.dist(pair, other))
+            for distance, other in zip(distances, remaining, strict=True)
+        ]
     return ordered

@@ -183,6 +183,8 @@ def reproduce_command(compression: Compression, output: str = "out") -> str:
     plan = compression.plan
     options = {
         "--model": compression.model.source,
+        "--device": compression.environment.device,
+        "--dtype": compression.environment.dtype,
         "--mha-ratio": plan.mha_ratio,
         "--mlp-ratio": plan.mlp_ratio,
         "--granularity": plan.granularity,
