@@ -530,6 +530,20 @@ def test_a_column_of_conversations_calibrates_and_is_found_again(prune, text_fil
     assert (again / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
 
 
+def test_files_that_an_editor_of_windows_wrote_are_read(prune, sweep, tmp_path):
+    _, made = prune()
+    path = tmp_path / "edited.json"
+    text = (made / "compression.json").read_text()
+    path.write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig"))
+    again = tmp_path / "again"
+    assert main(["apply", str(path), "--output", str(again)]) == 0
+    assert (again / "compression.json").read_text() == text
+    _, output = sweep("0.5", "0")
+    output.write_bytes(output.read_text().replace("\n", "\r\n").encode("utf-8-sig"))
+    assert sweep("0,0.5", "0")[0] == 0
+    assert len(pd.read_csv(output)) == 2
+
+
 # --- memory -----------------------------------------------------------------------------------
 
 

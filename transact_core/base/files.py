@@ -35,7 +35,7 @@ def cache_folder() -> Path:
 
 
 def read_text(path: Path) -> str:
-    """A file's text, where it is an ordinary file of ordinary size.
+    """A file's text, without a byte-order mark, where it is an ordinary file of ordinary size.
 
     Raises:
         OSError: it is not, or cannot be read.
@@ -47,7 +47,7 @@ def read_text(path: Path) -> str:
         raw = file.read(MAX_TEXT_BYTES + 1) if path.stat().st_size <= MAX_TEXT_BYTES else None
     if raw is None or len(raw) > MAX_TEXT_BYTES:
         raise OSError(f"{path} is larger than {MAX_TEXT_BYTES // 10**6} MB")
-    return raw.decode("utf-8")
+    return raw.decode("utf-8-sig")
 
 
 def sha256_of_file(path: Path) -> str:
