@@ -2,7 +2,9 @@
 
 import multiprocessing
 import pickle
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -36,6 +38,8 @@ def test_another_process_measures_the_same(spec, tmp_path, monkeypatch):
     here = carry_out_spec(spec)
     # With a cache of its own, so that it measures.
     monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "another"))
+    # The new process would run the main module first, which streamlit sets to a page it has run.
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     process = context.Process(target=carried_out_elsewhere, args=(pickle.dumps(spec), answers))

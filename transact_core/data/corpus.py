@@ -94,30 +94,21 @@ def read_corpus(source: str) -> Corpus:
             f"There is no text at {str(path)!r}: name a .txt, .jsonl or .parquet file, a column "
             f"of one as FILE:COLUMN, hub:DATASET or {BUILTIN_TEXT!r}."
         )
-    kind = path.suffix.lower()
-    if kind in PLAIN_KINDS:
-        if column is not None:
-            raise TransActError(f"{path} has no columns to name; .jsonl and .parquet files have.")
-        return corpus_from_text(source, *_plain_text(path))
-    if kind not in TABLE_READERS:
-        raise TransActError(
-            f"{path} is none of .txt, .jsonl and .parquet; save the text as one of these."
-        )
-    return _gather(source, TABLE_READERS[kind](path, column))
+    try:
+        return _file_corpus(source, path, column)
+    except OSError as error:
+        raise TransActError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
-def corpus_from_text(source: str, text: str, encoding: str = "UTF-8") -> Corpus:
-    """A corpus from a string already in memory, such as an uploaded file's.
+def corpus_from_text(source: str, text: str) -> Corpus:
+    """A corpus from a string already in memory.
 
-    Line ends are made newlines and byte-order marks left out; `encoding` is what the text was
-    read from. Both are said in the notices where they are not what is usual.
+    Line ends are made newlines, which a notice says, and byte-order marks are left out.
 
     Raises:
         TransActError: the text is empty or holds half of a surrogate pair.
     """
     notices = []
-    if encoding != "UTF-8":
-        notices.append(f"The text {source} is read as {encoding}, as its byte-order mark says.")
     # Longer than what is used, as line ends of two characters become one.
     text = text[: 2 * MAX_CHARACTERS]
     if "\r" in text:
@@ -213,13 +204,26 @@ def _builtin_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+def _file_corpus(source: str, path: Path, column: str | None) -> Corpus:
+    kind = path.suffix.lower()
+    if kind in PLAIN_KINDS:
+        if column is not None:
+            raise TransActError(f"{path} has no columns to name; .jsonl and .parquet files have.")
+        return corpus_from_text(source, _plain_text(path))
+    if kind not in TABLE_READERS:
+        raise TransActError(
+            f"{path} is none of .txt, .jsonl and .parquet; save the text as one of these."
+        )
+    return _gather(source, TABLE_READERS[kind](path, column))
+
+
 def _encoding(beginning: bytes) -> str:
     """What the byte-order mark at the beginning of a file says; UTF-8 where there is none."""
     return next((name for mark, name in ENCODINGS if beginning.startswith(mark)), "UTF-8")
 
 
-def _plain_text(path: Path) -> tuple[str, str]:
-    """The text of a file, as far as it is used, and its encoding."""
+def _plain_text(path: Path) -> str:
+    """The text of a file, at least as far as it is used."""
     limit = 8 * MAX_CHARACTERS
     with path.open("rb") as file:
         raw = file.read(limit)
@@ -231,7 +235,7 @@ def _plain_text(path: Path) -> tuple[str, str]:
     decoder = codecs.getincrementaldecoder(encoding)()
     try:
         # A character may be cut in two where the reading stopped.
-        return decoder.decode(raw, final=len(raw) < limit), encoding
+        return decoder.decode(raw, final=len(raw) < limit)
     except UnicodeDecodeError as error:
         raise TransActError(
             f"{path} is not {encoding} text (byte {error.start}); convert it to UTF-8."

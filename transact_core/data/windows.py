@@ -78,7 +78,9 @@ def make_windows(
     Raises:
         TransActError: a text cannot be read, or is shorter than the windows it must fill.
     """
-    calibration, evaluation = (for_model(text, tokenizer) for text in texts or read_texts(spec))
+    texts = texts or read_texts(spec)
+    evaluation = for_model(texts[1], tokenizer)
+    calibration = evaluation if texts[0] is texts[1] else for_model(texts[0], tokenizer)
     progress("Tokenising the text", 0, 2)
     evaluation_ids = tokenise(evaluation, tokenizer, vocab_size)
     evaluated = _windows(

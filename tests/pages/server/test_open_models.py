@@ -17,6 +17,7 @@ from pages.server.visitors import Visit, size_of
 from pages.server.visits import visitor_id
 from tests.conftest import bench_of, loaded_from, make_model
 from tests.pages.conftest import ended
+from transact_core.base.errors import silent
 from transact_core.experiments.bench import Choices, compress
 from transact_core.pruning.plan import Decision, PruningPlan
 
@@ -61,6 +62,16 @@ def test_a_cancelled_dense_measurement_can_be_made_anew(workbench):
     wait_for(opening.dense)
     assert (opening.dense.state, workbench.measured) == (DONE, [1])
     assert workbench.open(Request()) is opening
+
+
+def test_an_opened_bench_says_where_windows_are_longer_than_the_models_context(
+    checkpoint, text_file, monkeypatch
+):
+    monkeypatch.setattr(open_models, "require_readable_source", lambda *_: None)
+    text = str(text_file)
+    request = Request(str(checkpoint), "cpu", "float32", text, text, 600, 600, 300)
+    said = Workbench()._bench(request, silent).evaluation.notices
+    assert "longer than the 256 that the model was trained" in said[0]
 
 
 def test_what_is_imported_is_not_looked_through_after_every_run_of_a_page():
