@@ -90,13 +90,13 @@ def test_options_change_the_cut(prune):
     assert json.loads((made / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_modules_that_keep_their_bare_cut_are_told(prune, capsys):
+def test_modules_that_keep_their_bare_cut_are_reported(prune, capsys):
     """Of one window nothing can be held out, so nothing is repaired."""
     status, made = prune("out", "0.5", "0.3", "--calibration-tokens", "32")
     assert status == 0
-    told = "6 of 6 cut modules keep their bare cut"
-    assert told in capsys.readouterr().err
-    assert told in (made / "README.md").read_text()
+    sentence = "6 of 6 cut modules keep their bare cut"
+    assert sentence in capsys.readouterr().err
+    assert sentence in (made / "README.md").read_text()
 
 
 def test_auto_says_which_granularity_and_why(prune, capsys):
@@ -110,7 +110,7 @@ def test_auto_says_which_granularity_and_why(prune, capsys):
 
 
 @pytest.mark.parametrize("granularity", ["query-heads", "kv-groups", "head-dims"])
-def test_a_cut_in_steps_is_told_and_made_again_from_its_plan(prune, tmp_path, granularity):
+def test_a_cut_in_steps_is_recorded_and_made_again_from_its_plan(prune, tmp_path, granularity):
     status, made = prune("out", "0.67", "0.5", "--granularity", granularity, "--steps", "3")
     assert status == 0
     stored = json.loads((made / "compression.json").read_text())
@@ -125,7 +125,7 @@ def test_a_cut_in_steps_is_told_and_made_again_from_its_plan(prune, tmp_path, gr
         assert (made / name).read_bytes() == (again / name).read_bytes()
 
 
-def test_a_sequential_cut_is_told_and_made_again_from_its_plan(prune, tmp_path):
+def test_a_sequential_cut_is_recorded_and_made_again_from_its_plan(prune, tmp_path):
     status, made = prune("out", "0.5", "0.5", "--importance", "reconstruction", "--sequential")
     assert status == 0
     compression = read_compression(made / "compression.json")

@@ -287,8 +287,8 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=defaults.steps,
         metavar="K",
-        help="number of steps in which the cut is made; units are scored anew on the model as "
-        "pruned and repaired so far",
+        help="number of steps in which the cut is made; before each, units are scored again on "
+        "the model as pruned and repaired so far",
     )
     parser.add_argument(
         "--sequential",

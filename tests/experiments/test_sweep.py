@@ -59,7 +59,7 @@ def test_a_sweep_that_was_stopped_goes_on_where_it_was(gqa_bench, choices, cache
 
 @given(st.integers(1, 40))
 def test_a_line_is_filled_from_its_ends_by_halving(count):
-    line = [(number / 64, 0.0) for number in range(1, count + 1)]
+    line = [(step / 64, 0.0) for step in range(1, count + 1)]
     ordered = most_informative_first(line)
     assert sorted(ordered) == line
     assert ordered[: min(2, count)] == [line[-1], line[0]][: min(2, count)]

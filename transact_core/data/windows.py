@@ -20,7 +20,7 @@ class WindowSpec:
     calibration_tokens: int = 8192
     evaluation_tokens: int = 4096
     sequence_length: int = 512
-    """Tokens of one window, of which each is measured alone."""
+    """Tokens of one window; every window is fed to the model alone."""
 
 
 Texts = tuple[Corpus, Corpus]

@@ -48,7 +48,7 @@ class Choices:
     multiple_of: int = 1
     """Channels: the MLP width is rounded to a multiple of it."""
     steps: int = 1
-    """How often units are scored anew on the model as pruned so far; see `decide`."""
+    """In how many steps the cut is made, units being scored again after each; see `decide`."""
     sequential: bool = False
     """Whether each module's units are chosen on the stream of the model as pruned before it."""
     head_dim_multiple_of: int = 1
