@@ -46,13 +46,13 @@ class Choices:
     importance: str = "activation"
     recovery: str = "least-squares"
     multiple_of: int = 1
-    """Channels: the MLP width is rounded to a multiple of it."""
+    """What the MLP's width is rounded to."""
+    head_dim_multiple_of: int = 1
+    """What the dims of narrower heads are rounded to."""
     steps: int = 1
-    """In how many steps the cut is made, units being scored again after each; see `decide`."""
+    """How often units are scored anew on the model as pruned so far; see `decide`."""
     sequential: bool = False
     """Whether each module's units are chosen on the stream of the model as pruned before it."""
-    head_dim_multiple_of: int = 1
-    """Dimensions: where heads are narrowed, `head_dim` is rounded to a multiple of it."""
 
     @property
     def single_pass(self) -> bool:
