@@ -35,7 +35,7 @@ def cache_folder() -> Path:
 
 
 def read_text(path: Path) -> str:
-    """A file's text, without a byte-order mark, where it is an ordinary file of ordinary size.
+    """A file's text, where it is an ordinary file of ordinary size.
 
     Raises:
         OSError: it is not, or cannot be read.
