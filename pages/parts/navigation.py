@@ -29,6 +29,7 @@ SECTIONS = {
 }
 """Title and icon by file name, by section. The first page is shown at the bare address."""
 FIRST = "start"
+"""The page at the bare address. It is drawn before torch is imported, so it imports none of it."""
 
 
 def page_sections() -> dict[str, list[StreamlitPage]]:
@@ -54,6 +55,11 @@ def page_sections() -> dict[str, list[StreamlitPage]]:
         st.Page(_first, title=title, icon=icon, url_path=FIRST, visibility="hidden")
     )
     return sections
+
+
+def drawn_before_libraries(page: StreamlitPage) -> bool:
+    """Whether a page draws itself without what `pages.server.libraries` imports."""
+    return page.title == SECTIONS[""][FIRST][0]
 
 
 def _first() -> None:

@@ -19,8 +19,6 @@ import streamlit as st
 
 from transact_core.base.errors import TransActError
 from transact_core.base.files import cache_folder
-from transact_core.data.corpus import BUILTIN_TEXT
-from transact_core.models import load as models
 
 PREFIX = "TRANSACT_"
 READ, WRITE = "TRANSACT_READ_FOLDERS", "TRANSACT_WRITE_FOLDERS"
@@ -243,8 +241,12 @@ def require_readable_source(source: str, allowed: Settings) -> None:
     Raises:
         TransActError: it is one.
     """
+    # Imported late: these bring torch with them, and the first page is drawn before that.
+    from transact_core.data.corpus import BUILTIN_TEXT
+    from transact_core.models.load import BUILTIN
+
     source = source.strip()
-    if source in (models.BUILTIN, BUILTIN_TEXT):
+    if source in (BUILTIN, BUILTIN_TEXT):
         return
     if source.startswith("hub:"):
         source = source.removeprefix("hub:").partition(":")[0]
