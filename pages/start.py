@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import streamlit as st
 
 from pages.charts import common as charts
 from pages.charts import curve_chart, waist_chart
 from pages.charts.text import counted
-from pages.parts.example import Example, example
+from pages.parts.example import Concentration, Example, example
 from pages.parts.figure import show
 from pages.parts.navigation import link
 from pages.parts.sizes import SIZES, times_dense
@@ -23,6 +22,8 @@ from pages.server import libraries
 from pages.server.visits import points, require_entered, visit
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from transact_core.experiments.bench import Measurement
 
 SIZES_SHOWN = ("parameters", "kv_bytes_per_token", "flops_per_token")
@@ -39,6 +40,12 @@ def links(*names: str) -> None:
             link(name)
 
 
+def concentration_table(found: Concentration) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame({"mha": found.mha, "mlp": found.mlp}).rename_axis("layer")
+
+
 def show_waste(recorded: Example) -> None:
     found = recorded.concentration
     step(
@@ -53,7 +60,7 @@ def show_waste(recorded: Example) -> None:
         "example-concentration",
         f"a pair of bars is a layer, a bar the share of a waist's channels that hold "
         f"{found.share:.0%} of its energy; what is above it is width that carries little.",
-        lambda: pd.DataFrame({"mha": found.mha, "mlp": found.mlp}).rename_axis("layer"),
+        lambda: concentration_table(found),
         narrow=True,
     )
     links("activations", "importance", "heads", "redundancy")

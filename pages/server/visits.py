@@ -48,8 +48,12 @@ def require_entered() -> None:
     `st.navigation` was called once, Streamlit takes `pages/` for its older kind of app.
     """
     if ENTERED not in st.session_state and "visit" not in st.session_state:
-        name = PurePosixPath(urlsplit(st.context.url or "").path).name
-        st.switch_page("app.py", query_params={**st.query_params, WANTED: name})
+        _lead_to_app()
+
+
+def _lead_to_app() -> None:
+    name = PurePosixPath(urlsplit(st.context.url or "").path).name
+    st.switch_page("app.py", query_params={**st.query_params, WANTED: name})
 
 
 def begin_visit(user: str | None = None) -> None:
@@ -63,7 +67,8 @@ def begin_visit(user: str | None = None) -> None:
 
 def visit() -> Visit:
     """What this tab looks at, and what is its visitor's; for pages drawn after `begin_visit`."""
-    require_entered()
+    if "visit" not in st.session_state:
+        _lead_to_app()
     return st.session_state["visit"]
 
 
