@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import NoReturn
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 
+from transact_core import start_app
 from transact_core.base.errors import Progress, TransActError
 from transact_core.base.files import disk_trouble, read_text, require_free_output, staged_file
 from transact_core.data.corpus import BUILTIN_TEXT, describe, read_corpus
@@ -50,11 +50,6 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise TransActError(message[0].upper() + message[1:] + "; see --help.")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -77,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m transact_core", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    parser = start_app.Parser(prog=_program(), description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=start_app.Parser)
 
     prune = commands.add_parser("prune", help="cut a model and write the checkpoint folder")
     _add_model(prune)
@@ -128,7 +123,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_choices(points)
     _add_texts(points)
     points.set_defaults(run=_sweep)
+
+    # Run by __main__ already, before torch is imported; here for the list of commands.
+    app = commands.add_parser("app", help="start the app in the browser")
+    start_app.add_arguments(app)
+    app.set_defaults(run=start_app.run)
     return parser
+
+
+def _program() -> str:
+    """What the user typed to get here."""
+    return "transact" if Path(sys.argv[0]).stem == "transact" else "python -m transact_core"
 
 
 def _positive(text: str) -> int:

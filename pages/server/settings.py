@@ -298,18 +298,20 @@ def exposure(allowed: Settings) -> str | None:
     return told
 
 
-def main() -> int:
-    """Checks the settings for a server at the address given, before it starts."""
+def check(address: str | None) -> int:
+    """Checks the settings for a server at that address, before it starts; returns an exit status.
+
+    What the server exposes, or what is wrong with a setting, is printed on stderr.
+    """
     try:
-        address = sys.argv[1] if len(sys.argv) > 1 else None
-        told = exposure(read_settings(os.environ, address, login_configured()))
+        exposed = exposure(read_settings(os.environ, address, login_configured()))
     except TransActError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if told:
-        print(told, file=sys.stderr)
+    if exposed:
+        print(exposed, file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(check(sys.argv[1] if len(sys.argv) > 1 else None))
