@@ -152,9 +152,11 @@ class Job:
         except (MemoryError, torch.OutOfMemoryError):
             self.error = "The memory is used up; choose a smaller model or fewer tokens."
             self._end(FAILED)
-        except Exception as error:
+        except BaseException as error:
+            # Libraries written in Rust panic with what is no Exception, and some call sys.exit. No
+            # job may end the worker, which all later jobs need.
             logging.getLogger(__name__).exception("The job %r failed", self.title)
-            self.error = f"Something unforeseen went wrong ({type(error).__name__}: {error})."
+            self.error = f"Something unforeseen went wrong ({_in_words(error)})."
             self._end(FAILED)
 
     def _end(self, state: str) -> None:
@@ -162,6 +164,14 @@ class Job:
         self._turns = None
         self.state = state
         self._ended.set()
+
+
+def _in_words(error: BaseException) -> str:
+    """Its class and what it says, also where it fails to say anything."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 def _in_turns(work: Work, report: Progress) -> Generator[tuple[int, int], None, Any]:
@@ -247,10 +257,12 @@ class JobQueue:
             self._turns += 1
             self._last_turns[job.owner] = job.last_turn = self._turns
             interrupted, self._running = self._running, job
-        job.take_turn()
-        with self._changed:
-            self._running = interrupted
-            self._unfinished = [each for each in self._unfinished if not each.finished]
+        try:
+            job.take_turn()
+        finally:
+            with self._changed:
+                self._running = interrupted
+                self._unfinished = [each for each in self._unfinished if not each.finished]
 
 
 _queues: WeakSet[JobQueue] = WeakSet()
