@@ -27,7 +27,7 @@ TEXTS = {"The dense model's answer": "continuation", "My text": "text"}
 
 
 def choose_and_start(bench: Bench, cut: Cut) -> None:
-    tokenizer = bench.loaded.tokenizer
+    tokenizer, vocab_size = bench.loaded.tokenizer, bench.loaded.architecture.vocab_size
     prompt = st.text_area(
         "Prompt", PROMPT, max_chars=LONGEST, height=110, key="prompt", persist_state="session"
     )
@@ -64,14 +64,15 @@ def choose_and_start(bench: Bench, cut: Cut) -> None:
         return
     if st.button("Run both", type="primary", icon=":material/play_arrow:"):
         try:
-            ids = encode_prompt(tokenizer, prompt, chat and has_template)
+            ids = encode_prompt(tokenizer, prompt, chat and has_template, vocab_size)
+            text = encode_prompt(tokenizer, prompt, False, vocab_size)
         except TransActError as error:
             st.error(str(error), icon=":material/error:")
             return
         start_comparison(
             cut,
             ids,
-            tokenizer(prompt)["input_ids"],
+            text,
             int(count),
             Sampling(temperature=temperature, seed=int(seed)),
         )
