@@ -1,4 +1,4 @@
-"""What this is for: one cut of the built-in model, worked through with recorded numbers.
+"""The first page: one cut of the built-in model, worked through with recorded numbers.
 
 It is drawn at once: nothing that it imports at the top brings torch with it. What needs torch, the
 progress of the opening and the visitor's own measurement, is drawn once the libraries are imported.
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transact_core.experiments.bench import Measurement
 
 SIZES_SHOWN = ("parameters", "kv_bytes_per_token", "flops_per_token")
+"""Fields of `Footprint`."""
 
 
 def step(number: int, question: str, answer: str) -> None:
@@ -51,15 +52,15 @@ def show_waste(recorded: Example) -> None:
     step(
         1,
         "Where is the waste?",
-        "In every layer the signal passes two waists: the outputs of the attention heads, and the "
-        "activation inside the MLP. Its energy is not spread evenly over their width.",
+        "Every layer has two inner activations, its waists: the outputs of the attention heads, "
+        "and the activation inside the MLP. Their energy is not spread evenly over their width.",
     )
     shares = {"mha": np.array(found.mha), "mlp": np.array(found.mlp)}
     show(
         charts.concentration(shares, found.share),
         "example-concentration",
-        f"a pair of bars is a layer, a bar the share of a waist's channels that hold "
-        f"{found.share:.0%} of its energy; what is above it is width that carries little.",
+        f"each pair of bars is a layer, each bar the share of a waist's channels that hold "
+        f"{found.share:.0%} of its energy; the width above a bar carries little.",
         lambda: concentration_table(found),
         narrow=True,
     )
@@ -73,14 +74,14 @@ def show_cut(recorded: Example) -> None:
     step(
         2,
         "What may I cut?",
-        "Width at the waists: here each layer gives up heads and MLP channels of its own. The "
-        "residual stream between the modules, the norms and the embeddings stay whole.",
+        "Width at the waists: heads and MLP channels, chosen for each layer. The residual stream "
+        "between the modules, the norms and the embeddings stay whole.",
     )
     show(
         waist_chart.section(dense, left, f"{heads}, {channels} stay", 380),
         "example-section",
-        "one layer from left to right, all widths to scale: each module reads the stream, passes "
-        "its waist and adds what it writes; grey is what goes.",
+        "one layer from left to right, all widths to scale: each module reads the stream, narrows "
+        "to its waist and adds its output to the stream; the removed width is grey.",
     )
     with st.container(horizontal=True, gap="medium"):
         link("compress", "Open this very cut on the Compress page", **recorded.address)
@@ -92,9 +93,9 @@ def show_cost(recorded: Example) -> None:
     step(
         3,
         "What will it cost me?",
-        "Sizes are exact before anything is cut. Perplexity is predicted from what each layer "
-        f"alone would lose and from what was measured: here {alone} cuts of one module, and none "
-        "of both.",
+        "Sizes are known exactly before anything is cut. Perplexity is predicted from the error "
+        "that the cut makes in each layer, and from cuts that were measured before: here "
+        f"{alone} cuts of one module, and none of both.",
     )
     before, after, said = recorded.dense.footprint, recorded.cut.footprint, recorded.predicted
     columns = st.columns(len(SIZES_SHOWN) + 1)
@@ -118,7 +119,7 @@ def show_cost(recorded: Example) -> None:
         delta_color="off",
         delta_arrow="off",
         border=True,
-        help="The interval is meant for 9 cuts in 10.",
+        help="The interval should hold 9 in 10 measured values.",
     )
 
 
@@ -138,8 +139,8 @@ def show_truth(recorded: Example) -> None:
     step(
         4,
         "Was that true?",
-        "The cut was made, what is left was repaired in closed form on "
-        f"{recorded.calibration.tokens:,} tokens of text, and perplexity measured on "
+        "The cut was made, the remaining weights were repaired in closed form on "
+        f"{recorded.calibration.tokens:,} calibration tokens, and perplexity was measured on "
         f"{recorded.evaluation.tokens:,} others. It came out {'inside' if inside else 'outside'} "
         "the predicted interval.",
     )
@@ -171,9 +172,9 @@ def show_result(recorded: Example) -> None:
     step(
         5,
         "Give it to me.",
-        "What comes out is an ordinary checkpoint that stock `transformers` loads, with a "
-        "configuration that makes it again and a report for a colleague. The Export page writes "
-        "it; so does the command line:",
+        "The result is an ordinary checkpoint that stock `transformers` loads, with a "
+        "configuration to reproduce it and a report for a colleague. The Export page writes it; "
+        "so does the command line:",
     )
     st.code(
         f"python -m transact_core prune --model {recorded.model.source} "
@@ -189,8 +190,8 @@ def show_turn() -> None:
     step(
         6,
         "Your turn.",
-        "The sidebar takes your model and your texts, and the pages above do the same with them, "
-        "computed on this machine.",
+        "Choose your model and your texts in the sidebar; all pages then show them, computed on "
+        "this machine.",
     )
     if libraries.loaded():
         from pages.parts.progress import show_opening
@@ -221,19 +222,19 @@ def show_recording(recorded: Example) -> None:
         )
 
 
-# First of all, since it leads those back to the app who come by this page's own address.
+# First of all: where this file was run alone, the visitor is led to app.py.
 require_entered()
 recorded = example()
 st.title("Start here")
 st.write(
-    "This workbench takes width out of a LLaMA-family model, repairs what is left without any "
-    "training, and shows what that costs. Here is one cut of the built-in model "
-    f"{recorded.name}, in the order in which one would ask."
+    "This workbench removes width from a LLaMA-family model, repairs the remaining weights without "
+    "training, and shows what that costs. This page works through one cut of the built-in model "
+    f"{recorded.name}."
 )
 st.caption(
     f":material/history: The numbers on this page are **recorded**: measured on "
-    f"{recorded.recorded:%d %B %Y} on another machine or at another time ({recorded.processor}, "
-    f"{counted(recorded.environment.threads, 'thread')}). All other pages compute on this machine."
+    f"{recorded.recorded:%d %B %Y} on one machine ({recorded.processor}, "
+    f"{counted(recorded.environment.threads, 'thread')}). All other pages compute on yours."
 )
 left, right = st.columns(2, gap="large")
 with left:

@@ -1,4 +1,4 @@
-"""The tab in view: which visitor it belongs to and what that visitor has of the request."""
+"""The tab in view: its visitor, and that visitor's results for the request in view."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ if TYPE_CHECKING:
     from transact_core.experiments.bench import Measurement
 
 WANTED = "page"
-"""In the address of app.py, the page that it shall go on to."""
+"""Query parameter of app.py: the page to go on to."""
 ENTERED = "came through app.py"
 """Key of the session state."""
 XSRF_COOKIE = "_streamlit_xsrf"
 
 
 def visitor_id() -> str | None:
-    """What tells this browser from others and survives a reload; None where it has no cookie.
+    """The identity of this browser, which survives a reload; None where it has no cookie.
 
-    It is made of the token that Streamlit gives each browser against forged requests, masked anew
-    on every answer: `version|mask|masked token|time`. The token itself is kept nowhere.
+    It is the hash of the token that Streamlit gives each browser against forged requests. The
+    cookie has the token masked anew on every answer, as `version|mask|masked token|time`; the
+    token itself is stored nowhere.
     """
     try:
         _, mask, masked, _ = st.context.cookies.get(XSRF_COOKIE, "").strip('"').split("|")
@@ -66,18 +67,18 @@ def begin_visit(user: str | None = None) -> None:
 
 
 def visit() -> Visit:
-    """What this tab looks at, and what is its visitor's; for pages drawn after `begin_visit`."""
+    """The visit of this tab; for pages drawn after `begin_visit`."""
     if "visit" not in st.session_state:
         _lead_to_app()
     return st.session_state["visit"]
 
 
 def holding() -> Holding:
-    """What this visitor has of the request in view."""
+    """This visitor's results for the request in view."""
     mine = visit()
     return mine.visitor.of(mine.request)
 
 
 def points() -> list[Measurement]:
-    """What this visitor measured on the bench in view."""
+    """The points that this visitor measured on the bench in view."""
     return holding().points

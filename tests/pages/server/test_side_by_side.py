@@ -183,7 +183,7 @@ def test_the_title_is_the_ratio_at_the_longest_prompt_both_have():
 
 @pytest.mark.parametrize("name", ["compare", "latency", "perplexity", "export"])
 def test_a_page_begins_with_its_title(open_page, name):
-    # Streamlit shows a string that stands alone in a page's own file.
+    # Unless its configuration says otherwise, Streamlit draws strings that document constants.
     assert open_page(name).main[0].type == "title"
 
 
