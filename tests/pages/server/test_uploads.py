@@ -74,7 +74,7 @@ def test_the_longest_unused_make_room():
 
 
 def test_one_that_is_larger_than_the_total_is_refused():
-    with pytest.raises(TransActError, match="more than the 1 MB"):
+    with pytest.raises(TransActError, match="larger than the 1 MB"):
         keep_upload("a.txt", bytes(1_000_001), 1)
     assert not uploads_folder().exists()
 
