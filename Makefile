@@ -31,9 +31,7 @@ setup: $(SETUP) ## install the app and the built-in model into .venv
 	@echo "Ready: make app"
 
 app: $(SETUP) ## start the app on http://ADDRESS:PORT
-	$(PY) -m pages.server.settings "$(ADDRESS)"
-	$(PY) -m streamlit run app.py --server.address "$(ADDRESS)" --server.port $(PORT) \
-		--server.headless true --browser.gatherUsageStats false
+	$(PY) -m transact_core app --address "$(ADDRESS)" --port $(PORT)
 
 test: $(SETUP_DEV) ## check the code and run the tests (PYTEST_ARGS="-k name")
 	sh scripts/install_browser.sh $(PY)

@@ -1,214 +1,43 @@
-"""The TransAct workbench: page configuration, navigation and the sidebar."""
+"""The TransAct workbench: page configuration, access, navigation, sidebar, and the page itself.
+
+Nothing that this file imports brings torch with it. Importing torch and transformers takes seconds,
+so that a server's first visitor sees the first page before these imports begin; see `libraries`.
+"""
 
 from pathlib import Path
 
 import streamlit as st
-import torch
 
-from pages.charts.text import plain
+from pages.parts.loading import show_loading
 from pages.parts.login import require_access, show_exposure
 from pages.parts.navigation import go_on, page_sections
-from pages.parts.progress import show_jobs
-from pages.server.open_models import workbench
-from pages.server.request import Request
-from pages.server.settings import settings
-from pages.server.uploads import KINDS, keep_upload
-from pages.server.visits import begin_visit, visit
-from transact_core.base.errors import TransActError
-from transact_core.data.corpus import BUILTIN_TEXT
-from transact_core.experiments import results
-from transact_core.models.load import BUILTIN, BUILTIN_NAME
+from pages.server import libraries
+from pages.server.visits import begin_visit, enter
 
-MODEL_KINDS = {
-    "Built-in": ("", ""),
-    "Local folder": ("Checkpoint folder", "/path/to/checkpoint"),
-    "GGUF file": ("GGUF file", "/path/to/model.gguf"),
-    "Hub id": ("Hub id", "owner/name"),
-}
-TEXT_KINDS = ("Built-in", "Uploaded file", "Hub dataset")
+ASSETS = Path(__file__).parent / "assets"
 
-
-def model_kind(model: str) -> str:
-    """Where a model of that name is looked for."""
-    if model == BUILTIN:
-        return "Built-in"
-    if model.endswith(".gguf"):
-        return "GGUF file"
-    return "Local folder" if Path(model).is_dir() else "Hub id"
-
-
-def text_kind(source: str) -> str:
-    if source == BUILTIN_TEXT:
-        return "Built-in"
-    return "Hub dataset" if source.startswith("hub:") else "Uploaded file"
-
-
-def choose_model(before: str) -> str:
-    kinds, kind_before = list(MODEL_KINDS), model_kind(before)
-    kind = st.selectbox(
-        "Model", kinds, kinds.index(kind_before), key="model_kind", persist_state="session"
-    )
-    if kind == "Built-in":
-        st.caption(f"{BUILTIN_NAME}, installed with the app")
-        return BUILTIN
-    label, example = MODEL_KINDS[kind]
-    return st.text_input(
-        label,
-        before if kind == kind_before else "",
-        key=f"model_{kind}",
-        placeholder=example,
-        persist_state="session",
-    )
-
-
-def choose_text(name: str, before: str) -> str:
-    kind_before = text_kind(before)
-    kind = st.selectbox(
-        f"{name} text",
-        TEXT_KINDS,
-        TEXT_KINDS.index(kind_before),
-        key=f"{name}_kind",
-        persist_state="session",
-    )
-    if kind == "Built-in":
-        return BUILTIN_TEXT
-    if kind == "Hub dataset":
-        dataset = st.text_input(
-            f"{name} dataset",
-            before.removeprefix("hub:") if kind == kind_before else "",
-            placeholder="DATASET:CONFIG:SPLIT:COLUMN",
-            help="As `wikitext:wikitext-2-raw-v1:test`; all but the dataset may be left out.",
-            key=f"{name}_dataset",
-            persist_state="session",
-        )
-        return f"hub:{dataset}" if dataset else ""
-    file = st.file_uploader(f"{name} file", type=list(KINDS), key=f"{name}_file")
-    if file is not None:
-        try:
-            path = keep_upload(file.name, file.getvalue(), settings().uploads_mb)
-        except TransActError as error:
-            st.error(str(error))
-        else:
-            st.session_state[f"{name}_path"] = path
-    return st.session_state.get(f"{name}_path", before if kind == kind_before else "")
-
-
-def choose_request() -> Request:
-    defaults = visit().began_with
-    model = choose_model(defaults.model)
-    calibration = choose_text("Calibration", defaults.calibration)
-    evaluation = choose_text("Evaluation", defaults.evaluation)
-    if calibration == evaluation:
-        st.caption("Of one text, evaluation takes the beginning and calibration what follows.")
-    with st.expander("How much, and on what"):
-        calibration_tokens = st.number_input(
-            "Calibration tokens",
-            64,
-            10_000_000,
-            defaults.calibration_tokens,
-            1024,
-            key="calibration_tokens",
-            persist_state="session",
-        )
-        evaluation_tokens = st.number_input(
-            "Evaluation tokens",
-            64,
-            10_000_000,
-            defaults.evaluation_tokens,
-            1024,
-            key="evaluation_tokens",
-            persist_state="session",
-        )
-        sequence_length = st.number_input(
-            "Sequence length",
-            16,
-            131_072,
-            defaults.sequence_length,
-            128,
-            key="sequence_length",
-            persist_state="session",
-        )
-        devices = ["auto", "cpu"]
-        if torch.cuda.is_available():
-            devices += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-        device = st.selectbox(
-            "Device",
-            devices,
-            devices.index(defaults.device),
-            key="device",
-            persist_state="session",
-        )
-        dtypes = ["auto", "float32", "bfloat16", "float16"]
-        dtype = st.selectbox(
-            "Dtype",
-            dtypes,
-            dtypes.index(defaults.dtype),
-            key="dtype",
-            help="auto computes in float32 on a CPU and in bfloat16 on a GPU.",
-            persist_state="session",
-        )
-    return Request(
-        model=model.strip(),
-        device=device,
-        dtype=dtype,
-        calibration=calibration,
-        evaluation=evaluation,
-        calibration_tokens=int(calibration_tokens),
-        evaluation_tokens=int(evaluation_tokens),
-        sequence_length=int(sequence_length),
-    )
-
-
-def sidebar() -> None:
-    """The request as the widgets have it is opened only when its button is pressed."""
-    mine = visit()
-    chosen = choose_request()
-    complete = chosen.model and chosen.calibration and chosen.evaluation
-    changed = chosen != mine.request
-    if st.button(
-        "Load",
-        type="primary" if changed and complete else "secondary",
-        width="stretch",
-        disabled=not (changed and complete),
-    ):
-        mine.request = chosen
-        st.rerun()
-    if changed:
-        st.caption(
-            "Press **Load** to use these choices." if complete else "Name the model and the texts."
-        )
-    opened = workbench().open(mine.request).bench.result
-    if opened is not None:
-        shape, loaded = opened.loaded.architecture, opened.loaded
-        st.divider()
-        with st.container(gap="xxsmall"):
-            st.text(loaded.name)
-            st.caption(
-                f"{shape.parameters / 1e6:,.1f} M parameters · {shape.num_hidden_layers} layers · "
-                f"hidden {shape.hidden_size:,} · {shape.num_attention_heads} heads over "
-                f"{shape.num_key_value_heads} KV heads of {shape.head_dim} · MLP "
-                f"{shape.intermediate_size:,} · computing in {str(loaded.dtype)[6:]} on "
-                f"{loaded.device}"
-            )
-        for notice in dict.fromkeys(
-            loaded.notices + opened.calibration.notices + opened.evaluation.notices
-        ):
-            st.warning(plain(notice))
-    for notice in results.notices:
-        st.warning(plain(notice))
-    show_jobs()
-
-
-st.set_page_config(page_title="TransAct workbench", page_icon="assets/icon.svg", layout="wide")
-st.logo("assets/logo.svg", size="large", icon_image="assets/icon.svg")
+st.set_page_config(
+    page_title="TransAct workbench", page_icon=str(ASSETS / "icon.svg"), layout="wide"
+)
+st.logo(str(ASSETS / "logo.svg"), size="large", icon_image=str(ASSETS / "icon.svg"))
+enter()
 sections = page_sections()
 pages = [page for section in sections.values() for page in section]
 user = require_access(pages)
+# The configuration has it off until here, against a list of file names in the first second.
+st.set_option("client.showSidebarNavigation", True)
 page = st.navigation(sections, expanded=True)
-st.html(Path("assets/style.css"))
-begin_visit(user)
+st.html(ASSETS / "style.css")
 go_on(pages)
-with st.sidebar:
-    sidebar()
-show_exposure(user)
-page.run()
+if libraries.loaded():
+    # Imported late, as torch comes with it.
+    from pages.parts.sidebar import show_sidebar
+
+    begin_visit(user)
+    with st.sidebar:
+        show_sidebar()
+    show_exposure(user)
+    page.run()
+else:
+    show_exposure(user)
+    show_loading(page)

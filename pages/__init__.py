@@ -1,5 +1,1 @@
-"""What the pages have in common."""
-
-# Every session imports in a thread of its own, and the lazy imports of transformers fail now and
-# then when two threads meet in them. A package's own import lock makes the second one wait.
-from transformers import LlamaForCausalLM  # noqa: F401
+"""The pages of the app, and the rooms that they share; docs/architecture.md has the map."""

@@ -21,15 +21,21 @@ from transact_core.forward.generation import (
 )
 
 PROMPT = "Explain in three sentences why the sky is blue."
-# Characters of a prompt.
-LONGEST = 8000
+MOST_CHARACTERS = 8000
+"""Of a prompt."""
 TEXTS = {"The dense model's answer": "continuation", "My text": "text"}
+"""What losses are shown of: label, field of `Comparison`."""
 
 
 def choose_and_start(bench: Bench, cut: Cut) -> None:
-    tokenizer = bench.loaded.tokenizer
+    tokenizer, vocab_size = bench.loaded.tokenizer, bench.loaded.architecture.vocab_size
     prompt = st.text_area(
-        "Prompt", PROMPT, max_chars=LONGEST, height=110, key="prompt", persist_state="session"
+        "Prompt",
+        PROMPT,
+        max_chars=MOST_CHARACTERS,
+        height=110,
+        key="prompt",
+        persist_state="session",
     )
     columns = st.columns([2, 2, 2, 2], vertical_alignment="bottom")
     has_template = bool(tokenizer.chat_template)
@@ -39,9 +45,9 @@ def choose_and_start(bench: Bench, cut: Cut) -> None:
         disabled=not has_template,
         key="chat",
         persist_state="session",
-        help="The prompt as a user's turn, in the form that this model was tuned for."
+        help="The prompt is written as a user's turn, in the format that this model was tuned for."
         if has_template
-        else "This tokenizer has none: the text is simply continued.",
+        else "This tokenizer has no chat template: the text is continued as it is.",
     )
     count = columns[1].number_input(
         "New tokens, at most", 1, 1024, 96, 16, key="new_tokens", persist_state="session"
@@ -54,8 +60,8 @@ def choose_and_start(bench: Bench, cut: Cut) -> None:
         0.1,
         key="temperature",
         persist_state="session",
-        help="0 takes the likeliest token each time; above, tokens are drawn, in both models from "
-        "the same seed.",
+        help="0 always takes the most probable token (greedy decoding); above 0, tokens are "
+        "sampled, for both models with the same seed.",
     )
     seed = columns[3].number_input(
         "Seed", 0, 2**31, 0, 1, key="seed", persist_state="session", disabled=temperature == 0
@@ -64,14 +70,15 @@ def choose_and_start(bench: Bench, cut: Cut) -> None:
         return
     if st.button("Run both", type="primary", icon=":material/play_arrow:"):
         try:
-            ids = encode_prompt(tokenizer, prompt, chat and has_template)
+            ids = encode_prompt(tokenizer, prompt, chat and has_template, vocab_size)
+            text = encode_prompt(tokenizer, prompt, False, vocab_size)
         except TransActError as error:
             st.error(str(error), icon=":material/error:")
             return
         start_comparison(
             cut,
             ids,
-            tokenizer(prompt)["input_ids"],
+            text,
             int(count),
             Sampling(temperature=temperature, seed=int(seed)),
         )
@@ -95,12 +102,12 @@ def show_answers(bench: Bench, comparison: Comparison) -> None:
                 "Tokens/s",
                 f"{speed:,.1f}" if speed else "–",
                 change,
-                help="Of the tokens after the first.",
+                help="Without the first new token, which takes the pass over the prompt.",
             )
             figures[1].metric(
                 "Prompt",
                 f"{1e3 * tokens[0].seconds:,.0f} ms" if tokens else "–",
-                help=f"{len(comparison.prompt):,} tokens, until the first new one.",
+                help=f"The pass over the {len(comparison.prompt):,} tokens of the prompt.",
             )
             figures[2].metric("New tokens", f"{len(tokens):,}")
             st.html(
@@ -127,21 +134,21 @@ def show_losses(bench: Bench, comparison: Comparison) -> None:
         text.start,
     )
     if table.empty:
-        st.caption("There is no token to score in this text.")
+        st.caption("This text has no token to score.")
         return
     mean = table["change"].sum() / table["tokens"].sum()
     worse, better = (table["change"] > 1).sum(), (table["change"] < -1).sum()
     st.write(
-        f"The pruned model's loss differs by **{mean:+.3f} nats** a token on average; {worse} of "
-        f"{len(table)} marks cost it over 1 nat more, {better} over 1 nat less."
+        f"The pruned model's loss differs by **{mean:+.3f} nats** per token on average; on {worse} "
+        f"of {len(table)} marks it is over 1 nat higher, on {better} over 1 nat lower."
     )
     st.html(marked_text.scale())
     with st.container(border=True):
         st.html(marked_text.marked(table))
     st.caption(
-        "How to read it: each mark is a token, or those of one character. Orange ones surprise the "
-        "pruned model more than the dense one, blue ones less, both given the same words before. "
-        "The numbers are under the pointer, and in the table."
+        "How to read it: each mark is one token, or the tokens that make one character. On orange "
+        "marks the pruned model's loss is higher than the dense one's, on blue ones lower, given "
+        "the same text before. Hover over a mark for its numbers; they are in the table as well."
     )
     with st.expander("As a table"):
         st.dataframe(table, hide_index=True)
@@ -161,8 +168,8 @@ def show(bench: Bench) -> None:
     comparison = last_comparison()
     if comparison is None:
         st.info(
-            "Nothing is generated yet. The pruned model is made and measured first where it is not "
-            "at hand.",
+            "Nothing is generated yet. If this cut was not measured before, the pruned model is "
+            "made and measured first.",
             icon=":material/info:",
         )
         return
@@ -177,7 +184,7 @@ def show(bench: Bench) -> None:
 
 
 st.title("Compare")
-st.caption("What the cut does to the model's words: one prompt, both models, side by side.")
+st.caption("One prompt, continued by the dense and by the pruned model, side by side.")
 bench, cut = require_cut("compare")
 choose_and_start(bench, cut)
 show(bench)

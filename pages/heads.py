@@ -1,4 +1,4 @@
-"""One head at a time: its channels, where it looks, what perplexity does without it."""
+"""One attention head: its channel scores, its attention pattern, the perplexity without it."""
 
 from dataclasses import replace
 
@@ -20,21 +20,23 @@ from transact_core.experiments.head_probe import sample
 from transact_core.importance.scores import IMPORTANCES, Scores
 
 MAP = "head-map"
+"""Key of the chart of all heads; the number of its version follows."""
 
 
 def take_click() -> None:
-    """Moves the two menus to the head that was clicked; a click that undoes one is let pass."""
+    """Sets the two menus to the head that was clicked. A click that deselects changes nothing."""
     points = st.session_state[f"{MAP}-{st.session_state['map_version']}"].selection.points
     if points:
         st.session_state["layer"], st.session_state["head"] = points[0]["y"], points[0]["x"]
 
 
 def forget_click() -> None:
-    """A click on the head that the map still takes for chosen would otherwise undo it."""
+    """Gives the map a new key, so that it has nothing selected and any head can be clicked."""
     st.session_state["map_version"] += 1
 
 
 def choose(bench: Bench) -> tuple[int, int]:
+    """Indices of the layer and the head that the menus stand at."""
     shape = bench.loaded.architecture
     columns = st.columns(2)
     counts = {"layer": shape.num_hidden_layers, "head": shape.num_attention_heads}
@@ -59,7 +61,7 @@ def show_channels(scores: Scores, layer: int, head: int) -> None:
     show(
         exploring_charts.head_channels(mine, layer, head),
         "head-channels",
-        "a few high bars are a head that works through few of its dims.",
+        "a few high bars mean that few of the head's dims matter.",
         lambda: pd.DataFrame({"channel": np.arange(len(mine)), "score": mine}),
     )
 
@@ -67,11 +69,11 @@ def show_channels(scores: Scores, layer: int, head: int) -> None:
 def show_attention(bench: Bench, layer: int, head: int) -> None:
     columns = st.columns([5, 1])
     text = columns[0].text_area(
-        "Text to look at",
+        "Text to attend over",
         key="head_text",
         persist_state="session",
         height=68,
-        placeholder="Your own text; left empty, the evaluation text's beginning",
+        placeholder="Your own text; if empty, the beginning of the evaluation text",
     )
     tokens = columns[1].number_input(
         "Tokens", 4, 128, 48, 8, key="head_tokens", persist_state="session"
@@ -86,15 +88,15 @@ def show_attention(bench: Bench, layer: int, head: int) -> None:
         watch("pattern", job)
         return
     if job.state != DONE:
-        st.error(job.error or "The reading was cancelled.", icon=":material/error:")
+        st.error(job.error or "The pass over the text was cancelled.", icon=":material/error:")
         return
-    labels = [bench.loaded.tokenizer.decode([number]) for number in window.ids[0].tolist()]
+    labels = [bench.loaded.tokenizer.decode([token]) for token in window.ids[0].tolist()]
     pattern = job.result[head].numpy()
     show(
         exploring_charts.attention(pattern, labels, layer, head),
         "attention",
-        "each row is a token and adds up to 1 over the tokens it looks back at. A bright left edge "
-        "is a head that rests on the first token; a bright diagonal looks at what is near.",
+        "each row is a query token, and its weights over the tokens up to it sum to 1. A bright "
+        "left edge means attention to the first token, a bright diagonal attention to near ones.",
         lambda: pd.DataFrame(
             {"query": query, "key": key, "attention": pattern[query, key]}
             for query in range(len(labels))
@@ -104,32 +106,33 @@ def show_attention(bench: Bench, layer: int, head: int) -> None:
 
 
 def without_table(bench: Bench) -> pd.DataFrame:
+    """A row for each head without which the model was measured."""
     dense = bench.dense().perplexity
     rows = []
-    for (layer, head), each in sorted(findings().without.items()):
-        half = 1.96 * each.delta_nll_se
+    for (layer, head), measured in sorted(findings().without.items()):
+        half = 1.96 * measured.delta_nll_se
         rows.append(
             {
                 "layer": layer,
                 "head": head,
-                "perplexity": each.evaluation.perplexity,
-                "ratio": each.evaluation.perplexity / dense,
-                "delta_nll": each.delta_nll,
-                "low": each.delta_nll - half,
-                "high": each.delta_nll + half,
+                "perplexity": measured.evaluation.perplexity,
+                "ratio": measured.evaluation.perplexity / dense,
+                "delta_nll": measured.delta_nll,
+                "low": measured.delta_nll - half,
+                "high": measured.delta_nll + half,
             }
         )
     return pd.DataFrame(rows)
 
 
 def show_without(bench: Bench, layer: int, head: int) -> None:
-    st.subheader("Without it")
+    st.subheader("Without this head")
     if show_dense("heads") is None:
         return
     heads = bench.loaded.architecture.num_attention_heads
     found = findings().without
     if not show_job("heads", visit().request):
-        rest = [(layer, each) for each in range(heads) if (layer, each) not in found]
+        rest = [(layer, other) for other in range(heads) if (layer, other) not in found]
         with st.container(horizontal=True):
             one = st.button(
                 f"Measure without head {head} of layer {layer}",
@@ -153,12 +156,12 @@ def show_measured(bench: Bench, layer: int, head: int) -> None:
     if mine is not None:
         half = 1.96 * mine.delta_nll_se
         columns = st.columns(2)
-        columns[0].metric("Perplexity without it", f"{mine.evaluation.perplexity:.3f}")
+        columns[0].metric("Perplexity without the head", f"{mine.evaluation.perplexity:.3f}")
         columns[1].metric("Dense perplexity", f"{bench.dense().perplexity:.3f}")
         certain = "" if np.isnan(half) else f" ± {half:.4f} (95 %, paired by window)"
         st.caption(
-            f"Its output set to zero adds {mine.delta_nll:+.4f}{certain} nats a token, over "
-            f"{mine.evaluation.scored_tokens:,} scored tokens."
+            f"With its output set to zero the loss changes by {mine.delta_nll:+.4f}{certain} nats "
+            f"per token, over {mine.evaluation.scored_tokens:,} scored tokens."
         )
     table = without_table(bench)
     if not table.empty:
@@ -201,7 +204,7 @@ with left:
     show(
         exploring_charts.clickable_heads(heads, (layer, head), charts.head_differences(heads)),
         f"{MAP}-{st.session_state['map_version']}",
-        "dark heads are those that a cut takes first. Click one, or choose it above.",
+        "a cut removes dark heads first. Click a head, or choose it above.",
         lambda: scores.to_frame(importance).query("unit == 'head'"),
         on_select=take_click,
         selection_mode="points",

@@ -14,10 +14,11 @@ from pages.server.side_by_side import last_latency, start_latency
 from pages.server.visits import visit
 from transact_core.experiments.bench import Bench
 
-USUAL = (64, 128, 256, 512)
-LENGTHS = (16, 32, *USUAL, 1024, 2048, 4096, 8192, 16384, 32768)
-# Tokens after each prompt whose time is taken.
+USUAL_LENGTHS = (64, 128, 256, 512)
+LENGTHS = (16, 32, *USUAL_LENGTHS, 1024, 2048, 4096, 8192, 16384, 32768)
+"""Tokens of the prompts that are offered; those chosen by default are the usual ones."""
 DECODE = 16
+"""Tokens that are decoded after each prompt."""
 
 
 def choose_and_start(bench: Bench, cut: Cut) -> None:
@@ -25,9 +26,9 @@ def choose_and_start(bench: Bench, cut: Cut) -> None:
     longest = bench.loaded.model.config.max_position_embeddings - DECODE
     possible = [length for length in LENGTHS if length <= longest]
     lengths = left.multiselect(
-        "Lengths of the prompt, tokens",
+        "Prompt lengths in tokens",
         possible,
-        [length for length in USUAL if length in possible] or possible[-1:],
+        [length for length in USUAL_LENGTHS if length in possible] or possible[-1:],
         key="lengths",
         persist_state="session",
     )
@@ -39,7 +40,7 @@ def choose_and_start(bench: Bench, cut: Cut) -> None:
         1,
         key="repeats",
         persist_state="session",
-        help="Of each model at each length, after one that is not counted.",
+        help="Of each model at each length, after one warm-up repeat that is not counted.",
     )
     if show_job("latency", visit().request):
         return
@@ -53,8 +54,8 @@ def show_run(bench: Bench) -> None:
     run = last_latency()
     if run is None or not run.points:
         st.info(
-            "Nothing is timed yet. The pruned model is made and measured first where it is not at "
-            "hand.",
+            "Nothing is timed yet. If this cut was not measured before, the pruned model is made "
+            "and measured first.",
             icon=":material/info:",
         )
         return
@@ -65,8 +66,8 @@ def show_run(bench: Bench) -> None:
     show(
         latency_chart(points),
         "latency-chart",
-        f"marks are medians of {run.repeats} repeats, bars their middle half; decode is the mean "
-        f"of the {run.decode} tokens after the prompt. Both models take turns in "
+        f"marks are medians of {run.repeats} repeats, bars their interquartile range; decode is "
+        f"the mean over the {run.decode} tokens after the prompt. Both models take turns in "
         f"{str(loaded.dtype)[6:]} on {loaded.device.type} with "
         f"{counted(run.threads, 'thread')} of this machine's "
         f"{counted(os.cpu_count() or 1, 'core')}, batch 1; other jobs waited, the pages did not.",
@@ -83,13 +84,15 @@ def show_run(bench: Bench) -> None:
     )
     if table["working_bytes"].isna().all():
         st.caption(
-            "Memory is not measured: this device does not tell how much one pass takes. The KV "
-            "cache's size is exact and stands on the Compress page."
+            "Memory is not measured: this device does not report how much a pass takes. The "
+            "Compress page has the exact size of the KV cache."
         )
 
 
 st.title("Latency")
-st.caption("What the cut saves in time on this machine, against the length of the prompt.")
+st.caption(
+    "Time of the dense and of the pruned model on this machine, against the length of the prompt."
+)
 bench, cut = require_cut("latency")
 choose_and_start(bench, cut)
 show_run(bench)

@@ -1,4 +1,4 @@
-"""What is computed, on one page: formulas, their sources, and where ours differs from the paper."""
+"""The method on one page: formulas, their sources, and where this app differs from the paper."""
 
 from importlib import import_module
 from inspect import getdoc
@@ -18,8 +18,9 @@ from transact_core.importance.scores import IMPORTANCES
 from transact_core.pruning.closed_form import FOLDS, RIDGES
 
 PAPER = "2407.05690"
-# Pixels; longer lines are hard to read.
-LINE = 860
+"""arXiv identifier of the method's paper."""
+LINE_WIDTH = 860
+"""Pixels; longer lines are hard to read."""
 
 
 def computed_by(*modules: str) -> None:
@@ -28,7 +29,7 @@ def computed_by(*modules: str) -> None:
 
 
 def show_idea() -> None:
-    told = example()
+    recorded = example()
     st.subheader("The idea", anchor="idea")
     st.markdown(
         "A decoder layer has two modules, attention (MHA) and the MLP. Each reads the residual "
@@ -48,21 +49,21 @@ def show_idea() -> None:
         "activation**, the module's waist. Without its channel $j$, a row goes of every matrix "
         "that makes it and a column of the one that reads it, and nothing else changes: what comes "
         "out is an ordinary, narrower model. The stream between the modules, the norms and the "
-        "embeddings are left whole, because a disturbance there is said to cost most."
+        "embeddings are left whole, because the paper finds that disturbances there cost most."
     )
     show(
         waist_chart.section(
-            told.architecture,
-            told.left,
+            recorded.architecture,
+            recorded.left,
             "Width goes at the two waists; the residual stream stays whole",
             400,
         ),
         "method-section",
-        f"one layer of {told.name} from left to right, all widths to scale, cut as in the worked "
-        "example of the first page; grey is what goes.",
+        f"one layer of {recorded.name} from left to right, all widths to scale, cut as in the "
+        "worked example of the first page; the removed width is grey.",
     )
     st.markdown(
-        "| module | transitional activation | its width | with channel $j$ goes |\n"
+        "| module | transitional activation | its width | removed with channel $j$ |\n"
         "| --- | --- | --- | --- |\n"
         "| MHA | head outputs, the input of `o_proj` | heads × head_dim | row $j$ of Q, K, V; "
         "column $j$ of O |\n"
@@ -76,14 +77,14 @@ def show_idea() -> None:
 
 
 def show_importances() -> None:
-    st.subheader("Which units go first: importance", anchor="importance")
+    st.subheader("Which units are removed first: importance", anchor="importance")
     st.markdown(
         "Over the $T$ tokens $t$ of the calibration text each channel $j$ gets a score $s_j$ and "
         "each head $h$ a score $s_h$; low scores go first. $a_{tj}$ is the transitional "
         r"activation, $W$ the output projection, $\Omega_j$ the weights that go with channel $j$, "
         "$d$ the head_dim. Scores are compared "
-        "inside a module of a layer, never across: every layer keeps the same widths, and its own "
-        "units."
+        "within one module of one layer, never across layers: every layer keeps the same widths "
+        "and chooses its own units."
     )
     computed_by("importance/scores", "importance/elimination", "importance/gradients")
     for name in IMPORTANCES:
@@ -103,11 +104,10 @@ def show_importance(name: str) -> None:
 
 
 def show_widths() -> None:
-    st.subheader("What a ratio takes: granularity and steps", anchor="widths")
+    st.subheader("What a ratio removes: granularity and steps", anchor="widths")
     st.markdown(
-        "A ratio is the share of a waist that is removed. The nearest width that can be had is "
-        "taken, the wider one on a tie, and a module whose ratio is 0 is not touched. "
-        + GRANULARITY_HELP
+        "A ratio is the share of a waist that is removed. The nearest possible width is taken, the "
+        "wider one on a tie, and a module whose ratio is 0 is not changed. " + GRANULARITY_HELP
     )
     st.markdown(
         "Narrower heads lose whole rotary pairs of queries and keys. A pair's worth is its effect "
@@ -120,9 +120,9 @@ def show_widths() -> None:
     )
     st.markdown(
         "which grows as the second-order Kullback-Leibler divergence of the softmax without the "
-        "pair. All heads share one set of frequencies; each puts its own best pairs into them. "
-        "Values get the basis that loses least of what is written, a truncated singular value "
-        f"decomposition in the metric of the activations ({cited('2403.07378')})."
+        "pair. All heads share one set of frequencies, and each head assigns its own best pairs to "
+        "them. Values get the basis that preserves most of the module's output, a truncated "
+        f"singular value decomposition in the metric of the activations ({cited('2403.07378')})."
     )
     st.markdown(
         "In $K$ steps, units are scored anew on the model as pruned so far; with $r$ steps left, "
@@ -135,11 +135,11 @@ def show_widths() -> None:
 
 
 def show_repair() -> None:
-    st.subheader("What is left is repaired: recovery", anchor="recovery")
+    st.subheader("The remaining weights are repaired: recovery", anchor="recovery")
     st.markdown(
         "Layer by layer, on the stream $x$ of the model as pruned so far. With $y_t$ what the "
-        "dense module would write on that stream and $a'_t$ what is left of the transitional "
-        "activation, `least-squares` adds to the output projection $W'$ the change"
+        "dense module would write on that stream and $a'_t$ the transitional activation that is "
+        "left, `least-squares` adds to the output projection $W'$ the change"
     )
     st.latex(
         r"\Delta = \arg\min_{\Delta} \sum_t w_t\,\bigl\lVert y_t - (W' + \Delta)\, a'_t "
@@ -151,19 +151,19 @@ def show_repair() -> None:
         r"norm do not decide alone; $h_j = \sum_t w_t\, a'^{\,2}_{tj}$, a little raised, so that "
         r"loud and quiet channels shrink alike. `bias` is the same with a constant 1 in place of "
         r"$a'$. "
-        rf"The ridge $\rho$ is one of {', '.join(f'{ridge:g}' for ridge in RIDGES)}: the "
-        f"calibration windows are dealt into {FOLDS} folds, and each is judged by repairs "
-        "fitted on the others. Where no repair does better there, the bare cut "
-        "stays. There is no training."
+        rf"The ridge $\rho$ is one of {', '.join(f'{ridge:g}' for ridge in RIDGES)}, chosen by "
+        f"cross-fitting: the calibration windows are split into {FOLDS} folds, and the error on "
+        "each fold is that of repairs fitted on the other folds. Where no repair lowers that "
+        "error, the weights stay as cut. There is no training."
     )
     computed_by("pruning/closed_form", "pruning/ridge", "pruning/narrow_heads", "forward/stream")
 
 
 def show_measuring() -> None:
-    st.subheader("What it costs, and how sure that is", anchor="cost")
+    st.subheader("What a cut costs, and how certain that is", anchor="cost")
     st.markdown(
         "Parameters, bytes and FLOPs follow from the widths exactly. Perplexity is measured on "
-        "text that did not calibrate, each window scored alone and its first token not scored:"
+        "held-out text; each window is scored alone, and its first token is not scored:"
     )
     st.latex(
         r"\mathrm{PPL} = \exp\Bigl(\tfrac1N \textstyle\sum_n -\log p(x_n \mid x_{<n})\Bigr), "
@@ -172,17 +172,19 @@ def show_measuring() -> None:
     )
     st.markdown(
         r"$\bar\delta$ is the mean over the $n$ windows of the difference in loss from the dense "
-        "model on the same tokens, $s$ its standard deviation over windows: an interval of which "
-        "windows were scored, not of other texts. Before a cut is measured, its loss is predicted "
-        "from $m$ and $p$, the mean over layers of the relative error of what MHA and MLP write,"
+        "model on the same tokens, and $s$ its standard deviation over windows: the interval "
+        "covers the choice of windows, not other texts. Before a cut is measured, its loss is "
+        "predicted from $m$ and $p$, the relative errors of the outputs of MHA and MLP, averaged "
+        "over layers,"
     )
     st.latex(
         r"\bar\delta \approx (u^g + v^g)^{1/g}, \qquad u = A\,(m/0.1)^{\alpha}, \quad "
         r"v = B\,(p/0.1)^{\beta}"
     )
     st.markdown(
-        "with five positive parameters that begin at what was found before and are fitted to every "
-        "point measured; what the law misses, a Gaussian process follows. This part is ours."
+        "with five positive parameters, whose prior was measured on the built-in model and which "
+        "are fitted to every measured point; a Gaussian process models the residuals of this law. "
+        "This part is ours, not the paper's."
     )
     computed_by("models/footprint", "forward/perplexity", "planning/damage", "planning/law")
 
@@ -202,9 +204,9 @@ def show_differences() -> None:
         f"{len(IMPORTANCES) - 2} others |\n"
         "| number of heads | target over head_dim, rounded up | the nearest that stock "
         "`transformers` loads |\n"
-        "| grouped queries | a to-do in the published code | one number of queries from every "
-        "group, or whole groups |\n"
-        "| narrower heads | the best dims of each head; rotary frequencies made anew | whole "
+        "| grouped queries | not implemented in the published code | the same number of queries "
+        "from every group, or whole groups |\n"
+        "| narrower heads | the best dims of each head; new rotary frequencies | whole "
         "rotary pairs, with the original frequencies |\n"
         "| result | model classes of its own | a stock `LlamaForCausalLM` |"
     )
@@ -240,13 +242,13 @@ def show_sources() -> None:
     )
 
 
-# First of all, since it leads those back to the app who come by this page's own address.
+# First of all: where this file was run alone, the visitor is led to app.py.
 visit()
 st.title("Method")
-with st.container(width=LINE):
+with st.container(width=LINE_WIDTH):
     st.markdown(
         f"What is computed here, with formulas and sources. The method is TransAct "
-        f"({cited(PAPER)}); where this app does otherwise, it says so."
+        f"({cited(PAPER)}); where this app differs from it, the text says so."
     )
     show_idea()
     show_importances()

@@ -14,26 +14,28 @@ from transact_core.forward.perplexity import Evaluation
 from transact_core.forward.waists import SITES
 
 ALL, EACH = "All layers at once", "Layer by layer"
-# Enough to tell the sites apart within a minute on the built-in model.
 TOKENS = 1024
+"""Evaluation tokens by default: enough to compare the sites, and a minute on the built-in model."""
 STRENGTHS = (0.05, 0.1, 0.2, 0.4)
+"""Relative strengths of the disturbance by default."""
 LAYERS = 6
+"""Number of layers that are disturbed one by one by default."""
 HELP = (
-    "`noise`: to every token's activation Gaussian noise is added whose size is this share of the "
-    "activation's own. `zero at random`: this share of the channels, drawn by lot, is set to zero. "
+    "`noise`: to every token's activation, Gaussian noise is added whose norm is this share of "
+    "the activation's own. `zero at random`: a random share of the channels is set to zero. "
     "`zero the weakest`: this share of the channels, those of lowest RMS over the calibration "
     "text, is set to zero."
 )
 
 
 def spaced(layers: int, count: int) -> list[int]:
-    """Layers evenly apart, the first and the last among them."""
-    return sorted({round(number * (layers - 1) / max(1, count - 1)) for number in range(count)})
+    """Indices of evenly spaced layers, the first and the last included."""
+    return sorted({round(index * (layers - 1) / max(1, count - 1)) for index in range(count)})
 
 
 def choose(bench: Bench) -> tuple[str, str, list[float], list[int], int]:
     """Experiment, disturbance, strengths, layers and number of windows."""
-    deep = bench.loaded.architecture.num_hidden_layers
+    num_hidden_layers = bench.loaded.architecture.num_hidden_layers
     experiment = st.segmented_control(
         "Where",
         [ALL, EACH],
@@ -51,7 +53,7 @@ def choose(bench: Bench) -> tuple[str, str, list[float], list[int], int]:
         chosen = columns[1].multiselect(
             "Strengths",
             [1, 2, 5, 10, 20, 30, 40, 50, 60, 80],
-            default=[round(100 * each) for each in STRENGTHS],
+            default=[round(100 * strength) for strength in STRENGTHS],
             format_func=lambda percent: f"{percent} %",
             key="premise_strengths",
             persist_state="session",
@@ -65,13 +67,13 @@ def choose(bench: Bench) -> tuple[str, str, list[float], list[int], int]:
         count = columns[2].number_input(
             "Layers",
             1,
-            deep,
-            min(LAYERS, deep),
+            num_hidden_layers,
+            min(LAYERS, num_hidden_layers),
             key="premise_layers",
             persist_state="session",
-            help="Evenly apart, the first and the last among them.",
+            help="Evenly spaced, the first and the last layer included.",
         )
-        layers = spaced(deep, int(count))
+        layers = spaced(num_hidden_layers, int(count))
     length, most = bench.evaluation.sequence_length, len(bench.evaluation)
     windows = columns[2 if experiment == ALL else 0].number_input(
         "Evaluation windows",
@@ -80,16 +82,18 @@ def choose(bench: Bench) -> tuple[str, str, list[float], list[int], int]:
         min(most, max(2, TOKENS // length)),
         key="premise_windows",
         persist_state="session",
-        help=f"Of {length:,} tokens each, from the text's beginning.",
+        help=f"The first windows of the evaluation text, {length:,} tokens each.",
     )
     return experiment, disturbance, strengths, layers, int(windows)
 
 
 def undisturbed(dense: Evaluation, windows: int) -> float:
+    """The dense model's perplexity on the first windows."""
     return Evaluation(dense.nll[:windows]).perplexity
 
 
 def table(points: list[Disturbed]) -> pd.DataFrame:
+    """A row for each measured point."""
     return pd.DataFrame(
         {
             "site": point.site,
@@ -123,8 +127,8 @@ def show_points(bench: Bench, dense: Evaluation, wanted: list[tuple]) -> None:
     show(
         figure,
         "premise",
-        "a line far above the dotted one is an activation that must be left alone; one that stays "
-        "near it has width to spare. Bars are 95 % intervals of the paired difference."
+        "a line far above the dotted one is an activation that is sensitive to disturbances; one "
+        "that stays near it has width to spare. Bars are 95 % intervals of the paired difference."
         f"{single} {points[0].evaluation.scored_tokens:,} scored tokens a point.",
         lambda: table(points),
     )
@@ -132,11 +136,11 @@ def show_points(bench: Bench, dense: Evaluation, wanted: list[tuple]) -> None:
 
 st.title("Premise")
 st.caption(
-    "The method cuts inside the modules and leaves the residual stream between them whole: there, "
-    "it says, a disturbance costs most (Shen et al. 2024). Here the same relative disturbance is "
-    "made at the waist of MHA, at the waist of MLP, and to the residual stream where it enters a "
-    "layer. What is done to the stream stays in it for all later layers; what is done to a waist "
-    "reaches it through one output projection. That is the difference on trial."
+    "The method cuts inside the modules and leaves the residual stream between them whole, because "
+    "disturbances of the stream are said to cost most (Shen et al. 2024). This experiment applies "
+    "the same relative disturbance to the waist of MHA, to the waist of MLP, and to the residual "
+    "stream where it enters a layer, and compares the perplexities. A disturbance of the stream "
+    "stays in it for all later layers; one of a waist reaches it through one output projection."
 )
 bench = require_bench()
 dense = show_dense("premise")
@@ -152,7 +156,7 @@ missing = [key for key in wanted if key not in findings().disturbed]
 tokens = windows * bench.evaluation.sequence_length
 if dense is not None and not show_job("premise", visit().request):
     st.caption(
-        f"{len(missing)} of {len(wanted)} points are not measured yet, {tokens:,} tokens each."
+        f"{len(missing)} of {len(wanted)} points are not measured yet, each {tokens:,} tokens."
         if missing
         else "All points are measured."
     )

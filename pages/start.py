@@ -1,26 +1,33 @@
-"""What this is for: one cut of the built-in model, worked through with recorded numbers.
+"""The first page: one cut of the built-in model, worked through with recorded numbers.
 
-It is there at once, also while the model is still being opened, and computes nothing.
+It is drawn at once: nothing that it imports at the top brings torch with it. What needs torch, the
+progress of the opening and the visitor's own measurement, is drawn once the libraries are imported.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-import pandas as pd
 import streamlit as st
 
 from pages.charts import common as charts
 from pages.charts import curve_chart, waist_chart
 from pages.charts.text import counted
-from pages.parts.example import Example, example
+from pages.parts.example import Concentration, Example, example
 from pages.parts.figure import show
 from pages.parts.navigation import link
-from pages.parts.progress import show_opening
-from pages.report import SIZES, times_dense
-from pages.server.points import asked_by
-from pages.server.request import Request
-from pages.server.visits import points, visit
-from transact_core.forward.waists import MODULES
+from pages.parts.sizes import SIZES, times_dense
+from pages.server import libraries
+from pages.server.visits import points, require_entered, visit
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from transact_core.experiments.bench import Measurement
 
 SIZES_SHOWN = ("parameters", "kv_bytes_per_token", "flops_per_token")
+"""Fields of `Footprint`."""
 
 
 def step(number: int, question: str, answer: str) -> None:
@@ -34,57 +41,63 @@ def links(*names: str) -> None:
             link(name)
 
 
-def show_waste(told: Example) -> None:
-    found = told.concentration
+def concentration_table(found: Concentration) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame({"mha": found.mha, "mlp": found.mlp}).rename_axis("layer")
+
+
+def show_waste(recorded: Example) -> None:
+    found = recorded.concentration
     step(
         1,
         "Where is the waste?",
-        "In every layer the signal passes two waists: the outputs of the attention heads, and the "
-        "activation inside the MLP. Its energy is not spread evenly over their width.",
+        "Every layer has two inner activations, its waists: the outputs of the attention heads, "
+        "and the activation inside the MLP. Their energy is not spread evenly over their width.",
     )
-    shares = {module: np.array(getattr(found, module)) for module in MODULES}
+    shares = {"mha": np.array(found.mha), "mlp": np.array(found.mlp)}
     show(
         charts.concentration(shares, found.share),
         "example-concentration",
-        f"a pair of bars is a layer, a bar the share of a waist's channels that hold "
-        f"{found.share:.0%} of its energy; what is above it is width that carries little.",
-        lambda: pd.DataFrame({"mha": found.mha, "mlp": found.mlp}).rename_axis("layer"),
+        f"each pair of bars is a layer, each bar the share of a waist's channels that hold "
+        f"{found.share:.0%} of its energy; the width above a bar carries little.",
+        lambda: concentration_table(found),
         narrow=True,
     )
     links("activations", "importance", "heads", "redundancy")
 
 
-def show_cut(told: Example) -> None:
-    dense, left = told.architecture, told.left
+def show_cut(recorded: Example) -> None:
+    dense, left = recorded.architecture, recorded.left
     heads = f"{left.num_attention_heads} of {dense.num_attention_heads} heads"
     channels = f"{left.intermediate_size:,} of {dense.intermediate_size:,} channels"
     step(
         2,
         "What may I cut?",
-        "Width at the waists: here each layer gives up heads and MLP channels of its own. The "
-        "residual stream between the modules, the norms and the embeddings stay whole.",
+        "Width at the waists: heads and MLP channels, chosen for each layer. The residual stream "
+        "between the modules, the norms and the embeddings stay whole.",
     )
     show(
         waist_chart.section(dense, left, f"{heads}, {channels} stay", 380),
         "example-section",
-        "one layer from left to right, all widths to scale: each module reads the stream, passes "
-        "its waist and adds what it writes; grey is what goes.",
+        "one layer from left to right, all widths to scale: each module reads the stream, narrows "
+        "to its waist and adds its output to the stream; the removed width is grey.",
     )
     with st.container(horizontal=True, gap="medium"):
-        link("compress", "Open this very cut on the Compress page", **told.address)
+        link("compress", "Open this very cut on the Compress page", **recorded.address)
         link("premise")
 
 
-def show_cost(told: Example) -> None:
-    alone = sum(not (p.plan.mha_ratio and p.plan.mlp_ratio) for p in told.points)
+def show_cost(recorded: Example) -> None:
+    alone = sum(not (p.plan.mha_ratio and p.plan.mlp_ratio) for p in recorded.points)
     step(
         3,
         "What will it cost me?",
-        "Sizes are exact before anything is cut. Perplexity is predicted from what each layer "
-        f"alone would lose and from what was measured: here {alone} cuts of one module, and none "
-        "of both.",
+        "Sizes are known exactly before anything is cut. Perplexity is predicted from the error "
+        "that the cut makes in each layer, and from cuts that were measured before: here "
+        f"{alone} cuts of one module, and none of both.",
     )
-    before, after, said = told.dense.footprint, told.cut.footprint, told.predicted
+    before, after, said = recorded.dense.footprint, recorded.cut.footprint, recorded.predicted
     columns = st.columns(len(SIZES_SHOWN) + 1)
     shown = [row for row in SIZES if row[1] in SIZES_SHOWN]
     for column, (label, field, scale, digits) in zip(columns, shown, strict=False):
@@ -98,7 +111,7 @@ def show_cost(told: Example) -> None:
             delta_arrow="off",
             border=True,
         )
-    dense = told.dense.perplexity
+    dense = recorded.dense.perplexity
     columns[-1].metric(
         "Perplexity, predicted",
         f"{said.mid * dense:.2f}",
@@ -106,56 +119,67 @@ def show_cost(told: Example) -> None:
         delta_color="off",
         delta_arrow="off",
         border=True,
-        help="The interval is meant for 9 cuts in 10.",
+        help="The interval should hold 9 in 10 measured values.",
     )
 
 
-def show_truth(told: Example) -> None:
-    dense, cut = told.dense.perplexity, told.cut
-    inside = told.predicted.low <= cut.perplexity / dense <= told.predicted.high
+def own_measurement(recorded: Example) -> Measurement | None:
+    """This visitor's measurement of the example's cut, on the same model and texts."""
+    if not libraries.loaded():
+        return None
+    from pages.server.points import asked_by
+    from pages.server.request import Cut, Request
+
+    return asked_by(Cut(**recorded.asked), points()) if visit().request == Request() else None
+
+
+def show_truth(recorded: Example) -> None:
+    dense, cut, bare = recorded.dense.perplexity, recorded.cut, recorded.bare
+    inside = recorded.predicted.low <= cut.perplexity / dense <= recorded.predicted.high
     step(
         4,
         "Was that true?",
-        "The cut was made, what is left was repaired in closed form on "
-        f"{told.calibration.tokens:,} tokens of text, and perplexity measured on "
-        f"{told.evaluation.tokens:,} others. It came out {'inside' if inside else 'outside'} what "
-        "was predicted.",
+        "The cut was made, the remaining weights were repaired in closed form on "
+        f"{recorded.calibration.tokens:,} calibration tokens, and perplexity was measured on "
+        f"{recorded.evaluation.tokens:,} others. It came out {'inside' if inside else 'outside'} "
+        "the predicted interval.",
     )
     figures = {
         "Perplexity, dense": (dense, "nothing cut"),
         "Perplexity, measured": (cut.perplexity, f"{times_dense(cut)} the dense model's"),
-        "Without the repair": (told.bare.perplexity, f"{told.bare.perplexity / dense:.0f} ×"),
+        "Without the repair": (bare.perplexity, f"{bare.perplexity / dense:.0f} ×"),
     }
     for column, (label, (value, note)) in zip(st.columns([1, 2, 1]), figures.items(), strict=True):
         column.metric(
             label, f"{value:.2f}", note, delta_color="off", delta_arrow="off", border=True
         )
-    mine = asked_by(told.asked, points()) if visit().request == Request() else None
-    if mine is not None:
-        st.success(f"You measured this cut on this machine: {mine.perplexity:.2f}.")
-    widths = told.architecture.mha_width, told.architecture.intermediate_size
+    own = own_measurement(recorded)
+    if own is not None:
+        st.success(f"You measured this cut on this machine: {own.perplexity:.2f}.")
+    widths = recorded.architecture.mha_width, recorded.architecture.intermediate_size
     show(
-        curve_chart.perplexity_curve(told.points, told.dense, widths, logarithmic=True),
+        curve_chart.perplexity_curve(recorded.points, recorded.dense, widths, logarithmic=True),
         "example-curve",
         "the further right, the more width is gone; the higher, the worse the model predicts the "
         f"text. Bars are 95 % intervals of the difference from the dense model, over "
-        f"{told.scored_tokens:,} scored tokens.",
-        lambda: curve_chart.points_table(told.points),
+        f"{recorded.scored_tokens:,} scored tokens.",
+        lambda: curve_chart.points_table(recorded.points),
     )
     links("perplexity", "compare", "latency")
 
 
-def show_result(told: Example) -> None:
+def show_result(recorded: Example) -> None:
     step(
         5,
         "Give it to me.",
-        "What comes out is an ordinary checkpoint that stock `transformers` loads, with a "
-        "configuration that makes it again and a report for a colleague. The Export page writes "
-        "it; so does the command line:",
+        "The result is an ordinary checkpoint that stock `transformers` loads, with a "
+        "configuration to reproduce it and a report for a colleague. The Export page writes it; "
+        "so does the command line:",
     )
     st.code(
-        f"python -m transact_core prune --model {told.model.source} "
-        f"--mha-ratio {told.asked.mha_ratio:g} --mlp-ratio {told.asked.mlp_ratio:g} --output out",
+        f"python -m transact_core prune --model {recorded.model.source} "
+        f"--mha-ratio {recorded.asked['mha_ratio']:g} "
+        f"--mlp-ratio {recorded.asked['mlp_ratio']:g} --output out",
         language="bash",
         wrap_lines=True,
     )
@@ -166,53 +190,59 @@ def show_turn() -> None:
     step(
         6,
         "Your turn.",
-        "The sidebar takes your model and your texts, and the pages above do the same with them, "
-        "computed on this machine.",
+        "Choose your model and your texts in the sidebar; all pages then show them, computed on "
+        "this machine.",
     )
-    show_opening()
+    if libraries.loaded():
+        from pages.parts.progress import show_opening
+
+        show_opening()
 
 
-def show_recording(told: Example) -> None:
-    made = told.environment
+def show_recording(recorded: Example) -> None:
+    made = recorded.environment
     packages = ", ".join(f"{name} {version}" for name, version in made.packages.items())
     with st.expander("How these numbers were made"):
-        st.code(told.command, language="bash")
+        st.code(recorded.command, language="bash")
         st.markdown(
-            f"- **When and where**: {told.recorded:%d %B %Y, %H:%M %Z}, {told.processor}, "
-            f"{counted(made.threads, 'thread')} on {counted(told.cores, 'core')}, {made.device}, "
-            f"{made.dtype}, {made.cpu_capability}\n"
-            f"- **Model**: {told.name}\n"
-            f"- **Text**: {told.text}, {told.calibration.tokens:,} tokens to calibrate and "
-            f"{told.evaluation.tokens:,} others to evaluate, windows of {told.sequence_length}\n"
-            f"- **Choices**: {told.asked.granularity}, {told.asked.importance}, "
-            f"{told.asked.recovery}\n"
+            f"- **When and where**: {recorded.recorded:%d %B %Y, %H:%M %Z}, "
+            f"{recorded.processor}, {counted(made.threads, 'thread')} on "
+            f"{counted(recorded.cores, 'core')}, {made.device}, {made.dtype}, "
+            f"{made.cpu_capability}\n"
+            f"- **Model**: {recorded.name}\n"
+            f"- **Text**: {recorded.text}, {recorded.calibration.tokens:,} calibration tokens and "
+            f"{recorded.evaluation.tokens:,} other evaluation tokens, windows of "
+            f"{recorded.sequence_length}\n"
+            f"- **Choices**: {recorded.asked['granularity']}, {recorded.asked['importance']}, "
+            f"{recorded.asked['recovery']}\n"
             f"- **Packages**: {packages}\n"
-            f"- **SHA-256**: weights `{', '.join(told.model.weight_files.values())}`, calibration "
-            f"`{told.calibration.sha256}`, evaluation `{told.evaluation.sha256}`"
+            f"- **SHA-256**: weights `{', '.join(recorded.model.weight_files.values())}`, "
+            f"calibration `{recorded.calibration.sha256}`, "
+            f"evaluation `{recorded.evaluation.sha256}`"
         )
 
 
-# First of all, since it leads those back to the app who come by this page's own address.
-visit()
-told = example()
+# First of all: where this file was run alone, the visitor is led to app.py.
+require_entered()
+recorded = example()
 st.title("Start here")
 st.write(
-    "This workbench takes width out of a LLaMA-family model, repairs what is left without any "
-    "training, and shows what that costs. Here is one cut of the built-in model "
-    f"{told.name}, in the order in which one would ask."
+    "This workbench removes width from a LLaMA-family model, repairs the remaining weights without "
+    "training, and shows what that costs. This page works through one cut of the built-in model "
+    f"{recorded.name}."
 )
 st.caption(
     f":material/history: The numbers on this page are **recorded**: measured on "
-    f"{told.recorded:%d %B %Y} on another machine or at another time ({told.processor}, "
-    f"{counted(told.environment.threads, 'thread')}). All other pages compute on this machine."
+    f"{recorded.recorded:%d %B %Y} on one machine ({recorded.processor}, "
+    f"{counted(recorded.environment.threads, 'thread')}). All other pages compute on yours."
 )
 left, right = st.columns(2, gap="large")
 with left:
-    show_waste(told)
+    show_waste(recorded)
 with right:
-    show_cut(told)
-show_cost(told)
-show_truth(told)
-show_result(told)
+    show_cut(recorded)
+show_cost(recorded)
+show_truth(recorded)
+show_result(recorded)
 show_turn()
-show_recording(told)
+show_recording(recorded)

@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 import torch
@@ -113,7 +113,7 @@ def record(bench: Bench, cut: Cut) -> Example:
         sequence_length=described.sequence_length,
         scored_tokens=dense.scored_tokens,
         concentration=Concentration(share=SHARE, **concentration),
-        asked=cut,
+        asked=asdict(cut),
         left=left,
         dense=Dense(footprint=bench.dense_footprint, perplexity=dense.perplexity),
         predicted=predicted,

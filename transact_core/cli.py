@@ -12,12 +12,13 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 
+from transact_core import start_app
 from transact_core.base.errors import Progress, TransActError
 from transact_core.base.files import disk_trouble, read_text, require_free_output, staged_file
 from transact_core.data.corpus import describe, read_corpus
@@ -59,21 +60,6 @@ EXIT_INTERRUPTED = 130
 """Exit status after SIGINT or SIGTERM, as shells have it: 128 and the number of SIGINT."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise TransActError(message[0].upper() + message[1:] + "; see --help.")
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """Shows the default of every option that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default is None or action.default == argparse.SUPPRESS:
-            return action.help
-        default = "off" if action.default is False else "%(default)s"
-        return f"{action.help} (default: {default})"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -102,19 +88,22 @@ _TEXT_DEFAULTS = WindowSpec()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=_program(), description=__doc__.splitlines()[0], formatter_class=_HelpFormatter
-    )
+    parser = start_app.Parser(prog=_program(), description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(
-        dest="command", required=True, parser_class=_Parser, metavar="COMMAND", title="commands"
+        dest="command",
+        required=True,
+        parser_class=start_app.Parser,
+        metavar="COMMAND",
+        title="commands",
     )
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], what: str) -> _Parser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], what: str
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
             help=what,
             description=f"{what[0].upper()}{what[1:]}.",
-            formatter_class=_HelpFormatter,
         )
         added.set_defaults(run=run)
         return added
@@ -199,6 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_choices(points)
     _add_calibration(points)
     _add_evaluation(points)
+
+    # Run by __main__ already, before torch is imported; here for the list of commands.
+    start_app.add_arguments(command("app", start_app.run, start_app.WHAT))
     return parser
 
 

@@ -3,12 +3,18 @@
 Colours are Okabe and Ito's, which colour-blind readers tell apart, and cividis for magnitudes.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from transact_core.planning.preview import are_positions, relative
-from transact_core.pruning.plan import PruningPlan
+from transact_core.importance.shares import are_positions, relative
+
+if TYPE_CHECKING:
+    from transact_core.pruning.plan import PruningPlan
 
 MHA, MLP, BOTH, DENSE = "#0072B2", "#E69F00", "#009E73", "#999999"
 RESIDUAL = "#CC79A7"

@@ -1,14 +1,20 @@
 """Perplexity against ratio, a point for each cut that was measured."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
 
 from pages.charts.common import BOTH, DENSE, MHA, MLP, laid_out
-from transact_core.experiments.bench import Measurement
-from transact_core.forward.perplexity import Evaluation
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from transact_core.experiments.bench import Measurement
+    from transact_core.forward.perplexity import Evaluation
 
 KINDS = {"MHA only": MHA, "MLP only": MLP, "both": BOTH}
 RECOVERIES = {
@@ -59,6 +65,8 @@ def interval(point: Measurement) -> tuple[float, float]:
 
 def points_table(points: Sequence[Measurement]) -> pd.DataFrame:
     """A row for each point: its choices, then the fields of `points.csv`."""
+    import pandas as pd
+
     return pd.DataFrame(
         [
             {

@@ -1,12 +1,16 @@
 """A chart with what belongs to it: how to read it, and its numbers and its picture to take away."""
 
+from __future__ import annotations
+
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NARROW = 42
 """Letters of a title that fit half a page of 1280 pixels."""

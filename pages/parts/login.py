@@ -12,10 +12,10 @@ from transact_core.base.errors import TransActError
 
 
 def require_access(pages: Sequence[StreamlitPage]) -> str | None:
-    """Ends the run, at a form or a sentence, unless all that is asked for was given.
+    """Ends the run at a form or an error, unless the visitor has given everything asked for.
 
     Returns:
-        What tells a user of the proxy or the login from others; None where nobody is named.
+        The identity of the user whom the proxy or the login names; None where neither is set up.
     """
     try:
         allowed = settings()
@@ -49,7 +49,7 @@ def require_access(pages: Sequence[StreamlitPage]) -> str | None:
 
 
 def _close(pages: Sequence[StreamlitPage]) -> None:
-    # Without it, Streamlit would list the files in pages/ by itself.
+    # Without this call, Streamlit would list the files of pages/ itself.
     st.navigation(list(pages), position="hidden")
     st.title("TransAct workbench")
 
@@ -73,19 +73,20 @@ def _ask_token(allowed: Settings) -> None:
 
 
 def show_exposure(user: str | None) -> None:
-    """What a server that others reach lets them do: until read, or for good where nothing is asked.
+    """Tells what a server that others reach lets them do.
 
-    Drawn after `require_access`.
+    Until the visitor has read it; always where the server asks nothing of anyone. Drawn after
+    `require_access`.
     """
     allowed, visitor = settings(), user or visitor_id()
-    told = exposure(allowed)
-    if told is None or st.session_state.get("exposure read") or gate().told(visitor):
+    exposed = exposure(allowed)
+    if exposed is None or st.session_state.get("exposure read") or gate().was_told(visitor):
         return
     if not allowed.controlled:
-        st.error(told, icon=":material/lock_open:")
+        st.error(exposed, icon=":material/lock_open:")
         return
     with st.container(border=True, horizontal=True, vertical_alignment="center"):
-        st.text(told, width="stretch")
+        st.text(exposed, width="stretch")
         if st.button("Understood", key="exposure-understood"):
             st.session_state["exposure read"] = True
             if visitor is not None:

@@ -7,23 +7,23 @@ import pandas as pd
 import torch
 
 WORSE, BETTER = "213, 94, 0", "0, 114, 178"
-"""Okabe and Ito's vermilion and blue, told apart by colour-blind readers."""
+"""Vermilion and blue of Okabe and Ito's palette, which colour-blind readers can tell apart; RGB."""
 FULL_AT = 3.0
-"""Nats of difference at which the colour is at its strongest."""
+"""Difference of the losses in nats at which the colour is strongest."""
 STRONGEST = 0.6
-"""Opacity then; text stays readable on it, on a light page and on a dark one."""
+"""Opacity of the strongest colour; text stays readable on it in light and dark themes."""
 STYLE = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7"
 
 
 def plain(text: str) -> str:
-    """Text as it stands, line breaks kept."""
+    """Text as it is, line breaks kept."""
     return f'<div style="{STYLE}">{escape(text)}</div>'
 
 
 def losses_of_pieces(
     pieces: Sequence[tuple[str, int]], dense: torch.Tensor, pruned: torch.Tensor, start: int
 ) -> pd.DataFrame:
-    """A row for each piece from token `start` on: its text and what both models lose on it.
+    """A row for each piece from token `start` on: its text and both models' losses on it.
 
     `pieces` are texts and their numbers of tokens; `dense` and `pruned`, of shape (tokens − 1,),
     are the losses of all tokens but the first. A piece of several tokens has their sum.
@@ -32,7 +32,7 @@ def losses_of_pieces(
     for text, count in pieces:
         first, at = max(at, start, 1), at + count
         if first < at:
-            losses = [each[first - 1 : at - 1].sum().item() for each in (dense, pruned)]
+            losses = [nll[first - 1 : at - 1].sum().item() for nll in (dense, pruned)]
             rows.append(
                 {
                     "token": text,
@@ -46,7 +46,7 @@ def losses_of_pieces(
 
 
 def marked(table: pd.DataFrame) -> str:
-    """The tokens, their background by how the loss changed, the numbers on hover."""
+    """The tokens, coloured by how their losses changed, with the numbers on hover."""
     spans = []
     for row in table.itertuples():
         colour = WORSE if row.change > 0 else BETTER
@@ -62,7 +62,7 @@ def marked(table: pd.DataFrame) -> str:
 
 
 def scale() -> str:
-    """What the colours mean, from better to worse."""
+    """The legend of the colours, from lower to higher loss."""
     steps = [
         (BETTER, 1.0, f"−{FULL_AT:g} nats and less"),
         (BETTER, 0.4, "better"),

@@ -1,4 +1,4 @@
-"""Which pages there are, in the order in which one asks, and links from one to another."""
+"""The pages of the app in the order of the navigation, and links from one page to another."""
 
 from collections.abc import Iterable
 
@@ -29,13 +29,14 @@ SECTIONS = {
 }
 """Title and icon by file name, by section. The first page is shown at the bare address."""
 FIRST = "start"
+"""The page at the bare address. It is drawn before torch is imported, so it imports none of it."""
 
 
 def page_sections() -> dict[str, list[StreamlitPage]]:
     """For `st.navigation`."""
     sections = {
         section: [
-            # What tells pages apart is the address that they would have.
+            # Streamlit tells pages apart by their addresses, so this one needs one of its own too.
             st.Page(
                 f"pages/{name}.py",
                 title=title,
@@ -47,8 +48,7 @@ def page_sections() -> dict[str, list[StreamlitPage]]:
         ]
         for section, members in SECTIONS.items()
     }
-    # Streamlit knows the first page at the bare address only, and says of its name that there is no
-    # such page.
+    # Streamlit serves the default page at the bare address only, and calls `/start` no page at all.
     title, icon = SECTIONS[""][FIRST]
     sections[""].append(
         st.Page(_first, title=title, icon=icon, url_path=FIRST, visibility="hidden")
@@ -56,12 +56,17 @@ def page_sections() -> dict[str, list[StreamlitPage]]:
     return sections
 
 
+def drawn_before_libraries(page: StreamlitPage) -> bool:
+    """Whether a page draws itself without what `pages.server.libraries` imports."""
+    return page.title == SECTIONS[""][FIRST][0]
+
+
 def _first() -> None:
     st.switch_page(f"pages/{FIRST}.py", query_params=st.query_params.to_dict())
 
 
 def go_on(pages: Iterable[StreamlitPage]) -> None:
-    """Goes to the page that a visitor came for who was led here from it; see `visit`."""
+    """Goes to the page that the visitor asked for and was led here from; see `require_entered`."""
     wanted = st.query_params.pop(WANTED, None)
     for page in pages:
         if page.url_path == wanted:
@@ -69,7 +74,7 @@ def go_on(pages: Iterable[StreamlitPage]) -> None:
 
 
 def link(name: str, label: str = "", **query: object) -> None:
-    """A link to a page, by its file's name; it opens with this in its address."""
+    """A link to a page, by the name of its file, with a query for its address."""
     title, icon = next(members[name] for members in SECTIONS.values() if name in members)
     st.page_link(
         f"pages/{name}.py",

@@ -20,6 +20,7 @@ from pages.charts import common as charts
 from pages.charts import curve_chart, plan_charts, tradeoff_charts
 from pages.charts.latency_chart import latency_chart
 from pages.charts.text import counted
+from pages.parts.sizes import SIZES, times_dense
 from pages.server.side_by_side import LatencyRun
 from transact_core.data.corpus import describe
 from transact_core.experiments.bench import Bench, Measurement
@@ -32,14 +33,6 @@ from transact_core.export.compression import (
 )
 from transact_core.pruning.plan import Decision, PruningPlan
 
-SIZES = (
-    ("Parameters (M)", "parameters", 1e6, 1),
-    ("Weights (MB)", "weight_bytes", 1e6, 1),
-    ("KV cache per token (kB)", "kv_bytes_per_token", 1e3, 1),
-    ("FLOPs per token (M)", "flops_per_token", 1e6, 0),
-    ("MHA width", "mha_width", 1, 0),
-    ("MLP width", "mlp_width", 1, 0),
-)
 LIMITS = (
     "Perplexity is of one text, named above; it says nothing about other texts, other languages, "
     "tasks, instructions or safety.",
@@ -136,15 +129,6 @@ def _verdict(bench: Bench, plan: PruningPlan, recovery: str, point: Measurement 
         f"{sizes} Perplexity is {point.perplexity:.2f}, {times_dense(point)} the dense model's "
         f"{bench.dense().perplexity:.2f}."
     )
-
-
-def times_dense(point: Measurement) -> str:
-    """Its perplexity over the dense model's, with the interval where there is one."""
-    times = f"{math.exp(point.delta_nll):.3f} ×"
-    if math.isnan(point.delta_nll_se):
-        return times
-    low, high = (math.exp(point.delta_nll + side * 1.96 * point.delta_nll_se) for side in (-1, 1))
-    return f"{times} (95 % interval {low:.3f} to {high:.3f})"
 
 
 def _sizes(

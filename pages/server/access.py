@@ -12,14 +12,15 @@ from pages.server.settings import Settings
 from transact_core.base.errors import TransActError
 
 REMEMBERED_S = 12 * 3600
-"""How long a browser that gave the token is known again."""
+"""Seconds for which a browser that gave the token need not give it again."""
 WRONG_TOKENS, WRONG_TOKENS_S = 5, 60
-"""So many from one address in so many seconds, and then none is looked at."""
+"""After this many wrong tokens from one address within so many seconds, no token is checked."""
 MOST_REMEMBERED = 10_000
+"""Browsers and addresses; the oldest are forgotten first."""
 
 
 class Gate:
-    """What is remembered of those who came: who gave the token, and how often it was wrong."""
+    """Remembers which browsers gave the token, and which addresses gave wrong ones."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -31,7 +32,7 @@ class Gate:
         """Whether a token is the expected one.
 
         Raises:
-            TransActError: too many from this address were not.
+            TransActError: this address has given too many wrong tokens.
         """
         now = time.monotonic()
         with self._lock:
@@ -47,21 +48,23 @@ class Gate:
             return right
 
     def let_in(self, visitor: str | None) -> None:
+        """Remembers a browser that gave the token."""
         if visitor is not None:
             with self._lock:
                 _remember(self._let_in, visitor, time.monotonic())
 
     def knows(self, visitor: str | None) -> bool:
-        """Whether this browser gave the token not long ago."""
+        """Whether this browser gave the token within the last `REMEMBERED_S` seconds."""
         with self._lock:
             since = self._let_in.get(visitor)
             return since is not None and time.monotonic() - since < REMEMBERED_S
 
     def tell(self, visitor: Hashable) -> None:
+        """Remembers that this visitor has read what the server exposes."""
         with self._lock:
             _remember(self._told, visitor, None)
 
-    def told(self, visitor: Hashable) -> bool:
+    def was_told(self, visitor: Hashable) -> bool:
         with self._lock:
             return visitor in self._told
 

@@ -1,4 +1,4 @@
-"""What a visitor finds out about a model before cutting it, and the jobs that find it out."""
+"""Experiments on the dense model, disturbances and single heads, as jobs; what they found."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,11 +16,12 @@ from transact_core.experiments.head_probe import WithoutHead, attention_pattern,
 from transact_core.experiments.premise import Disturbed, disturb_all_layers, disturb_layer_by_layer
 
 PATTERNS_KEPT = 8
+"""Attention patterns that a visitor holds; the oldest are dropped first."""
 
 
 @dataclass
 class Findings:
-    """Of one visitor on one bench."""
+    """What one visitor found out on one bench."""
 
     disturbed: dict[tuple, Disturbed] = field(default_factory=dict)
     """By (windows, disturbance, strength, layer, site)."""
@@ -31,12 +32,12 @@ class Findings:
 
 
 def findings() -> Findings:
-    """This visitor's own, on the bench in view."""
+    """What this visitor found out on the bench in view."""
     return holding().found.setdefault("findings", Findings())
 
 
 def start_strengths(disturbance: str, strengths: list[float], windows: int) -> None:
-    """Queues the disturbance of all layers at once; its points join this visitor's one by one."""
+    """Queues the disturbance of all layers at once; each point is added as it is measured."""
     found, request = findings().disturbed, visit().request
 
     def work(report: Progress) -> None:
@@ -48,7 +49,7 @@ def start_strengths(disturbance: str, strengths: list[float], windows: int) -> N
 
 
 def start_layers(disturbance: str, strength: float, layers: list[int], windows: int) -> None:
-    """Queues the disturbance of one layer after the other."""
+    """Queues the disturbance of one layer at a time; each point is added as it is measured."""
     found, request = findings().disturbed, visit().request
 
     def work(report: Progress) -> None:
@@ -60,27 +61,29 @@ def start_layers(disturbance: str, strength: float, layers: list[int], windows: 
 
 
 def start_without_heads(heads: list[tuple[int, int]]) -> None:
-    """Queues the measuring of the model without each of these (layer, head), one at a time."""
+    """Queues measurements without a head, for each of these pairs (layer index, head index)."""
     found, request = findings().without, visit().request
 
     def work(report: Progress) -> Iterator[tuple[int, int]]:
-        for number, (layer, head) in enumerate(heads, start=1):
+        for done_heads, (layer, head) in enumerate(heads, start=1):
 
-            def told(stage: str, done: int, total: int, name: str = f"{number} of {len(heads)}"):
+            def report_head(
+                stage: str, done: int, total: int, name: str = f"{done_heads} of {len(heads)}"
+            ) -> None:
                 report(f"Without head {name}", done, total)
 
             bench = workbench().bench(request, report)
-            found[layer, head] = without_head(bench, layer, head, told)
+            found[layer, head] = without_head(bench, layer, head, report_head)
             del bench
-            yield number, len(heads)
+            yield done_heads, len(heads)
 
     start("Measuring without heads", work, ("heads", request))
 
 
 def pattern_job(layer: int, windows: Windows) -> Job:
-    """The job that reads a sample up to one layer; its result is `heads.attention_pattern`'s.
+    """The job that runs a sample up to one layer; its result is that of `attention_pattern`.
 
-    A job that was cancelled or failed is given anew.
+    Where the last such job was cancelled or failed, a new one is queued.
     """
     request, patterns = visit().request, findings().patterns
     key = (layer, sha256_of_tokens(windows.ids))
@@ -92,7 +95,7 @@ def pattern_job(layer: int, windows: Windows) -> Job:
             return attention_pattern(model, windows, layer, report)
 
         # A page waits for it, and it takes a few seconds at most.
-        job = workbench().queue.submit("Reading the sample", work, urgent=True)
+        job = workbench().queue.submit("Running the sample", work, urgent=True)
         patterns[key] = job
     while len(patterns) > PATTERNS_KEPT:
         patterns.pop(next(iter(patterns)))

@@ -1,11 +1,11 @@
 """Background jobs: one worker, so that jobs queue for the device instead of fighting over it.
 
-A job outlives the page that started it; any page can show it, and cancel it. Work that takes long
-comes in pieces: written as a generator, it gives up its turn at every `yield`, and between two of
-its pieces others have theirs. Turns go round among owners, and among the jobs of one owner, so that
-nobody waits for the whole of another's curve; what a page cannot be drawn without is urgent and
-goes before. What nobody asked for runs in the background: it comes last, and at each of its reports
-whatever waits is done first.
+A job outlives the page that started it; any page can show it and cancel it. Long work is divided
+into pieces: it is a generator that gives up its turn at every `yield`, so that other jobs run
+between two of its pieces. Scheduling is round-robin over owners, and over the jobs of one owner, so
+that nobody waits for all of another visitor's curve. Jobs that a page cannot be drawn without are
+urgent and go first. Background jobs, which nobody asked for, come last, and at each of their
+reports all waiting jobs run first.
 """
 
 import atexit
@@ -24,19 +24,20 @@ from transact_core.base.errors import Cancelled, Progress, TransActError
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
 STOPPING_SECONDS = 5
-"""What running work is given to come to a report when the process ends."""
+"""Seconds that running work has to reach a report, where it can stop, when the process ends."""
 
 Work = Callable[[Progress], Any]
-"""Given a progress callback; or a generator that yields (pieces done, pieces) between its pieces.
+"""A function of a progress callback, or a generator that yields (pieces done, pieces) after each.
 
 What it returns is the job's result. A generator should hold nothing large over a `yield`.
 """
 
 
 class Job:
-    """One piece of work, its progress and what became of it.
+    """One job: its work, its progress and its result or error.
 
-    `owner` is whom its turns are counted for, and `about` what tells it from others for a page.
+    `owner` is the visitor whom its turns are counted for, and `about` the key by which a page finds
+    it again.
     """
 
     def __init__(
@@ -53,16 +54,16 @@ class Job:
         self.urgent = urgent
         self.about = about
         self.give_way = give_way
-        """Called at each report where the job is one of the background."""
+        """Called at each report of a background job; None for other jobs."""
         self.state = QUEUED
         self.stage, self.done, self.total = "", 0, 1
         self.pieces_done, self.pieces = 0, 1
         self.result: Any = None
         self.error: str | None = None
         self.refused = False
-        """Failed for a reason that stays, so that another try would fail as well."""
+        """Failed with a sentence for the user: another try would fail in the same way."""
         self.last_turn = 0
-        """The number of the turn it had last, counted by the queue; 0 before the first."""
+        """The queue's count of turns at this job's last one; 0 before its first."""
         self._turns: Generator[tuple[int, int], None, Any] | None = _in_turns(work, self.report)
         self._changing = threading.Lock()
         self._cancelled = threading.Event()
@@ -77,14 +78,14 @@ class Job:
 
     @property
     def fraction(self) -> float:
-        """Of the current stage."""
+        """Share of the current stage that is done, from 0 to 1."""
         return min(1.0, self.done / self.total) if self.total else 0.0
 
     @property
     def seconds_left(self) -> float | None:
-        """Of its own computing, or None while there is nothing to judge by.
+        """Estimated seconds of computing left, or None while there is nothing to estimate from.
 
-        In the current stage, or over all pieces once one of them is done.
+        Of the current stage; of all pieces once one of them is done.
         """
         if self.pieces_done:
             left = self._seconds_in_pieces / self.pieces_done * (self.pieces - self.pieces_done)
@@ -93,29 +94,29 @@ class Job:
         done, reported = self.done - self._stage_began_with, self._last_report
         if self.state != RUNNING or done <= 0 or reported - self._stage_started < 1:
             return None
-        # What was promised at the last report, less the time since: the clock never runs backwards
-        # while a long piece of the work is under way.
+        # The estimate at the last report, less the time since then: it never grows between two
+        # reports.
         left = (reported - self._stage_started) * (self.total - self.done) / done
         return max(0.0, left - (time.monotonic() - reported))
 
     @property
     def stopping(self) -> bool:
-        """Cancelled, and not yet at a report where it can stop."""
+        """Whether it is cancelled and has not yet reached a report, where it stops."""
         return self._cancelled.is_set() and not self.finished
 
     def cancel(self) -> None:
-        """Stops the work at its next report of progress, or at once while it waits for a turn."""
+        """Cancels it: at its next report while it runs, at once while it waits for a turn."""
         with self._changing:
             self._cancelled.set()
             if self.state == QUEUED:
                 self._end(CANCELLED)
 
     def wait(self, seconds: float) -> bool:
-        """Gives the work this long to end; True when it has."""
+        """Waits for the job to end, at most so many seconds; returns whether it has."""
         return self._ended.wait(seconds)
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """The progress callback that the work is given."""
+        """The progress callback of the work."""
         if self._cancelled.is_set():
             raise Cancelled
         self._last_report = time.monotonic()
@@ -126,7 +127,7 @@ class Job:
             self.give_way()
 
     def take_turn(self) -> None:
-        """Works on to the end or to the end of a piece; called by the queue's worker alone."""
+        """Runs to the end of a piece or of the work; called by the queue's worker alone."""
         with self._changing:
             if self.state != QUEUED:
                 return
@@ -150,18 +151,28 @@ class Job:
             self.error, self.refused = str(error), True
             self._end(FAILED)
         except (MemoryError, torch.OutOfMemoryError):
-            self.error = "The memory is used up; choose a smaller model or fewer tokens."
+            self.error = "There is not enough memory; choose a smaller model or fewer tokens."
             self._end(FAILED)
-        except Exception as error:
+        except BaseException as error:
+            # Libraries written in Rust panic with what is no Exception, and some call sys.exit. No
+            # job may end the worker, which all later jobs need.
             logging.getLogger(__name__).exception("The job %r failed", self.title)
-            self.error = f"Something unforeseen went wrong ({type(error).__name__}: {error})."
+            self.error = f"Something unforeseen went wrong ({_in_words(error)})."
             self._end(FAILED)
 
     def _end(self, state: str) -> None:
-        # The work holds on to models; nothing of it is needed any more.
+        # The work refers to models, and nothing of it is needed any more.
         self._turns = None
         self.state = state
         self._ended.set()
+
+
+def _in_words(error: BaseException) -> str:
+    """Its class and what it says, also where it fails to say anything."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 def _in_turns(work: Work, report: Progress) -> Generator[tuple[int, int], None, Any]:
@@ -170,7 +181,7 @@ def _in_turns(work: Work, report: Progress) -> Generator[tuple[int, int], None, 
 
 
 class JobQueue:
-    """Gives jobs their turns, one at a time, in a thread of its own."""
+    """Runs jobs one turn at a time, in a thread of its own."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -190,6 +201,7 @@ class JobQueue:
         about: Hashable = None,
         background: bool = False,
     ) -> Job:
+        """Queues work; see the module and `Job` for the arguments."""
         give_way = self._give_way if background else None
         job = Job(title, work, owner, urgent, about, give_way)
         with self._changed:
@@ -198,7 +210,7 @@ class JobQueue:
         return job
 
     def stop(self, seconds: float) -> bool:
-        """Cancels all jobs and gives the running one this long; True when nothing runs any more."""
+        """Cancels all jobs; returns whether all have ended within so many seconds."""
         with self._changed:
             jobs = list(self._unfinished)
         for job in jobs:
@@ -207,12 +219,12 @@ class JobQueue:
         return all(job.wait(max(0.0, deadline - time.monotonic())) for job in jobs)
 
     def ahead_of(self, job: Job) -> list[Job]:
-        """The jobs that have a turn before this one has its next, the running one first."""
+        """The jobs that have a turn before this one has its next, the running job first."""
         with self._changed:
             running = self._running
             stays = running not in (None, job) and running.give_way is None
             ahead = [running] if stays else []
-            waiting = [each for each in self._unfinished if each not in ahead]
+            waiting = [other for other in self._unfinished if other not in ahead]
             last_turns, turn = dict(self._last_turns), self._turns
         while (following := _next(waiting, last_turns)) not in (None, job):
             ahead.append(following)
@@ -221,7 +233,7 @@ class JobQueue:
         return ahead if following is job else []
 
     def _serve(self) -> None:
-        # One core is left to the pages, which must answer while a job computes.
+        # One core is left for the pages, which must answer while a job computes.
         torch.set_num_threads(job_threads())
         while True:
             self._give_turn()
@@ -233,10 +245,10 @@ class JobQueue:
         self._run(job)
 
     def _give_way(self) -> None:
-        """Runs what waits in the midst of a background job, in the same thread."""
+        """Runs all waiting jobs inside a background job, in the same thread."""
         while True:
             with self._changed:
-                others = [each for each in self._unfinished if each.give_way is None]
+                others = [other for other in self._unfinished if other.give_way is None]
                 job = _next(others, self._last_turns)
             if job is None:
                 return
@@ -247,10 +259,12 @@ class JobQueue:
             self._turns += 1
             self._last_turns[job.owner] = job.last_turn = self._turns
             interrupted, self._running = self._running, job
-        job.take_turn()
-        with self._changed:
-            self._running = interrupted
-            self._unfinished = [each for each in self._unfinished if not each.finished]
+        try:
+            job.take_turn()
+        finally:
+            with self._changed:
+                self._running = interrupted
+                self._unfinished = [other for other in self._unfinished if not other.finished]
 
 
 _queues: WeakSet[JobQueue] = WeakSet()
@@ -258,15 +272,15 @@ _queues: WeakSet[JobQueue] = WeakSet()
 
 @atexit.register
 def _stop_queues() -> None:
-    # A thread that computes while the interpreter ends takes the process down with it.
+    # A thread that still computes while the interpreter shuts down can crash the process.
     for queue in list(_queues):
         queue.stop(STOPPING_SECONDS)
 
 
 def _next(jobs: Iterable[Job], last_turns: Mapping[object, int]) -> Job | None:
-    """Whose turn it is: the urgent, then the owner and the job that have waited longest.
+    """The job whose turn is next: urgent ones first, background ones last.
 
-    Those of the background come last.
+    Among equals it is the owner who has waited longest, and of that owner's jobs the one that has.
     """
     waiting = (job for job in jobs if job.state == QUEUED)
     return min(
@@ -282,5 +296,5 @@ def _next(jobs: Iterable[Job], last_turns: Mapping[object, int]) -> Job | None:
 
 
 def job_threads() -> int:
-    """Threads that a job computes with."""
+    """Number of threads that a job computes with: one core is left for the pages."""
     return max(1, len(os.sched_getaffinity(0)) - 1) if hasattr(os, "sched_getaffinity") else 1

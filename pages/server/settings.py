@@ -1,8 +1,8 @@
-"""What the server of the app allows: folders, uploads, who may come in. The command line has none.
+"""Settings of the app's server: folders, uploads, access. They do not bind the command line.
 
-All of it is environment variables named `TRANSACT_…`, which SECURITY.md lists. They are read once,
-and one that is wrong stops the app with a sentence. Paths from the browser are used only after
-`require_readable`, `require_readable_source` or `require_writable`.
+They are environment variables named `TRANSACT_…`, which SECURITY.md lists. They are read once, and
+a wrong one keeps the app from starting, with one sentence on what is wrong. Paths from the browser
+are used only after `require_readable`, `require_readable_source` or `require_writable`.
 """
 
 import ipaddress
@@ -19,8 +19,6 @@ import streamlit as st
 
 from transact_core.base.errors import TransActError
 from transact_core.base.files import cache_folder
-from transact_core.data.corpus import BUILTIN_TEXT
-from transact_core.models import load as models
 
 PREFIX = "TRANSACT_"
 READ, WRITE = "TRANSACT_READ_FOLDERS", "TRANSACT_WRITE_FOLDERS"
@@ -29,8 +27,9 @@ TOKEN, USER_HEADER, USERS = "TRANSACT_ACCESS_TOKEN", "TRANSACT_USER_HEADER", "TR
 NAMES = (READ, WRITE, UPLOADS_MB, TOKEN, USER_HEADER, USERS, "TRANSACT_CACHE")
 UPLOADS_MB_USUAL = 1024
 SHORTEST_TOKEN = 16
-"""Characters; with so many, guessing through the form is hopeless."""
+"""Characters of an access token; so many cannot be guessed through the form."""
 LONGEST_PATH = 4096
+"""Characters of a path from the browser."""
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -39,7 +38,7 @@ class Settings:
     """What the server allows."""
 
     address: str | None
-    """Where it listens; None is everywhere."""
+    """Where it listens; None is every address."""
     read_folders: tuple[Path, ...]
     write_folders: tuple[Path, ...]
     uploads_mb: int = UPLOADS_MB_USUAL
@@ -48,7 +47,7 @@ class Settings:
     login: bool = False
     """Whether Streamlit's own OIDC login is set up."""
     users: frozenset[str] | None = None
-    """Who may come in, of those whom the header or the login names; None is all of them."""
+    """Users who may come in, of those whom the header or the login names; None is all of them."""
 
     @property
     def local(self) -> bool:
@@ -57,19 +56,19 @@ class Settings:
 
     @property
     def controlled(self) -> bool:
-        """Whether anything is asked of those who come."""
+        """Whether visitors must show a token, a header of a proxy, or a login."""
         return bool(self.access_token or self.user_header or self.login)
 
     @property
     def export_folder(self) -> Path:
         """Where checkpoints go unless another folder is named."""
         usual = own_folder()
-        allowed = any(usual.resolve().is_relative_to(each) for each in self.write_folders)
+        allowed = any(usual.resolve().is_relative_to(folder) for folder in self.write_folders)
         return usual if allowed or not self.write_folders else self.write_folders[0]
 
 
 def own_folder() -> Path:
-    """The one folder that the browser may use where others than this machine's user may come."""
+    """The one folder that the browser may use by default on a server that others may reach."""
     return Path.home() / "transact"
 
 
@@ -88,12 +87,12 @@ def read_settings(
     """Settings from the environment, for a server at an address, with Streamlit's login or not.
 
     Raises:
-        TransActError: a setting says nothing that can be followed.
+        TransActError: the value of a setting cannot be used.
     """
     for name in environment:
         suffix = name.removeprefix(PREFIX)
         if name.startswith(PREFIX) and name not in NAMES:
-            known = [each.removeprefix(PREFIX) for each in NAMES]
+            known = [known_name.removeprefix(PREFIX) for known_name in NAMES]
             if near := get_close_matches(suffix, known, n=1, cutoff=0.7):
                 raise TransActError(f"There is no setting {name}; {PREFIX}{near[0]} is meant.")
     token = environment.get(TOKEN)
@@ -135,7 +134,7 @@ def read_settings(
 def _folders(
     environment: Mapping[str, str], name: str, usual: tuple[Path, ...]
 ) -> tuple[Path, ...]:
-    """Resolved, without what was named twice; set and empty is none at all."""
+    """The folders that a setting names, resolved, each once. A setting that is empty names none."""
     if (value := environment.get(name)) is None:
         return tuple(dict.fromkeys(folder.resolve() for folder in usual))
     folders = []
@@ -167,7 +166,7 @@ def login_configured() -> bool:
     """Whether the secrets of Streamlit set up its OIDC login.
 
     Raises:
-        TransActError: there is a file of secrets that cannot be read, so that nobody knows.
+        TransActError: there is a file of secrets that cannot be read.
     """
     if st.secrets.load_if_toml_exists():
         return "auth" in st.secrets
@@ -180,13 +179,13 @@ def login_configured() -> bool:
 @st.cache_resource(show_spinner=False)
 def _read_once(address: str | None) -> Settings:
     read = read_settings(os.environ, address, login_configured())
-    if told := exposure(read):
-        logging.getLogger(__name__).warning(told)
+    if exposed := exposure(read):
+        logging.getLogger(__name__).warning(exposed)
     return read
 
 
 def settings() -> Settings:
-    """Of this server; what is exposed is logged when they are first read."""
+    """The settings of this server; what it exposes is logged when they are first read."""
     return _read_once(st.get_option("server.address"))
 
 
@@ -198,10 +197,10 @@ def uploads_folder() -> Path:
 
 
 def resolved(path: Path | str) -> Path:
-    """The place that a path from the browser means, links and `..` followed.
+    """The absolute path that a path from the browser leads to, links and `..` followed.
 
     Raises:
-        TransActError: it is no path, or one that leads round in a circle.
+        TransActError: it is no path, or its links form a circle.
     """
     try:
         if len(str(path)) > LONGEST_PATH:
@@ -215,7 +214,7 @@ def require_readable(path: Path | str, allowed: Settings) -> Path:
     """The resolved path, which lies in a folder that the browser may read.
 
     Raises:
-        TransActError: it lies elsewhere. Nothing is told of whether there is anything.
+        TransActError: it lies elsewhere. Whether it exists is not revealed.
     """
     place = resolved(path)
     if not _within(place, (*allowed.read_folders, uploads_folder().resolve())):
@@ -243,8 +242,12 @@ def require_readable_source(source: str, allowed: Settings) -> None:
     Raises:
         TransActError: it is one.
     """
+    # Imported late: these bring torch with them, and the first page is drawn before that.
+    from transact_core.data.corpus import BUILTIN_TEXT
+    from transact_core.models.load import BUILTIN
+
     source = source.strip()
-    if source in (models.BUILTIN, BUILTIN_TEXT):
+    if source in (BUILTIN, BUILTIN_TEXT):
         return
     if source.startswith("hub:"):
         source = source.removeprefix("hub:").partition(":")[0]
@@ -280,7 +283,7 @@ def exposure(allowed: Settings) -> str | None:
         return None
     reads = " and ".join(map(str, allowed.read_folders)) or "no folder"
     writes = " and ".join(map(str, allowed.write_folders)) or "no folder"
-    told = (
+    exposed = (
         f"This app listens beyond its own machine, at {allowed.address or 'every address'}. "
         f"Whoever may come in can load models from {reads} and from the hub, write checkpoints "
         f"into {writes}, and use this machine's memory, disk and processors. "
@@ -295,25 +298,27 @@ def exposure(allowed: Settings) -> str | None:
         if on
     ]
     if not asked:
-        return told + f"Nothing is asked of anyone: set {TOKEN}, or see SECURITY.md."
-    told += f"What is asked: {' and '.join(asked)}; it travels unencrypted unless TLS is set up."
+        return exposed + f"Nothing is asked of anyone: set {TOKEN}, or see SECURITY.md."
+    exposed += f"What is asked: {' and '.join(asked)}; it travels unencrypted unless TLS is set up."
     if allowed.user_header:
-        told += " Whoever gets past the proxy can claim any name."
-    return told
+        exposed += " Whoever gets past the proxy can claim any name."
+    return exposed
 
 
-def main() -> int:
-    """Checks the settings for a server at the address given, before it starts."""
+def check(address: str | None) -> int:
+    """Checks the settings for a server at that address, before it starts; returns an exit status.
+
+    What the server exposes, or what is wrong with a setting, is printed on stderr.
+    """
     try:
-        address = sys.argv[1] if len(sys.argv) > 1 else None
-        told = exposure(read_settings(os.environ, address, login_configured()))
+        exposed = exposure(read_settings(os.environ, address, login_configured()))
     except TransActError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if told:
-        print(told, file=sys.stderr)
+    if exposed:
+        print(exposed, file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(check(sys.argv[1] if len(sys.argv) > 1 else None))

@@ -31,32 +31,32 @@ DENSE, PRUNED = "dense", "pruned"
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """One text's tokens and what both models lose on each after the first, in nats."""
+    """The tokens of one text, and both models' losses in nats on each token after the first."""
 
     ids: list[int]
     losses: dict[str, torch.Tensor]
     """By model, shape (tokens − 1,)."""
     start: int = 1
-    """The first token that is shown."""
+    """Index of the first token that is shown."""
 
 
 @dataclass
 class Comparison:
-    """One prompt continued by both models; the worker writes, the page reads."""
+    """One prompt continued by both models. The worker writes it while the page reads it."""
 
     cut: Cut
     prompt: list[int]
     job: Job | None = None
     tokens: dict[str, list[Token]] = field(default_factory=lambda: {DENSE: [], PRUNED: []})
     continuation: TokenLosses | None = None
-    """On the prompt and what the dense model made of it."""
+    """Of the prompt and the dense model's continuation."""
     text: TokenLosses | None = None
-    """On the user's own text, without a chat template."""
+    """Of the user's own text, without a chat template."""
 
 
 @dataclass
 class LatencyRun:
-    """Both models timed; the worker writes, the page reads."""
+    """Timings of both models. The worker writes them while the page reads them."""
 
     cut: Cut
     repeats: int
@@ -69,12 +69,12 @@ class LatencyRun:
 
 
 def last_comparison() -> Comparison | None:
-    """The visitor's last one with the model and texts in view."""
+    """The visitor's last comparison with the model and texts in view."""
     return holding().found.get("compare")
 
 
 def last_latency() -> LatencyRun | None:
-    """The visitor's last one with the model and texts in view."""
+    """The visitor's last timings with the model and texts in view."""
     return holding().found.get("latency")
 
 
@@ -93,7 +93,10 @@ def start_comparison(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> None:
-    """Queues the continuation of a prompt by both models, then the losses on the texts."""
+    """Queues the continuation of a prompt by both models, and then their losses on the texts.
+
+    `prompt` and `text` are token ids, `text` those of the user's text without a chat template.
+    """
     request, known = visit().request, points()
     comparison = Comparison(cut, prompt)
 
@@ -126,7 +129,7 @@ def _losses(models: dict[str, LlamaForCausalLM], ids: list[int], start: int) -> 
 
 
 def start_latency(cut: Cut, lengths: Sequence[int], decode: int, repeats: int) -> None:
-    """Queues the timing of both models; each length's points join the run as they are measured."""
+    """Queues the timing of both models; the points of a length are added once it is timed."""
     request, known = visit().request, points()
     run = LatencyRun(cut, repeats, decode, job_threads())
 

@@ -1,4 +1,4 @@
-"""Uploaded texts on disk: under their fingerprints, their names made harmless, no more than fit."""
+"""Uploaded texts on disk: by fingerprint, with harmless names, within a limit of size."""
 
 import hashlib
 import os
@@ -12,14 +12,15 @@ from transact_core.base.errors import TransActError
 from transact_core.base.files import staged_file
 
 LONGEST_NAME = 80
+"""Characters of a stored file's name, without its ending."""
 KINDS = ("txt", "md", "jsonl", "parquet")
 
 
 def harmless_name(name: str) -> str:
-    """A file name made of the one the browser told: letters, digits, and a known ending.
+    """A file name made from the one that the browser sent: letters, digits and a known ending.
 
     Raises:
-        TransActError: it ends like none of the texts that are read.
+        TransActError: its ending is none of `KINDS`.
     """
     stem, _, kind = name.replace("\\", "/").rpartition("/")[2].rpartition(".")
     if kind.lower() not in KINDS:
@@ -29,14 +30,17 @@ def harmless_name(name: str) -> str:
 
 
 def keep_upload(name: str, content: bytes, total_mb: int) -> str:
-    """Stores an uploaded text and gives its path as a source; the oldest others make room.
+    """Stores an uploaded text and returns its path as a source; the oldest uploads are removed.
 
     Raises:
-        TransActError: its name is not that of a text, it alone is over the total, or the disk
-            takes no more.
+        TransActError: its name is not that of a text, it is larger than `total_mb`, or it could not
+            be written.
     """
     if len(content) > total_mb * 1_000_000:
-        raise TransActError(f"The upload has more than the {total_mb:,} MB kept of all uploads.")
+        raise TransActError(
+            f"The upload is larger than the {total_mb:,} MB that are kept of all uploads together; "
+            "upload a part of it."
+        )
     digest = hashlib.sha256(content).hexdigest()[:16]
     path = uploads_folder() / digest / harmless_name(name)
     try:
@@ -47,13 +51,13 @@ def keep_upload(name: str, content: bytes, total_mb: int) -> str:
                 staging.write_bytes(content)
         os.utime(path.parent)
     except OSError as error:
-        raise TransActError(f"The upload was not kept: {error.strerror}.") from None
+        raise TransActError(f"The upload was not stored: {error.strerror}.") from None
     _make_room(path.parent, total_mb * 1_000_000)
     return str(path)
 
 
 def _make_room(newest: Path, total_bytes: int) -> None:
-    """Removes whole uploads, the longest unused first, until all of them are within the total."""
+    """Removes whole uploads, the longest unused first, until the rest is within the total."""
     sizes = {}
     for folder in newest.parent.iterdir():
         # Another session may be making room as well.

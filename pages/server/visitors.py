@@ -1,4 +1,4 @@
-"""Visitors, their tabs, and what they hold of each request."""
+"""Visitors, their tabs, and the results that they have for each request."""
 
 import time
 from collections.abc import Hashable
@@ -13,34 +13,34 @@ from transact_core.experiments.bench import Measurement
 from transact_core.pruning.plan import Data
 
 BYTES_OF_INDEX = 36
-"""Of a number in Python and the place that a tuple has for it."""
+"""Bytes of an index in a tuple: the integer and the pointer to it."""
 
 
 @dataclass(eq=False)
 class Holding:
-    """What a visitor has of one request."""
+    """The results that a visitor has for one request."""
 
     points: list[Measurement] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
-    """What pages found out beside points, each under a key of its own."""
+    """Results of pages other than points, each under a key of its own."""
     looked_at: float = 0.0
-    """When a page last asked for it, by the clock of `time.monotonic`."""
+    """When a page last asked for it, in seconds of `time.monotonic`."""
 
 
 @dataclass(eq=False)
 class Visitor:
-    """What one visitor has on this server, the same in every tab."""
+    """One visitor of this server, the same in every tab."""
 
     request: Request = field(default_factory=Request)
     """As it was last opened in any tab; a new tab begins with it."""
     cut: Cut = field(default_factory=Cut)
-    """As the controls had it last in any tab."""
+    """As the controls were last set in any tab."""
     holdings: dict[Request, Holding] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
-    """Those that this visitor started, the oldest first."""
+    """The jobs that this visitor started, the oldest first."""
 
     def of(self, request: Request) -> Holding:
-        """What this visitor has of a request, if it is nothing yet."""
+        """This visitor's results for a request; empty at first."""
         holding = self.holdings.setdefault(request, Holding())
         holding.looked_at = time.monotonic()
         return holding
@@ -51,13 +51,13 @@ class Visitor:
 
 
 class Visit:
-    """One tab of a visitor's: it looks at one request and one cut, and has the rest in common."""
+    """One tab of a visitor: a request and a cut of its own; the rest is shared by all tabs."""
 
     def __init__(self, visitor: Visitor | None = None) -> None:
         self.visitor = visitor or Visitor()
         self._request, self._cut = self.visitor.request, self.visitor.cut
         self.began_with = self._request
-        """What the sidebar's controls stand at when the tab is new."""
+        """The request that the sidebar's controls show when the tab is new."""
 
     @property
     def request(self) -> Request:
@@ -76,12 +76,12 @@ class Visit:
         self._cut = self.visitor.cut = cut
 
     def latest_job(self, about: Hashable) -> Job | None:
-        """This visitor's last job about this, or None."""
+        """This visitor's last job with this `about`, or None."""
         return next((job for job in reversed(self.visitor.jobs) if job.about == about), None)
 
 
 def size_of(thing: Any) -> int:
-    """Bytes, roughly: of what makes things large, which is tensors and rows of indices."""
+    """Approximate size in bytes: of tensors and of tuples of indices, which are what is large."""
     if isinstance(thing, torch.Tensor):
         return thing.nbytes
     if isinstance(thing, Job):
@@ -89,9 +89,9 @@ def size_of(thing: Any) -> int:
     if is_dataclass(thing) or isinstance(thing, Data):
         thing = vars(thing)
     if isinstance(thing, dict):
-        return sum(size_of(each) for each in list(thing.values()))
+        return sum(size_of(value) for value in list(thing.values()))
     if not isinstance(thing, list | tuple):
         return 0
     if thing and isinstance(thing[0], int):
         return BYTES_OF_INDEX * len(thing)
-    return sum(size_of(each) for each in list(thing))
+    return sum(size_of(item) for item in list(thing))

@@ -1,26 +1,33 @@
-"""The tab in view: which visitor it belongs to and what that visitor has of the request."""
+"""The tab in view: its visitor, and that visitor's results for the request in view."""
+
+from __future__ import annotations
 
 import hashlib
 from itertools import cycle
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import streamlit as st
 
-from pages.server.open_models import workbench
-from pages.server.visitors import Holding, Visit
-from transact_core.experiments.bench import Measurement
+if TYPE_CHECKING:
+    # The first page is drawn before these are imported, as torch comes with them.
+    from pages.server.visitors import Holding, Visit
+    from transact_core.experiments.bench import Measurement
 
 WANTED = "page"
-"""In the address of app.py, the page that it shall go on to."""
+"""Query parameter of app.py: the page to go on to."""
+ENTERED = "came through app.py"
+"""Key of the session state."""
 XSRF_COOKIE = "_streamlit_xsrf"
 
 
 def visitor_id() -> str | None:
-    """What tells this browser from others and survives a reload; None where it has no cookie.
+    """The identity of this browser, which survives a reload; None where it has no cookie.
 
-    It is made of the token that Streamlit gives each browser against forged requests, masked anew
-    on every answer: `version|mask|masked token|time`. The token itself is kept nowhere.
+    It is the hash of the token that Streamlit gives each browser against forged requests. The
+    cookie has the token masked anew on every answer, as `version|mask|masked token|time`; the
+    token itself is stored nowhere.
     """
     try:
         _, mask, masked, _ = st.context.cookies.get(XSRF_COOKIE, "").strip('"').split("|")
@@ -30,28 +37,48 @@ def visitor_id() -> str | None:
     return hashlib.sha256(token).hexdigest() if len(token) >= 16 else None
 
 
+def enter() -> None:
+    """Called by app.py at the beginning of each run: every visit goes through it."""
+    st.session_state[ENTERED] = True
+
+
+def require_entered() -> None:
+    """Leads to app.py where a page's file is run alone, which then goes on to that page.
+
+    A server's first visitor who comes by a page's own address gets that page run alone: until
+    `st.navigation` was called once, Streamlit takes `pages/` for its older kind of app.
+    """
+    if ENTERED not in st.session_state and "visit" not in st.session_state:
+        _lead_to_app()
+
+
+def _lead_to_app() -> None:
+    name = PurePosixPath(urlsplit(st.context.url or "").path).name
+    st.switch_page("app.py", query_params={**st.query_params, WANTED: name})
+
+
 def begin_visit(user: str | None = None) -> None:
-    """Called by app.py, through which every visit begins; a user is one visitor in any browser."""
+    """Called by app.py once the libraries are imported; a user is one visitor in any browser."""
     if "visit" not in st.session_state:
+        from pages.server.open_models import workbench
+        from pages.server.visitors import Visit
+
         st.session_state["visit"] = Visit(workbench().visitor(user or visitor_id()))
 
 
 def visit() -> Visit:
-    """What this tab looks at, and what is its visitor's."""
+    """The visit of this tab; for pages drawn after `begin_visit`."""
     if "visit" not in st.session_state:
-        # A server's first visitor who comes by a page's own address gets that page run alone:
-        # until `st.navigation` was called once, Streamlit takes `pages/` for its older kind of app.
-        name = PurePosixPath(urlsplit(st.context.url or "").path).name
-        st.switch_page("app.py", query_params={**st.query_params, WANTED: name})
+        _lead_to_app()
     return st.session_state["visit"]
 
 
 def holding() -> Holding:
-    """What this visitor has of the request in view."""
+    """This visitor's results for the request in view."""
     mine = visit()
     return mine.visitor.of(mine.request)
 
 
 def points() -> list[Measurement]:
-    """What this visitor measured on the bench in view."""
+    """The points that this visitor measured on the bench in view."""
     return holding().points

@@ -3,7 +3,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import VOCAB_SIZE, make_model
+from tests.conftest import VOCAB_SIZE, make_model, make_tokenizer
 from transact_core.base.errors import TransActError
 from transact_core.forward.generation import (
     Sampling,
@@ -100,17 +100,64 @@ def test_pieces_are_the_text_and_hold_every_token_once(tokenizer, ids, text):
 
 
 def test_a_prompt_is_encoded_bare_or_as_a_turn(tokenizer):
-    assert encode_prompt(tokenizer, "hello", chat=False) == tokenizer("hello")["input_ids"]
+    assert (
+        encode_prompt(tokenizer, "hello", chat=False, vocab_size=VOCAB_SIZE)
+        == tokenizer("hello")["input_ids"]
+    )
     with pytest.raises(TransActError, match=r"cannot be applied .* switch it off"):
-        encode_prompt(tokenizer, "hello", chat=True)
+        encode_prompt(tokenizer, "hello", chat=True, vocab_size=VOCAB_SIZE)
     with pytest.raises(TransActError, match="empty"):
-        encode_prompt(tokenizer, " \n", chat=False)
+        encode_prompt(tokenizer, " \n", chat=False, vocab_size=VOCAB_SIZE)
     template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
     template += "{% if add_generation_prompt %}A:{% endif %}"
     try:
         tokenizer.chat_template = template
-        ids = encode_prompt(tokenizer, "hello", chat=True)
+        ids = encode_prompt(tokenizer, "hello", chat=True, vocab_size=VOCAB_SIZE)
     finally:
         tokenizer.chat_template = None
     assert decode(tokenizer, ids, special=True) == "<s>hello</s>A:"
     assert ids[0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_token_without_an_embedding_is_refused_in_a_sentence(chat):
+    larger = make_tokenizer()
+    larger.add_tokens(["<extra>"])
+    larger.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert max(larger("an <extra> one")["input_ids"]) == VOCAB_SIZE
+    with pytest.raises(TransActError, match=r"'<extra>' with the id 320.* ids 0 to 319 only"):
+        encode_prompt(larger, "an <extra> one", chat, VOCAB_SIZE)
+    assert encode_prompt(larger, "an ordinary one", chat, VOCAB_SIZE)
+
+
+def test_a_token_that_only_the_chat_template_writes_is_refused_too():
+    larger = make_tokenizer()
+    larger.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    larger.chat_template = "{% for m in messages %}<|turn|>{{ m['content'] }}{% endfor %}"
+    with pytest.raises(TransActError, match=r"chat template has the token '<\|turn\|>'"):
+        encode_prompt(larger, "hello", True, VOCAB_SIZE)
+
+
+def test_a_chat_template_that_fails_in_its_own_way_is_refused_in_a_sentence():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ 1 // 0 }}"
+    with pytest.raises(TransActError, match=r"cannot be applied .* switch it off"):
+        encode_prompt(tokenizer, "hello", True, VOCAB_SIZE)
+
+
+class Panic(BaseException):
+    """As the tokenizers' panics are: no `Exception`."""
+
+
+def test_a_tokenizer_that_panics_is_told_in_a_sentence():
+    def panicking(*_, **__):
+        raise Panic("index out of bounds")
+
+    with pytest.raises(TransActError, match=r"cannot be split .*Panic: index out of bounds"):
+        encode_prompt(panicking, "hello", False, VOCAB_SIZE)
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_no_text(tokenizer):
+    # A model with a padded vocabulary can generate them.
+    assert decode(tokenizer, [5, VOCAB_SIZE + 7]) == decode(tokenizer, [5])
+    assert sum(count for _, count in pieces(tokenizer, [5, VOCAB_SIZE + 7, 6])) == 3

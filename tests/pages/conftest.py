@@ -11,14 +11,19 @@ from streamlit.testing.v1 import AppTest
 import pages.live
 import pages.parts.login
 import pages.parts.progress
+import pages.parts.sidebar
 import pages.report
 import pages.server.exploring
 import pages.server.side_by_side
 import pages.server.start_jobs  # noqa: F401 - loaded, so that `exchange` finds what they import
+from pages.server import libraries
 from pages.server.open_models import Workbench
 from pages.server.request import Request
 from pages.server.visitors import Visit
 from transact_core.experiments.bench import Choices
+
+# All that these tests draw is drawn after the imports.
+libraries.wait()
 
 ROOT = Path(__file__).parents[2]
 WAIT = 30

@@ -85,7 +85,7 @@ def test_the_link_opens_the_examples_cut(opened, open_app, open_page):
     changed.cut = Cut(0.6, 0.1, "kv-groups", "magnitude", "none", 2, 8)
     page = open_page("compress", changed, **address)
     assert not page.exception
-    assert changed.cut == example().asked
+    assert changed.cut == Cut(**example().asked)
 
 
 def test_the_visitors_own_measurement_of_the_cut_is_told(opened, open_app, open_page):
@@ -100,7 +100,8 @@ def test_the_visitors_own_measurement_of_the_cut_is_told(opened, open_app, open_
 def test_what_is_recorded_is_what_the_app_begins_with():
     told = Example.model_validate_json(FILE.read_bytes())
     request = Request()
-    assert (told.asked, told.asked.choices) == (Cut(), Choices())
+    cut = Cut(**told.asked)
+    assert (cut, cut.choices) == (Cut(), Choices())
     assert (told.model.source, told.name) == (BUILTIN, BUILTIN_NAME)
     assert told.calibration.source == told.evaluation.source == BUILTIN_TEXT
     assert told.calibration.tokens == request.calibration_tokens

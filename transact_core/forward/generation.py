@@ -5,11 +5,11 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from jinja2 import TemplateError
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from transact_core.base.errors import TransActError
+from transact_core.base.errors import TransActError, first_line
+from transact_core.data.token_ids import encode
 
 UNFINISHED = "\ufffd"
 """What a tokenizer writes for the bytes of a character whose other bytes are yet to come."""
@@ -36,25 +36,29 @@ class Token:
     seconds: float
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, vocab_size: int
+) -> list[int]:
     """Token ids of a prompt, as the user's turn of a conversation where `chat` is asked for.
 
     Raises:
-        TransActError: the prompt is empty, or the tokenizer's chat template cannot be applied.
+        TransActError: the prompt is empty, the tokenizer's chat template cannot be applied, or
+            there is a token that an embedding of `vocab_size` rows does not have.
     """
     if not text.strip():
         raise TransActError("The prompt is empty; write something to go on from.")
     if not chat:
-        return tokenizer(text)["input_ids"]
+        return encode(tokenizer, text, vocab_size, "The prompt")
     try:
         turns = [{"role": "user", "content": text}]
         rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ValueError, TypeError) as error:
-        reason = str(error).rstrip(".")
+    except Exception as error:  # whatever the template's own code raises
+        reason = first_line(error)
         raise TransActError(
             f"The chat template of this model cannot be applied ({reason}); switch it off."
         ) from None
-    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    name = "The prompt in the model's chat template"
+    return encode(tokenizer, rendered, vocab_size, name, add_special_tokens=False)
 
 
 def end_tokens(model: LlamaForCausalLM) -> frozenset[int]:

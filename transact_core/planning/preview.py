@@ -13,6 +13,7 @@ import torch
 
 from transact_core.forward.statistics import ActivationStatistics
 from transact_core.importance.scores import Scores
+from transact_core.importance.shares import are_positions, relative
 from transact_core.models.architecture import DTYPE_BYTES, Architecture
 from transact_core.models.footprint import footprint
 from transact_core.pruning.plan import (
@@ -211,19 +212,6 @@ def shades(scores: np.ndarray, logarithmic_below: float) -> Shades:
     if np.median(share) >= logarithmic_below:
         return Shades(share, "linear")
     return Shades(np.clip(np.log10(np.maximum(share, 10**FLOOR)) / -FLOOR + 1, 0, 1), "log")
-
-
-def relative(scores: np.ndarray) -> np.ndarray:
-    """Shares of the layer's best, 0 where a layer has no score above 0; shape (layers, units)."""
-    best = scores.max(axis=1, keepdims=True)
-    return np.clip(np.divide(scores, best, out=np.zeros_like(scores), where=best > 0), 0, 1)
-
-
-def are_positions(scores: np.ndarray) -> bool:
-    """Whether each layer's scores are the numbers from 0 on, each once: an order, no sizes."""
-    return np.array_equal(
-        np.sort(scores, axis=1), np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
-    )
 
 
 @dataclass(frozen=True)

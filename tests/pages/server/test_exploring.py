@@ -70,7 +70,7 @@ def test_a_head_is_chosen_looked_at_and_measured(opened, open_page):
     assert ended(page.session_state["visit"].visitor.jobs[-1]).error is None
     page.run()
     assert list(found(page).without) == [(2, 4)]
-    assert "Perplexity without it" in metrics(page)
+    assert "Perplexity without the head" in metrics(page)
     assert button(page, "Measure without head 4 of layer 2").disabled
     button(page, "Measure without each head of layer 2").click().run()
     ended(page.session_state["visit"].visitor.jobs[-1])

@@ -70,6 +70,63 @@ def test_an_unforeseen_error_does_not_stop_the_queue(queue):
     assert "ZeroDivisionError" in broken.error
 
 
+class Panic(BaseException):
+    """As the tokenizers' panics are: no `Exception`."""
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize(
+    "error", [Panic("bounds"), SystemExit(1), KeyboardInterrupt(), Unspeakable()]
+)
+@pytest.mark.parametrize("background", [True, False])
+def test_nothing_that_a_job_raises_stops_the_queue(queue, error, background):
+    def work(report):
+        raise error
+
+    broken = queue.submit("Break", work, background=background)
+    assert finished(queue.submit("Go on", lambda report: 1)).state == DONE
+    assert finished(broken).state == FAILED
+    assert type(error).__name__ in broken.error
+    assert queue.ahead_of(broken) == []
+
+
+def test_a_panic_between_two_pieces_does_not_stop_the_queue(queue):
+    def curve(report):
+        yield 1, 3
+        raise Panic("bounds")
+
+    broken = queue.submit("Curve", curve)
+    assert finished(broken).state == FAILED
+    assert (broken.pieces_done, broken.error) == (
+        1,
+        "Something unforeseen went wrong (Panic: bounds).",
+    )
+    assert finished(queue.submit("Go on", lambda report: 1)).state == DONE
+
+
+def test_a_panic_in_the_midst_of_the_background_leaves_it_alone(queue):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def background(report):
+        begun.set()
+        go_on.wait(5)
+        report("Measuring", 0, 1)
+        return "whole"
+
+    def panicking(report):
+        raise Panic("bounds")
+
+    slow = queue.submit("Background", background, background=True)
+    begun.wait(5)
+    broken = queue.submit("Break", panicking)
+    go_on.set()
+    assert (finished(slow).result, broken.state) == ("whole", FAILED)
+
+
 def test_jobs_run_one_after_the_other_and_know_their_place(queue):
     gate, order = threading.Event(), []
 

@@ -1,5 +1,7 @@
 """The pages that run the dense and the pruned model in turns, on the tiny model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from pages.charts.latency_chart import latency_chart, latency_table, latency_tit
 from pages.server import side_by_side
 from pages.server.request import Request
 from pages.server.side_by_side import DENSE, PRUNED
+from tests.conftest import make_tokenizer
 from tests.pages.conftest import ended
 from tests.pages.test_pages import button, metrics, texts
 from transact_core.experiments.bench import Choices, compress
@@ -91,6 +94,18 @@ def test_an_empty_prompt_is_refused_in_a_sentence(open_page):
     ]
 
 
+def test_a_prompt_with_a_token_that_has_no_embedding_is_refused_in_a_sentence(open_page, gqa_bench):
+    larger = make_tokenizer()
+    larger.add_tokens(["<extra>"])
+    gqa_bench.loaded = replace(gqa_bench.loaded, tokenizer=larger)
+    page = open_page("compare")
+    page.text_area(key="prompt").set_value("an <extra> one").run()
+    button(page, "Run both").click().run()
+    assert not page.exception
+    assert "'<extra>' with the id 320" in page.error[0].value
+    assert page.session_state["visit"].visitor.jobs == []
+
+
 def test_a_prompt_that_does_not_fit_is_refused_in_a_sentence(open_page):
     page = open_page("compare")
     page.text_area(key="prompt").set_value("word " * 300).run()
@@ -168,7 +183,7 @@ def test_the_title_is_the_ratio_at_the_longest_prompt_both_have():
 
 @pytest.mark.parametrize("name", ["compare", "latency", "perplexity", "export"])
 def test_a_page_begins_with_its_title(open_page, name):
-    # Streamlit shows a string that stands alone in a page's own file.
+    # Unless its configuration says otherwise, Streamlit draws strings that document constants.
     assert open_page(name).main[0].type == "title"
 
 

@@ -74,7 +74,7 @@ def test_the_longest_unused_make_room():
 
 
 def test_one_that_is_larger_than_the_total_is_refused():
-    with pytest.raises(TransActError, match="more than the 1 MB"):
+    with pytest.raises(TransActError, match="larger than the 1 MB"):
         keep_upload("a.txt", bytes(1_000_001), 1)
     assert not uploads_folder().exists()
 
@@ -82,5 +82,5 @@ def test_one_that_is_larger_than_the_total_is_refused():
 def test_a_folder_that_takes_nothing_is_said(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "file"))
-    with pytest.raises(TransActError, match="The upload was not kept"):
+    with pytest.raises(TransActError, match="The upload was not stored"):
         keep_upload("a.txt", b"text", 1)

@@ -1,0 +1,53 @@
+"""Imports torch, transformers and the modules that need them, in one thread, after the first page.
+
+These imports take seconds, and the first page needs none of them. One thread does them for the
+whole server: the lazy imports of transformers fail now and then when two threads meet in them, so
+no session imports what `loaded` has not found ready.
+"""
+
+import logging
+import threading
+
+_lock = threading.Lock()
+_thread: threading.Thread | None = None
+_error: str | None = None
+
+
+def start() -> None:
+    """Begins the imports, unless they have begun or are done. After a failure it tries again."""
+    global _thread, _error
+    with _lock:
+        if _thread is None or (_error is not None and not _thread.is_alive()):
+            _error = None
+            _thread = threading.Thread(target=_import, name="imports", daemon=True)
+            _thread.start()
+
+
+def loaded() -> bool:
+    """Whether the imports are done, so that a session may import any module of the app."""
+    return _thread is not None and not _thread.is_alive() and _error is None
+
+
+def failure() -> str | None:
+    """What an import failed with, as "ImportError: …"; None while none has."""
+    return _error
+
+
+def wait() -> None:
+    """Begins the imports if nobody has, and returns when they have ended; for tests and scripts."""
+    start()
+    _thread.join()
+
+
+def _import() -> None:
+    global _error
+    try:
+        from transformers import LlamaForCausalLM  # noqa: F401
+
+        # With these come all of transact_core that any page uses.
+        import pages.server.exploring
+        import pages.server.side_by_side
+        import pages.server.start_jobs  # noqa: F401
+    except BaseException as error:
+        logging.getLogger(__name__).exception("The libraries could not be imported")
+        _error = f"{type(error).__name__}: {error}"
