@@ -198,8 +198,20 @@ def _lock(path: Path, wait: bool) -> int | None:
     return None
 
 
+def remove_whole(path: Path) -> None:
+    """Removes a file or a folder, which others see whole or not at all; what fails is left there.
+
+    A folder gets a hidden name first. If this process is killed, the next one that writes beside it
+    takes it for a leftover and removes it.
+    """
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            path = path.rename(path.with_name(f".{path.name}.{os.getpid()}{STAGING_SUFFIX}"))
+        _remove(path)
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):

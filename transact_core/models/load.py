@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from transact_core.base.cache import evict, mark_used
 from transact_core.base.errors import Progress, TransActError, first_line, silent
 from transact_core.base.files import cache_folder, sha256_of_file
 from transact_core.models.architecture import Architecture
@@ -120,6 +121,7 @@ def load_model(
         # A GGUF file is kept as a checkpoint, which later loads in a second. It was looked through
         # before it was converted.
         folder = cache_folder() / "models" / sha256_of_file(path)
+        mark_used(folder)
         found = inspect_converted(folder, path) or inspect_gguf(path)
     elif path.suffix in PICKLE_SUFFIXES:
         raise TransActError(pickle_refusal(path.name))
@@ -133,6 +135,7 @@ def load_model(
     progress("Loading the weights", 2, 3)
     if converts:
         convert_gguf(path, found.dtype, folder)
+        evict()
     model, tokenizer = load_folder(folder, compute_dtype)
     model = model.to(target).eval().requires_grad_(False)
     progress("Loading the weights", 3, 3)
