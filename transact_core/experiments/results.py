@@ -1,9 +1,9 @@
 """Measured points kept on disk between runs, so that no cut is measured twice.
 
-One SQLite file in the cache folder holds them. The key of a point is the SHA-256 of everything that
-determined it: the bench, the cut, and what `base.cache.digest` adds. A point belongs to the cut, not
-to the ratios that asked for it; what `auto` and several steps decided for given ratios is kept
-beside the points.
+One SQLite file in the cache folder holds them. The key of a point is the SHA-256 of everything
+that determined it: the bench, the cut, and what `base.cache.digest` adds. A point belongs to the
+cut, not to the ratios that asked for it; what `auto` and several steps decided for given ratios is
+kept beside the points.
 
 Keeping points is a convenience that never stops a measurement. Every access is one short
 transaction on its own connection, each record carries a SHA-256 of its own, and where the file
