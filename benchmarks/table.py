@@ -31,6 +31,7 @@ import torch
 from benchmarks.cuts import DENSE, Row, rows
 from benchmarks.row import Result, Setup
 from transact_core import __version__
+from transact_core.base.cache import ENGINE_VERSION
 from transact_core.base.errors import TransActError
 from transact_core.data.corpus import read_corpus
 from transact_core.experiments.bench import Choices
@@ -211,6 +212,7 @@ def run_settings(setup: Setup, arguments: list[str]) -> dict:
         },
         "versions": {
             "transact_core": __version__,
+            "engine": str(ENGINE_VERSION),
             "python": platform.python_version(),
             **_versions(),
         },

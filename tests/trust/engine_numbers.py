@@ -34,9 +34,11 @@ from transact_core.pruning.plan import GRANULARITIES, PruningPlan
 
 FILE = Path(__file__).parent / "stored" / "engine-numbers.json"
 COMMAND = "python -m tests.trust.engine_numbers"
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 """Of the largest number of a list. Other thread counts and instruction sets, which add in another
-order, moved the losses after narrowing heads by 2e-4 of that, and every other number by 1e-5."""
+order, moved no number by more than 1e-5 of that but for those of the next line."""
+TOLERANCE_OF_NARROW_HEADS = 1e-3
+"""For `head-dims` with least squares, which is fitted in several rounds: losses moved by 2e-4."""
 RATIOS = (0.34, 0.3)
 """Removed: two of six query heads, or one of three key-value groups; twelve of forty channels."""
 VOCAB_SIZE, SEQUENCE_LENGTH = 64, 32
@@ -188,10 +190,17 @@ def differences(now: Numbers, before: Numbers) -> dict[str, float]:
     return found
 
 
+def tolerance(name: str) -> float:
+    """The largest relative difference of a list that counts as rounding."""
+    narrow = "head-dims, least-squares" in name
+    return TOLERANCE_OF_NARROW_HEADS if narrow else TOLERANCE
+
+
 def changed(now: Numbers, before: Numbers) -> list[str]:
-    """Names of the lists that differ by more than `TOLERANCE`."""
+    """Names of the lists that differ by more than their tolerance."""
+    found = differences(now, before)
     # Written so that a NaN counts as a change.
-    return [name for name, size in differences(now, before).items() if not size <= TOLERANCE]
+    return [name for name, size in found.items() if not size <= tolerance(name)]
 
 
 def main() -> None:

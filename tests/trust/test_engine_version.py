@@ -56,8 +56,9 @@ def test_a_change_of_the_engine_is_noticed(monkeypatch):
 @pytest.mark.parametrize(
     ("now", "before", "names"),
     [
-        ({"a": [1.0, 2.0]}, {"a": [1.0, 2.001]}, []),
-        ({"a": [1.0, 2.0]}, {"a": [1.0, 2.01]}, ["a"]),
+        ({"a": [1.0, 2.0]}, {"a": [1.0, 2.0001]}, []),
+        ({"head-dims, least-squares": [2.0]}, {"head-dims, least-squares": [2.001]}, []),
+        ({"a": [1.0, 2.0]}, {"a": [1.0, 2.001]}, ["a"]),
         ({"a": [0.0, 0.0]}, {"a": [0.0, 0.0]}, []),
         ({"a": [float("nan")]}, {"a": [1.0]}, ["a"]),
         ({"a": [1.0]}, {"a": [1.0, 1.0]}, ["a"]),
