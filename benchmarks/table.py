@@ -257,13 +257,13 @@ def markdown(lines: list[dict], settings: dict) -> str:
         "",
         _machines_in_words(machines),
         "",
-        "Seconds are those of making the model: scoring, cutting, repairing, without loading and "
-        "measuring. Memory is the peak resident size of that process until then, the dense "
-        "weights, Python and its libraries included (the dense row has nothing else). Every "
-        "perplexity is of the saved weights, reloaded by stock transformers where it says yes."
+        "Seconds are the time of scoring, cutting and repairing, without loading and measuring. "
+        "Memory is the peak resident size of that process until then, including the dense "
+        "weights, Python and its libraries; the dense row shows these alone. Every perplexity is "
+        'of the saved weights, and "yes" says that stock transformers had reloaded them.'
         + (
-            " What was measured of the dense model was shared among rows, so the seconds of our "
-            "rows leave it out where an earlier row had measured it."
+            " Measurements of the dense model were shared among rows, so the seconds of our rows "
+            "leave them out where an earlier row had made them."
             if setup["share_measurements"]
             else ""
         ),
