@@ -15,7 +15,15 @@ from transact_core.experiments.prediction import (
     with_known_damage,
 )
 from transact_core.planning.damage import HEAD_CUTS
-from transact_core.planning.law import FAR, NOISE, OWN, PRIOR, SHARED, Fit, law
+from transact_core.planning.law import (
+    FAR_SD,
+    OWN_SD,
+    PRIOR_MEAN,
+    SHARED_SD,
+    UNSHARED_NOISE,
+    Fit,
+    law,
+)
 
 CHOICES = Choices(recovery="none")
 errors = st.floats(0, 1.5)
@@ -37,7 +45,7 @@ def fit_of(rows, group="here"):
 
 @given(st.lists(st.floats(-0.8, 0.8), min_size=5, max_size=5), errors, errors)
 def test_the_law_is_its_formula_and_its_slopes_are_its_own(away, m, p):
-    parameters = PRIOR + np.array(away)
+    parameters = PRIOR_MEAN + np.array(away)
     value, slopes = law(parameters, np.array([m]), np.array([p]))
     expected = plain_law(parameters, m, p)
     assert math.exp(value[0]) == pytest.approx(expected, rel=1e-6, abs=1e-150)
@@ -71,7 +79,7 @@ def test_the_fitted_law_rises_with_both_errors_whatever_was_measured(rows, m, p,
 def synthetic(seed, count):
     """A law drawn from the prior, and noisy measurements of it within twice the dense perplexity."""
     draw = np.random.default_rng(seed)
-    parameters = PRIOR + draw.normal(size=5) * np.hypot(SHARED, OWN)
+    parameters = PRIOR_MEAN + draw.normal(size=5) * np.hypot(SHARED_SD, OWN_SD)
     rows = []
     while len(rows) < count:
         m, p = draw.uniform(0, 0.3), draw.uniform(0, 0.3)
@@ -200,10 +208,10 @@ def test_the_score_is_of_what_was_said_before(gqa_bench, measured):
     for number, each in enumerate(scored):
         place = (each.point.mha_width, each.point.mlp_width)
         said = predict_grid(gqa_bench, CHOICES, measured[:number], [place[0]], [place[1]])[place]
-        assert each.said.mid == pytest.approx(said.mid)
+        assert each.predicted.mid == pytest.approx(said.mid)
         assert each.measured == pytest.approx(math.exp(each.point.delta_nll))
-        assert each.relative_error == pytest.approx(each.said.mid / each.measured - 1)
-        assert each.inside == (each.said.low <= each.measured <= each.said.high)
+        assert each.relative_error == pytest.approx(each.predicted.mid / each.measured - 1)
+        assert each.inside == (each.predicted.low <= each.measured <= each.predicted.high)
 
 
 def test_points_whose_damage_is_not_known_are_left_out(gqa_bench, measured):
@@ -250,7 +258,7 @@ def test_the_covariance_tells_what_measuring_a_place_would_take_off():
     for place in range(12):
         noise = 0.02 * math.sqrt(mid[place] / 0.3)
         seen = fit_of([first, (m[place], p[place], mid[place], noise)]).covariance("here", m, p)
-        variance = (NOISE * noise / mid[place]) ** 2 + (FAR * mid[place] ** 2) ** 2
+        variance = (UNSHARED_NOISE * noise / mid[place]) ** 2 + (FAR_SD * mid[place] ** 2) ** 2
         taken_off = before[:, place] ** 2 / (before[place, place] + variance)
         assert seen.diagonal() == pytest.approx(before.diagonal() - taken_off, rel=0.1, abs=3e-3)
 

@@ -290,34 +290,34 @@ def test_threads_that_keep_and_find_at_once(store, gqa_bench):
     ]
 
     def work(mine):
-        for each in mine:
-            results.keep(gqa_bench, each)
-            assert same(results.find(gqa_bench, each.decision, each.recovery), each)
+        for point in mine:
+            results.keep(gqa_bench, point)
+            assert same(results.find(gqa_bench, point.decision, point.recovery), point)
 
     threads = [threading.Thread(target=work, args=(made[start::6],)) for start in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for each in made:
-        assert same(results.find(gqa_bench, each.decision, each.recovery), each)
+    for point in made:
+        assert same(results.find(gqa_bench, point.decision, point.recovery), point)
 
 
-def write_many(name: str, count: int, start, told) -> None:
+def write_many(name: str, count: int, start, sender) -> None:
     start.wait(30)
     for number in range(count):
         results._write("points", f"{name}-{number}", {"number": number}, bytes(20_000))
-        told.send(number)
+        sender.send(number)
 
 
 def start_writer(name: str, count: int, start):
-    """A process of its own that keeps records, and the end of a pipe where it tells of each."""
+    """A process that keeps records, and the end of a pipe that gets the number of each."""
     forking = multiprocessing.get_context("fork")
-    heard, told = forking.Pipe(duplex=False)
-    writer = forking.Process(target=write_many, args=(name, count, start, told))
+    receiver, sender = forking.Pipe(duplex=False)
+    writer = forking.Process(target=write_many, args=(name, count, start, sender))
     writer.start()
-    told.close()
-    return writer, heard
+    sender.close()
+    return writer, receiver
 
 
 def kept(name: str, number: int) -> bool:
@@ -351,11 +351,11 @@ def test_what_was_kept_survives_a_kill(store):
     start = multiprocessing.get_context("fork").Event()
     start.set()
     for attempt in range(8):
-        writer, heard = start_writer(f"killed-{attempt}", 100_000, start)
-        told = [heard.recv() for _ in range(3 * attempt + 1)]
+        writer, receiver = start_writer(f"killed-{attempt}", 100_000, start)
+        written = [receiver.recv() for _ in range(3 * attempt + 1)]
         writer.kill()
         writer.join(10)
-        assert all(kept(f"killed-{attempt}", number) for number in told)
+        assert all(kept(f"killed-{attempt}", number) for number in written)
     assert results.notices == []
     results._write("points", "after-0", {"number": 0})
     assert kept("after", 0)
