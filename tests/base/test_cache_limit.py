@@ -177,27 +177,27 @@ def test_tensors_of_every_kind_come_back_bit_for_bit(folder, tensors):
         assert torch.equal(again[name], tensor)
 
 
-def use_the_cache(seed: int, told) -> None:
+def use_the_cache(seed: int, sender) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(60):
         number = int(torch.randint(12, (), generator=generator))
         found = remembered({"what": number}, lambda number=number: value(number))
         assert torch.equal(found["values"], value(number)["values"])
-    told.send(True)
+    sender.send(True)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="processes are forked")
 def test_processes_that_read_write_and_evict_at_once_get_what_they_asked_for(folder, monkeypatch):
     limit(monkeypatch, 450)
     forking = multiprocessing.get_context("fork")
-    told, tell = forking.Pipe(duplex=False)
-    processes = [forking.Process(target=use_the_cache, args=(seed, tell)) for seed in range(4)]
+    receiver, sender = forking.Pipe(duplex=False)
+    processes = [forking.Process(target=use_the_cache, args=(seed, sender)) for seed in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4
-    assert all(told.recv() for _ in processes)
+    assert all(receiver.recv() for _ in processes)
     evict()
     sizes = [path.stat().st_size for path in (folder / "measured").iterdir()]
     assert 0 < sum(sizes) <= 450 * KB

@@ -92,7 +92,7 @@ def synthetic(seed, count):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_it_recovers_a_law_it_was_not_told(seed):
+def test_it_recovers_the_law_that_made_the_points(seed):
     _, rows = synthetic(seed, 45)
     m, p, delta, _ = np.array(rows[40:]).T
     _, few, _ = fit_of(rows[:1]).predict("here", m, p)
@@ -200,18 +200,19 @@ def test_asked_for_widths_are_the_ones_answered(gqa_bench, measured):
     assert grid[24, 31].mid == pytest.approx(whole[24, 31].mid)
 
 
-def test_the_score_is_of_what_was_said_before(gqa_bench, measured):
+def test_the_score_compares_with_predictions_from_earlier_points(gqa_bench, measured):
     assert keep_score(gqa_bench, measured) == []
     gqa_bench.damage(CHOICES)
     scored = keep_score(gqa_bench, measured)
-    assert [each.point for each in scored] == measured
-    for number, each in enumerate(scored):
-        place = (each.point.mha_width, each.point.mlp_width)
-        said = predict_grid(gqa_bench, CHOICES, measured[:number], [place[0]], [place[1]])[place]
-        assert each.predicted.mid == pytest.approx(said.mid)
-        assert each.measured == pytest.approx(math.exp(each.point.delta_nll))
-        assert each.relative_error == pytest.approx(each.predicted.mid / each.measured - 1)
-        assert each.inside == (each.predicted.low <= each.measured <= each.predicted.high)
+    assert [score.point for score in scored] == measured
+    for index, score in enumerate(scored):
+        place = (score.point.mha_width, score.point.mlp_width)
+        before = measured[:index]
+        grid = predict_grid(gqa_bench, CHOICES, before, [place[0]], [place[1]])
+        assert score.predicted.mid == pytest.approx(grid[place].mid)
+        assert score.measured == pytest.approx(math.exp(score.point.delta_nll))
+        assert score.relative_error == pytest.approx(score.predicted.mid / score.measured - 1)
+        assert score.inside == (score.predicted.low <= score.measured <= score.predicted.high)
 
 
 def test_points_whose_damage_is_not_known_are_left_out(gqa_bench, measured):

@@ -197,10 +197,13 @@ def tolerance(name: str) -> float:
 
 
 def changed(now: Numbers, before: Numbers) -> list[str]:
-    """Names of the lists that differ by more than their tolerance."""
+    """Names of the recorded lists that are gone or differ by more than their tolerance.
+
+    New lists, such as those of a new importance, are no change.
+    """
     found = differences(now, before)
     # Written so that a NaN counts as a change.
-    return [name for name, size in found.items() if not size <= tolerance(name)]
+    return [name for name in sorted(before) if not found[name] <= tolerance(name)]
 
 
 def main() -> None:

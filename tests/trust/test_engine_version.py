@@ -17,7 +17,8 @@ from transact_core.pruning.plan import GRANULARITIES
 
 def test_the_numbers_are_those_recorded_with_the_engine_version():
     version, before = recorded()
-    different = changed(engine_numbers.compute(), before)
+    now = engine_numbers.compute()
+    different = changed(now, before)
     assert not different, (
         f"Numbers changed ({', '.join(different[:5])}, {len(different)} in all): raise "
         f"ENGINE_VERSION in transact_core/base/cache.py and record anew with `{COMMAND}`."
@@ -25,6 +26,9 @@ def test_the_numbers_are_those_recorded_with_the_engine_version():
     assert version == cache.ENGINE_VERSION, (
         f"ENGINE_VERSION is {cache.ENGINE_VERSION} and the numbers were recorded with {version}: "
         f"record anew with `{COMMAND}`."
+    )
+    assert now.keys() == before.keys(), (
+        f"{', '.join(sorted(now.keys() - before.keys()))} are not recorded: run `{COMMAND}`."
     )
 
 
@@ -62,7 +66,8 @@ def test_a_change_of_the_engine_is_noticed(monkeypatch):
         ({"a": [0.0, 0.0]}, {"a": [0.0, 0.0]}, []),
         ({"a": [float("nan")]}, {"a": [1.0]}, ["a"]),
         ({"a": [1.0]}, {"a": [1.0, 1.0]}, ["a"]),
-        ({"a": [1.0]}, {"b": [1.0]}, ["a", "b"]),
+        ({"a": [1.0]}, {"b": [1.0]}, ["b"]),
+        ({"a": [1.0], "new": [2.0]}, {"a": [1.0]}, []),
     ],
 )
 def test_what_counts_as_a_change(now, before, names):
