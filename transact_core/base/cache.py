@@ -31,9 +31,10 @@ ENGINE_VERSION = 1
 """Version of the numbers that the library computes; part of the key of every kept result.
 
 The rule: raise it by one with every change after which a kept result (scores, plans, repaired
-weights, losses, damage curves) differs by more than rounding, and leave it alone otherwise. The
-package's own version plays no part. `tests/trust/test_engine_version.py` holds the library to this:
-it repeats a small computation that was recorded together with this version.
+weights, losses, damage curves, models and tokenizers converted from GGUF) differs by more than
+rounding, and leave it alone otherwise. The package's own version plays no part.
+`tests/trust/test_engine_version.py` holds the library to this: it repeats a small computation that
+was recorded together with this version.
 """
 
 CACHE_LIMIT = "TRANSACT_CACHE_GB"
