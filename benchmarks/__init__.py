@@ -1,14 +1,14 @@
-"""What the cuts cost, side by side with what public tools make of the same model and text.
+"""Measurements that take too long for tests: quality beside other tools, time, memory and load.
 
-cuts             which widths are removed, and which methods are asked to remove them
+cuts             the cuts of the table and the methods that make them
 memory           peak resident memory of a process
 baselines        other libraries, each run as its own documentation says
-row              one cut by one method in a process of its own: make, save, reload, measure
+row              one cut by one method in its own process: make, save, reload, measure
 table            all rows in one run, as CSV and Markdown
-cost             what scoring, gathering and the command line cost in time and memory
-curve            what a curve costs over its evaluations and repairs, and auto over one granularity
-prediction       how far predicted perplexity is from what is then measured
-pages            how fast the live Compress page answers, in a browser
-importance_page  how long the Importance page of a large model takes, in a browser
-load             ten visitors at once on one server
+cost             time of scoring and of gathering second moments; memory of the command line
+curve            time of a curve beside its evaluations and repairs, and of auto
+prediction       error of predicted perplexity
+pages            response time of the live Compress page, in a browser
+importance_page  time to draw the Importance page of a large model, in a browser
+load             ten visitors at the same time on one server
 """

@@ -1,29 +1,29 @@
 """Other libraries' width pruning of a LLaMA model, each run as its own documentation says.
 
-Every baseline is asked for exactly the widths that the engine takes at the same ratio, and gets the
-same calibration windows where it takes any. What a library does not do, or does wrongly, is raised
-as `BaselineFailed` with a reason fit for the table.
+Every baseline prunes to exactly the widths that the engine takes at the same ratio, and gets the
+same calibration windows if it uses any. Where a library refuses a cut or makes another one,
+`BaselineFailed` is raised with a reason that the table shows.
 
 - `optipfair` 0.4.2 prunes the neurons of gated MLPs: `prune_model(pruning_type="MLP_GLU")`, by
-  weights alone (MAW, its default) or, given a `dataloader`, by weights and activations. It has no
+  weights only (MAW, its default) or, given a `dataloader`, by weights and activations. It has no
   attention pruning. It removes whole layers, which also takes their KV cache: `DEPTH`, the last
   layers (its default) or those that `analyze_layer_importance` finds least important.
 - `torch-pruning` 1.5.2 follows its `examples/LLMs`: `MetaPruner` with `num_heads`, whole heads and
   not their dims, by group magnitude or, with gradients of the calibration text, by first-order
-  Taylor terms. Three things differ from the example. The residual stream is kept by ignoring what
-  writes to it, since width inside the modules is compared here. The graph is traced through
+  Taylor terms. Three things differ from the example. The layers that write to the residual stream
+  are ignored, as only width inside the modules is compared here. The graph is traced through
   `output_transform`, because today's transformers also return a cache, and with eager attention,
   because it cannot follow grouped queries through torch's own. 1.5.2 is the last version whose
   graph of a LLaMA attention is finite; 1.5.3 to 1.6.1 loop for ever on it (issue 527 there).
-  Under grouped queries it removes query heads and leaves key-value heads alone, and where one query
-  is left in each group it cuts nothing and says nothing; both are told here.
+  Under grouped-query attention it removes query heads and keeps all key-value heads, and where one
+  query head would be left in each group it cuts nothing without a warning; both are reported here.
 
-Looked at on PyPI and left out: `nvidia-modelopt` (its width pruning of language models is for
-Megatron models only), `fmchisel` (OSSCAR; wants torch below 2.8, transformers 4 and numpy 1),
-`torch-kirigami` (cannot capture a `LlamaForCausalLM` of transformers 5), `tinyedgellm` (GPT-2
-attention only, pulls onnxruntime and bitsandbytes), `llmcompressor` and `sparseml` (zeros in place,
-no narrower matrices), `textpruner` (BERT-like encoders). LLM-Pruner, FLAP and SliceGPT are not
-published there; what bears their names is something else.
+Packages on PyPI that were examined and left out: `nvidia-modelopt` (its width pruning of language
+models is for Megatron models only), `fmchisel` (OSSCAR; wants torch below 2.8, transformers 4 and
+numpy 1), `torch-kirigami` (cannot capture a `LlamaForCausalLM` of transformers 5), `tinyedgellm`
+(GPT-2 attention only, pulls onnxruntime and bitsandbytes), `llmcompressor` and `sparseml` (zeros in
+place, no narrower matrices), `textpruner` (BERT-like encoders). LLM-Pruner, FLAP and SliceGPT are
+not published there; packages of these names are something else.
 """
 
 import copy
@@ -44,12 +44,13 @@ if TYPE_CHECKING:
     from benchmarks.cuts import Cut
 
 BATCH_WINDOWS = 4
+"""Windows in a batch of the libraries that take a `dataloader`."""
 TRACED_TEXT = "Hello world."
-"""What Torch-Pruning's example traces the model with."""
+"""The input with which Torch-Pruning's example traces the model."""
 
 
 class BaselineFailed(Exception):
-    """What the library could not do, in one sentence."""
+    """The library cannot make the cut; the reason, without a full stop, for the table."""
 
 
 Make = Callable[[LlamaForCausalLM, PreTrainedTokenizerBase, Windows, Widths], LlamaForCausalLM]
@@ -57,7 +58,7 @@ Make = Callable[[LlamaForCausalLM, PreTrainedTokenizerBase, Windows, Widths], Ll
 
 @dataclass(frozen=True)
 class Baseline:
-    """A library's way of pruning and the cuts it has a documented way to make."""
+    """A pruning method of a library, and the cuts that its documentation covers."""
 
     make: Make
     offers: Callable[["Cut"], bool]
@@ -69,9 +70,9 @@ class Baseline:
         calibration: Windows,
         target: Widths,
     ) -> LlamaForCausalLM:
-        """A pruned model with the widths of `target`; the dense model is left as it was.
+        """A pruned model with the widths of `target`; the dense model is not changed.
 
-        `make` alone does the same in place, as these libraries do.
+        `make` alone changes the model in place, as these libraries do.
 
         Raises:
             BaselineFailed: the library refused, or left other widths than it was asked for.
@@ -84,7 +85,7 @@ class Baseline:
 
 
 def optipfair_neurons(data_driven: bool) -> Make:
-    """GLU neurons by MAW, or by MAW times activation norms."""
+    """Prunes GLU neurons by MAW, or by MAW times activation norms."""
 
     def make(
         model: LlamaForCausalLM,
@@ -109,7 +110,7 @@ def optipfair_neurons(data_driven: bool) -> Make:
 
 
 def optipfair_layers(data_driven: bool) -> Make:
-    """Whole layers, the share of them that leaves the KV cache of `target`."""
+    """Removes the share of whole layers that leaves the KV cache of `target`."""
 
     def make(
         model: LlamaForCausalLM,
@@ -156,7 +157,7 @@ def _batches(calibration: Windows) -> DataLoader:
 
 
 def torch_pruning(taylor: bool) -> Make:
-    """Query heads and MLP channels through the dependency graph."""
+    """Prunes query heads and MLP channels through the dependency graph."""
 
     def make(
         model: LlamaForCausalLM,
@@ -212,7 +213,7 @@ def _head_counts(model: LlamaForCausalLM, dense: Architecture) -> dict[torch.nn.
 
 
 def _ratios(model: LlamaForCausalLM, dense: Architecture, target: Widths) -> dict[str, object]:
-    """The pruner's ratios for `target`, and the layers it has to leave alone."""
+    """The pruner's ratios for `target`, and the layers that it must not change."""
     ignored = [model.lm_head, model.model.embed_tokens]
     for layer in model.model.layers:
         ignored += [layer.self_attn.o_proj, layer.mlp.down_proj]
@@ -246,7 +247,7 @@ def _write_config(model: LlamaForCausalLM) -> None:
         )
 
 
-# --- what all share --------------------------------------------------------------------------
+# --- shared ----------------------------------------------------------------------------------
 
 
 def _checked(model: LlamaForCausalLM, target: Widths) -> LlamaForCausalLM:
@@ -256,7 +257,7 @@ def _checked(model: LlamaForCausalLM, target: Widths) -> LlamaForCausalLM:
         target.num_key_value_heads * head_dim,
         target.intermediate_size,
     )
-    for number, layer in enumerate(model.model.layers):
+    for layer_index, layer in enumerate(model.model.layers):
         left = (
             layer.self_attn.q_proj.out_features,
             layer.self_attn.k_proj.out_features,
@@ -264,7 +265,7 @@ def _checked(model: LlamaForCausalLM, target: Widths) -> LlamaForCausalLM:
         )
         if left != wanted:
             raise BaselineFailed(
-                f"it left widths {left} of queries, keys and MLP in layer {number} "
+                f"it left widths {left} of queries, keys and MLP in layer {layer_index} "
                 f"where {wanted} were asked for"
             )
     return model.eval()

@@ -1,12 +1,12 @@
-"""What scoring and gathering cost over a plain forward pass, and what memory `prune` takes.
+"""Time of scoring and of gathering second moments beside a plain forward pass; memory of `prune`.
 
     python -m benchmarks.cost                     # time: passes over the same tokens, interleaved
-    python -m benchmarks.cost --gather transact_core.elimination:eliminate
+    python -m benchmarks.cost --gather transact_core.importance.elimination:eliminate
     python -m benchmarks.cost --peak-memory       # memory: on a model larger than the built-in one
 
-The plain pass is the model without its LM head on the same batches in the same process. Rounds go
-plain, then each other pass; what is printed is the median over rounds of the ratio within a round,
-so that a machine that slows down slows both.
+The plain pass runs the model without its LM head on the same batches in the same process. Each
+round runs the plain pass and then the others. The median over rounds of the ratio within a round is
+printed: a machine that slows down slows both passes of a round.
 """
 
 import argparse
@@ -45,27 +45,27 @@ def plain_forward(model: LlamaForCausalLM, windows: Windows) -> None:
 
 @torch.no_grad()
 def gathering(model: LlamaForCausalLM, windows: Windows) -> None:
-    """What least squares solves from: the second moments of every waist, tokens weighted.
+    """Gathers the weighted second moments of every transitional activation, for least squares.
 
-    What a module writes is linear in its waist, so their cross moments need no pass of their own.
+    A module's output is linear in them, so cross moments need no pass of their own.
     """
     stream = Stream(model, windows)
-    for number in range(len(model.model.layers)):
-        for module, projection in transitional_inputs(model, number).items():
-            rows = weighted_rows(stream, number, module, model.config.rms_norm_eps)
+    for layer_index in range(len(model.model.layers)):
+        for module, projection in transitional_inputs(model, layer_index).items():
+            rows = weighted_rows(stream, layer_index, module, model.config.rms_norm_eps)
             second_moments(rows, projection.in_features)
 
 
 def ratios_to_plain(
     passes: dict[str, Pass], model: LlamaForCausalLM, windows: Windows, rounds: int
 ) -> dict[str, list[float]]:
-    """Of each pass its time over the plain one's, a figure a round, after one round unmeasured."""
+    """Time of each pass divided by the plain pass's, one ratio a round, after a warm-up round."""
     found: dict[str, list[float]] = {name: [] for name in passes}
-    for measured in range(-1, rounds):
+    for round_index in range(-1, rounds):
         plain = _seconds(plain_forward, model, windows)
         for name, run in passes.items():
             ratio = _seconds(run, model, windows) / plain
-            if measured >= 0:
+            if round_index >= 0:
                 found[name].append(ratio)
     return found
 
@@ -79,9 +79,9 @@ def _seconds(run: Pass, model: LlamaForCausalLM, windows: Windows) -> float:
 def write_random_model(
     folder: Path, layers: int, hidden: int, seed: int = 0, tokenizer_of: str = "builtin"
 ) -> Architecture:
-    """A float16 checkpoint of random weights in the built-in model's proportions.
+    """Writes a float16 checkpoint of random weights in the built-in model's proportions.
 
-    One shard a layer, drawn and written one at a time, so that no memory is needed for the whole.
+    One shard per layer is drawn and written at a time, so the whole model is never in memory.
     """
     tokenizer = load_model(tokenizer_of).tokenizer
     config = LlamaConfig(
@@ -109,8 +109,8 @@ def write_random_model(
     ]
     generator = torch.Generator().manual_seed(seed)
     places: dict[str, str] = {}
-    for number, shapes in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    for shard, shapes in enumerate(shards, start=1):
+        file = f"model-{shard:05}-of-{len(shards):05}.safetensors"
         tensors = {
             name: torch.ones(shape, dtype=torch.float16)
             if name.endswith("norm.weight")
@@ -125,7 +125,7 @@ def write_random_model(
 
 
 def peak_of_prune(chosen: argparse.Namespace) -> str:
-    """Runs the command line's `prune` on a random model; the figures in words."""
+    """Runs the command line's `prune` on a random model and describes its peak memory."""
     with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
         dense = Path(folder) / "dense"
         dense.mkdir()
@@ -148,14 +148,13 @@ def peak_of_prune(chosen: argparse.Namespace) -> str:
     rest = peak - weights - libraries
     return (
         f"{architecture.parameters / 1e6:,.0f} M parameters, {weights / 1e6:,.0f} MB in float32; "
-        f"peak {peak / 1e6:,.0f} MB, {peak / weights:.2f} × the weights, of which Python and its "
-        f"libraries {libraries / 1e6:,.0f} MB; "
-        f"beside both {rest / 1e6:,.0f} MB"
+        f"peak {peak / 1e6:,.0f} MB, {peak / weights:.2f} × the weights; Python and its libraries "
+        f"take {libraries / 1e6:,.0f} MB of it and everything else {rest / 1e6:,.0f} MB"
     )
 
 
 def time_of_passes(chosen: argparse.Namespace) -> str:
-    """Times scoring, gathering and each `--gather` pass; the figures in words."""
+    """Times scoring, gathering and each `--gather` pass, and describes the ratios."""
     loaded = load_model(chosen.model)
     windows = evaluation_windows(
         read_corpus(chosen.calibration),
@@ -169,7 +168,9 @@ def time_of_passes(chosen: argparse.Namespace) -> str:
         module, function = name.split(":")
         passes[name] = getattr(importlib.import_module(module), function)
     found = ratios_to_plain(passes, loaded.model, windows, chosen.rounds)
-    lines = [f"over a plain forward without LM head, {windows.tokens:,} tokens:"]
+    lines = [
+        f"time divided by that of a plain forward pass without LM head, {windows.tokens:,} tokens:"
+    ]
     for name, ratios in found.items():
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         lines.append(f"{name}: {statistics.median(ratios):.3f} × ({spread}, {len(ratios)} rounds)")
@@ -177,7 +178,7 @@ def time_of_passes(chosen: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    """Prints one of the two measurements."""
+    """Prints the times, or with `--peak-memory` the memory."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cost", description=__doc__.splitlines()[0]
     )

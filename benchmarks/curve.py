@@ -1,13 +1,13 @@
-"""What a curve of measured points costs over the evaluations, and the repairs, that it consists of.
+"""Time of a curve of measured points divided by that of the evaluations and repairs in it.
 
     python -m benchmarks.curve                              # without recovery
     python -m benchmarks.curve --recovery least-squares
-    python -m benchmarks.curve --mha                        # of the attention: auto against fixed
+    python -m benchmarks.curve --mha                        # attention: auto beside others
 
-Every point is made as the app and the command line make it, with an empty store of results, and
-right after it the same model is made beforehand and only evaluated, by a plain loop over windows.
-With a recovery, the repair alone is timed as well. What is printed is the ratio of the sums. The
-calibration pass and the dense model's evaluation come before the clock, as they serve all curves.
+Every point is measured as the app and the command line do it, with an empty cache. Directly after
+it the same model is made again and only its evaluation is timed, in a plain loop over windows; with
+a recovery, the repair is timed too. The ratio of the sums is printed. The calibration pass and the
+dense model's evaluation are not timed, as they are shared by all curves.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from transact_core.pruning.surgery import prune
 
 @torch.inference_mode()
 def plain_loop(model: LlamaForCausalLM, windows: Windows) -> float:
-    """Mean NLL of the windows, one after the other, as a script of stock transformers has it."""
+    """Mean NLL in nats of the windows, one at a time, as a script with stock transformers would."""
     total = 0.0
     for ids in windows.ids:
         logits = model(ids[None].to(model.device), use_cache=False).logits[0, :-1].float()
@@ -43,14 +43,14 @@ def plain_loop(model: LlamaForCausalLM, windows: Windows) -> float:
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What the work gives, and its seconds."""
+    """The result of `work` and the seconds that it took."""
     start = time.perf_counter()
     result = work()
     return result, time.perf_counter() - start
 
 
 def curve(bench: Bench, ratios: list[float], choices: Choices) -> tuple[float, float]:
-    """Seconds of the points, and of the evaluations and repairs in them; progress is printed."""
+    """Seconds of the points, and of the evaluations and repairs in them; prints each point."""
     points = parts = 0.0
     dense = bench.loaded.model
     for ratio in ratios:
@@ -74,7 +74,7 @@ def curve(bench: Bench, ratios: list[float], choices: Choices) -> tuple[float, f
 
 
 def main() -> None:
-    """Prints the ratio of an evenly spaced curve of the MLP, or auto's over a fixed granularity."""
+    """Prints the ratio of an evenly spaced MLP curve, or of `auto` to each granularity."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.curve", description=__doc__.splitlines()[0]
     )
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--recovery", choices=RECOVERIES, default="none")
     parser.add_argument("--points", type=int, default=11)
     parser.add_argument("--largest", type=float, default=0.7)
-    parser.add_argument("--mha", action="store_true", help="a third of the attention, and auto")
+    parser.add_argument("--mha", action="store_true", help="time auto on a third of the attention")
     chosen = parser.parse_args()
     tokens = chosen.calibration_tokens, chosen.evaluation_tokens, chosen.sequence_length
     loaded, *windows = load(Setup(chosen.model, chosen.text, chosen.text, *tokens))
@@ -102,13 +102,13 @@ def main() -> None:
             return
         step = chosen.largest / chosen.points
         points, parts = curve(
-            bench, [step * number for number in range(1, chosen.points + 1)], choices
+            bench, [step * point for point in range(1, chosen.points + 1)], choices
         )
     print(f"{chosen.points} points: {points:.1f} s over {parts:.1f} s, {points / parts:.3f} ×")
 
 
 def auto_over_fixed(bench: Bench, choices: Choices) -> str:
-    """Seconds of a point with `auto` over those with each granularity, statistics being there."""
+    """Time of a point with `auto` divided by that with each granularity; statistics are known."""
     seconds = {}
     for granularity in (*GRANULARITIES, "auto"):
         tried = Choices(granularity, choices.importance, choices.recovery)
@@ -117,9 +117,9 @@ def auto_over_fixed(bench: Bench, choices: Choices) -> str:
         point, seconds[granularity] = timed(
             lambda tried=tried: point_at(bench, (1 / 3, 0.0), tried)
         )
-        print(f"{granularity}: {seconds[granularity]:.2f} s, took {point.plan.granularity}")
+        print(f"{granularity}: {seconds[granularity]:.2f} s, chose {point.plan.granularity}")
     auto = seconds.pop("auto")
-    ratios = ", ".join(f"{auto / each:.2f} × {name}" for name, each in seconds.items())
+    ratios = ", ".join(f"{auto / other:.2f} × {name}" for name, other in seconds.items())
     return f"auto: {ratios}; {auto / statistics.mean(seconds.values()):.2f} × their mean"
 
 

@@ -1,7 +1,6 @@
-"""Which widths are removed, and which methods are asked to remove them.
+"""The rows of the table: cuts, and the methods that make them.
 
-The methods of the engine are read off its own registries, so that whatever is registered there
-gets its rows.
+The engine's methods come from its registries, so a new importance or recovery gets its rows.
 """
 
 from collections.abc import Iterator
@@ -17,8 +16,9 @@ from transact_core.pruning.plan import GRANULARITIES, Widths, widths
 PUBLISHED = "TransAct as published"
 DENSE = "dense"
 KEEPS_KV_CACHE = ("query-heads",)
-"""Granularities that leave the KV cache as it is, where queries are grouped."""
+"""Granularities that do not change the KV cache under grouped-query attention."""
 STEPS = 4
+"""Steps of the rows that prune in several."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Cut:
 
     @property
     def granularity(self) -> str:
-        """The simplest one that makes this cut."""
+        """The granularity that the baselines and the published method are compared at."""
         return "kv-groups" if self.narrows_kv_cache else "query-heads"
 
     def target(self, architecture: Architecture) -> Widths:
-        """The widths that every method is asked for."""
+        """The widths that every method prunes to."""
         return widths(architecture, self.mha_ratio, self.mlp_ratio, self.granularity)
 
 
@@ -55,7 +55,7 @@ QUICK_IMPORTANCES = ("activation", "reconstruction")
 
 @dataclass(frozen=True)
 class Row:
-    """One cut by one method; `choices` is None where the method is not the engine's."""
+    """One cut by one method; `choices` is None if the method is not the engine's."""
 
     cut: Cut
     method: str
@@ -87,10 +87,10 @@ def rows(quick: bool = False) -> list[Row]:
 
 
 def _engine_choices(cut: Cut) -> Iterator[Choices]:
-    """Each importance with each recovery; where the granularity is free, each that fits the cut.
+    """Each importance with each recovery, in each granularity that makes the cut.
 
-    Then what is decided by measuring, with the strongest of both: units chosen sequentially,
-    `auto`, and a cut in steps. Narrower heads that are fitted are the same by every importance.
+    After them, with the best importance and recovery: sequential choices, `auto` and several steps.
+    With least squares, `head-dims` does not depend on the importance and has one row.
     """
     for granularity in _granularities(cut):
         for importance in IMPORTANCES:
@@ -99,12 +99,12 @@ def _engine_choices(cut: Cut) -> Iterator[Choices]:
                 if fitted and importance != "reconstruction":
                     continue
                 yield Choices(granularity=granularity, importance=importance, recovery=recovery)
-    strongest = Choices(cut.granularity, "reconstruction", "least-squares")
-    yield replace(strongest, sequential=True)
+    best = Choices(cut.granularity, "reconstruction", "least-squares")
+    yield replace(best, sequential=True)
     if cut.mha_ratio and not cut.narrows_kv_cache:
-        yield replace(strongest, granularity="auto")
+        yield replace(best, granularity="auto")
     if cut.mlp_ratio:
-        yield replace(strongest, steps=STEPS)
+        yield replace(best, steps=STEPS)
 
 
 def _granularities(cut: Cut) -> list[str]:

@@ -1,11 +1,11 @@
-"""How long the Importance page of a large model takes to be usable, in Chromium.
+"""Time until the Importance page of a large model is usable, in Chromium.
 
     python -m benchmarks.importance_page
     python -m benchmarks.importance_page --layers 80 --channels 14336 --heads 64
 
-The app runs as always, but opens a bench of synthetic statistics in place of a model's, so that no
-weights of that size are needed. Printed is the time from a click on the page's link until its
-charts are drawn and its script has ended, and that of the next change of a control.
+The app is the real one, with a bench of synthetic statistics in place of a model, so that no
+weights of that size are needed. It prints the time from a click on the page's link until its charts
+are drawn and its script has ended, and the time of the next change of a control.
 """
 
 import argparse
@@ -32,11 +32,13 @@ from transact_core.models.architecture import Architecture
 from transact_core.models.load import LoadedModel
 
 CHARTS = 5
+"""Charts on the Importance page."""
 TIMEOUT_MS = 60_000
+"""Milliseconds that one action may take in the browser."""
 
 
 class SyntheticBench(Bench):
-    """A bench whose statistics are drawn by lot: log-normal energies, as real channels' look."""
+    """A bench with random statistics: log-normal energies, similar to those of real channels."""
 
     def __init__(self, architecture: Architecture, seed: int = 0) -> None:
         windows = Windows("synthetic", "", torch.zeros(2, 8, dtype=torch.long))
@@ -101,7 +103,7 @@ def serve(chosen: argparse.Namespace) -> None:
 
 
 def go_to(page: Page, name: str, charts: int) -> float:
-    """Seconds from the click on a page's link until it is drawn and at rest."""
+    """Seconds from the click on a page's link until its charts are drawn and its script ended."""
     start = time.perf_counter()
     page.get_by_test_id("stSidebarNav").get_by_text(name, exact=True).click()
     expect(page.get_by_role("heading", level=1)).to_have_text(name)
@@ -116,7 +118,7 @@ def go_to(page: Page, name: str, charts: int) -> float:
 
 
 def change_layer(page: Page) -> float:
-    """Seconds from the opening of the menu of layers until the chosen one's curve is drawn."""
+    """Seconds from opening the menu of layers until the curve of the chosen layer is drawn."""
     start = time.perf_counter()
     choose(page, "Layer", "2")
     expect(page.get_by_text("Layer 2 keeps").first).to_be_visible()
@@ -156,7 +158,7 @@ def measure(chosen: argparse.Namespace) -> None:
             server.wait(timeout=30)
     print(f"{chosen.layers} layers × {chosen.channels:,} channels, {chosen.heads} heads of 128:")
     print(f"first visit {seconds[0]:.2f} s")
-    later = ", ".join(f"{each:.2f}" for each in seconds[1:])
+    later = ", ".join(f"{visit:.2f}" for visit in seconds[1:])
     print(f"later visits {statistics.median(seconds[1:]):.2f} s (median of {later})")
     print(f"another layer {layer:.2f} s")
 

@@ -1,15 +1,16 @@
-"""Ten visitors at once on one server of the app, each in a real Chromium with cookies of its own.
+"""Ten visitors at the same time on one server of the app, each in its own browser context.
 
     python -m benchmarks.load
 
-The first measures a long curve on the largest model. Meanwhile the others, each with a model and
-sliders of their own, ask for a cut at the same moment, and when all have theirs, for another one.
-There are more models than the server keeps, some of them shared, so that what was used longest ago
-is let go of and comes back.
+The first visitor measures a long curve on the largest model. Meanwhile the others, each with their
+own model and slider positions, request a cut at the same moment, and another one when all have
+their results. There are more models than the server keeps, and some are shared, so that the least
+recently used ones are released and loaded again.
 
-It fails where a visitor sees a figure that is not its own, or another one than the library computes
-here in this process; where a cut waits for more than two pieces of the curve; where no page says
-what a cut waits for. It prints how long pages and cuts took, and the server's resident memory.
+The run fails if a visitor sees a figure of another visitor, or one that differs from what the
+library computes in this process; if a cut waits for more than two points of the curve; or if no
+page says what a cut waits for. It prints the times of pages and cuts, and the server's resident
+memory.
 """
 
 import argparse
@@ -50,12 +51,15 @@ from transact_core.experiments.sweep import Pair, most_informative_first, point_
 from transact_core.models.load import load_model
 
 CALIBRATION_TOKENS = 1024
-"""As `ask_to_open` has it."""
+"""Calibration tokens, as `tests.browser.driving.ask_to_open` asks for."""
 WAITING = re.compile(r"waiting, \d+ ahead: [^·\n]*[^·\n ]|next in line")
 PIECES_WAITED_AT_MOST = 2
-"""The piece under way when a cut was asked for, and one more: others may come before the cut."""
+"""Points of the curve that may be measured while a cut waits: the one in progress when it was
+requested, and one more, as another visitor's cut may come first."""
 ROUND_SECONDS = 1800
+"""Seconds after which a round of cuts counts as stuck."""
 REST_SECONDS = 5
+"""Seconds of rest before the memory at rest is read."""
 LARGE = {
     "vocab_size": 32_000,
     "head_dim": 64,
@@ -79,38 +83,38 @@ MODELS = {
 
 @dataclass
 class Visitor:
-    """One browser context, what it asked for and what it was shown."""
+    """One browser context, its requests and the figures that it was shown."""
 
     page: Page
     folder: Path
     ratios: list[Pair]
-    """Of its cuts, in the order that they are asked for."""
+    """Ratios of its cuts, in the order of the requests."""
     printed: list[str] = field(default_factory=list)
     """Perplexities on the Compress page."""
     charted: list[float] = field(default_factory=list)
     """Perplexities on the chart of the Perplexity page."""
     seconds: list[float] = field(default_factory=list)
-    """From asking for a cut to its figure."""
+    """From the request of each cut to its figure."""
     pieces: list[int] = field(default_factory=list)
-    """Pieces of the curve that were measured in that time."""
+    """Points of the curve that were measured in that time."""
     errors: list[str] = field(default_factory=list)
-    """Of the page's scripts."""
+    """Errors of the page's scripts."""
 
 
 @dataclass
 class Seen:
-    """What a load run has seen."""
+    """Observations of one run."""
 
     first: Visitor
     others: list[Visitor]
     curve: list[Pair]
-    """What was measured of it, in that order."""
+    """Points of the curve that were measured, in that order."""
     pieces: int = 0
-    """Those of the curve that were seen to be measured, so far."""
+    """Number of points of the curve that were seen to be measured so far."""
     page_seconds: list[float] = field(default_factory=list)
-    """From an address to the live view."""
+    """From opening an address to the live view."""
     words: set[str] = field(default_factory=set)
-    """What waiting jobs were said to wait for."""
+    """What the pages said that jobs were waiting for."""
 
 
 # --- the server ------------------------------------------------------------------------------
@@ -129,7 +133,7 @@ class Memory(threading.Thread):
 
     def now(self) -> int:
         family = [self.process, *self.process.children(recursive=True)]
-        return sum(each.memory_info().rss for each in family)
+        return sum(process.memory_info().rss for process in family)
 
     def stop(self) -> None:
         self._ended.set()
@@ -138,11 +142,11 @@ class Memory(threading.Thread):
 
 @contextmanager
 def server(folder: Path) -> Iterator[tuple[str, Memory]]:
-    """The app with a cache of its own: its address and its memory."""
+    """Runs the app with its own cache; gives its address and its memory."""
     cache, converted = folder / "cache", cache_folder() / "models"
     cache.mkdir()
     if converted.is_dir():
-        # What was measured before is not taken over, only what was converted.
+        # Converted models are shared, measurements are not.
         (cache / "models").symlink_to(converted)
     before = set(psutil.Process().children())
     with running_app(folder / "log.txt", TRANSACT_CACHE=str(cache)) as address:
@@ -156,7 +160,7 @@ def server(folder: Path) -> Iterator[tuple[str, Memory]]:
 
 
 def write_models(folder: Path, models: dict[str, dict]) -> list[Path]:
-    """A checkpoint of random weights for each."""
+    """Writes a checkpoint of random weights for each of the models."""
     tokenizer = make_tokenizer()
     for name, changes in models.items():
         make_model(**changes).save_pretrained(folder / name)
@@ -178,7 +182,7 @@ def come(browser: Browser, folder: Path, ratios: list[Pair]) -> Visitor:
 
 
 def ratios_of(number: int, rounds: int) -> list[Pair]:
-    """Those of one visitor's cuts, which are nobody else's."""
+    """The ratios of one visitor's cuts; no other visitor has them."""
     return [
         (0.5 if number % 2 else 0.0, round(0.05 + 0.04 * number + 0.45 * turn, 2))
         for turn in range(rounds)
@@ -186,16 +190,16 @@ def ratios_of(number: int, rounds: int) -> list[Pair]:
 
 
 def pieces_done(page: Page) -> int:
-    """Of the curve, as its visitor's sidebar has it; 0 while it is drawn anew."""
-    told = sidebar(page).inner_text()
-    if found := re.search(r"point (\d+) of", told):
+    """Points of the curve that are done, by its visitor's sidebar; 0 while that is redrawn."""
+    shown = sidebar(page).inner_text()
+    if found := re.search(r"point (\d+) of", shown):
         return int(found[1]) - 1
-    found = re.search(r"(\d+) of \d+ done", told)
+    found = re.search(r"(\d+) of \d+ done", shown)
     return int(found[1]) if found else 0
 
 
 def ask_for_cuts(seen: Seen, address: str, turn: int) -> None:
-    """All visitors but the first ask for a cut, and wait until each has its figure."""
+    """All visitors but the first request a cut, and wait until each has its figure."""
     for each in seen.others:
         mha, mlp = (round(100 * ratio) for ratio in each.ratios[turn])
         began = time.monotonic()
@@ -227,7 +231,7 @@ def ask_for_cuts(seen: Seen, address: str, turn: int) -> None:
 
 
 def charted(page: Page) -> list[float]:
-    """The perplexities of cuts on the chart."""
+    """The perplexities of the cuts in the chart."""
     return page.locator(".js-plotly-plot").first.evaluate(
         "chart => chart.data.filter(each => each.name !== 'dense').flatMap(each => [...each.y])"
     )
@@ -243,7 +247,7 @@ def go_through(
     evaluation_tokens: int,
     sequence_length: int,
 ) -> Seen:
-    """The whole visit: the first folder's model is the first visitor's, the rest are shared out."""
+    """The whole run. The first visitor has the first folder's model; the others share the rest."""
     shared = folders[1:]
     first = come(browser, folders[0], [])
     others = [
@@ -281,13 +285,13 @@ def go_through(
     return seen
 
 
-# --- what it comes to ------------------------------------------------------------------------
+# --- checks and results ----------------------------------------------------------------------
 
 
 def computed(
     folder: Path, ratios: Sequence[Pair], recovery: str, evaluation_tokens: int, length: int
 ) -> list[float]:
-    """Perplexities of cuts as this process computes them, with the app's number of threads."""
+    """Perplexities of cuts as this process computes them, with the app's thread count."""
     loaded = load_model(str(folder))
     spec = WindowSpec(
         calibration_tokens=CALIBRATION_TOKENS,
@@ -300,7 +304,7 @@ def computed(
 
 
 def check(seen: Seen, evaluation_tokens: int, sequence_length: int) -> None:
-    """Raises AssertionError where something is not as it is promised."""
+    """Raises AssertionError where a promise of the module's docstring does not hold."""
     texts = evaluation_tokens, sequence_length
     curve = computed(seen.first.folder, seen.curve, "none", *texts)
     assert sorted(seen.first.charted) == sorted(curve), (seen.first.charted, curve)
@@ -311,7 +315,7 @@ def check(seen: Seen, evaluation_tokens: int, sequence_length: int) -> None:
         assert sorted(each.charted) == sorted(mine), f"visitor {number}: {each.charted}, {mine}"
         assert each.printed == [f"{figure:.2f}" for figure in mine], f"visitor {number}"
         assert max(each.pieces) <= PIECES_WAITED_AT_MOST, f"visitor {number}: {each.pieces}"
-        # Else it could have been another's that was seen.
+        # Equal figures could not show whose figure a visitor saw.
         assert not figures & set(mine), "two visitors have the same figure"
         figures |= set(mine)
     assert any("other visitors" in words or "another visitor" in words for words in seen.words)
@@ -324,7 +328,7 @@ def megabytes(count: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--visitors", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=2, help="cuts that each asks for")
+    parser.add_argument("--rounds", type=int, default=2, help="cuts that each visitor requests")
     parser.add_argument("--curve-points", type=int, default=20)
     chosen = parser.parse_args()
     texts = 1024, 128
@@ -358,14 +362,14 @@ def main() -> None:
         f"{', '.join(megabytes(size) for size in sizes.values())} (together "
         f"{megabytes(sum(sizes.values()))}), of which the server keeps {MODELS_KEPT}; "
         f"{len(cuts)} cuts beside a curve of which {len(seen.curve)} points were measured.\n"
-        f"Every figure is its visitor's own, and the one computed here.\n"
+        f"Every figure is that of its own visitor, and equals the one computed here.\n"
         f"Seconds to a page: median {sorted(seen.page_seconds)[len(seen.page_seconds) // 2]:.1f}, "
         f"at worst {max(seen.page_seconds):.1f}\n"
-        f"Seconds to a cut, all asked for at once: first {min(cuts):.0f}, last {max(cuts):.0f}; "
-        f"pieces of the curve meanwhile: at most {max(pieces)}\n"
+        f"Seconds to a cut, all requested at once: first {min(cuts):.0f}, last {max(cuts):.0f}; "
+        f"points of the curve meanwhile: at most {max(pieces)}\n"
         f"Resident memory: {megabytes(idle)} before the first visit, {megabytes(peak)} at its "
         f"peak, {megabytes(after)} at rest\n"
-        f"Told while waiting: {'; '.join(sorted(seen.words))}"
+        f"Shown while waiting: {'; '.join(sorted(seen.words))}"
     )
 
 

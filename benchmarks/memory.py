@@ -1,7 +1,7 @@
-"""Peak resident memory of a process, as it can be known honestly.
+"""Peak resident memory of a process.
 
-`ru_maxrss` will not do: a child starts with its parent's peak, since the figure outlives `exec`.
-`VmHWM` belongs to the address space and starts anew with it.
+On Linux it is `VmHWM`, which belongs to the address space and starts at zero after `exec`.
+`ru_maxrss` is not used there, as a child process starts with its parent's value.
 """
 
 import resource

@@ -1,12 +1,11 @@
-"""How fast the live Compress page answers, in a real Chromium.
+"""Response time of the live Compress page, in Chromium.
 
     python -m benchmarks.pages             # random scores of two large models' shapes
     python -m benchmarks.pages --builtin   # and the whole page with the built-in model
 
-Prints, for each model: seconds from opening the address until the view is drawn (the server has
-made its tables before), the size of what it was sent, and milliseconds from an input event of a
-slider until the frame after the one that drew the new picture, which is one frame more than the
-picture itself takes.
+Prints for each model the seconds from opening the address until the view is drawn (the server has
+made its tables before), the size of the tables that the browser receives, and the milliseconds from
+a slider's input event to the frame after the one that drew the new picture.
 """
 
 import argparse
@@ -19,7 +18,8 @@ from playwright.sync_api import Page, sync_playwright
 
 from tests.browser.driving import TIMEOUT_MS, running_app, start_chromium
 
-POSITIONS = [5 + 7 * number % 90 for number in range(60)]
+POSITIONS = [5 + 7 * step % 90 for step in range(60)]
+"""Slider positions in per cent, in an order with jumps; each is drawn once."""
 DRAWN = ".live[data-shown]"
 FOLLOW = """async ([side, places]) => {
     const all = [...document.querySelectorAll("[data-testid=stBidiComponentIsolated]")];
@@ -46,7 +46,7 @@ SIZE = """() => {
 
 
 def measure(page: Page, name: str, address: str) -> None:
-    """One model's line; the first opening, which makes the tables, is not counted."""
+    """Prints the line of one model; the first opening, which makes the tables, is not timed."""
     page.goto(address)
     page.locator(DRAWN).wait_for()
     start = time.perf_counter()
@@ -56,8 +56,8 @@ def measure(page: Page, name: str, address: str) -> None:
     size = page.evaluate(SIZE)
     times = {side: page.evaluate(FOLLOW, [side, POSITIONS]) for side in ("mha", "mlp")}
     words = ", ".join(
-        f"{side.upper()} {statistics.median(each):.0f} (slowest {max(each):.0f})"
-        for side, each in times.items()
+        f"{side.upper()} {statistics.median(taken):.0f} (slowest {max(taken):.0f})"
+        for side, taken in times.items()
     )
     print(f"{name}: drawn in {opened:.2f} s, {size / 1e3:.0f} kB; ms to the picture: {words}")
 

@@ -1,15 +1,15 @@
-"""How far predicted perplexity is from what is then measured.
+"""The error of predicted perplexity: predictions beside later measurements.
 
     python -m benchmarks.prediction --calibration FILE --evaluation FILE \\
         --granularity kv-groups --importance fluctuation --recovery least-squares \\
         --output points.jsonl
 
-The predictor names the first points itself, one after the other, each after the last was measured
-and counted in. Then positions all over the useful range are measured, and set against what was said
-of them after those first points. Points are appended to the file as they are measured; those that
-are there already are not measured again, so an interrupted run goes on. The constants of
-`transact_core.prediction` come from the built-in text, `activation` and `query-heads`: another
-text, another importance and another granularity are what shows whether they hold.
+The predictor chooses the first points itself, each after the one before was measured and the law
+was fitted to it. Then positions over the whole useful range are measured and compared with their
+predictions from the first points. Points are appended to the file as they are measured; points that
+the file has already are not measured again, so an interrupted run continues. The constants of
+`transact_core.planning.law` come from the built-in text, `activation` and `query-heads`: test them
+on another text, importance and granularity.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.row import Setup, load
+from transact_core.base.cache import ENGINE_VERSION
 from transact_core.base.errors import TransActError
 from transact_core.experiments.bench import Bench, Choices, compress
 from transact_core.experiments.prediction import (
@@ -37,7 +38,7 @@ from transact_core.pruning.closed_form import RECOVERIES
 from transact_core.pruning.plan import GRANULARITIES
 
 Place = tuple[int, int]
-"""Attention and MLP width."""
+"""(Attention width, MLP width), in channels."""
 
 
 class Points:
@@ -52,6 +53,7 @@ class Points:
             "evaluation": bench.evaluation.sha256,
             "evaluation_tokens": bench.evaluation.tokens,
             "sequence_length": bench.evaluation.sequence_length,
+            "engine": ENGINE_VERSION,
             **asdict(choices),
         }
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -78,7 +80,7 @@ class Points:
 
 
 def first_points(points: Points, count: int, limit: float) -> list[Point]:
-    """As many points as asked for, each where the predictor, fitted on those before, wants it."""
+    """Points at which the predictor, fitted to those before, would learn most; `count` at most."""
     found: list[Point] = []
     while len(found) < count:
         places = next_points(points.bench, points.choices, found, limit=limit)
@@ -89,7 +91,7 @@ def first_points(points: Points, count: int, limit: float) -> list[Point]:
 
 
 def to_check(bench: Bench, choices: Choices, first: list[Point], count: int, limit: float):
-    """Positions over the range predicted to be useful, evenly spread by what is predicted."""
+    """Positions in the range predicted to be useful, evenly spaced by predicted perplexity."""
     taken = {(point.mha_width, point.mlp_width) for point in first}
     grid = predict_grid(bench, choices, first)
     useful = sorted(
@@ -102,44 +104,47 @@ def to_check(bench: Bench, choices: Choices, first: list[Point], count: int, lim
 
 
 def checked(bench: Bench, first: list[Point], later: list[Point]) -> list[Scored]:
-    """What was said of the later points once the first ones were measured, and how it came out."""
+    """The later points beside their predictions from the first ones."""
     found = []
     for point in later:
         place = (point.mha_width, point.mlp_width)
-        said: Ratio = predict_grid(bench, point.choices, first, [place[0]], [place[1]])[place]
-        found.append(Scored(point, said, math.exp(point.delta_nll)))
+        predicted: Ratio = predict_grid(bench, point.choices, first, [place[0]], [place[1]])[place]
+        found.append(Scored(point, predicted, math.exp(point.delta_nll)))
     return found
 
 
 def left_out(bench: Bench, points: list[Point]) -> list[Scored]:
-    """What is said of each point by a predictor fitted on all others."""
+    """Leave-one-out: each point beside its prediction from all others."""
     return [
         score
-        for number, point in enumerate(points)
-        for score in checked(bench, points[:number] + points[number + 1 :], [point])
+        for index, point in enumerate(points)
+        for score in checked(bench, points[:index] + points[index + 1 :], [point])
     ]
 
 
 def table(scored: Sequence[Scored]) -> Iterator[str]:
-    yield "| attention | MLP | said (90 % interval) | measured | error | inside |"
+    yield (
+        "| attention width | MLP width | predicted (90 % interval) | measured | error "
+        "| in the interval |"
+    )
     yield "| ---: | ---: | ---: | ---: | ---: | --- |"
-    for each in scored:
+    for row in scored:
         yield (
-            f"| {each.point.mha_width} | {each.point.mlp_width} | {each.said.mid:.3f} "
-            f"({each.said.low:.3f} to {each.said.high:.3f}) | {each.measured:.3f} | "
-            f"{each.relative_error:+.1%} | {'yes' if each.inside else 'no'} |"
+            f"| {row.point.mha_width} | {row.point.mlp_width} | {row.predicted.mid:.3f} "
+            f"({row.predicted.low:.3f} to {row.predicted.high:.3f}) | {row.measured:.3f} | "
+            f"{row.relative_error:+.1%} | {'yes' if row.inside else 'no'} |"
         )
 
 
 def summary(scored: Sequence[Scored], limit: float) -> str:
-    """Of the points that turned out to lie in the useful range."""
-    within = [each for each in scored if each.measured <= limit]
+    """The errors of the points that measured at most `limit` times dense, in one line."""
+    within = [row for row in scored if row.measured <= limit]
     if not within:
         return f"none was measured at up to {limit:g} × dense"
-    sizes = [abs(each.relative_error) for each in within]
+    sizes = [abs(row.relative_error) for row in within]
     return (
         f"{len(within)} points up to {limit:g} × dense: error at most {max(sizes):.1%}, median "
-        f"{statistics.median(sizes):.1%}; {sum(each.inside for each in within)} inside"
+        f"{statistics.median(sizes):.1%}; {sum(row.inside for row in within)} in the interval"
     )
 
 
@@ -180,15 +185,16 @@ def _run(chosen: argparse.Namespace) -> None:
     points = Points(bench, choices, chosen.output)
     first = first_points(points, chosen.first, chosen.limit)
     print(f"# {chosen.granularity}, {chosen.importance}, {chosen.recovery}\n")
-    print("Said of each of the first points before it was measured:\n")
+    print("Each of the first points, predicted from those before it:\n")
     print(*table(keep_score(bench, first)), sep="\n")
     places = to_check(bench, choices, first, chosen.check, chosen.limit)
     scored = checked(bench, first, [points.at(place) for place in places])
-    print(f"\nSaid of other points after the first {len(first)}:\n")
+    print(f"\nOther points, predicted from the first {len(first)}:\n")
     print(*table(scored), sep="\n")
     print(f"\n{summary(scored, chosen.limit)}.")
-    everything = first + [each.point for each in scored]
-    print(f"Each point by all others: {summary(left_out(bench, everything), chosen.limit)}.")
+    everything = first + [row.point for row in scored]
+    errors = summary(left_out(bench, everything), chosen.limit)
+    print(f"Each point predicted from all others: {errors}.")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """One row of the table: make a pruned model, save it, reload it by stock transformers, measure it.
 
-Run as `python -m benchmarks.row` by the table, so that every row starts from the same empty process
-and its peak memory is its own. The clock runs while the model is made: scoring, cutting, repairing,
-and whatever else the method does; loading, saving and measuring stand outside it. So does the peak
-memory: it is read when the model is made, before anything is saved or measured.
+The table runs `python -m benchmarks.row` for each row, so that every row has its own process and
+its own peak memory. Seconds and peak memory cover making the model (scoring, cutting, repairing,
+and whatever else the method does), not saving and measuring it. Seconds leave out loading too.
 """
 
 import argparse
@@ -37,7 +36,7 @@ from transact_core.pruning.plan import head_counts
 from transact_core.pruning.surgery import cast, round_weights
 
 RELOADED_TOLERANCE = 1e-3
-"""In nats a token: what a reloaded model may differ by from the one in memory."""
+"""Largest difference in mean NLL, in nats per token, between a model and its reloaded copy."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,12 @@ class Setup:
     evaluation_tokens: int
     sequence_length: int
     share_measurements: bool = False
-    """Leave what one row measured of the dense model to the next; `seconds` then misses it."""
+    """Rows share measurements of the dense model; `seconds` then leaves out those made before."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the table shows of a row. Blank figures are None, and `note` says why."""
+    """A row's figures for the table. Missing figures are None, and `note` says why."""
 
     perplexity: float | None = None
     parameters: int | None = None
@@ -83,7 +82,7 @@ def load(setup: Setup) -> tuple[LoadedModel, Windows, Windows]:
 
 
 def make_row(row: Row, loaded: LoadedModel, calibration: Windows, evaluation: Windows) -> Result:
-    """Makes, saves, reloads and measures one row. A baseline uses up the loaded model.
+    """Makes, saves, reloads and measures one row. A baseline changes the loaded model in place.
 
     A method that refuses the cut or fails gives a result with a note and no figures.
     """
@@ -133,8 +132,8 @@ def _make(row: Row, loaded: LoadedModel, calibration: Windows):
     if row.method == PUBLISHED:
         mha_ratio = published_mha_ratio(row, loaded)
         choices = Choices(row.cut.granularity, "activation", "none")
-    # The engine measures as it compresses; two tokens keep that out of the clock, and the
-    # evaluation text out of the engine.
+    # `compress` also evaluates. Two tokens make that take no time, and keep the evaluation text
+    # from the engine.
     unused = dataclasses.replace(calibration, ids=calibration.ids[:1, :2])
     bench = Bench(loaded, calibration, unused)
     bench.statistics()
@@ -151,7 +150,7 @@ def _make(row: Row, loaded: LoadedModel, calibration: Windows):
 
 
 def published_mha_ratio(row: Row, loaded: LoadedModel) -> float:
-    """The ratio whose nearest width is TransAct's own: `ceil(target / head_dim)` heads."""
+    """The ratio at which the engine keeps as many heads as TransAct: `ceil(target / head_dim)`."""
     architecture = loaded.architecture
     if not row.cut.mha_ratio:
         return 0.0
@@ -176,7 +175,7 @@ def _save_stock(model: LlamaForCausalLM, loaded: LoadedModel):
 def _reloaded(
     folder: Path, made: LlamaForCausalLM, evaluation: Windows, dtype: torch.dtype
 ) -> tuple[LlamaForCausalLM | None, str]:
-    """The model as stock transformers loads it, or None and why that is not the model made."""
+    """The model as stock transformers loads it, or None and how it differs from the one made."""
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
@@ -198,7 +197,7 @@ def _rounded(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 def kv_bytes_per_token(model: LlamaForCausalLM, dtype: torch.dtype) -> int:
-    """K and V of all layers, from the projections that write them."""
+    """Bytes of K and V of all layers, from the widths of their projections."""
     widths = (
         layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features
         for layer in model.model.layers
@@ -208,7 +207,7 @@ def kv_bytes_per_token(model: LlamaForCausalLM, dtype: torch.dtype) -> int:
 
 @contextmanager
 def _own_measurements():
-    """A cache that holds the converted models and no measurement of an earlier row."""
+    """An empty cache, but for the converted models: no measurements of earlier rows."""
     with tempfile.TemporaryDirectory() as folder:
         models = cache_folder() / "models"
         models.mkdir(parents=True, exist_ok=True)
@@ -229,7 +228,7 @@ def find_row(cut: str, method: str) -> Row:
 
 
 def main() -> None:
-    """Makes the row named on the command line; writes its result as JSON."""
+    """Makes the row named on the command line and writes its result as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.row", description=main.__doc__)
     parser.add_argument("setup", help="Setup as JSON")
     parser.add_argument("cut")

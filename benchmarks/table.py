@@ -1,12 +1,11 @@
-"""All cuts by all methods in one run: the same text, windows and evaluator for every row.
+"""All cuts by all methods, with the same text, windows and evaluator for every row.
 
     python -m benchmarks.table --model builtin --calibration FILE --evaluation FILE \\
         --calibration-tokens 16384 --evaluation-tokens 16384 \\
         --output results.csv --markdown results.md
 
-Each row is made in a process of its own and appended to the CSV when it is done; `--resume` goes on
-where an interrupted run stopped, on another machine too: a row says which made it. Progress goes to
-stderr.
+Each row is made in its own process and appended to the CSV when it is done. `--resume` continues an
+interrupted run, also on another machine: each row records its machine. Progress goes to stderr.
 """
 
 import argparse
@@ -31,6 +30,7 @@ import torch
 from benchmarks.cuts import DENSE, Row, rows
 from benchmarks.row import Result, Setup
 from transact_core import __version__
+from transact_core.base.cache import ENGINE_VERSION
 from transact_core.base.errors import TransActError
 from transact_core.data.corpus import read_corpus
 from transact_core.experiments.bench import Choices
@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sequence-length", type=int, default=512, metavar="L")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.csv")
     parser.add_argument("--markdown", type=Path, metavar="FILE.md")
-    parser.add_argument("--only", type=re.compile, metavar="REGEX", help="of 'cut: method'")
+    parser.add_argument(
+        "--only", type=re.compile, metavar="REGEX", help="only rows whose 'cut: method' matches"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer cuts and importances")
     parser.add_argument("--resume", action="store_true", help="keep the rows already in --output")
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
@@ -131,7 +133,7 @@ def _run(chosen: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def run_row(row: Row, setup: Setup, timeout: float) -> Result:
-    """One row in a process of its own; a process that dies is a row with a note."""
+    """Makes one row in its own process; if the process dies, the row has a note and no figures."""
     with tempfile.TemporaryDirectory() as folder:
         output, log = Path(folder) / "row.json", Path(folder) / "log"
         command = [sys.executable, "-m", "benchmarks.row", json.dumps(dataclasses.asdict(setup))]
@@ -172,10 +174,10 @@ def line_of(row: Row, result: Result, before: list[dict]) -> dict:
 
 
 def _open_output(path: Path, settings: dict, resume: bool) -> list[dict]:
-    """The lines that are there already; writes the head of a new file.
+    """The lines of an earlier run; writes the header of a new file.
 
     Raises:
-        TransActError: the file is there and is not to be resumed, or was made otherwise.
+        TransActError: the file exists and may not be resumed, or was made with other settings.
     """
     beside = path.with_suffix(path.suffix + ".json")
     if not path.exists():
@@ -202,7 +204,7 @@ def _append(path: Path, line: dict) -> None:
 
 
 def run_settings(setup: Setup, arguments: list[str]) -> dict:
-    """What the figures depend on beside the rows themselves."""
+    """Everything that the figures depend on, apart from the rows themselves."""
     return {
         "command": shlex.join(["python", "-m", "benchmarks.table", *arguments]),
         "setup": dataclasses.asdict(setup),
@@ -211,6 +213,7 @@ def run_settings(setup: Setup, arguments: list[str]) -> dict:
         },
         "versions": {
             "transact_core": __version__,
+            "engine": str(ENGINE_VERSION),
             "python": platform.python_version(),
             **_versions(),
         },
@@ -228,7 +231,7 @@ def _versions() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The processor's name where the system tells it, or else its kind."""
+    """The processor's name if the system knows it, or else its architecture."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
@@ -241,7 +244,7 @@ def processor() -> str:
 
 
 def markdown(lines: list[dict], settings: dict) -> str:
-    """Tables grouped by cut, best first, what failed last."""
+    """The rows as Markdown tables, one for each cut, best first and failures last."""
     setup, versions = settings["setup"], settings["versions"]
     machines = list(dict.fromkeys(map(_machine, lines)))
     head = [
@@ -255,13 +258,13 @@ def markdown(lines: list[dict], settings: dict) -> str:
         "",
         _machines_in_words(machines),
         "",
-        "Seconds are those of making the model: scoring, cutting, repairing, without loading and "
-        "measuring. Memory is the peak resident size of that process until then, the dense "
-        "weights, Python and its libraries included (the dense row has nothing else). Every "
-        "perplexity is of the saved weights, reloaded by stock transformers where it says yes."
+        "Seconds are the time of scoring, cutting and repairing, without loading and measuring. "
+        "Memory is the peak resident size of that process until then, including the dense "
+        "weights, Python and its libraries; the dense row shows these alone. Every perplexity is "
+        'of the saved weights, and "yes" says that stock transformers had reloaded them.'
         + (
-            " What was measured of the dense model was shared among rows, so the seconds of our "
-            "rows leave it out where an earlier row had measured it."
+            " Measurements of the dense model were shared among rows, so the seconds of our rows "
+            "leave them out where an earlier row had made them."
             if setup["share_measurements"]
             else ""
         ),
@@ -288,7 +291,7 @@ def markdown(lines: list[dict], settings: dict) -> str:
 
 
 def _grid(lines: list[dict]) -> list[str]:
-    """Times dense of each importance with each recovery, where more than one recovery is there."""
+    """A table of the ratio to dense by importance and recovery, if there are several recoveries."""
     known = {row.key: row.choices for row in rows()}
     ratios: dict[str, dict[str, str]] = {}
     for line in lines:
@@ -297,15 +300,17 @@ def _grid(lines: list[dict]) -> list[str]:
             continue
         name, _, _ = line["method"].removeprefix("ours: ").rpartition(", ")
         ratios.setdefault(name, {})[choices.recovery] = _times(ratio)
-    recoveries = [name for name in RECOVERIES if any(name in each for each in ratios.values())]
+    recoveries = [
+        name for name in RECOVERIES if any(name in by_recovery for by_recovery in ratios.values())
+    ]
     if len(recoveries) < 2:
         return []
     return [
         f"| ours, × dense | {' | '.join(recoveries)} |",
         f"| --- |{' ---: |' * len(recoveries)}",
         *(
-            f"| {name} | {' | '.join(each.get(recovery, '') for recovery in recoveries)} |"
-            for name, each in ratios.items()
+            f"| {name} | {' | '.join(by_recovery.get(recovery, '') for recovery in recoveries)} |"
+            for name, by_recovery in ratios.items()
         ),
         "",
     ]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import streamlit as st
 
+from transact_core.base.cache import CACHE_LIMIT, cache_limit_bytes
 from transact_core.base.errors import TransActError
 from transact_core.base.files import cache_folder
 
@@ -24,7 +25,7 @@ PREFIX = "TRANSACT_"
 READ, WRITE = "TRANSACT_READ_FOLDERS", "TRANSACT_WRITE_FOLDERS"
 UPLOADS_MB = "TRANSACT_UPLOADS_MB"
 TOKEN, USER_HEADER, USERS = "TRANSACT_ACCESS_TOKEN", "TRANSACT_USER_HEADER", "TRANSACT_USERS"
-NAMES = (READ, WRITE, UPLOADS_MB, TOKEN, USER_HEADER, USERS, "TRANSACT_CACHE")
+NAMES = (READ, WRITE, UPLOADS_MB, TOKEN, USER_HEADER, USERS, "TRANSACT_CACHE", CACHE_LIMIT)
 UPLOADS_MB_USUAL = 1024
 SHORTEST_TOKEN = 16
 """Characters of an access token; so many cannot be guessed through the form."""
@@ -95,6 +96,7 @@ def read_settings(
             known = [known_name.removeprefix(PREFIX) for known_name in NAMES]
             if near := get_close_matches(suffix, known, n=1, cutoff=0.7):
                 raise TransActError(f"There is no setting {name}; {PREFIX}{near[0]} is meant.")
+    cache_limit_bytes(environment)
     token = environment.get(TOKEN)
     if token is not None and len(token) < SHORTEST_TOKEN:
         raise TransActError(

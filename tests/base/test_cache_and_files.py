@@ -74,7 +74,7 @@ def test_nothing_is_left_when_writing_fails(tmp_path, error):
         RuntimeError("I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_a_full_disk_is_said_in_words(tmp_path, error):
+def test_a_full_disk_is_reported_in_words(tmp_path, error):
     with (
         pytest.raises(TransActError, match="the disk is full; nothing was left behind"),
         staged_folder(tmp_path / "final"),

@@ -81,7 +81,7 @@ def columns_kept(dense, pruned):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_cut_that_was_not_made_is_told(nine_heads, tokenizer, windows):
+def test_a_cut_that_was_not_made_is_reported(nine_heads, tokenizer, windows):
     needs("Torch-Pruning")
     with pytest.raises(BaselineFailed, match="widths"):
         run("Torch-Pruning: magnitude", nine_heads, tokenizer, windows, Cut("heads", 2 / 3, 0))

@@ -3,23 +3,23 @@ import json
 from benchmarks import prediction
 
 
-def test_points_are_measured_once_and_set_against_what_was_said(checkpoint, tmp_path, capsys):
+def test_points_are_measured_once_and_compared_with_predictions(checkpoint, tmp_path, capsys):
     output = tmp_path / "points.jsonl"
     arguments = (
         f"--model {checkpoint} --recovery none --calibration-tokens 512 --evaluation-tokens 256 "
         f"--sequence-length 32 --first 3 --check 4 --limit 30 --output {output}"
     ).split()
     assert prediction.main(arguments) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     places = [(row["mha_width"], row["mlp_width"]) for row in rows]
     assert len(set(places)) == len(places) == 7
     for mha_width, mlp_width in places:
-        assert f"| {mha_width} | {mlp_width} |" in said
+        assert f"| {mha_width} | {mlp_width} |" in printed
     before = output.read_bytes()
     assert prediction.main(arguments) == 0
     assert output.read_bytes() == before
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == printed
 
 
 def test_other_settings_are_other_points(checkpoint, tmp_path, capsys):

@@ -15,7 +15,15 @@ from transact_core.experiments.prediction import (
     with_known_damage,
 )
 from transact_core.planning.damage import HEAD_CUTS
-from transact_core.planning.law import FAR, NOISE, OWN, PRIOR, SHARED, Fit, law
+from transact_core.planning.law import (
+    FAR_SD,
+    OWN_SD,
+    PRIOR_MEAN,
+    SHARED_SD,
+    UNSHARED_NOISE,
+    Fit,
+    law,
+)
 
 CHOICES = Choices(recovery="none")
 errors = st.floats(0, 1.5)
@@ -37,7 +45,7 @@ def fit_of(rows, group="here"):
 
 @given(st.lists(st.floats(-0.8, 0.8), min_size=5, max_size=5), errors, errors)
 def test_the_law_is_its_formula_and_its_slopes_are_its_own(away, m, p):
-    parameters = PRIOR + np.array(away)
+    parameters = PRIOR_MEAN + np.array(away)
     value, slopes = law(parameters, np.array([m]), np.array([p]))
     expected = plain_law(parameters, m, p)
     assert math.exp(value[0]) == pytest.approx(expected, rel=1e-6, abs=1e-150)
@@ -71,7 +79,7 @@ def test_the_fitted_law_rises_with_both_errors_whatever_was_measured(rows, m, p,
 def synthetic(seed, count):
     """A law drawn from the prior, and noisy measurements of it within twice the dense perplexity."""
     draw = np.random.default_rng(seed)
-    parameters = PRIOR + draw.normal(size=5) * np.hypot(SHARED, OWN)
+    parameters = PRIOR_MEAN + draw.normal(size=5) * np.hypot(SHARED_SD, OWN_SD)
     rows = []
     while len(rows) < count:
         m, p = draw.uniform(0, 0.3), draw.uniform(0, 0.3)
@@ -84,7 +92,7 @@ def synthetic(seed, count):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_it_recovers_a_law_it_was_not_told(seed):
+def test_it_recovers_the_law_that_made_the_points(seed):
     _, rows = synthetic(seed, 45)
     m, p, delta, _ = np.array(rows[40:]).T
     _, few, _ = fit_of(rows[:1]).predict("here", m, p)
@@ -192,18 +200,19 @@ def test_asked_for_widths_are_the_ones_answered(gqa_bench, measured):
     assert grid[24, 31].mid == pytest.approx(whole[24, 31].mid)
 
 
-def test_the_score_is_of_what_was_said_before(gqa_bench, measured):
+def test_the_score_compares_with_predictions_from_earlier_points(gqa_bench, measured):
     assert keep_score(gqa_bench, measured) == []
     gqa_bench.damage(CHOICES)
     scored = keep_score(gqa_bench, measured)
-    assert [each.point for each in scored] == measured
-    for number, each in enumerate(scored):
-        place = (each.point.mha_width, each.point.mlp_width)
-        said = predict_grid(gqa_bench, CHOICES, measured[:number], [place[0]], [place[1]])[place]
-        assert each.said.mid == pytest.approx(said.mid)
-        assert each.measured == pytest.approx(math.exp(each.point.delta_nll))
-        assert each.relative_error == pytest.approx(each.said.mid / each.measured - 1)
-        assert each.inside == (each.said.low <= each.measured <= each.said.high)
+    assert [score.point for score in scored] == measured
+    for index, score in enumerate(scored):
+        place = (score.point.mha_width, score.point.mlp_width)
+        before = measured[:index]
+        grid = predict_grid(gqa_bench, CHOICES, before, [place[0]], [place[1]])
+        assert score.predicted.mid == pytest.approx(grid[place].mid)
+        assert score.measured == pytest.approx(math.exp(score.point.delta_nll))
+        assert score.relative_error == pytest.approx(score.predicted.mid / score.measured - 1)
+        assert score.inside == (score.predicted.low <= score.measured <= score.predicted.high)
 
 
 def test_points_whose_damage_is_not_known_are_left_out(gqa_bench, measured):
@@ -250,7 +259,7 @@ def test_the_covariance_tells_what_measuring_a_place_would_take_off():
     for place in range(12):
         noise = 0.02 * math.sqrt(mid[place] / 0.3)
         seen = fit_of([first, (m[place], p[place], mid[place], noise)]).covariance("here", m, p)
-        variance = (NOISE * noise / mid[place]) ** 2 + (FAR * mid[place] ** 2) ** 2
+        variance = (UNSHARED_NOISE * noise / mid[place]) ** 2 + (FAR_SD * mid[place] ** 2) ** 2
         taken_off = before[:, place] ** 2 / (before[place, place] + variance)
         assert seen.diagonal() == pytest.approx(before.diagonal() - taken_off, rel=0.1, abs=3e-3)
 

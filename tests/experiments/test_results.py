@@ -5,12 +5,16 @@ import multiprocessing
 import os
 import sqlite3
 import threading
+import time
+from contextlib import closing
 from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from tests.conftest import KINDS, bench_of, make_model, windows_for
+from transact_core.base import cache
+from transact_core.base.cache import UNUSED_SECONDS
 from transact_core.experiments import results
 from transact_core.experiments.bench import Bench, Choices, Measurement, compress
 from transact_core.forward.perplexity import Evaluation
@@ -168,7 +172,7 @@ def test_a_record_with_a_flipped_bit_is_measured_again(store, gqa_bench):
     assert same(replace(measure(gqa_bench), seconds=point.seconds), point)
 
 
-def test_a_file_of_another_version_is_left_alone(store, gqa_bench):
+def test_a_file_of_a_newer_version_is_left_alone(store, gqa_bench):
     measure(gqa_bench)
     with sqlite3.connect(store) as database:
         database.execute("PRAGMA user_version = 99")
@@ -177,7 +181,78 @@ def test_a_file_of_another_version_is_left_alone(store, gqa_bench):
     point = measure(gqa_bench)
     assert results.find(gqa_bench, point.decision, point.recovery) is None
     assert store.read_bytes() == before
-    assert "another version" in results.notices[0]
+    assert "newer version" in results.notices[0]
+
+
+SCHEMA_1 = (
+    "CREATE TABLE {} (key TEXT PRIMARY KEY, record TEXT, nll BLOB, sha256 TEXT) WITHOUT ROWID"
+)
+
+
+def test_a_file_of_schema_1_is_begun_anew(store, gqa_bench):
+    store.parent.mkdir()
+    with closing(sqlite3.connect(store, isolation_level=None)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        for table in ("points", "decisions"):
+            database.execute(SCHEMA_1.format(table))
+            database.execute(f"INSERT INTO {table} VALUES ('old', '{{}}', x'00', 'sha')")
+        database.execute("PRAGMA user_version = 1")
+    point = measure(gqa_bench)
+    assert same(
+        results.measured(gqa_bench, point.decision, point.recovery, compress=forbidden), point
+    )
+    assert rows(store) == 1
+    assert results.notices == []
+
+
+def rows(store, table: str = "points") -> int:
+    with closing(sqlite3.connect(store)) as database:
+        return database.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+
+
+def age(store, key: str, seconds: float) -> None:
+    """Makes a record's last use so many seconds ago."""
+    with closing(sqlite3.connect(store)) as database, database:
+        database.execute(
+            "UPDATE points SET used = ? WHERE key = ?", (int(time.time() - seconds), key)
+        )
+
+
+def test_points_that_nobody_read_for_long_are_removed(store):
+    for number in range(3):
+        results._write("points", f"point-{number}", {"number": number})
+    for number in range(3):
+        age(store, f"point-{number}", UNUSED_SECONDS + 100)
+    assert kept("point", 1)  # Reading is a use.
+    results._write("points", "point-3", {"number": 3})
+    assert [kept("point", number) for number in range(4)] == [False, True, False, True]
+
+
+def test_the_least_recently_read_points_are_removed_above_the_limit(store, monkeypatch):
+    monkeypatch.setenv("TRANSACT_CACHE_GB", "0.01")
+    for number in range(100):
+        results._write("points", f"point-{number}", {"number": number}, bytes(50_000))
+        age(store, f"point-{number}", 1000 - number)
+    found = [kept("point", number) for number in range(100)]
+    assert 5 < sum(found) < 25
+    assert found == sorted(found)
+    assert store.stat().st_size < 1.2e6
+
+
+def test_a_limit_smaller_than_a_point_keeps_none_and_ends(store, monkeypatch):
+    monkeypatch.setenv("TRANSACT_CACHE_GB", "0.000001")
+    results._write("points", "point-0", {"number": 0})
+    assert not kept("point", 0)
+    assert rows(store) == 0
+
+
+def test_another_engine_version_is_another_point(store, gqa_bench, monkeypatch):
+    point = measure(gqa_bench)
+    monkeypatch.setattr(cache, "ENGINE_VERSION", cache.ENGINE_VERSION + 1)
+    assert results.find(gqa_bench, point.decision, point.recovery) is None
+    monkeypatch.setattr(cache, "ENGINE_VERSION", cache.ENGINE_VERSION - 1)
+    monkeypatch.setattr("transact_core.__version__", "99.0")
+    assert results.find(gqa_bench, point.decision, point.recovery) is not None
 
 
 def test_a_file_that_cannot_be_written_is_done_without(store, gqa_bench):
@@ -215,34 +290,34 @@ def test_threads_that_keep_and_find_at_once(store, gqa_bench):
     ]
 
     def work(mine):
-        for each in mine:
-            results.keep(gqa_bench, each)
-            assert same(results.find(gqa_bench, each.decision, each.recovery), each)
+        for point in mine:
+            results.keep(gqa_bench, point)
+            assert same(results.find(gqa_bench, point.decision, point.recovery), point)
 
     threads = [threading.Thread(target=work, args=(made[start::6],)) for start in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for each in made:
-        assert same(results.find(gqa_bench, each.decision, each.recovery), each)
+    for point in made:
+        assert same(results.find(gqa_bench, point.decision, point.recovery), point)
 
 
-def write_many(name: str, count: int, start, told) -> None:
+def write_many(name: str, count: int, start, sender) -> None:
     start.wait(30)
     for number in range(count):
         results._write("points", f"{name}-{number}", {"number": number}, bytes(20_000))
-        told.send(number)
+        sender.send(number)
 
 
 def start_writer(name: str, count: int, start):
-    """A process of its own that keeps records, and the end of a pipe where it tells of each."""
+    """A process that keeps records, and the end of a pipe that gets the number of each."""
     forking = multiprocessing.get_context("fork")
-    heard, told = forking.Pipe(duplex=False)
-    writer = forking.Process(target=write_many, args=(name, count, start, told))
+    receiver, sender = forking.Pipe(duplex=False)
+    writer = forking.Process(target=write_many, args=(name, count, start, sender))
     writer.start()
-    told.close()
-    return writer, heard
+    sender.close()
+    return writer, receiver
 
 
 def kept(name: str, number: int) -> bool:
@@ -276,11 +351,11 @@ def test_what_was_kept_survives_a_kill(store):
     start = multiprocessing.get_context("fork").Event()
     start.set()
     for attempt in range(8):
-        writer, heard = start_writer(f"killed-{attempt}", 100_000, start)
-        told = [heard.recv() for _ in range(3 * attempt + 1)]
+        writer, receiver = start_writer(f"killed-{attempt}", 100_000, start)
+        written = [receiver.recv() for _ in range(3 * attempt + 1)]
         writer.kill()
         writer.join(10)
-        assert all(kept(f"killed-{attempt}", number) for number in told)
+        assert all(kept(f"killed-{attempt}", number) for number in written)
     assert results.notices == []
     results._write("points", "after-0", {"number": 0})
     assert kept("after", 0)

@@ -1,62 +1,189 @@
-"""Measured tensors kept on disk between runs, keyed by all that determined them."""
+"""Measured tensors kept on disk between runs, keyed by all that determined them.
+
+The cache folder holds three kinds of entries: measured tensors (`measured/*.safetensors`), models
+converted from GGUF (`models/*/`) and the SQLite file of measured points, which
+`experiments.results` writes. `evict` bounds their age and their size. Uploads have a limit of their
+own.
+
+Why not the `diskcache` package: it reads its entries with pickle by default, which lets whoever can
+write to the folder run code (CVE-2025-69872, unfixed in its last release 5.6.3 of August 2023).
+Entries here are safetensors files and JSON, both checked by SHA-256, and nothing is unpickled.
+"""
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from transact_core import __version__
-from transact_core.base.files import cache_folder, staged_file
+from transact_core.base.errors import TransActError
+from transact_core.base.files import cache_folder, remove_whole, staged_file
+
+ENGINE_VERSION = 1
+"""Version of the numbers that the library computes; part of the key of every kept result.
+
+The rule: raise it by one with every change after which a kept result (scores, plans, repaired
+weights, losses, damage curves, models and tokenizers converted from GGUF) differs by more than
+rounding, and leave it alone otherwise. The package's own version plays no part.
+`tests/trust/test_engine_version.py` holds the library to this: it repeats a small computation that
+was recorded together with this version.
+"""
+
+CACHE_LIMIT = "TRANSACT_CACHE_GB"
+"""Environment variable: the most that the cache folder may hold, in gigabytes (10^9 bytes)."""
+DEFAULT_CACHE_GB = 20.0
+"""Room for a converted 7B model in float16 (14 GB) and thousands of measurements."""
+UNUSED_SECONDS = 90 * 24 * 3600
+"""Entries that nobody read for this long are removed, whatever the size of the cache."""
+MODEL_IN_USE_SECONDS = 3600
+"""A model read within this time is kept even above the limit: another process may still be loading
+its files one by one. A measured file needs no such time, as it is opened once."""
 
 Tensors = dict[str, torch.Tensor]
 
 
 def remembered(key: dict[str, object], compute: Callable[[], Tensors]) -> Tensors:
-    """What `compute` gave the first time it was asked for under this key.
+    """The kept result under this key, or else the result of `compute`, which is then kept.
 
-    `key` is as `digest` takes it. Keeping is a convenience: where the cache cannot be written, the
-    result is computed each time.
+    `key` is as `digest` takes it. A damaged file is computed anew. Where the cache folder cannot be
+    written, the result is computed each time.
+
+    Raises:
+        TransActError: `TRANSACT_CACHE_GB` is not a number; said before anything is computed.
     """
-    path = cache_folder() / "measured" / f"{digest(key)}.safetensors"
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError):
+    limit = cache_limit_bytes()
+    name = digest(key)
+    path = cache_folder() / "measured" / f"{name}.safetensors"
+    tensors = _read(path, name)
+    if tensors is None:
         tensors = compute()
-    _keep(path, tensors)
+        _keep(path, name, tensors)
+        evict(limit)
+    else:
+        mark_used(path)
     return tensors
 
 
 def digest(key: dict[str, object]) -> str:
-    """SHA-256 of what determined a result.
+    """SHA-256 of everything that determined a result, as hexadecimal digits.
 
-    `key` must be JSON and name everything the result depends on; the versions of torch,
-    transformers and this package, the number of threads and the processor's instruction set are
-    added here.
+    `key` must be JSON and name everything that the result depends on, apart from what is added
+    here: `ENGINE_VERSION`, the versions of torch and transformers, the number of threads and the
+    processor's instruction set.
     """
     determined_by = key | {
+        "engine": ENGINE_VERSION,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "transact_core": __version__,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
     return hashlib.sha256(json.dumps(determined_by, sort_keys=True).encode()).hexdigest()
 
 
-def _keep(path: Path, tensors: Tensors) -> None:
+def sha256_of_tokens(ids: torch.Tensor) -> str:
+    """SHA-256 of token ids and of how they are cut into windows."""
+    shape = str(tuple(ids.shape)).encode()
+    return hashlib.sha256(shape + ids.cpu().long().contiguous().numpy().tobytes()).hexdigest()
+
+
+def _read(path: Path, name: str) -> Tensors | None:
+    """The tensors of a kept file, or None where there is no such file or it is damaged."""
+    with suppress(OSError, SafetensorError, ValueError, RuntimeError):
+        with safe_open(path, "pt") as file:
+            expected = (file.metadata() or {}).get("sha256")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if expected == _sha256(name, tensors):
+            return tensors
+    return None
+
+
+def _keep(path: Path, name: str, tensors: Tensors) -> None:
     with suppress(OSError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with staged_file(path) as staging:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging)
+            save_file(
+                {key: tensor.contiguous() for key, tensor in tensors.items()},
+                staging,
+                metadata={"sha256": _sha256(name, tensors)},
+            )
 
 
-def sha256_of_tokens(ids: torch.Tensor) -> str:
-    """Fingerprint of token ids and of how they are cut into windows."""
-    shape = str(tuple(ids.shape)).encode()
-    return hashlib.sha256(shape + ids.cpu().long().contiguous().numpy().tobytes()).hexdigest()
+def _sha256(name: str, tensors: Tensors) -> str:
+    """SHA-256 of an entry's name and of its tensors, in the order of their names."""
+    checksum = hashlib.sha256(name.encode())
+    for key, tensor in sorted(tensors.items()):
+        checksum.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        checksum.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return checksum.hexdigest()
+
+
+# --- the limit -------------------------------------------------------------------------------
+
+
+def cache_limit_bytes(environment: Mapping[str, str] = os.environ) -> int:
+    """The most that the cache folder may hold, from `TRANSACT_CACHE_GB`.
+
+    Raises:
+        TransActError: the variable is set and is not a positive decimal number.
+    """
+    value = environment.get(CACHE_LIMIT, str(DEFAULT_CACHE_GB))
+    # float() would also take "inf", "1e3" and underscores.
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value, re.ASCII) or not float(value):
+        raise TransActError(
+            f"{CACHE_LIMIT} is {value!r}; set it to a positive number of gigabytes, such as 20 "
+            "or 0.5."
+        )
+    return round(float(value) * 10**9)
+
+
+def mark_used(path: Path) -> None:
+    """Notes that an entry was read now; the last use decides what `evict` removes first."""
+    with suppress(OSError):
+        os.utime(path)
+
+
+def evict(limit: int | None = None) -> None:
+    """Removes entries unused for `UNUSED_SECONDS`, then the least recently used above the limit.
+
+    `limit` is in bytes, by default that of the environment. Any number of processes may do this at
+    the same time, while others read: a file that is open stays readable until it is closed, and
+    whoever finds an entry gone computes it again.
+
+    Raises:
+        TransActError: `TRANSACT_CACHE_GB` is not a number.
+    """
+    limit = cache_limit_bytes() if limit is None else limit
+    now = time.time()
+    entries = sorted(_entries(), key=lambda entry: entry[1])
+    total = sum(size for _, _, size in entries)
+    for path, last_used, size in entries:
+        unused = now - last_used
+        is_recent_model = path.is_dir() and unused < MODEL_IN_USE_SECONDS
+        if unused > UNUSED_SECONDS or (total > limit and not is_recent_model):
+            remove_whole(path)
+            total -= size
+
+
+def _entries() -> Iterator[tuple[Path, float, int]]:
+    """What may be removed: each path with its last use (Unix time) and its size in bytes.
+
+    The file of points in use is not among them: it removes single points itself.
+    """
+    folder = cache_folder()
+    patterns = ("measured/*.safetensors", "models/*", "results.sqlite.damaged-*")
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
+        # Hidden names are being written. Another process may remove an entry at any moment.
+        if path.name.startswith("."):
+            continue
+        with suppress(OSError):
+            files = [path, *path.rglob("*")] if path.is_dir() else [path]
+            yield path, path.stat().st_mtime, sum(file.lstat().st_size for file in files)

@@ -1,10 +1,10 @@
-"""Errors that are the user's to read, and how long work reports on itself and is called off."""
+"""Errors that the user reads, and how long-running work reports progress and is cancelled."""
 
 from collections.abc import Callable
 
 
 class TransActError(Exception):
-    """What was wrong and what to do about it, in one sentence fit to be shown as it is."""
+    """An error of the user's: one sentence that says what is wrong and what to do about it."""
 
 
 class Cancelled(Exception):
@@ -12,7 +12,7 @@ class Cancelled(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What a library says of an error, short enough for a sentence of ours; without a full stop."""
+    """The first line of a library's error without its full stop, to be quoted in a sentence."""
     lines = str(error).strip().splitlines()
     if isinstance(error, KeyError):
         return f"{error} is missing or not known"
@@ -20,13 +20,14 @@ def first_line(error: Exception) -> str:
 
 
 Progress = Callable[[str, int, int], None]
-"""Called as ``progress(stage, done, total)``; may raise :class:`Cancelled`."""
+"""Called as `progress(stage, done, total)`, where `stage` is a phrase for the user; may raise
+`Cancelled`."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """A progress callback that does nothing."""
 
 
 INTERRUPTIONS = (KeyboardInterrupt, SystemExit, GeneratorExit, Cancelled)
-"""What passes through where everything else is caught: a library written in Rust panics with an
-exception that is no `Exception`."""
+"""Exceptions that end work on purpose. Code that calls libraries written in Rust lets these pass
+and catches every other `BaseException`: a panic there raises one that is no `Exception`."""

@@ -1,8 +1,9 @@
-"""Fingerprints of files, the cache's place, and what appears on disk whole or not at all.
+"""Checksums of files, the cache folder, and files and folders that appear whole or not at all.
 
-Writing goes on beside the final name, under a hidden name with a suffix of our own, and ends with a
-rename. Whoever writes holds a lock on that hidden name. A process that was killed holds none, so
-the next one that writes into the same folder knows its leftovers and removes them.
+An output is written beside its final name, under a hidden name with our own suffix, and renamed
+when it is complete. The writer holds a lock on the hidden name. A process that was killed holds no
+lock, so the next process that writes into the same folder recognises its leftovers and removes
+them.
 """
 
 import errno
@@ -18,27 +19,29 @@ from transact_core.base.errors import TransActError
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where leftovers stay: hidden, and never taken for results
+except ImportError:  # Windows: leftovers stay there, hidden and never taken for results.
     fcntl = None
 
 STAGING_SUFFIX = ".transact-partial"
+"""Suffix of the hidden names of unfinished files and folders."""
 MAX_NAME_BYTES = 255
+"""Longest file name that common file systems take, in bytes."""
 MAX_TEXT_BYTES = 200_000_000
-"""Of files that are read in one piece; the largest tokenizers take some tens of megabytes."""
+"""Largest file that is read in one piece, in bytes; the largest tokenizers take some 10^7."""
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `$TRANSACT_CACHE`, or `transact` in the user's cache."""
+    """The folder of kept results: `$TRANSACT_CACHE`, or `transact` in the user's cache folder."""
     if own := os.environ.get("TRANSACT_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transact"
 
 
 def read_text(path: Path) -> str:
-    """A file's text, where it is an ordinary file of ordinary size.
+    """The text of a regular UTF-8 file of at most `MAX_TEXT_BYTES`.
 
     Raises:
-        OSError: it is not, or cannot be read.
+        OSError: it is no regular file, is larger, or cannot be read.
         UnicodeDecodeError: it is not UTF-8.
     """
     if not path.is_file():
@@ -51,18 +54,23 @@ def read_text(path: Path) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's contents, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_text(text: str) -> str:
+    """SHA-256 of a text in UTF-8, in hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def require_free_output(folder: Path) -> None:
-    """Refuses an output folder that holds something or cannot be made.
+    """Refuses an output folder that is not empty or cannot be written.
 
-    Called before any computing, so that an hour's work is not lost to a wrong path.
+    Called before anything is computed, so that no work is lost to a wrong path.
+
+    Raises:
+        TransActError: the folder is not empty, is a file, or cannot be written.
     """
     try:
         final = folder.resolve()
@@ -72,8 +80,8 @@ def require_free_output(folder: Path) -> None:
             raise TransActError(
                 f"The output folder {folder} is not empty; name a new or empty one."
             )
-        # The way there is made and removed again: rights, quotas and odd file systems are known
-        # only by trying.
+        # The folders are made and removed again: only an attempt shows whether rights, quotas and
+        # the file system allow it.
         made = [path for path in (final, *final.parents) if not path.exists()]
         try:
             final.mkdir(parents=True, exist_ok=True)
@@ -90,7 +98,7 @@ def require_free_output(folder: Path) -> None:
 
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
-    """A folder beside `final` to write into, renamed to `final` only when all went well.
+    """A folder beside `final` to write into; it is renamed to `final` if no error occurred.
 
     Raises:
         TransActError: the disk filled up or cannot be written; nothing is left behind.
@@ -112,7 +120,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
                     "nothing was added."
                 )
             if os.name != "posix" and final.is_dir():
-                final.rmdir()  # elsewhere a rename takes the place of an empty folder
+                final.rmdir()  # On POSIX systems the rename replaces an empty folder.
             staging.rename(final)
             _flush(final.parent)
     except BaseException as error:
@@ -128,7 +136,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(final: Path) -> Iterator[Path]:
-    """An empty file beside `final` to write into, put in its place only when all went well.
+    """An empty file beside `final` to write into; it replaces `final` if no error occurred.
 
     Raises:
         OSError: the disk filled up or cannot be written; nothing is left behind.
@@ -150,10 +158,10 @@ def _empty_file(**where: object) -> Path:
 
 @contextmanager
 def _staged(final: Path, make: Callable[..., Path]) -> Iterator[Path]:
-    """A locked hidden path beside `final`, gone at the end if it was not renamed."""
+    """A locked hidden path beside `final`; removed at the end if it was not renamed."""
     remove_leftovers(final.parent)
-    room = MAX_NAME_BYTES - len(f"..12345678{STAGING_SUFFIX}")
-    prefix = "." + final.name.encode()[:room].decode(errors="ignore") + "."
+    free_bytes = MAX_NAME_BYTES - len(f"..12345678{STAGING_SUFFIX}")
+    prefix = "." + final.name.encode()[:free_bytes].decode(errors="ignore") + "."
     lock = None
     while lock is None:
         staging = make(prefix=prefix, suffix=STAGING_SUFFIX, dir=final.parent)
@@ -166,7 +174,7 @@ def _staged(final: Path, make: Callable[..., Path]) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes left half-written in a folder; living ones keep theirs."""
+    """Removes unfinished files that killed processes left in a folder; running ones keep theirs."""
     if fcntl is None:
         return
     with suppress(OSError):
@@ -178,7 +186,10 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _lock(path: Path, wait: bool) -> int | None:
-    """Locks a path against removal by others; None where it is another's, or gone."""
+    """Locks a path against removal by other processes.
+
+    Gives the handle that holds the lock, or None if another process holds it or the path is gone.
+    """
     if fcntl is None:
         return os.open(os.devnull, os.O_RDONLY)
     try:
@@ -189,7 +200,7 @@ def _lock(path: Path, wait: bool) -> int | None:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         locked = True
     except OSError:
-        # Some network file systems know no locks: nothing is removed there by anyone.
+        # Some network file systems have no locks: there no process removes leftovers.
         locked = wait
     with suppress(OSError):
         if locked and os.path.samestat(os.fstat(handle), os.stat(path)):
@@ -198,8 +209,20 @@ def _lock(path: Path, wait: bool) -> int | None:
     return None
 
 
+def remove_whole(path: Path) -> None:
+    """Removes a file or a folder, which others see whole or not at all; what fails is left there.
+
+    A folder gets a hidden name first. If this process is killed, the next one that writes beside it
+    takes it for a leftover and removes it.
+    """
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            path = path.rename(path.with_name(f".{path.name}.{os.getpid()}{STAGING_SUFFIX}"))
+        _remove(path)
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):
@@ -207,7 +230,7 @@ def _remove(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Has the disk hold what was written, so that a rename never outlives its contents."""
+    """Writes a path's contents to the disk, so that no rename is stored before them."""
     if path.is_dir() and os.name != "posix":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -218,11 +241,11 @@ def _flush(path: Path) -> None:
 
 
 def disk_trouble(error: BaseException) -> str | None:
-    """What kept a file from being written, or None where the error is of another kind.
+    """The reason why a file could not be written, as a clause, or None for other errors.
 
-    safetensors reports a failed write as its own error, with the system's words in its message.
+    safetensors raises its own error for a failed write, with the system's message in it.
     """
-    words = {
+    reasons = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",
         errno.EROFS: "the file system is read-only",
@@ -233,15 +256,19 @@ def disk_trouble(error: BaseException) -> str | None:
         errno.ENOTDIR: "a part of its path is a file",
         errno.ENOENT: "its folder cannot be made",
     }
-    for number, sentence in words.items():
-        same_number = isinstance(error, OSError) and error.errno == number
-        if same_number or f"(os error {number})" in str(error):
-            return sentence
+    for code, reason in reasons.items():
+        same_code = isinstance(error, OSError) and error.errno == code
+        if same_code or f"(os error {code})" in str(error):
+            return reason
     return None
 
 
 def require_disk_space(folder: Path, needed_bytes: int) -> None:
-    """Refuses a write that the disk under `folder` has no room for."""
+    """Refuses a write of `needed_bytes` for which the disk of `folder` has no room.
+
+    Raises:
+        TransActError: the disk has less free space.
+    """
     ancestor = folder.absolute()
     while not ancestor.exists():
         ancestor = ancestor.parent

@@ -1,16 +1,16 @@
-"""Predicted perplexity at every position of the two sliders, with an interval, and its score.
+"""Predicted perplexity at every position of the two sliders, with an interval, and its accuracy.
 
-    bench.damage(choices, progress)              # once for an importance; over a second, so a job
+    bench.damage(choices, progress)              # once for each importance; seconds, so in a job
     points = [Point.of(measurement, choices), ...]
     predict_grid(bench, choices, points)         # {(mha width, mlp width): Ratio(low, mid, high)}
-    next_points(bench, choices, points, count=5) # where to measure next, the most telling first
-    keep_score(bench, points)                    # what was said of each point before it came
+    next_points(bench, choices, points, count=5) # where to measure next, most informative first
+    keep_score(bench, points)                    # each point beside its earlier prediction
 
-`predict_grid` takes milliseconds once `bench.damage_known(choices)`. A `Ratio` is of perplexity
-over the dense model's on the bench's evaluation text; the interval is meant to hold what would be
-*measured* there nine times in ten. What another text would give, it does not say.
+`predict_grid` takes milliseconds once `bench.damage_known(choices)`. A `Ratio` is perplexity on the
+bench's evaluation text divided by the dense model's there. The interval should contain 90 % of the
+values that would be *measured* on that text; it says nothing about other texts.
 
-The law itself, from damage to loss, is `planning.law`.
+The law that maps damage to loss is `planning.law`.
 """
 
 import math
@@ -21,21 +21,23 @@ import numpy as np
 
 from transact_core.experiments.bench import Bench, Choices, Measurement
 from transact_core.planning.damage import Damage
-from transact_core.planning.law import MOST, Fit, Ratio, _far
+from transact_core.planning.law import MAX_DELTA, Fit, Ratio, far_sd
 
-SIDE = 96
-"""Positions along each side of the largest grid."""
+GRID_SIDE = 96
+"""Most positions along each side of a grid; a grid of this size takes milliseconds to predict."""
 USEFUL = 2.0
-"""Perplexity over the dense model's up to which points are worth measuring."""
-FAIR_CHANCE = 0.2
-"""Of being useful, which a point must have to be named as the next."""
-CANDIDATES = 24
-"""Positions along each side among which the next points are chosen."""
+"""Ratio to the dense perplexity up to which points are worth measuring; beyond it a cut without
+training serves no purpose."""
+MIN_CHANCE = 0.2
+"""Least probability of a useful ratio at which a position is proposed for measuring."""
+CANDIDATE_SIDE = 24
+"""Positions along each side among which the next points are chosen. The covariance of all pairs of
+positions is held in memory: 576² numbers."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measured point: where it is, and what was measured."""
+    """A measured point: its choices, its widths in channels, and its loss."""
 
     choices: Choices
     mha_width: int
@@ -43,7 +45,7 @@ class Point:
     delta_nll: float
     """Mean per-token difference of NLL from the dense model, in nats."""
     delta_nll_se: float = math.nan
-    """Its standard error, NaN where it is not known."""
+    """Its standard error in nats, or NaN where it is not known."""
 
     @classmethod
     def of(cls, measurement: Measurement, choices: Choices) -> "Point":
@@ -59,21 +61,22 @@ class Point:
 
 @dataclass(frozen=True)
 class Scored:
-    """What was said of a point before it was measured, and how it came out."""
+    """The prediction for a point, made before it was measured, and the measurement."""
 
     point: Point
-    said: Ratio
+    predicted: Ratio
     measured: float
-    """Perplexity over the dense model's."""
+    """Perplexity divided by the dense model's."""
 
     @property
     def relative_error(self) -> float:
-        """Of the predicted perplexity, positive where it was too high."""
-        return self.said.mid / self.measured - 1
+        """Relative error of the predicted perplexity; positive where it was too high."""
+        return self.predicted.mid / self.measured - 1
 
     @property
     def inside(self) -> bool:
-        return self.said.low <= self.measured <= self.said.high
+        """Whether the measurement lies in the predicted interval."""
+        return self.predicted.low <= self.measured <= self.predicted.high
 
 
 def predict_grid(
@@ -83,26 +86,26 @@ def predict_grid(
     mha_widths: Sequence[int] | None = None,
     mlp_widths: Sequence[int] | None = None,
 ) -> dict[tuple[int, int], Ratio]:
-    """The ratio at every pair of these widths; by default all attention widths and 96 MLP widths.
+    """The ratio at every pair of these widths; by default up to 96 widths of each module.
 
-    Measures the damage where it is not known; widths that it does not cover are left out. `points`
-    may hold other choices of the same bench; those whose damage is not known are left out. `mid`
-    and `high` never fall where a width does; at the dense widths all three are 1.
+    Measures the damage if it is not known; widths that it does not cover are left out. `points` may
+    have other choices of the same bench; points whose damage is not known are left out. `mid` and
+    `high` never fall as a width shrinks; at the dense widths all three values are 1.
     """
     damage = bench.damage(choices)
     mha, mlp = (
         sorted(filter(curve.covers, widths), reverse=True)
         for curve, widths in (
-            (damage.mha, mha_widths or _mha_widths(bench, choices, SIDE)),
-            (damage.mlp, mlp_widths or _evenly(damage.mlp.widths.tolist(), SIDE)),
+            (damage.mha, mha_widths or _mha_widths(bench, choices, GRID_SIDE)),
+            (damage.mlp, mlp_widths or _evenly(damage.mlp.widths.tolist(), GRID_SIDE)),
         )
     )
     low, mid, high = fitted(bench, points).predict(
         _group(choices), damage.mha.at(mha)[:, None], damage.mlp.at(mlp)[None]
     )
-    # Of neighbours the smooth departure may leave the narrower one a little lower.
-    mid, high = (_rising(_rising(each, 0), 1) for each in (mid, high))
-    low, mid, high = (np.exp(np.minimum(each, MOST)).tolist() for each in (low, mid, high))
+    # The smooth deviation from the law may leave the narrower of two neighbours a little lower.
+    mid, high = (_rising(_rising(values, 0), 1) for values in (mid, high))
+    low, mid, high = (np.exp(np.minimum(values, MAX_DELTA)).tolist() for values in (low, mid, high))
     return {
         (mha_width, mlp_width): Ratio(low[row][column], mid[row][column], high[row][column])
         for row, mha_width in enumerate(mha)
@@ -111,25 +114,25 @@ def predict_grid(
 
 
 def keep_score(bench: Bench, points: Sequence[Point]) -> list[Scored]:
-    """What the predictor, fitted on the points before each, said of it; in the order measured.
+    """Each point beside its prediction from the points before it, in the order measured.
 
     Points whose damage is not known are left out.
     """
     known = with_known_damage(bench, points)
     scored = []
-    for number, (point, damage) in enumerate(known):
-        said = _fit(known[:number]).predict(
+    for index, (point, damage) in enumerate(known):
+        predicted = _fit(known[:index]).predict(
             _group(point.choices),
             damage.mha.at([point.mha_width]),
             damage.mlp.at([point.mlp_width]),
         )
-        ratio = Ratio(*(math.exp(min(each.item(), MOST)) for each in said))
-        scored.append(Scored(point, ratio, math.exp(min(point.delta_nll, MOST))))
+        ratio = Ratio(*(math.exp(min(delta.item(), MAX_DELTA)) for delta in predicted))
+        scored.append(Scored(point, ratio, math.exp(min(point.delta_nll, MAX_DELTA))))
     return scored
 
 
 def with_known_damage(bench: Bench, points: Iterable[Point]) -> list[tuple[Point, Damage]]:
-    """The points that can be learnt from without measuring what layers lose at their widths."""
+    """The points whose damage is known at their widths, each with it; nothing is measured."""
     points = list(points)
     damages = {
         choices: bench.damage(choices)
@@ -152,17 +155,16 @@ def next_points(
     count: int = 1,
     limit: float = USEFUL,
 ) -> list[tuple[int, int]]:
-    """Where measuring would tell most: (mha width, mlp width), the most telling first.
+    """Positions (mha width, mlp width) to measure next, the most informative first.
 
-    One after the other, the position whose measurement takes most off the variance of Δ summed over
-    all positions, each counted as far as it is likely to cost at most `limit` times the dense
-    perplexity. Only such are named as have a fair chance of that: fewer than `count` where there
-    are no more of them.
+    Greedy: each is the position whose measurement lowers the variance of Δ most, summed over all
+    positions and weighted by the probability that their ratio is at most `limit`. Positions where
+    that probability is below `MIN_CHANCE` are not proposed, so there may be fewer than `count`.
     """
     damage, points = bench.damage(choices), list(points)
-    mha = _mha_widths(bench, choices, CANDIDATES)
-    mlp = _evenly(damage.mlp.widths.tolist(), CANDIDATES)
-    m, p = (each.ravel() for each in np.meshgrid(damage.mha.at(mha), damage.mlp.at(mlp)))
+    mha = _mha_widths(bench, choices, CANDIDATE_SIDE)
+    mlp = _evenly(damage.mlp.widths.tolist(), CANDIDATE_SIDE)
+    m, p = (grid.ravel() for grid in np.meshgrid(damage.mha.at(mha), damage.mlp.at(mlp)))
     places = [(mha_width, mlp_width) for mlp_width in mlp for mha_width in mha]
     fit, group = fitted(bench, points), _group(choices)
     cut = (m > 0) | (p > 0)
@@ -171,12 +173,12 @@ def next_points(
     _, mid, _ = fit.predict(group, m, p)
     covariance = fit.covariance(group, m, p)
     chance = _chance_below(limit, mid, np.sqrt(np.maximum(covariance.diagonal(), 0)))
-    # In nats, where 5 % of perplexity are the same everywhere.
+    # From the variance of log Δ to that of Δ in nats, of which 0.05 is 5 % of any perplexity.
     weight = chance * np.minimum(mid, math.log(limit))
     covariance = covariance * np.outer(weight, weight)
-    noise = (weight * np.hypot(fit.noise(group, mid) / mid, _far(mid))) ** 2
+    noise = (weight * np.hypot(fit.noise(group, mid) / mid, far_sd(mid))) ** 2
     measured = {(point.mha_width, point.mlp_width) for point in points if point.choices == choices}
-    free = (chance >= FAIR_CHANCE) & np.array([place not in measured for place in places])
+    free = (chance >= MIN_CHANCE) & np.array([place not in measured for place in places])
     chosen = []
     while len(chosen) < count and free.any():
         total = np.maximum(covariance.diagonal() + noise, np.finfo(float).tiny)
@@ -190,15 +192,15 @@ def next_points(
 
 
 def _chance_below(limit: float, mid: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Of perplexity at most `limit` times the dense one, Δ being log-normal about `mid`."""
+    """Probability that the ratio is at most `limit`, where Δ is log-normal with median `mid`."""
     if limit <= 1:
         return np.zeros(len(mid))
-    away = (math.log(math.log(limit)) - np.log(mid)) / np.maximum(spread, 1e-9)
-    return np.array([(1 + math.erf(each / math.sqrt(2))) / 2 for each in away])
+    z = (math.log(math.log(limit)) - np.log(mid)) / np.maximum(spread, 1e-9)
+    return np.array([(1 + math.erf(value / math.sqrt(2))) / 2 for value in z])
 
 
 def fitted(bench: Bench, points: Iterable[Point]) -> "Fit":
-    """The predictor that has seen these points, as far as their damage is known."""
+    """The predictor fitted to these points, as far as their damage is known."""
     return _fit(with_known_damage(bench, points))
 
 
@@ -218,7 +220,7 @@ def _fit(known: Iterable[tuple[Point, Damage]]) -> "Fit":
 
 
 def _group(choices: Choices) -> Choices:
-    """Choices whose points obey one law: which widths are offered is not among them."""
+    """The choices that decide which law a point follows: all but the rounding of widths."""
     return replace(choices, multiple_of=1)
 
 
@@ -231,7 +233,7 @@ def _mha_widths(bench: Bench, choices: Choices, most: int) -> list[int]:
 
 
 def _evenly(values: list[int], most: int) -> list[int]:
-    """At most so many of the values, the first and the last among them."""
+    """At most this many of the values, evenly spaced, the first and the last included."""
     places = np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int)
     return [values[place] for place in places]
 

@@ -1,13 +1,16 @@
-"""Measured points kept on disk between runs, so that nothing is measured twice.
+"""Measured points kept on disk between runs, so that no cut is measured twice.
 
-One SQLite file in the cache folder holds them, each under the SHA-256 of all that determined it:
-the bench, the cut, and what `store.digest` adds. A point belongs to the cut, not to the ratios that
-asked for it; how `auto` and steps decided from ratios is kept beside the points.
+One SQLite file in the cache folder holds them. The key of a point is the SHA-256 of everything
+that determined it: the bench, the cut, and what `base.cache.digest` adds. A point belongs to the
+cut, not to the ratios that asked for it; what `auto` and several steps decided for given ratios is
+kept beside the points.
 
-Keeping is a convenience and never in the way: every access is one short transaction on a connection
-of its own, each record carries its own SHA-256, and where the file cannot be read or written the
-point is measured and not kept. A damaged file is set aside. Journalling (WAL) lets several
-processes read while one writes, and a kill at any moment costs at most the record being written.
+Keeping points is a convenience that never stops a measurement. Every access is one short
+transaction on its own connection, each record carries a SHA-256 of its own, and where the file
+cannot be read or written, the point is measured and not kept. A damaged file is set aside. With
+write-ahead logging (WAL) several processes read while one writes, and killing a process loses at
+most the record that it was writing. Records that nobody read for 90 days are removed, and the
+least recently read ones where the file holds more than its share of the cache.
 """
 
 import hashlib
@@ -26,7 +29,7 @@ import torch
 from pydantic import TypeAdapter
 from transformers import LlamaForCausalLM
 
-from transact_core.base.cache import digest
+from transact_core.base.cache import UNUSED_SECONDS, cache_limit_bytes, digest
 from transact_core.base.errors import Progress, silent
 from transact_core.base.files import cache_folder
 from transact_core.experiments.bench import Bench, Choices, Measurement, compress
@@ -36,13 +39,27 @@ from transact_core.models.footprint import Footprint
 from transact_core.pruning.closed_form import LayerFit
 from transact_core.pruning.plan import Decision, PruningPlan
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of the SQLite file. Schema 1 had no time of last use, and its keys held the package's version:
+none of its records can be found any more, so they are dropped."""
 BUSY_SECONDS = 10
 """How long a transaction waits for another one to end."""
+SHARE_OF_CACHE = 0.1
+"""The most that the records may take of the cache folder's limit. A point of 40,960 tokens takes
+about 170 kB, so the default limit of 20 GB holds about 12,000 of these."""
+MARK_SECONDS = 24 * 3600
+"""The last use of a record is kept to the day, so that reading rarely writes."""
+EVICTED_AT_ONCE = 8
+"""Records of each table removed at a time while the file holds too much."""
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _DECISION = TypeAdapter(Decision)
-_TABLE = "CREATE TABLE {} (key TEXT PRIMARY KEY, record TEXT, nll BLOB, sha256 TEXT) WITHOUT ROWID"
 _POINTS, _DECISIONS = "points", "decisions"
+_TABLES = (_POINTS, _DECISIONS)
+_CREATE = """
+CREATE TABLE {table} (
+    key TEXT PRIMARY KEY, used INTEGER NOT NULL, record TEXT, nll BLOB, sha256 TEXT
+) WITHOUT ROWID
+"""
 
 notices: list[str] = []
 """One sentence for each file of results that could not be used, for the page and the log."""
@@ -57,10 +74,10 @@ def measured(
     progress: Progress = silent,
     compress: Compress = compress,
 ) -> Measurement:
-    """The point of a cut: as kept from an earlier run, or else measured now and kept.
+    """The measurement of a cut: kept from an earlier run, or else made now and kept.
 
     Raises:
-        TransActError: as `compress`, which is called only where the point is not known.
+        TransActError: as `compress` does, which is called only where no kept point is found.
     """
     known = find(bench, decision, recovery)
     if known is None:
@@ -77,7 +94,7 @@ def decided(
     choices: Choices,
     progress: Progress = silent,
 ) -> Decision:
-    """What `decide` decides, kept where that takes more than one set of scores.
+    """The decision of `decide`, kept where making it takes more than one set of scores.
 
     Raises:
         TransActError: as `decide` does.
@@ -97,7 +114,7 @@ def find_decision(
     choices: Choices,
     progress: Progress = silent,
 ) -> Decision | None:
-    """The decision for these ratios where none of its models need be made anew, or None."""
+    """The decision for these ratios if it is kept or takes no trial cuts, or else None."""
     if choices.single_pass:
         return decide(bench, mha_ratio, mlp_ratio, choices, progress)
     return _read(
@@ -108,9 +125,10 @@ def find_decision(
 
 
 def find(bench: Bench, decision: Decision, recovery: str) -> Measurement | None:
-    """The kept point of this cut, whatever asked for it then, or None; `seconds` are its making's.
+    """The kept measurement of this cut, or None.
 
-    The decision is the one given: it tells how this cut was asked for now.
+    It holds the decision given here, which says how the cut was asked for now. Its `seconds` are
+    those that the measurement took when it was made.
     """
 
     def restored(record: dict[str, Any], nll: bytes) -> Measurement:
@@ -128,7 +146,7 @@ def find(bench: Bench, decision: Decision, recovery: str) -> Measurement | None:
 
 
 def keep(bench: Bench, point: Measurement) -> None:
-    """Keeps a point where that can be done."""
+    """Keeps a point; does nothing where the file cannot be written."""
     nll = point.evaluation.nll
     record = {
         "recovery": point.recovery,
@@ -165,23 +183,67 @@ def _decision_key(bench: Bench, mha_ratio: float, mlp_ratio: float, choices: Cho
 
 
 def _read(table: str, key: str, restore: Callable[[dict[str, Any], bytes], Any]) -> Any:
-    """What `restore` makes of a kept record, or None where there is none that is whole."""
-    question = f"SELECT record, nll, sha256 FROM {table} WHERE key = ?"
-    found = _transaction(lambda database: database.execute(question, (key,)).fetchone())
+    """The result of `restore` for a kept record, or None where there is none that is undamaged."""
+    query = f"SELECT used, record, nll, sha256 FROM {table} WHERE key = ?"
+    found = _transaction(lambda database: database.execute(query, (key,)).fetchone())
     if found is None:
         return None
-    record, nll, sha256 = found
+    used, record, nll, sha256 = found
     with suppress(ValueError, TypeError, KeyError, AttributeError):
         if sha256 == _sha256(key, record, nll):
-            return restore(json.loads(record), nll)
+            restored = restore(json.loads(record), nll)
+            _mark_used(table, key, used)
+            return restored
     return None
+
+
+def _mark_used(table: str, key: str, used: int) -> None:
+    """Notes that a record was read now, unless that was noted within a day."""
+    now = int(time.time())
+    if now - used > MARK_SECONDS:
+        # A transaction of its own: one that has read cannot wait for its turn to write.
+        statement = f"UPDATE {table} SET used = ? WHERE key = ?"
+        _transaction(lambda database: database.execute(statement, (now, key)))
 
 
 def _write(table: str, key: str, record: dict[str, Any], nll: bytes = b"") -> None:
     text = json.dumps(record)
-    row = (key, text, nll, _sha256(key, text, nll))
-    statement = f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?)"
-    _transaction(lambda database: database.execute(statement, row))
+    row = (key, int(time.time()), text, nll, _sha256(key, text, nll))
+
+    def write(database: sqlite3.Connection) -> None:
+        database.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?, ?)", row)
+        _evict(database)
+
+    _transaction(write)
+
+
+def _evict(database: sqlite3.Connection) -> None:
+    """Removes records unused for `UNUSED_SECONDS`, then the least recently used above the limit.
+
+    SQLite writes the next records where the removed ones were: the file stops growing, and does not
+    shrink.
+    """
+    oldest = int(time.time()) - UNUSED_SECONDS
+    for table in _TABLES:
+        database.execute(f"DELETE FROM {table} WHERE used < ?", (oldest,))
+    limit = cache_limit_bytes() * SHARE_OF_CACHE
+    removed = 1
+    while removed and _bytes_in_use(database) > limit:
+        removed = sum(
+            database.execute(
+                f"DELETE FROM {table} WHERE key IN (SELECT key FROM {table} ORDER BY used LIMIT ?)",
+                (EVICTED_AT_ONCE,),
+            ).rowcount
+            for table in _TABLES
+        )
+
+
+def _bytes_in_use(database: sqlite3.Connection) -> int:
+    pages, free, size = (
+        database.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    return (pages - free) * size
 
 
 def _sha256(key: str, record: str, nll: bytes) -> str:
@@ -189,12 +251,12 @@ def _sha256(key: str, record: str, nll: bytes) -> str:
 
 
 def _transaction(work: Callable[[sqlite3.Connection], Any]) -> Any:
-    """What `work` gives in a transaction of its own, or None where the file cannot be used."""
+    """The result of `work` in its own transaction, or None where the file cannot be used."""
     path = cache_folder() / "results.sqlite"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)) as database:
-            opened = path.stat().st_ino
+            inode = path.stat().st_ino
             try:
                 _require_schema(database, path)
                 with database:
@@ -203,7 +265,7 @@ def _transaction(work: Callable[[sqlite3.Connection], Any]) -> Any:
             except sqlite3.DatabaseError as error:
                 damage = getattr(error, "sqlite_errorcode", 0) & 0xFF
                 # Another thread or process may have set it aside already.
-                if damage in DAMAGE and path.stat().st_ino == opened:
+                if damage in DAMAGE and path.stat().st_ino == inode:
                     _set_aside(path)
     except (sqlite3.Error, OSError):
         pass
@@ -211,29 +273,31 @@ def _transaction(work: Callable[[sqlite3.Connection], Any]) -> Any:
 
 
 def _require_schema(database: sqlite3.Connection, path: Path) -> None:
-    """Makes the tables of a new file; refuses those of another version."""
-    if _version(database) == 0:
-        _keep_a_journal(database)
+    """Makes the tables in a new file or one of an older schema; refuses a newer schema."""
+    if _version(database) < SCHEMA_VERSION:
+        _enable_wal(database)
         database.execute("BEGIN IMMEDIATE")
-        if _version(database) == 0:
-            for table in (_POINTS, _DECISIONS):
-                database.execute(_TABLE.format(table))
+        if _version(database) < SCHEMA_VERSION:
+            for table in _TABLES:
+                database.execute(f"DROP TABLE IF EXISTS {table}")
+                database.execute(_CREATE.format(table=table))
+                database.execute(f"CREATE INDEX {table}_by_use ON {table} (used)")
             database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         database.execute("COMMIT")
     database.execute("PRAGMA synchronous = NORMAL")
     if _version(database) != SCHEMA_VERSION:
         _notice(
-            f"The results in {path} were kept by another version of this program; they are left "
-            "alone, and points are not kept until the file is moved away."
+            f"The results in {path} were kept by a newer version of this program. They are left "
+            "alone, and no points are kept until the file is moved away."
         )
         raise sqlite3.NotSupportedError
 
 
-def _keep_a_journal(database: sqlite3.Connection) -> None:
-    """Turns WAL on, waiting for others as a transaction does.
+def _enable_wal(database: sqlite3.Connection) -> None:
+    """Turns write-ahead logging on, waiting for other connections as a transaction does.
 
     SQLite itself does not wait here: it asks for the write lock while it holds the read lock, where
-    two that wait for each other would never end.
+    two connections could wait for each other for ever.
     """
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
@@ -252,7 +316,7 @@ def _version(database: sqlite3.Connection) -> int:
 
 
 def _set_aside(path: Path) -> None:
-    """Moves a damaged file out of the way, with what SQLite keeps beside it."""
+    """Renames a damaged file, and removes the journal files that SQLite keeps beside it."""
     aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
     path.rename(aside)
     for suffix in ("-wal", "-shm"):

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from transact_core.base.cache import ENGINE_VERSION, evict, mark_used
 from transact_core.base.errors import Progress, TransActError, first_line, silent
 from transact_core.base.files import cache_folder, sha256_of_file
 from transact_core.models.architecture import Architecture
@@ -121,7 +122,8 @@ def load_model(
         require_plausible_size(path, target)
         # A GGUF file is kept as a checkpoint, which later loads in a second. It was looked through
         # before it was converted.
-        folder = cache_folder() / "models" / sha256_of_file(path)
+        folder = cache_folder() / "models" / f"{sha256_of_file(path)}-{ENGINE_VERSION}"
+        mark_used(folder)
         found = inspect_converted(folder, path) or inspect_gguf(path)
     elif path.suffix in PICKLE_SUFFIXES:
         raise TransActError(pickle_refusal(path.name))
@@ -135,6 +137,7 @@ def load_model(
     progress("Loading the weights", 2, 3)
     if converts:
         convert_gguf(path, found.dtype, folder)
+        evict()
     model, tokenizer = load_folder(folder, compute_dtype)
     model = model.to(target).eval().requires_grad_(False)
     progress("Loading the weights", 3, 3)

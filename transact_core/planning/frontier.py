@@ -1,4 +1,4 @@
-"""Which of several measured models no other beats."""
+"""The Pareto frontier of measured models."""
 
 from collections.abc import Sequence
 
@@ -6,19 +6,19 @@ from collections.abc import Sequence
 def frontier(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
     """Indices of the Pareto-optimal pairs of cost and loss, by rising cost and falling loss.
 
-    A pair is beaten by another that is nowhere larger and somewhere smaller; of equal pairs the
-    first stands for all. Pairs with NaN are left out.
+    Another pair dominates one if neither of its values is larger and one is smaller. Of equal
+    pairs the first is taken. Pairs with NaN are left out.
     """
     order = sorted(
         (
-            number
-            for number, (cost, loss) in enumerate(zip(costs, losses, strict=True))
+            index
+            for index, (cost, loss) in enumerate(zip(costs, losses, strict=True))
             if cost == cost and loss == loss
         ),
-        key=lambda number: (costs[number], losses[number]),
+        key=lambda index: (costs[index], losses[index]),
     )
     best: list[int] = []
-    for number in order:
-        if not best or losses[number] < losses[best[-1]]:
-            best.append(number)
+    for index in order:
+        if not best or losses[index] < losses[best[-1]]:
+            best.append(index)
     return best
