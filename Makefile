@@ -16,7 +16,7 @@ SITE := $(VENV)/lib/python3*/site-packages
 TOOLS := $(VENV)/tools
 RUNTIMES := $(VENV)/runtimes
 TRANSFORMERS_4 := $(VENV)/transformers-4
-# A process for each core, two at most: more gain little, and each needs 2 GB.
+# Test processes; each computes with one thread and takes up to 2 GB of memory.
 WORKERS ?= 2
 SETUP := $(VENV)/.setup
 SETUP_DEV := $(VENV)/.setup-dev
