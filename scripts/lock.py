@@ -2,61 +2,109 @@
 
 Run by `make lock`, with the uv that it installs. torch and what only its CUDA build needs have
 locks of their own: another build of torch, from another index, has other hashes and other needs.
+
+The runtimes that exported models are tried in have locks of their own too, of only those packages
+that differ from the app's and the tests': each is installed into a folder that is put before
+.venv's packages, so a package that both need in the same version is not installed twice.
 """
 
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LOCKS = ROOT / "locks"
 OLDEST_PYTHON = "3.11"
-OF_CUDA = re.compile(r"(nvidia|cuda|triton)(-|$)")
-OF_NO_PLATFORM_HERE = re.compile(r"\S+ ; .*sys_platform == '(win32|emscripten)'")
-KNOWN_BUILDS = (
+"""The locks hold for this version of Python and all later ones."""
+CUDA_PACKAGE = re.compile(r"(nvidia|cuda|triton)(-|$)")
+"""Names of packages that only the CUDA build of torch needs."""
+OTHER_PLATFORM = re.compile(r"\S+ ; .*sys_platform == '(win32|emscripten)'")
+"""Packages for platforms that the app is not installed on."""
+ENTRY = r"^[^\s#].*(?:\n +.*)*"
+"""An entry of a lock: the package, its version and marker, and its hashes on lines of their own."""
+EXTRA_TORCH_HASHES = (
     # CPython 3.11, Linux x86-64, CPU, which is not on PyPI.
     "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",
 )
+"""SHA-256 of builds of the locked torch that are accepted besides those of PyPI."""
 
 
-def compile_lock(*arguments: str) -> list[str]:
-    """The packages for Linux and macOS, each with its version and hashes."""
-    command = ["uv", "pip", "compile", "--universal", "--generate-hashes", "--no-header"]
-    command += ["--no-annotate", "--quiet", "--python-version", OLDEST_PYTHON, *arguments]
-    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    packages = re.findall(r"^\S.*(?:\n +.*)*", done.stdout, re.MULTILINE)
-    return [package for package in packages if not OF_NO_PLATFORM_HERE.match(package)]
+def compile_lock(requirements: list[str], preferred: str) -> list[str]:
+    """Resolves requirements files together, for Linux and macOS.
+
+    `preferred` is the text of locks: their versions are kept where the requirements allow it.
+    Returns one entry for each package: its name, version, marker and hashes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # uv keeps the versions of an output file that is already there.
+        output = Path(folder) / "lock.txt"
+        output.write_text(preferred)
+        command = ["uv", "pip", "compile", "--universal", "--generate-hashes", "--no-header"]
+        command += ["--no-annotate", "--quiet", "--python-version", OLDEST_PYTHON]
+        command += ["--output-file", str(output), *requirements]
+        subprocess.run(command, cwd=ROOT, check=True)
+        packages = re.findall(ENTRY, output.read_text(), re.MULTILINE)
+    return [package for package in packages if not OTHER_PLATFORM.match(package)]
 
 
-def name_of(package: str) -> str:
+def package_name(package: str) -> str:
     return re.match(r"[a-z0-9-]+", package).group()
 
 
-def write(name: str, about: str, packages: list[str]) -> None:
-    content = f"# {about}\n# Made by `make lock`.\n" + "".join(f"{each}\n" for each in packages)
-    (LOCKS / name).write_text(content)
+def pin(package: str) -> str:
+    """`name==version` of an entry."""
+    return package.split()[0]
+
+
+def without(packages: list[str], others: list[str]) -> list[str]:
+    """The entries of packages that the others do not have in the same version."""
+    known = {pin(package) for package in others}
+    return [package for package in packages if pin(package) not in known]
+
+
+def write_lock(name: str, about: str, packages: list[str]) -> None:
+    content = f"# {about}\n# Made by `make lock`.\n"
+    (LOCKS / name).write_text(content + "".join(f"{package}\n" for package in packages))
 
 
 def main() -> None:
     # Versions stay as they are locked unless an upgrade is asked for.
-    before = [str(path) for path in sorted(LOCKS.glob("*.txt"))]
+    locked = {path.name: path.read_text() for path in sorted(LOCKS.glob("*.txt"))}
     if "--upgrade" in sys.argv:
-        before = []
-    preferences = [part for path in before for part in ("--constraints", path)]
-    app = compile_lock("requirements.txt", *preferences)
-    every = compile_lock("requirements.txt", "requirements-dev.txt", *preferences)
-    if not set(app) <= set(every):
+        locked = {}
+    own_of_4 = re.findall(ENTRY, locked.pop("transformers-4.txt", ""), re.MULTILINE)
+    preferred = "".join(locked.values())
+
+    app = compile_lock(["requirements.txt"], preferred)
+    dev = compile_lock(["requirements.txt", "requirements-dev.txt"], preferred)
+    if not set(app) <= set(dev):
         raise SystemExit("the tests' requirements change the app's; mend requirements-dev.txt")
-    cuda = [package for package in app if OF_CUDA.match(name_of(package))]
-    torch = [package for package in app if name_of(package) == "torch"]
-    rest = [package for package in app if package not in cuda + torch]
+    runtimes = compile_lock(
+        ["requirements.txt", "requirements-dev.txt", "requirements-runtimes.txt"], preferred
+    )
+    if not set(dev) <= set(runtimes):
+        raise SystemExit("the runtimes change the app's packages; mend requirements-runtimes.txt")
+    own_names = {package_name(package) for package in own_of_4}
+    shared = [package for package in dev if package_name(package) not in own_names]
+    transformers_4 = compile_lock(["requirements-transformers-4.txt"], "\n".join(own_of_4 + shared))
+
+    cuda = [package for package in app if CUDA_PACKAGE.match(package_name(package))]
+    torch = [package for package in app if package_name(package) == "torch"]
+    rest = without(app, cuda + torch)
     LOCKS.mkdir(exist_ok=True)
-    write("app.txt", "All that the app needs but for torch.", rest)
-    write("dev.txt", "What `make test` needs on top.", [each for each in every if each not in app])
-    known = "".join(f" \\\n    --hash=sha256:{digest}" for digest in KNOWN_BUILDS)
-    write("torch.txt", "torch from PyPI, and builds known besides.", [torch[0] + known])
-    write("cuda.txt", "What the CUDA build of torch needs, on Linux.", cuda)
+    write_lock("app.txt", "All that the app needs but for torch.", rest)
+    write_lock("dev.txt", "What `make test` needs on top.", without(dev, app))
+    for digest in EXTRA_TORCH_HASHES:
+        if digest not in torch[0]:
+            torch[0] += f" \\\n    --hash=sha256:{digest}"
+    write_lock("torch.txt", "torch from PyPI, and builds known besides.", torch)
+    write_lock("cuda.txt", "What the CUDA build of torch needs, on Linux.", cuda)
+    about = "The runtimes that exported models are tried in, on top of app.txt and dev.txt."
+    write_lock("runtimes.txt", about, without(runtimes, dev))
+    about = "transformers 4 and what it needs in other versions than app.txt and dev.txt have."
+    write_lock("transformers-4.txt", about, without(transformers_4, dev))
 
 
 if __name__ == "__main__":

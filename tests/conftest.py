@@ -3,9 +3,14 @@
 import copy
 import hashlib
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -19,6 +24,11 @@ from transact_core.models.load import LoadedModel
 # Machines are busy at times, and no test is about how long an example takes.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores: one thread each, here and in the processes that tests start.
+    os.environ |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
 
 VOCAB_SIZE = 320
 KINDS = {
@@ -36,10 +46,35 @@ KINDS = {
 }
 
 
+def made_once(place: Path, make: Callable[[Path], None]) -> Path:
+    """A folder that the first of the test processes makes, and for which the others wait."""
+    with FileLock(f"{place}.lock"):
+        done = place / ".done"
+        if not done.exists():
+            place.mkdir()
+            make(place)
+            done.touch()
+    return place
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """A folder that the test processes of one run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """Keeps what the tests measure out of the user's cache; the converted built-in model stays."""
+def cache(tmp_path_factory, shared):
+    """Keeps what the tests measure out of the user's cache.
+
+    Each test process has a cache of its own, but for converted models: those they share.
+    """
     folder = tmp_path_factory.mktemp("cache")
+    (shared / "models").mkdir(exist_ok=True)
+    (folder / "models").symlink_to(shared / "models")
     before = os.environ.get("TRANSACT_CACHE")
     os.environ["TRANSACT_CACHE"] = str(folder)
     yield folder
@@ -47,6 +82,32 @@ def cache(tmp_path_factory):
         del os.environ["TRANSACT_CACHE"]
     else:
         os.environ["TRANSACT_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def converted_builtin(cache, shared) -> None:
+    """Converts the built-in model, once for all test processes, before anything opens it.
+
+    In a process of its own, whose memory is free again afterwards.
+    """
+    load = "from transact_core.models.load import load_model; load_model('builtin')"
+
+    def convert(_: Path) -> None:
+        subprocess.run([sys.executable, "-c", load], check=True, cwd=Path(__file__).parents[1])
+
+    made_once(shared / "builtin", convert)
+
+
+def devices() -> list:
+    """Parameters of a fixture or a test: the CPU, and CUDA, which is skipped without a GPU."""
+    without = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+    return [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=without)]
+
+
+@pytest.fixture(params=devices(), ids=str)
+def device(request) -> torch.device:
+    """What a test of the engine computes on: every kind of device that is there."""
+    return request.param
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -111,7 +172,7 @@ def fingerprint(model: LlamaForCausalLM) -> str:
     """Of the weights: what is measured on a model is kept under it."""
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
-        digest.update(tensor.detach().float().numpy().tobytes())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

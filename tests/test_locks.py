@@ -9,7 +9,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-LOCKS = ("app", "torch", "cuda", "dev")
+LOCKS = ("app", "torch", "cuda", "dev", "runtimes")
+"""What shares one environment, .venv: no package twice."""
 PLATFORMS = [
     {"sys_platform": system, "platform_system": name, "platform_machine": machine}
     for system, name, machine in (
@@ -31,24 +32,28 @@ def entries(file: str) -> list[tuple[Requirement, list[str]]]:
 
 
 def pins(*files: str) -> dict[str, str]:
+    """Version by package."""
     return {
-        canonicalize_name(each.name): str(each.specifier)
+        canonicalize_name(requirement.name): str(requirement.specifier)
         for file in files
-        for each, _ in entries(file)
+        for requirement, _ in entries(file)
     }
 
 
 LOCKED = [f"locks/{name}.txt" for name in LOCKS]
+TRANSFORMERS_4 = "locks/transformers-4.txt"
 ASKED = [
     "requirements.txt",
     "requirements-dev.txt",
+    "requirements-runtimes.txt",
+    "requirements-transformers-4.txt",
     "requirements-model.txt",
     "requirements-tools.txt",
     "benchmarks/requirements.txt",
 ]
 
 
-@pytest.mark.parametrize("file", [*ASKED, *LOCKED])
+@pytest.mark.parametrize("file", [*ASKED, *LOCKED, TRANSFORMERS_4])
 def test_every_requirement_is_pinned(file):
     assert entries(file)
     for requirement, _ in entries(file):
@@ -56,23 +61,35 @@ def test_every_requirement_is_pinned(file):
         assert requirement.url is None
 
 
-@pytest.mark.parametrize("file", ["requirements-model.txt", *LOCKED])
+@pytest.mark.parametrize("file", ["requirements-model.txt", *LOCKED, TRANSFORMERS_4])
 def test_every_installed_package_has_hashes(file):
     for requirement, hashes in entries(file):
         assert hashes, requirement
-        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", each) for each in hashes), requirement
+        for digest in hashes:
+            assert re.fullmatch(r"sha256:[0-9a-f]{64}", digest), requirement
+        assert len(set(hashes)) == len(hashes), requirement
 
 
 def test_the_locks_agree_with_the_requirements():
     app, every = pins("locks/app.txt", "locks/torch.txt"), pins(*LOCKED)
     assert pins("requirements.txt").items() <= app.items()
     assert pins("requirements-dev.txt").items() <= every.items()
+    assert pins("requirements-runtimes.txt").items() <= every.items()
     assert sum(len(entries(file)) for file in LOCKED) == len(every), "a package is locked twice"
+
+
+def test_the_folder_of_transformers_4_holds_only_other_versions():
+    """It shares .venv's torch, and all else that both need in the same version."""
+    own, shared = pins(TRANSFORMERS_4), pins(*LOCKED)
+    assert pins("requirements-transformers-4.txt").items() <= own.items()
+    assert own["transformers"].startswith("==4.57.")
+    assert not own.items() & shared.items()
+    assert set(own) <= set(shared), "it needs a package that .venv does not have"
 
 
 def test_only_the_cuda_build_needs_what_is_cudas():
     assert set(pins("locks/torch.txt")) == {"torch"}
-    names = pins("locks/app.txt", "locks/dev.txt")
+    names = pins("locks/app.txt", "locks/dev.txt", "locks/runtimes.txt", TRANSFORMERS_4)
     assert not [name for name in names if re.match("nvidia|cuda|triton", name)]
     for requirement, _ in entries("locks/cuda.txt"):
         mac = {**default_environment(), **PLATFORMS[2]}
@@ -81,7 +98,7 @@ def test_only_the_cuda_build_needs_what_is_cudas():
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
-@pytest.mark.parametrize("platform", PLATFORMS, ids=lambda each: each["platform_machine"])
+@pytest.mark.parametrize("platform", PLATFORMS, ids=lambda platform: platform["platform_machine"])
 def test_what_is_asked_for_is_locked_on_every_platform(platform, python):
     environment = {
         **default_environment(),
@@ -90,10 +107,10 @@ def test_what_is_asked_for_is_locked_on_every_platform(platform, python):
         "python_full_version": f"{python}.0",
     }
     locked = {
-        canonicalize_name(each.name)
+        canonicalize_name(requirement.name)
         for file in ("locks/app.txt", "locks/torch.txt")
-        for each, _ in entries(file)
-        if each.marker is None or each.marker.evaluate(environment)
+        for requirement, _ in entries(file)
+        if requirement.marker is None or requirement.marker.evaluate(environment)
     }
     assert set(pins("requirements.txt")) <= locked
 
@@ -104,6 +121,7 @@ def test_licences_are_listed_for_what_is_locked():
         (ROOT / "docs" / "licences.md").read_text(),
         re.MULTILINE,
     )
-    listed = {name: f"=={version}" for name, version, _ in rows if name != "package"}
+    listed = [(name, f"=={version}") for name, version, _ in rows if name != "package"]
     asked = pins("requirements-model.txt", "benchmarks/requirements.txt")
-    assert listed == {**pins(*LOCKED), **asked}
+    locked = {**pins(*LOCKED), **asked}.items() | pins(TRANSFORMERS_4).items()
+    assert sorted(listed) == sorted(locked)

@@ -23,7 +23,7 @@ def browser():
 
 
 @pytest.fixture(scope="session")
-def address(tmp_path_factory):
+def address(tmp_path_factory, converted_builtin):
     """Address of a running app."""
     with running_app(tmp_path_factory.mktemp("server") / "log.txt") as address:
         yield address

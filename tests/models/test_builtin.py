@@ -37,10 +37,8 @@ print(json.dumps({"class": type(model).__name__, "perplexity": math.exp(total / 
 
 
 @pytest.fixture
-def environment(monkeypatch):
-    """The user's own cache, so that the built-in model is converted once."""
-    inherited = {key: value for key, value in os.environ.items() if key != "TRANSACT_CACHE"}
-    return inherited | {"HF_HUB_OFFLINE": "1"}
+def environment(converted_builtin):
+    return os.environ | {"HF_HUB_OFFLINE": "1"}
 
 
 def test_prune_then_stock_transformers(tmp_path, environment):

@@ -156,6 +156,17 @@ def test_odd_values_in_a_checkpoints_settings(sources, tmp_path_factory, name, d
     read_or_refused(lambda: load_and_tokenise(folder))
 
 
+@pytest.mark.parametrize("name", ["architectures", "model_type"])
+def test_a_name_of_several_lines_does_not_break_the_sentence(sources, tmp_path, name):
+    linked(sources, tmp_path / "model", "config.json")
+    stored = json.loads((sources / "model" / "config.json").read_text())
+    stored |= {name: "a\nb"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(TransActError, match="only LlamaForCausalLM checkpoints"):
+        load_model(str(tmp_path / "model"))
+    read_or_refused(lambda: load_model(str(tmp_path / "model")))
+
+
 @fuzzed
 @given(damage=DAMAGE)
 def test_damaged_gguf_files(sources, tmp_path_factory, damage):
