@@ -46,9 +46,9 @@ from pages.server.request import Cut, first_look, what_to_learn
 from pages.server.start_jobs import start_cut
 from pages.server.visits import points, visit
 from transact_core.base.errors import TransActError
+from transact_core.data.corpus import BUILTIN_TEXT
 from transact_core.experiments.bench import Bench, Choices, Measurement
 from transact_core.experiments.decide import granularities_of, require_sequential
-from transact_core.data.corpus import BUILTIN_TEXT
 from transact_core.experiments.prediction import (
     Point,
     Scored,
@@ -321,9 +321,9 @@ def offer_prediction(bench: Bench, choices: Choices, learning: Job | None) -> No
         st.error(f"{learning.title} failed. {plain(learning.error)}", icon=":material/error:")
     request = visit().request
     if st.button(
-        "Predict perplexity for these choices",
+        "Predict perplexity",
         icon=":material/query_stats:",
-        help="Measures what each layer loses at every width"
+        help="With these choices, at all positions: measures what each layer loses at every width"
         + (
             ", by repairing each layer's attention several times"
             if choices.granularity == "head-dims"
@@ -493,7 +493,7 @@ def text_in_words(bench: Bench) -> str:
     """The evaluation text and how much of it."""
     windows = bench.evaluation
     name = "the built-in text" if windows.source == BUILTIN_TEXT else plain(windows.source)
-    return f"{windows.tokens:,} tokens of {name}, windows of {windows.sequence_length:,}"
+    return f"{windows.tokens:,} tokens of {name} in windows of {windows.sequence_length:,}"
 
 
 def show_point(
@@ -510,7 +510,7 @@ def show_point(
         **quiet,
     )
     times.metric(
-        "Of the dense model's",
+        "Relative to dense",
         f"{ratio:.2f} ×",
         "one window: no interval" if low is None else f"{low:.2f} to {high:.2f}, 95 %",
         **quiet,
@@ -621,8 +621,8 @@ def show_unmeasured(
     """What it takes to measure this cut, and to predict it where it is not predicted yet."""
     seconds = cuts_seconds(bench, visit().request, [cut.ratios], cut.choices)
     st.caption(
-        f"**Not measured yet.** To prune, repair and measure on {text_in_words(bench)} takes "
-        f"{estimate_in_words(seconds)}.",
+        f"**Not measured yet.** Pruning, repairing and measuring takes "
+        f"{estimate_in_words(seconds)}, on {text_in_words(bench)}.",
         help=pace_in_words(visit().request),
     )
     if cut.granularity == "auto" or predicted:
@@ -693,7 +693,9 @@ def workbench_view(bench: Bench, beside_title: DeltaGenerator) -> None:
     with state:
         if cutting:
             follow("cut", cutting)
-            st.caption("What comes out will stand here. It is kept, wherever you go meanwhile.")
+            st.caption(
+                "The result appears here, and is kept if you go on to another position or page."
+            )
         elif point is not None:
             show_point(bench, choices, point, learning, bool(under_way))
         elif prepared and not cuts:

@@ -229,7 +229,7 @@ def test_perplexity_is_predicted_and_the_prediction_keeps_its_score(opened, open
 def test_what_takes_long_is_predicted_at_the_visitors_wish(opened, open_page):
     page = open_page("compress", granularity="head-dims")
     assert not opened.open(Request()).damages
-    button(page, "Predict perplexity for these choices").click().run()
+    button(page, "Predict perplexity").click().run()
     (learning,) = opened.open(Request()).damages.values()
     ended(learning)
     assert live(page.run())["prediction"] is not None

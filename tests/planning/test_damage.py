@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -228,6 +230,4 @@ def test_progress_is_reported_within_a_layer(gqa_bench):
     assert (done[0], done[-1]) == (0, totals[0])
     # One at the start of each layer, and one after each of its fits.
     assert len(done) >= layers * (1 + 3 * len(RIDGES))
-    assert max(later - earlier for earlier, later in zip(done, done[1:], strict=False)) < (
-        totals[0] / layers / 3
-    )
+    assert max(later - earlier for earlier, later in pairwise(done)) < (totals[0] / layers / 3)

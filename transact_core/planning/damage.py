@@ -168,9 +168,7 @@ def measure_curves(
                 done += share
                 for recovery, error in errors.items():
                     found.setdefault(f"{name}.{recovery}", []).append(error)
-    progress(
-        "Estimating what each width loses", REPORTS_A_LAYER * layers, REPORTS_A_LAYER * layers
-    )
+    progress("Estimating what each width loses", REPORTS_A_LAYER * layers, REPORTS_A_LAYER * layers)
     return {name: torch.stack(each) for name, each in found.items()}
 
 
