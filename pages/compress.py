@@ -538,9 +538,9 @@ def show_point(
         elif choices.granularity == "auto":
             st.metric("Predicted before", "–", "not with auto", **quiet)
         elif bench.damage_known(choices_of(point)):
-            st.metric("Predicted before", "–", "not at widths this narrow", **quiet)
+            st.metric("Predicted before", "–", "not this narrow", **quiet)
         elif under_way:
-            st.metric("Predicted before", "–", "under way, see above", **quiet)
+            st.metric("Predicted before", "–", "under way", **quiet)
         else:
             offer_prediction(bench, choices, learning)
     error = f" ± {point.delta_nll_se:.3f}" if math.isfinite(point.delta_nll_se) else ""
@@ -650,7 +650,7 @@ def workbench_view(bench: Bench, beside_title: DeltaGenerator) -> None:
     structures, energy, given = tables_of(bench, choices)
     table = structures[0]
     bar = st.container(key="cut-bar")
-    buttons, state = bar.columns([4, 11], gap="medium")
+    buttons, state = bar.columns([5, 13], gap="medium")
     room = buttons.container()
     with buttons:
         choose_target(bench, choices, table, energy)

@@ -284,8 +284,7 @@ def show_charts(bench: Bench) -> None:
     )
 
 
-title, beside_title = st.columns([4, 5], vertical_alignment="center")
-title.title("Perplexity against ratio")
+st.title("Perplexity against ratio")
 bench = show_opening()
 if bench is None:
     if not points():
@@ -293,10 +292,9 @@ if bench is None:
     st.stop()
 measuring = visit().latest_job(("curve", visit().request))
 under_way = unfinished(measuring)
-dense_job = workbench().open(visit().request).dense
-if not dense_job.finished:
-    with beside_title:
-        watch_in_one_line("dense", dense_job)
-show_dense_end("curve")
+dense_under_way = unfinished(workbench().open(visit().request).dense)
 choose_curve(bench, measuring, under_way)
+if dense_under_way:
+    watch_in_one_line("dense", *dense_under_way)
+show_dense_end("curve")
 show_charts(bench)

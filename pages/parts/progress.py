@@ -117,7 +117,7 @@ def cancel_button(place: DeltaGenerator, job: Job, key: str) -> None:
 
 
 def show_job(*about: Hashable) -> bool:
-    """Shows this visitor's last job of that `about`, if there is one; True while it is unfinished."""
+    """Shows this visitor's last job of that `about`, if any; True while it is unfinished."""
     job = visit().latest_job(about)
     under_way = unfinished(job)
     follow(f"job-{about[0]}", under_way)
