@@ -1,4 +1,9 @@
-"""Two sliders, what they mean at once, and the real cut behind a button."""
+"""Two sliders, what they would cost while they move, and a button that makes and measures the cut.
+
+From the top: the controls; a bar that stays in view while the page scrolls, with the button, the
+progress of the job that it starts and, where the thumbs stand on a measured cut, what came out; the
+live view; and what explains the cut.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,6 +16,7 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from pages.charts import plan_charts
+from pages.charts.text import plain
 from pages.live import KEY, Measured, Position, live, position_of, predicted, tables
 from pages.parts.figure import show
 from pages.parts.help_texts import (
@@ -22,13 +28,17 @@ from pages.parts.help_texts import (
     STEPS_HELP,
 )
 from pages.parts.progress import (
+    SOON,
+    estimate_in_words,
     follow,
     require_bench,
     require_prepared,
     show_dense_end,
     show_end,
     unfinished,
+    watch_in_one_line,
 )
+from pages.server.estimates import cuts_seconds, learning_seconds, pace_in_words
 from pages.server.jobs import DONE, Job
 from pages.server.open_models import workbench
 from pages.server.points import find_cut, find_point, plan_at
@@ -36,11 +46,18 @@ from pages.server.request import Cut, first_look, what_to_learn
 from pages.server.start_jobs import start_cut
 from pages.server.visits import points, visit
 from transact_core.base.errors import TransActError
+from transact_core.data.corpus import BUILTIN_TEXT
 from transact_core.experiments.bench import Bench, Choices, Measurement
 from transact_core.experiments.decide import granularities_of, require_sequential
-from transact_core.experiments.prediction import Point, keep_score, predict_grid, with_known_damage
+from transact_core.experiments.prediction import (
+    Point,
+    Scored,
+    keep_score,
+    predict_grid,
+    with_known_damage,
+)
 from transact_core.importance.scores import IMPORTANCES
-from transact_core.planning.law import Ratio
+from transact_core.planning.law import MOST, Ratio
 from transact_core.planning.preview import EnergyKept, Structure, energy_kept, maps, structure
 from transact_core.planning.targets import Found, Target, find
 from transact_core.pruning.closed_form import RECOVERIES
@@ -115,9 +132,9 @@ def why_not_sequential(others: dict[str, Any]) -> str | None:
 
 def choices_now() -> Choices:
     """As the controls stand in the browser; in a callback too, before the page is drawn."""
-    told = {name: st.session_state[name] for name in CONTROLS}
-    told["sequential"] = told["sequential"] and why_not_sequential(told) is None
-    return Choices(**told)
+    values = {name: st.session_state[name] for name in CONTROLS}
+    values["sequential"] = values["sequential"] and why_not_sequential(values) is None
+    return Choices(**values)
 
 
 def begin_choices() -> None:
@@ -180,9 +197,9 @@ def cut_now() -> Cut:
 def keep(position: Position, choices: Choices) -> Cut:
     """The address and the visit follow the thumbs."""
     st.session_state["position"] = position
-    told = {name: str(value) for name, value in asdict(position).items()}
-    if any(st.query_params.get(name) != value for name, value in told.items()):
-        st.query_params.update(told)
+    address = {name: str(value) for name, value in asdict(position).items()}
+    if any(st.query_params.get(name) != value for name, value in address.items()):
+        st.query_params.update(address)
     cut = visit().cut = cut_of(position, choices)
     return cut
 
@@ -209,8 +226,8 @@ def tables_of(
         several = choices.granularity == "auto"
         granularities = granularities_of(bench) if several else (choices.granularity,)
         structures = [
-            structure(shape, each, choices.multiple_of, choices.recovery == "bias")
-            for each in granularities
+            structure(shape, granularity, choices.multiple_of, choices.recovery == "bias")
+            for granularity in granularities
         ]
         drawn = energy = None
         if prepared:
@@ -231,13 +248,13 @@ def choices_of(point: Measurement) -> Choices:
 
 def measured_at(table: Structure, choices: Choices) -> list[Measured]:
     """This visitor's points with these choices, at the options they have the widths of."""
-    mha = {option.width: number for number, option in enumerate(table.mha.options)}
-    mlp = {option.width: number for number, option in enumerate(table.mlp.options)}
+    mha = {option.width: place for place, option in enumerate(table.mha.options)}
+    mlp = {option.width: place for place, option in enumerate(table.mlp.options)}
     return [
         Measured(
             mha[point.footprint.mha_width],
             mlp[point.footprint.mlp_width],
-            round(math.exp(point.delta_nll), 4),
+            *(each and round(each, 4) for each in times_dense(point)),
         )
         for point in points()
         if choices_of(point) == choices
@@ -279,39 +296,56 @@ def while_same(name: str, key: Any, make: Callable[[], Any]) -> Any:
     return st.session_state[name][1]
 
 
-def learn(bench: Bench, choices: Choices) -> Job | None:
-    """The job that measures what predictions need, if any; at the visitor's wish where it is long.
+def learn(bench: Bench, choices: Choices) -> tuple[Job | None, list[Job]]:
+    """The job that measures what a prediction needs, if there is one, and it again if unfinished.
 
-    What nobody asked for runs in the background, and gives way to whatever else waits.
+    Begins it in the background where it takes no time or little; see `Workbench.learn`. The job
+    gives way to whatever else waits.
     """
     if choices.granularity == "auto" or bench.damage_known(choices):
-        return None
+        return None, []
     request, board = visit().request, workbench()
-    long = choices.granularity == "head-dims"
     job = board.open(request).damages.get(what_to_learn(choices))
-    if job is None and not long:
-        job = board.learn(request, choices)
-    if job is not None and not job.finished:
-        return job
+    if job is None and choices.granularity != "head-dims":
+        job = board.learn(request, choices, unasked=True)
+        job.wait(SOON)
+    under_way = unfinished(job)
     if bench.damage_known(choices):
         st.rerun()
-    if job is not None and job.error:
-        st.error(f"{job.title} failed. {job.error}", icon=":material/error:")
+    return job, under_way
+
+
+def offer_prediction(bench: Bench, choices: Choices, learning: Job | None) -> None:
+    """The button that measures what a prediction needs, and how long that takes."""
+    if learning is not None and learning.error:
+        st.error(f"{learning.title} failed. {plain(learning.error)}", icon=":material/error:")
+    request = visit().request
     if st.button(
-        "Predict perplexity for these choices",
+        "Predict perplexity",
         icon=":material/query_stats:",
-        help="Measures what each layer loses at every width"
-        + (", by repairing each layer's attention several times." if long else "."),
+        help="With these choices, at all positions: measures what each layer loses at every width"
+        + (
+            ", by repairing each layer's attention several times"
+            if choices.granularity == "head-dims"
+            else ""
+        )
+        + f". {pace_in_words(request)}",
     ):
-        board.learn(request, choices, anew=True)
+        workbench().learn(request, choices, anew=True)
         st.rerun()
-    return None
+    seconds = learning_seconds(bench, request, choices)
+    st.caption(f"Takes {estimate_in_words(seconds)}, in the background.")
+
+
+def scored_points(bench: Bench) -> list[Scored]:
+    """What was predicted of each of this visitor's points before it was measured."""
+    known = prediction_points(bench)
+    return while_same("score", (visit().request, known), lambda: keep_score(bench, known))
 
 
 def show_score(bench: Bench) -> None:
-    """How well what was predicted came out."""
-    known = prediction_points(bench)
-    scored = while_same("score", (visit().request, known), lambda: keep_score(bench, known))
+    """How well the predictions came out."""
+    scored = scored_points(bench)
     if not scored:
         return
     errors = sorted(abs(each.relative_error) for each in scored)
@@ -328,11 +362,8 @@ def show_score(bench: Bench) -> None:
 
 def choose_target(
     bench: Bench, choices: Choices, table: Structure, energy: EnergyKept | None
-) -> DeltaGenerator:
-    """A popover in which a target is named; what is found moves the thumbs.
-
-    Gives the room beside it.
-    """
+) -> None:
+    """A popover in which a target is named; what is found moves the thumbs."""
 
     def search() -> None:
         state = st.session_state
@@ -343,15 +374,14 @@ def choose_target(
                 Target(goal, most * scale), table, prediction_of(bench, choices, table), energy
             )
         except TransActError as error:
-            state["target-told"] = (False, str(error))
+            state["target-outcome"] = (False, str(error))
             return
         put_at(replace(state["position"], mha=found.mha_position, mlp=found.mlp_position))
-        state["target-told"] = (True, found_in_words(found))
+        state["target-outcome"] = (True, found_in_words(found))
 
     dense = table.dense.parameters / 1e6
     usual = {"parameters": round(0.75 * dense, 3), "kv-cache": 50.0, "perplexity": 1.2}
-    button, told, room = st.columns([5, 7, 6], vertical_alignment="center")
-    with button.popover(
+    with st.popover(
         "A target instead of ratios",
         icon=":material/target:",
         width="stretch",
@@ -378,10 +408,14 @@ def choose_target(
             key=f"at-most-{goal}",
         )
         st.button("Find the ratios", type="primary", on_click=search)
-    met, words = st.session_state.pop("target-told", (True, ""))
+
+
+def show_target_outcome() -> bool:
+    """What the search for a target found, once; True where there was one."""
+    met, words = st.session_state.pop("target-outcome", (True, ""))
     if words:
-        (told.caption if met else told.warning)(words)
-    return room
+        (st.caption if met else st.warning)(words)
+    return bool(words)
 
 
 def found_in_words(found: Found) -> str:
@@ -395,13 +429,13 @@ def found_in_words(found: Found) -> str:
 
 
 def in_ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers in words: 0–2, 5."""
+    """Ascending integers in words: 0–2, 5."""
     runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
+    for integer in numbers:
+        if runs and integer == runs[-1][-1] + 1:
+            runs[-1].append(integer)
         else:
-            runs.append([number])
+            runs.append([integer])
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
@@ -411,25 +445,29 @@ def show_pairs(bench: Bench, plan: PruningPlan) -> None:
     show(
         plan_charts.pair_map(effects, plan, pairs.inv_freq.numpy()),
         "plan-pairs",
-        "bright cells are pairs of dims that attention heeds; full cells stay, small pale ones go.",
+        "bright cells are rotary pairs with a large effect on attention; full cells stay, small "
+        "pale ones go.",
         lambda: plan_charts.pairs_table(effects, plan),
     )
     if plan.head_dim:
         st.caption(
             "All heads share the frequencies of the slots "
             f"(▾): those of pairs {in_ranges(plan.slots)}. Each KV head puts its own "
-            "best pairs into them. This choice is by effect on attention, whatever the importance."
+            "best pairs into them. Pairs are chosen by their effect on attention: with least "
+            "squares, head-dims does not depend on the importance."
         )
 
 
 def show_reading(granularity: str) -> None:
     st.caption(
-        "How to read it: in the anatomy each layer's MHA and MLP are two trapezoids around their "
-        "waist, and the residual stream runs whole through all of them. Heads and channels are the "
-        "brighter the higher they score; thin heads and veiled channels go. The strip under a "
-        "slider is perplexity along it: the band where it is predicted, rings where it was "
-        "measured. Energy is `Σ a²` over the calibration tokens. It says which units are quiet, "
-        "not what their loss costs: that is measured."
+        "How to read it: everything follows the thumb while it is dragged, and the address keeps "
+        "the view. In the anatomy each layer's MHA and MLP are two trapezoids around their "
+        "waist, and the residual stream passes all of them at full width. Heads and channels are "
+        "the brighter the higher they score; thin heads and veiled channels are removed. The strip "
+        "under a slider is perplexity along it: a band where it is predicted, rings where it was "
+        "measured. Energy is `Σ a²` over the calibration tokens: a low value means that the units "
+        "are seldom active, not that the model can do without them, which only a measurement "
+        "shows."
         + (
             " For narrower heads it is that of the dims of the values that the bare cut keeps; "
             "`least-squares` finds a better basis of as many."
@@ -439,28 +477,91 @@ def show_reading(granularity: str) -> None:
     )
 
 
-def show_point(point: Measurement) -> None:
+def times_dense(point: Measurement) -> tuple[float, float | None, float | None]:
+    """Measured perplexity over the dense model's, and the ends of its 95 % interval.
+
+    The ends are None where a single window was evaluated, which has no spread.
+    """
+    middle, half = point.delta_nll, 1.96 * point.delta_nll_se
+    if not math.isfinite(half):
+        return math.exp(min(middle, MOST)), None, None
+    ratio, low, high = (math.exp(min(middle + side, MOST)) for side in (0.0, -half, half))
+    return ratio, low, high
+
+
+def text_in_words(bench: Bench) -> str:
+    """The evaluation text and how much of it."""
+    windows = bench.evaluation
+    name = "the built-in text" if windows.source == BUILTIN_TEXT else plain(windows.source)
+    return f"{windows.tokens:,} tokens of {name} in windows of {windows.sequence_length:,}"
+
+
+def show_point(
+    bench: Bench, choices: Choices, point: Measurement, learning: Job | None, under_way: bool
+) -> None:
+    """What was measured where the thumbs stand, and beside it what had been predicted."""
+    ratio, low, high = times_dense(point)
+    measured, times, before, about = st.columns([3, 3, 3, 4], gap="small")
+    quiet = {"delta_color": "off", "delta_arrow": "off"}
+    measured.metric(
+        "Perplexity, measured",
+        f"{point.perplexity:.2f}",
+        f"dense {point.perplexity / ratio:.2f}",
+        **quiet,
+    )
+    times.metric(
+        "Relative to dense",
+        f"{ratio:.2f} ×",
+        "one window: no interval" if low is None else f"{low:.2f} to {high:.2f}, 95 %",
+        **quiet,
+        help="The interval is of the paired difference from the dense model, over evaluation "
+        "windows.",
+    )
+    predicted = next(
+        (
+            each.said
+            for each in reversed(scored_points(bench))
+            if (each.point.mha_width, each.point.mlp_width, each.point.choices)
+            == (point.footprint.mha_width, point.footprint.mlp_width, choices_of(point))
+        ),
+        None,
+    )
+    with before:
+        if predicted is not None:
+            st.metric(
+                "Predicted before",
+                f"{predicted.mid:.2f} ×",
+                f"{predicted.low:.2f} to {predicted.high:.2f}, 9 in 10",
+                **quiet,
+                help="From what each layer loses and the points measured before this one.",
+            )
+        elif choices.granularity == "auto":
+            st.metric("Predicted before", "–", "not with auto", **quiet)
+        elif bench.damage_known(choices_of(point)):
+            st.metric("Predicted before", "–", "not this narrow", **quiet)
+        elif under_way:
+            st.metric("Predicted before", "–", "under way", **quiet)
+        else:
+            offer_prediction(bench, choices, learning)
     error = f" ± {point.delta_nll_se:.3f}" if math.isfinite(point.delta_nll_se) else ""
-    with st.container(border=True):
-        figures = st.columns(4)
-        figures[0].metric("Perplexity, measured", f"{point.perplexity:.2f}")
-        figures[1].metric("Of the dense model's", f"{math.exp(point.delta_nll):.2f} ×")
-        figures[2].metric(
-            "Δ NLL a token",
-            f"{point.delta_nll:.3f}{error}",
-            help="Mean per-token difference from the dense model in nats, with its standard "
-            "error over evaluation windows (a single window has none).",
-        )
-        figures[3].metric("Took", f"{point.seconds:.0f} s")
-        if point.fits:
-            with st.expander("What the repair did in each layer"):
-                show(
-                    plan_charts.layer_fits(point.fits, point.recovery),
-                    "fits",
-                    "the lower the solid line under the dotted one, the more of what the bare cut "
-                    "loses is made up for, on windows that the repair has not seen.",
-                    lambda: pd.DataFrame(map(asdict, point.fits)),
-                )
+    about.caption(
+        f"On {text_in_words(bench)}.  \nΔ NLL {point.delta_nll:.3f}{error} nats a token. "
+        f"Took {point.seconds:.0f} s.",
+        help="Δ NLL is the mean per-token difference from the dense model, with its standard error "
+        "over evaluation windows (a single window has none).",
+    )
+
+
+def show_fits(point: Measurement) -> None:
+    if point.fits:
+        with st.expander("What the repair did in each layer"):
+            show(
+                plan_charts.layer_fits(point.fits, point.recovery),
+                "fits",
+                "the lower the solid line under the dotted one, the more of what the bare cut "
+                "loses is made up for, on held-out windows.",
+                lambda: pd.DataFrame(map(asdict, point.fits)),
+            )
 
 
 def show_decision(decision: Decision | None, plan: PruningPlan) -> None:
@@ -486,14 +587,10 @@ def show_decision(decision: Decision | None, plan: PruningPlan) -> None:
         )
 
 
-def offer_cut(
-    room: DeltaGenerator,
-    bench: Bench,
-    position: Position,
-    structures: Sequence[Structure],
-    busy: bool,
-    point: Measurement | None,
-) -> None:
+# --- the bar ---------------------------------------------------------------------------------
+
+
+def offer_cut(room: DeltaGenerator, enabled: bool, explained: str) -> None:
     """The button that measures the cut at this position.
 
     It cuts at what the controls say when it is pressed: while a page is drawn anew, the button of
@@ -506,16 +603,6 @@ def offer_cut(
         if in_view is not None:
             start_cut(in_view, cut_now())
 
-    cuts = any(
-        each.mha.option_at[position.mha] or each.mlp.option_at[position.mlp] for each in structures
-    )
-    if not cuts:
-        explained = "Nothing is cut at these ratios."
-    elif point is not None:
-        explained = "Measured: the figures are below."
-    else:
-        tokens = f"{bench.evaluation.tokens:,} tokens"
-        explained = f"Cuts the model, repairs it, and measures on {tokens}."
     room.button(
         "Prune and measure perplexity",
         key="measure-cut",
@@ -524,18 +611,52 @@ def offer_cut(
         help=explained,
         width="stretch",
         on_click=measure,
-        disabled=busy or not cuts or point is not None,
+        disabled=not enabled,
     )
 
 
-def workbench_view(bench: Bench) -> None:
+def show_unmeasured(
+    bench: Bench, cut: Cut, predicted: bool, learning: Job | None, under_way: Sequence[Job]
+) -> None:
+    """What it takes to measure this cut, and to predict it where it is not predicted yet."""
+    seconds = cuts_seconds(bench, visit().request, [cut.ratios], cut.choices)
+    st.caption(
+        f"**Not measured yet.** Pruning, repairing and measuring takes "
+        f"{estimate_in_words(seconds)}, on {text_in_words(bench)}.",
+        help=pace_in_words(visit().request),
+    )
+    if cut.granularity == "auto" or predicted:
+        return
+    if under_way:
+        watch_in_one_line("learning", *under_way)
+    else:
+        with st.container(horizontal=True, vertical_alignment="center"):
+            offer_prediction(bench, cut.choices, learning)
+
+
+def other_cuts(cutting: Job | None) -> list[Job]:
+    """This visitor's unfinished cuts of this model at other positions."""
+    return [
+        job
+        for job in visit().visitor.unfinished_jobs
+        if job is not cutting
+        and isinstance(job.about, tuple)
+        and job.about[:2] == ("cut", visit().request)
+    ]
+
+
+def workbench_view(bench: Bench, beside_title: DeltaGenerator) -> None:
     choices = choose()
     structures, energy, given = tables_of(bench, choices)
     table = structures[0]
-    room = choose_target(bench, choices, table, energy)
+    bar = st.container(key="cut-bar")
+    buttons, state = bar.columns([5, 13], gap="medium")
+    room = buttons.container()
+    with buttons:
+        choose_target(bench, choices, table, energy)
     position, revision = starting_position()
     dense = workbench().open(visit().request).dense
-    under_way = unfinished(dense)
+    elsewhere = unfinished(dense)
     prediction = prediction_of(bench, choices, table)
     position = live(
         given,
@@ -546,35 +667,60 @@ def workbench_view(bench: Bench) -> None:
         prediction and predicted(table, prediction),
         measured_at(table, choices),
         f"Scoring by {choices.importance}",
-        "predicted once it is measured what each layer loses"
-        if prediction is None
-        else "not predicted at widths this narrow",
+        "not predicted yet" if prediction is None else "not predicted at widths this narrow",
         restore_choices,
     )
     cut = keep(position, choices)
     measuring = visit().latest_job(("cut", visit().request, cut))
     cutting = unfinished(measuring)
-    prepared = require_prepared(bench, choices, "cut")
+    elsewhere += other_cuts(measuring)
+    cuts = any(
+        each.mha.option_at[position.mha] or each.mlp.option_at[position.mlp] for each in structures
+    )
+    with state:
+        prepared = bool(cutting) or require_prepared(bench, choices, "cut")
+    prepared = prepared and bench.prepared(choices)
     decision = find_cut(bench, cut) if prepared else None
     point = find_point(decision.plan, cut.recovery) if decision else None
-    offer_cut(room, bench, position, structures, bool(cutting), point)
+    if not cuts:
+        explained = "Nothing is cut at these ratios."
+    elif point is not None:
+        explained = "Measured: the figures are beside this button."
+    else:
+        explained = "Cuts the model, repairs it, and measures its perplexity."
+    offer_cut(room, cuts and point is None and not cutting, explained)
+    learning, under_way = learn(bench, choices) if prepared else (None, [])
+    with state:
+        if cutting:
+            follow("cut", cutting)
+            st.caption(
+                "The result appears here, and is kept if you go on to another position or page."
+            )
+        elif point is not None:
+            show_point(bench, choices, point, learning, bool(under_way))
+        elif prepared and not cuts:
+            st.caption("**Nothing is cut** at these ratios: this is the dense model.")
+        elif prepared:
+            show_end(measuring)
+            show_unmeasured(bench, cut, prediction is not None, learning, under_way)
+            under_way = []
+    elsewhere += under_way
+    with beside_title:
+        if not show_target_outcome() and elsewhere:
+            watch_in_one_line("elsewhere", *elsewhere)
+    show_dense_end("cut")
     if not prepared:
         return
-    if learning := learn(bench, choices):
-        under_way.append(learning)
-    follow("cut", under_way + cutting)
     plan = plan_at(bench, cut, decision)
     show_reading(choices.granularity)
     show_decision(decision, plan)
-    show_dense_end("cut")
-    show_end(measuring)
     if point is not None:
-        show_point(point)
+        show_fits(point)
     show_score(bench)
     if plan.granularity == "head-dims":
         show_pairs(bench, plan)
 
 
-st.title("Compress")
-st.caption("Move a slider: everything follows the thumb. The address keeps the view.")
-workbench_view(require_bench())
+title, beside_title = st.columns([2, 5], vertical_alignment="center")
+title.title("Compress")
+workbench_view(require_bench(), beside_title)

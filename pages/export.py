@@ -8,8 +8,9 @@ import streamlit as st
 
 from pages.charts.text import plain
 from pages.parts.cut_picker import require_cut
-from pages.parts.progress import show_job
+from pages.parts.progress import estimate_in_words, show_job
 from pages.report import make_report
+from pages.server.estimates import cuts_seconds
 from pages.server.jobs import DONE
 from pages.server.points import find_cut, find_point, plan_at
 from pages.server.request import Cut, identity
@@ -92,14 +93,14 @@ def show_other_runtimes(bench: Bench, cut: Cut, decision: Decision | None) -> No
         st.caption("Which other runtimes read it depends on the granularity that `auto` takes.")
         return
     loaded, plan = bench.loaded, plan_at(bench, cut, decision)
-    for each in readings_of_cut(plan, loaded.architecture, loaded.model.config):
-        match each.outcome:
+    for reading in readings_of_cut(plan, loaded.architecture, loaded.model.config):
+        match reading.outcome:
             case "same":
-                st.caption(f":material/check: {each.sentence}")
+                st.caption(f":material/check: {reading.sentence}")
             case "refused":
-                st.info(each.sentence, icon=":material/block:")
+                st.info(reading.sentence, icon=":material/block:")
             case "misread":
-                st.warning(each.sentence, icon=":material/warning:")
+                st.warning(reading.sentence, icon=":material/warning:")
 
 
 def write_checkpoint(bench: Bench, cut: Cut) -> None:
@@ -115,7 +116,7 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
     show_other_runtimes(bench, cut, decision)
     name = f"{bench.loaded.name}-mha{cut.mha_ratio * 100:.0f}-mlp{cut.mlp_ratio * 100:.0f}"
     usual = astuple(Choices())
-    name += "".join(f"-{each}" for each in astuple(cut.choices) if each not in usual)
+    name += "".join(f"-{choice}" for choice in astuple(cut.choices) if choice not in usual)
     folder = st.text_input(
         "Folder on the machine that runs this app",
         str(settings().export_folder / name),
@@ -135,8 +136,12 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
     if not busy and st.button("Write the checkpoint", type="primary", disabled=not folder.strip()):
         start_export(cut, Path(folder.strip()).expanduser())
         st.rerun()
-    if decision is None or find_point(decision.plan, cut.recovery) is None:
-        st.caption("This cut is not measured yet; writing it measures it too.")
+    if not busy and (decision is None or find_point(decision.plan, cut.recovery) is None):
+        seconds = cuts_seconds(bench, visit().request, [cut.ratios], cut.choices)
+        st.caption(
+            "This cut is not measured yet; writing it measures it too, which takes "
+            f"{estimate_in_words(seconds)}."
+        )
 
 
 st.title("Export")

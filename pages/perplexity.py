@@ -1,4 +1,7 @@
-"""Perplexity against ratio: the dense model and every point measured in this session."""
+"""Perplexity against ratio: the dense model and every point that this visitor measured.
+
+Until there is one, the recorded curve of the built-in model stands in its place.
+"""
 
 from collections.abc import Sequence
 
@@ -6,15 +9,27 @@ import numpy as np
 import streamlit as st
 
 from pages.charts import curve_chart, tradeoff_charts
+from pages.charts.text import counted
+from pages.parts.example import Example, example
 from pages.parts.figure import show
 from pages.parts.help_texts import GRANULARITY_HELP, IMPORTANCE_HELP, RECOVERY_HELP, STEPS_HELP
-from pages.parts.progress import follow, require_bench, show_dense_end, show_end, unfinished
-from pages.server.jobs import DONE
+from pages.parts.progress import (
+    estimate_in_words,
+    follow,
+    show_dense_end,
+    show_end,
+    show_opening,
+    unfinished,
+    watch_in_one_line,
+)
+from pages.server.estimates import cuts_seconds, pace_in_words
+from pages.server.jobs import DONE, Job
 from pages.server.open_models import workbench
 from pages.server.request import first_look
 from pages.server.start_jobs import start_curve
 from pages.server.visits import points, visit
 from transact_core.experiments.bench import Bench, Choices, Measurement
+from transact_core.experiments.sweep import Pair
 from transact_core.importance.scores import IMPORTANCES
 from transact_core.pruning.closed_form import RECOVERIES
 from transact_core.pruning.plan import GRANULARITIES, head_counts, widths
@@ -36,7 +51,7 @@ def counts_heads(curve: str, granularity: str) -> bool:
 def curve_ratios(
     bench: Bench, curve: str, largest: float, count: int, choices: Choices
 ) -> list[tuple[float, float]]:
-    """Pairs of ratios to measure: every number of heads there is, or evenly spaced shares."""
+    """Pairs of ratios to measure: every possible number of heads, or evenly spaced ratios."""
     shape, granularity = bench.loaded.architecture, first_look(choices).granularity
     if counts_heads(curve, choices.granularity):
         shares = [
@@ -55,9 +70,10 @@ def curve_ratios(
     return list({widths(shape, *pair, granularity): pair for pair in pairs}.values())
 
 
-def choose_curve(bench: Bench) -> None:
+def choose_curve(bench: Bench, measuring: Job | None, under_way: Sequence[Job]) -> None:
+    """The controls of a curve, its button, and beside it the progress of the one under way."""
     with st.expander("Measure a whole curve", icon=":material/timeline:", expanded=True):
-        columns = st.columns(3) + st.columns([3, 3, 3, 1])
+        columns = st.columns([3, 3, 2.5, 3.2, 3.4, 3.2, 1.7], gap="small")
         curve = columns[0].selectbox("Cut", CURVES, key="curve", persist_state="session")
         largest = columns[1].number_input(
             "Largest ratio", 0.05, 0.95, 0.7, 0.05, key="largest", persist_state="session"
@@ -101,22 +117,78 @@ def choose_curve(bench: Bench) -> None:
         )
         ratios = curve_ratios(bench, curve, largest, int(count), choices)
         asked = ", ".join(f"{max(pair):g}" for pair in ratios)
-        known = [
-            point.seconds
-            for point in points()
-            if (point.plan.granularity, point.recovery) == (granularity, recovery)
-            and choices.single_pass
-        ]
-        estimate = f" Points like these took {np.mean(known):.0f} s each." if known else ""
-        st.caption(
-            (f"Ratios: {asked}." if ratios else "No narrower width is within this ratio.")
-            + estimate
-        )
+        if ratios:
+            words = f"Ratios: {asked}. {takes(bench, ratios, choices)}"
+        else:
+            words = "No narrower width is within this ratio."
         if not bench.prepared(choices):
-            st.caption(f"Scoring by {importance} comes first.")
-        if st.button("Measure the curve", type="primary", disabled=not ratios):
+            words += f" Scoring by {importance} comes first."
+        st.caption(words, help=pace_in_words(visit().request))
+        with st.container(key="curve-bar"):
+            button, beside = st.columns([3, 11], vertical_alignment="center", gap="medium")
+            with button:
+                if st.button(
+                    "Measure the curve", type="primary", disabled=not ratios, width="stretch"
+                ):
+                    start_curve(bench, ratios, choices)
+                    st.rerun()
+            with beside:
+                if under_way:
+                    follow("curve", under_way)
+                elif not points():
+                    offer_recorded_cuts(bench, example())
+                show_end(measuring)
+
+
+def takes(bench: Bench, ratios: Sequence[Pair], choices: Choices) -> str:
+    """How long it takes to measure these cuts, in a sentence."""
+    seconds = cuts_seconds(bench, visit().request, ratios, choices)
+    return f"Measuring {counted(len(ratios), 'cut')} takes {estimate_in_words(seconds)}."
+
+
+def offer_recorded_cuts(bench: Bench, recorded: Example) -> None:
+    """The button that measures the cuts of the recorded curve on the model in view."""
+    first = recorded.points[0]
+    ratios = [(point.plan.mha_ratio, point.plan.mlp_ratio) for point in recorded.points]
+    choices = Choices(
+        granularity=first.plan.granularity,
+        importance=first.plan.importance,
+        recovery=first.recovery,
+    )
+    with st.container(horizontal=True, vertical_alignment="center"):
+        if st.button(
+            "Measure the recorded cuts here",
+            icon=":material/replay:",
+            help="The cuts of the chart below, on the model and the texts in the sidebar. "
+            + pace_in_words(visit().request),
+        ):
             start_curve(bench, ratios, choices)
             st.rerun()
+        st.caption(takes(bench, ratios, choices))
+
+
+def show_recorded(recorded: Example) -> None:
+    """The recorded curve of the built-in model, marked as what it is; computes nothing."""
+    threads = counted(recorded.environment.threads, "thread")
+    st.caption(
+        f":material/history: **Recorded, not measured here**: the built-in model {recorded.name}, "
+        f"on {recorded.recorded:%d %B %Y}, {recorded.processor} ({threads}); "
+        f"{recorded.evaluation.tokens:,} tokens of {recorded.text} in windows of "
+        f"{recorded.sequence_length}. Your own points take its place as soon as there is one."
+    )
+    shape = recorded.architecture
+    figure = curve_chart.perplexity_curve(
+        recorded.points, recorded.dense, (shape.mha_width, shape.intermediate_size), True
+    )
+    title = figure.layout.title.text
+    show(
+        figure.update_layout(title_text=f"Recorded: {title[:1].lower()}{title[1:]}"),
+        "recorded-curve",
+        "the further right, the more width is removed; the higher, the worse the model predicts "
+        "the text. Bars are 95 % intervals of the paired difference from the dense model, over "
+        f"{recorded.scored_tokens:,} scored tokens.",
+        lambda: curve_chart.points_table(recorded.points),
+    )
 
 
 def choose_shown(measured: Sequence[Measurement]) -> tuple[list[Measurement], str, bool]:
@@ -135,7 +207,7 @@ def choose_shown(measured: Sequence[Measurement]) -> tuple[list[Measurement], st
         )
         shown = [point for point in shown if not chosen or value_of(point) in chosen]
     coloured_by = columns[3].selectbox(
-        "Colours tell", list(curve_chart.COLOURED_BY), key="coloured_by", persist_state="session"
+        "Colour by", list(curve_chart.COLOURED_BY), key="coloured_by", persist_state="session"
     )
     logarithmic = columns[4].toggle("Log scale", key="log", persist_state="session")
     return shown, coloured_by, logarithmic
@@ -148,8 +220,14 @@ def show_charts(bench: Bench) -> None:
     shape = bench.loaded.architecture
     widths_of_dense = (shape.mha_width, shape.intermediate_size)
     measured = list(points())
-    if dense is None and not measured:
-        st.caption("The chart begins once the dense model is measured.")
+    if not measured:
+        if dense is not None:
+            st.caption(
+                f"The dense model's perplexity here is **{dense.perplexity:.2f}**, on "
+                f"{bench.evaluation.tokens:,} tokens. No cut of it is measured yet: measure a "
+                "curve above, or one cut on the Compress page."
+            )
+        show_recorded(example())
         return
     shown, coloured_by, logarithmic = choose_shown(measured)
     show(
@@ -160,12 +238,6 @@ def show_charts(bench: Bench) -> None:
         f"of {bench.evaluation.sequence_length}.",
         lambda: curve_chart.points_table(shown),
     )
-    if not measured:
-        st.info(
-            "No cut is measured yet. Measure one on the Compress page, or a whole curve above.",
-            icon=":material/info:",
-        )
-        return
     best = tradeoff_charts.best_at_each_pair(shown, widths_of_dense)
     show(
         tradeoff_charts.ratio_map(shown, widths_of_dense),
@@ -213,10 +285,16 @@ def show_charts(bench: Bench) -> None:
 
 
 st.title("Perplexity against ratio")
-bench = require_bench()
+bench = show_opening()
+if bench is None:
+    if not points():
+        show_recorded(example())
+    st.stop()
 measuring = visit().latest_job(("curve", visit().request))
-follow("curve", unfinished(workbench().open(visit().request).dense, measuring))
+under_way = unfinished(measuring)
+dense_under_way = unfinished(workbench().open(visit().request).dense)
+choose_curve(bench, measuring, under_way)
+if dense_under_way:
+    watch_in_one_line("dense", *dense_under_way)
 show_dense_end("curve")
-show_end(measuring)
-choose_curve(bench)
 show_charts(bench)

@@ -1,4 +1,4 @@
-"""Which module has more to spare: the same share removed from each, the damage side by side."""
+"""Which module is more redundant: the same share removed from each, the damage side by side."""
 
 from dataclasses import replace
 
@@ -9,10 +9,17 @@ import streamlit as st
 from pages.charts import exploring_charts
 from pages.parts.figure import show
 from pages.parts.help_texts import GRANULARITY_HELP, IMPORTANCE_HELP
-from pages.parts.progress import require_bench, require_prepared, show_dense, show_job
+from pages.parts.progress import (
+    estimate_in_words,
+    require_bench,
+    require_prepared,
+    show_dense,
+    show_job,
+)
+from pages.server.estimates import cuts_seconds, pace_in_words
 from pages.server.points import find_point
 from pages.server.start_jobs import start_curve
-from pages.server.visits import points, visit
+from pages.server.visits import visit
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.forward.perplexity import Evaluation
 from transact_core.importance.scores import IMPORTANCES
@@ -30,7 +37,7 @@ def plans_of(bench: Bench, choices: Choices) -> dict[str, list[PruningPlan]]:
         for share in SHARES:
             pair = (share, 0.0) if module == "mha" else (0.0, share)
             plan = bench.plan(*pair, choices)
-            widths = [each.widths for each in mine]
+            widths = [earlier.widths for earlier in mine]
             if plan.cuts_anything(shape) and plan.widths not in widths:
                 mine.append(plan)
     return plans
@@ -91,7 +98,8 @@ def show_measured(bench: Bench, plans: dict[str, list[PruningPlan]], dense: Eval
     show(
         exploring_charts.bare_perplexities(frame, dense.perplexity),
         "redundancy-measured",
-        "the lower line is the module that bears more; bars are 95 % intervals of the paired "
+        "the lower line is the module that loses less at the same share removed; bars are 95 % "
+        "intervals of the paired "
         f"difference from the dense model, over {bench.evaluation.tokens:,} tokens. The points "
         "are on the Perplexity page too.",
         lambda: frame,
@@ -116,15 +124,15 @@ plans = plans_of(bench, choices)
 show(
     exploring_charts.lost_energy(table := lost_table(bench, plans)),
     "redundancy",
-    "the lower line is the module that writes less with what goes. Lines are means over layers, "
-    "bands the layers' range.",
+    "the lower line is the module whose removed channels wrote less. Lines are means over layers, "
+    "bands the range of layers.",
     lambda: table,
 )
 st.caption(
-    "Written energy is `Σ a² · ‖W‖²` over the calibration tokens, of the channels that go as a "
+    "Written energy is `Σ a² · ‖W‖²` over the calibration tokens, of the removed channels as a "
     "share of all: `a` is the channel's transitional activation, `W` its column of the output "
     "projection. It would be the relative squared error of the bare cut's output if channels were "
-    "uncorrelated; it knows of no repair, and nothing of what later layers make of the error."
+    "uncorrelated; it takes no account of the repair, nor of how later layers change the error."
     + (" Of narrower heads it counts the values' dims alone." if granularity == "head-dims" else "")
 )
 dense = show_dense("redundancy")
@@ -137,11 +145,14 @@ if dense is not None:
         if find_point(plan, "none") is None
     ]
     if not show_job("curve", visit().request):
-        seconds = [point.seconds for point in points() if point.recovery == "none"]
-        estimate = f" Points like these took {np.mean(seconds):.0f} s each." if seconds else ""
+        estimate = ""
+        if missing:
+            seconds = cuts_seconds(bench, visit().request, missing, choices)
+            estimate = f" Measuring them takes {estimate_in_words(seconds)}."
         st.caption(
             f"{len(missing)} of {sum(map(len, plans.values()))} cuts are not measured yet."
-            f"{estimate}"
+            f"{estimate}",
+            help=pace_in_words(visit().request),
         )
         if st.button("Measure both curves", type="primary", disabled=not missing):
             start_curve(bench, missing, choices)

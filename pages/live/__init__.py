@@ -76,6 +76,9 @@ class Measured:
     mlp: int
     ratio: float
     """Its perplexity as a multiple of the dense model's."""
+    low: float | None = None
+    high: float | None = None
+    """Ends of the ratio's 95 % interval; None where there is none."""
 
 
 def tables(

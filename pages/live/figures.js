@@ -65,10 +65,6 @@ function measuredAt(data, view) {
   return data.measured.find((point) => point.mha === row && point.mlp === column) ?? null;
 }
 
-function ratioInWords(ratio, dense) {
-  return dense ? `${(ratio * dense).toFixed(2)} (${ratio.toFixed(2)} × dense)` : `${ratio.toFixed(2)} × dense`;
-}
-
 function bytesOf(text) {
   return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 }

@@ -265,15 +265,22 @@ class LiveView {
     const predicted = predictionAt(data, view), measured = measuredAt(data, view);
     const nothing = view.mha === 0 && view.mlp === 0;
     const value = this.find('[data-figure="predicted"]'), note = this.find('[data-note="predicted"]');
-    value.value = predicted?.mid ?? "";
-    value.classList.toggle("none", !predicted);
     const scale = data.dense_perplexity ?? 1, unit = data.dense_perplexity ? "" : " × dense";
-    value.textContent = predicted ? (predicted.mid * scale).toFixed(2) + unit
-      : data.mha.length > 1 ? "not predicted while auto is undecided" : nothing ? "nothing is cut" : data.unpredicted;
+    const between = ({ low, high }, scale) => `${(low * scale).toFixed(2)} to ${(high * scale).toFixed(2)}`;
     const parts = [];
-    if (predicted && data.dense_perplexity) parts.push(`${predicted.mid.toFixed(2)} × dense`);
-    if (predicted) parts.push(`${(predicted.low * scale).toFixed(2)} to ${(predicted.high * scale).toFixed(2)} ${data.interval}`);
-    if (measured) parts.push(`measured ${ratioInWords(measured.ratio, data.dense_perplexity)}`);
+    if (measured) {
+      parts.push(`${measured.ratio.toFixed(2)} × dense${measured.low == null ? "" : `, ${between(measured, 1)} (95 %)`}`);
+      if (predicted) parts.push(`predicted ${between(predicted, scale)} ${data.interval}`);
+    } else if (predicted) {
+      if (data.dense_perplexity) parts.push(`${predicted.mid.toFixed(2)} × dense`);
+      parts.push(`${between(predicted, scale)} ${data.interval}`);
+    }
+    const shown = measured?.ratio ?? predicted?.mid;
+    this.find('[data-name="perplexity"]').textContent = `Perplexity, ${measured ? "measured" : "predicted"}`;
+    value.value = shown ?? "";
+    value.classList.toggle("none", shown == null);
+    value.textContent = shown != null ? (shown * scale).toFixed(2) + unit
+      : data.mha.length > 1 ? "not predicted while auto is undecided" : nothing ? "nothing is cut" : data.unpredicted;
     note.textContent = parts.join("\n");
   }
 

@@ -1,35 +1,55 @@
-"""A job on the page: what it is doing, how long it will take, a button to stop it."""
+"""Progress of jobs on a page: what each is doing, how long it will take, a button to cancel it.
+
+Progress belongs where the button is that began the job, and what comes of the job takes its place.
+"""
 
 from collections.abc import Hashable, Sequence
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from pages.charts.text import plain
-from pages.server.jobs import CANCELLED, DONE, FAILED, QUEUED, Job
+from pages.server.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job
 from pages.server.open_models import Opening, workbench
 from pages.server.visits import visit
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.forward.perplexity import Evaluation
 
 SOON = 0.4
-"""Seconds that work may take before its progress is shown: a bar that flashes tells nothing."""
+"""Seconds that a page waits for a job before it shows progress: a bar that flashes tells nothing.
+"""
+MINUTE, HOUR, DAY = 60, 3600, 86_400
+"""In seconds."""
 
 
 def seconds_in_words(seconds: float) -> str:
-    if seconds < 90:
+    """A duration in the largest unit of which there are about two or more."""
+    if seconds < 1.5 * MINUTE:
         return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min"
+    for unit, name in ((DAY, "days"), (HOUR, "hours")):
+        if seconds >= 1.5 * unit:
+            count = seconds / unit
+            return f"{count:.0f} {name}" if count >= 10 else f"{count:.1f} {name}"
+    return f"{round(seconds / MINUTE)} min"
+
+
+def estimate_in_words(seconds: float | None) -> str:
+    """How long work takes that has not begun; goes on after "takes"."""
+    if seconds is None:
+        return "a time that is not known before the dense model is measured"
+    return "a few seconds" if seconds < 5 else f"about {seconds_in_words(seconds)}"
 
 
 def waiting_in_words(job: Job) -> str:
-    """What a job waits for; of other visitors' jobs only their number is told."""
+    """What a job waits for; of other visitors' jobs only their number is shown."""
     ahead = workbench().queue.ahead_of(job)
     if not ahead:
         return "next in line"
-    told = [each.title for each in ahead if each.owner in (job.owner, each)]
-    if others := len(ahead) - len(told):
-        told.append("another visitor's" if others == 1 else f"{others} of other visitors")
-    return f"waiting, {len(ahead)} ahead: {', '.join(told)}"
+    # A job without an owner is its own: it belongs to no visitor.
+    titles = [other.title for other in ahead if other.owner in (job.owner, other)]
+    if others := len(ahead) - len(titles):
+        titles.append("another visitor's" if others == 1 else f"{others} of other visitors")
+    return f"waiting, {len(ahead)} ahead: {', '.join(titles)}"
 
 
 def job_in_words(job: Job) -> str:
@@ -53,22 +73,51 @@ def watch(key: str, *jobs: Job) -> None:
     """Follows jobs until one of them ends, then draws the whole page again."""
     if any(job.finished for job in jobs):
         st.rerun()
-    for number, job in enumerate(jobs):
+    for place, job in enumerate(jobs):
         with st.container(border=True):
             line, button = st.columns([6, 1], vertical_alignment="center")
             button.button(
                 "Cancel",
-                key=f"cancel-{key}-{number}",
+                key=f"cancel-{key}-{place}",
                 width="stretch",
                 on_click=job.cancel,
                 disabled=job.stopping,
             )
-            words = " · ".join(filter(None, (f"**{job.title}**", job_in_words(job))))
-            line.progress(job.fraction, words)
+            line.progress(job.fraction, titled(job))
+
+
+def titled(job: Job) -> str:
+    """A job's title and how far it is."""
+    return " · ".join(filter(None, (f"**{job.title}**", job_in_words(job))))
+
+
+@st.fragment(run_every=0.5)
+def watch_in_one_line(key: str, *jobs: Job) -> None:
+    """As `watch`, in the same height whatever the number of jobs: the one that runs is shown."""
+    if any(job.finished for job in jobs):
+        st.rerun()
+    job = next((job for job in jobs if job.state == RUNNING), jobs[0])
+    line, button = st.columns([12, 1], vertical_alignment="center", gap="small")
+    more = f" · {len(jobs) - 1} more waiting" if len(jobs) > 1 else ""
+    line.progress(job.fraction, titled(job) + more)
+    cancel_button(button, job, f"cancel-{key}")
+
+
+def cancel_button(place: DeltaGenerator, job: Job, key: str) -> None:
+    """A small button that cancels a job."""
+    place.button(
+        "",
+        icon=":material/close:",
+        key=key,
+        type="tertiary",
+        help=f"Cancel: {job.title}",
+        on_click=job.cancel,
+        disabled=job.stopping,
+    )
 
 
 def show_job(*about: Hashable) -> bool:
-    """Shows this visitor's last job about this where there is one; True while it is unfinished."""
+    """Shows this visitor's last job of that `about`, if any; True while it is unfinished."""
     job = visit().latest_job(about)
     under_way = unfinished(job)
     follow(f"job-{about[0]}", under_way)
@@ -77,22 +126,26 @@ def show_job(*about: Hashable) -> bool:
 
 
 def unfinished(*jobs: Job | None) -> list[Job]:
-    """To be asked before what depends on these jobs is drawn: what ends later is followed still."""
+    """Those of the jobs that have not ended.
+
+    To be called before what depends on these jobs is drawn: a job that ends meanwhile is followed
+    still, so that the page is drawn again.
+    """
     return [job for job in jobs if job is not None and not job.finished]
 
 
 def follow(key: str, under_way: Sequence[Job]) -> None:
     """Shows the progress of jobs, if there are any, and draws the page anew when one ends.
 
-    Not to be called in a fragment: what is nested and runs by itself can hide what is drawn around
-    it (https://github.com/streamlit/streamlit/issues/16708).
+    Not to be called in a fragment: a fragment that runs by itself inside another one can hide what
+    is drawn around it (https://github.com/streamlit/streamlit/issues/16708).
     """
     if under_way:
         watch(key, *under_way)
 
 
 def show_end(job: Job | None) -> None:
-    """Why a job came to nothing, where it did."""
+    """Why a job failed, or that it was cancelled; nothing for any other job."""
     if job is None:
         return
     if job.state == FAILED:
@@ -117,22 +170,14 @@ def show_jobs() -> None:
     def list_jobs() -> None:
         if any(job.finished for job in unfinished):
             st.rerun()
-        for number, job in enumerate(reversed(visitor.jobs)):
+        for place, job in enumerate(reversed(visitor.jobs)):
             if job.finished:
                 reason = f": {plain(job.error)}" if job.error else ""
                 st.caption(f"{STATES[job.state]} {job.title} · {job.state}{reason}")
                 continue
             line, button = st.columns([5, 1], vertical_alignment="center", gap="small")
             line.progress(job.fraction, f"**{job.title}**")
-            button.button(
-                "",
-                icon=":material/close:",
-                key=f"cancel-job-{number}",
-                type="tertiary",
-                help=f"Cancel: {job.title}",
-                on_click=job.cancel,
-                disabled=job.stopping,
-            )
+            cancel_button(button, job, f"cancel-job-{place}")
             st.caption(job_in_words(job))
 
     if visitor.jobs:

@@ -124,7 +124,12 @@ class Job:
             self._stage_started, self._stage_began_with = self._last_report, done
         self.stage, self.done, self.total = stage, done, total
         if self.give_way is not None:
+            began = time.monotonic()
             self.give_way()
+            # The turns that others had meanwhile do not count as this job's own computing.
+            pause = time.monotonic() - began
+            self._stage_started += pause
+            self._last_report += pause
 
     def take_turn(self) -> None:
         """Runs to the end of a piece or of the work; called by the queue's worker alone."""

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from weakref import WeakSet
@@ -18,7 +19,9 @@ from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import context_length_of, make_windows, read_texts
 from transact_core.experiments.bench import Bench, Choices, Measurement, carry_out, compress
 from transact_core.experiments.results import decided, measured
+from transact_core.forward.perplexity import token_losses
 from transact_core.models.load import LoadedModel, load_model
+from transact_core.planning.duration import Feed, damage_flops, evaluation_flops
 from transact_core.pruning.plan import PruningPlan
 
 MODELS_KEPT = 2
@@ -27,6 +30,31 @@ BENCHES_KEPT = 12
 VISITORS_KEPT = 200
 HELD_BYTES = 1 << 30
 """Of what all visitors have measured and found out; on disk there is more of it."""
+UNASKED_SECONDS = 60
+"""The longest estimate of work in the background that begins without being asked for."""
+PACE_TOKENS = 64
+"""Length of the pass that is timed where the dense model's losses are kept from an earlier run."""
+
+
+class TooLong(Exception):
+    """Raised by a progress callback to stop work that was to be done only if it takes no time."""
+
+
+class StageTimer:
+    """Passes progress on, and times the work from its first report to its last."""
+
+    def __init__(self, report: Progress) -> None:
+        self._report, self._began = report, None
+        self.seconds: float | None = None
+        """None where nothing was reported: nothing was measured then."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if self._began is None:
+            self._began = now
+        elif done == total:
+            self.seconds = now - self._began
+        self._report(stage, done, total)
 
 
 @dataclass
@@ -55,6 +83,7 @@ class Workbench:
         self._openings: OrderedDict[Request, Opening] = OrderedDict()
         self._models: OrderedDict[tuple[str, str, str], LoadedModel] = OrderedDict()
         self._benches: WeakSet[Bench] = WeakSet()
+        self._paces: dict[tuple[str, str, str], float] = {}
         self._in_use: LoadedModel | None = None
         self._last_cut: tuple[Request, tuple, LlamaForCausalLM] | None = None
 
@@ -142,10 +171,26 @@ class Workbench:
                 )
             return job
 
-    def learn(self, request: Request, choices: Choices, anew: bool = False) -> Job:
+    def pace(self, request: Request) -> float | None:
+        """FLOPs a second that the request's model was seen to do here; None before it is timed."""
+        return self._paces.get(request.model_key)
+
+    def damage_seconds(self, request: Request, bench: Bench) -> float | None:
+        """Estimate of how long `Bench.damage` measures whole heads and the MLP; None as `pace`."""
+        pace, windows = self.pace(request), bench.calibration
+        if pace is None:
+            return None
+        feed = Feed(windows.tokens, windows.sequence_length)
+        return damage_flops(bench.loaded.architecture, feed) / pace
+
+    def learn(
+        self, request: Request, choices: Choices, anew: bool = False, unasked: bool = False
+    ) -> Job:
         """The job that measures what predictions with these choices need; shared as openings are.
 
-        The request must be open. `anew` is for what failed or was cancelled.
+        The request must be open. `anew` is for what failed, was cancelled or was left. A job that
+        is `unasked` looks the measurement up; where it is not kept, it measures if that is
+        estimated to take `UNASKED_SECONDS` at most, and otherwise leaves it.
         """
         wanted = what_to_learn(choices)
         with self._lock:
@@ -155,10 +200,21 @@ class Workbench:
 
                 def measure(report: Progress) -> None:
                     bench = self.bench(request, silent)
+                    seconds = self.damage_seconds(request, bench)
+                    long = seconds is None or seconds > UNASKED_SECONDS
+
+                    def allowed(stage: str, done: int, total: int) -> None:
+                        # Only what measures reports.
+                        if unasked and long:
+                            raise TooLong
+                        report(stage, done, total)
+
                     # Others have turns in the midst of this, and may open models of their own.
                     self._in_use = bench.loaded
                     try:
-                        bench.damage(wanted, report)
+                        bench.damage(wanted, allowed)
+                    except TooLong:
+                        pass
                     finally:
                         self._in_use = None
 
@@ -194,7 +250,9 @@ class Workbench:
     def _dense(self, request: Request, bench: Job) -> Job:
         def measure(report: Progress) -> None:
             if bench.state == DONE:
-                self.bench(request, report).dense(report)
+                opened, timer = self.bench(request, report), StageTimer(report)
+                opened.dense(timer)
+                self._paces[request.model_key] = measured_pace(opened, timer.seconds)
 
         # Not urgent, so that it waits for every opening; its first turn comes before other jobs'.
         return self.queue.submit("Measuring the dense model", measure)
@@ -267,6 +325,24 @@ class Workbench:
             model, _ = carry_out(bench, point.plan, point.recovery, report)
             self._last_cut = (*asked, model)
         return self._last_cut[2]
+
+
+def measured_pace(bench: Bench, seconds: float | None) -> float:
+    """FLOPs a second on this model, where its evaluation took so long; else a short pass is timed.
+
+    The model must be at hand.
+    """
+    shape, windows = bench.loaded.architecture, bench.evaluation
+    feed = Feed(windows.tokens, windows.sequence_length)
+    if seconds is None:
+        ids = windows.ids[0, :PACE_TOKENS].to(bench.loaded.device)
+        feed = Feed(len(ids), len(ids))
+        # The first pass after loading reads the weights from disk.
+        token_losses(bench.loaded.model, ids[:2])
+        began = time.perf_counter()
+        token_losses(bench.loaded.model, ids)
+        seconds = time.perf_counter() - began
+    return evaluation_flops(shape, feed) / max(seconds, 1e-6)
 
 
 @st.cache_resource(show_spinner=False)

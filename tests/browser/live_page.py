@@ -67,7 +67,7 @@ def view() -> None:
                 2 - mha.width / table.mha.options[0].width - mlp.width / table.mlp.options[0].width
             )
             prediction[mha.width, mlp.width] = Ratio(1 + 0.8 * cut, 1 + cut, 1 + 1.3 * cut)
-        measured = [Measured(table.mha.option_at[33], table.mlp.option_at[30], 1.7)]
+        measured = [Measured(table.mha.option_at[33], table.mlp.option_at[30], 1.7, 1.6, 1.8)]
     start, revision = st.session_state.setdefault("start", (Position(), 1))
     position = live(
         given,

@@ -185,12 +185,17 @@ def test_a_rerun_keeps_what_is_there(view: Page):
     at(view, 33, 30)
 
 
-def test_a_prediction_is_shown_beside_what_was_measured(view: Page):
+def test_what_was_measured_stands_first_and_the_prediction_beside_it(view: Page):
     card = view.locator(".perplexity")
-    expect(card).to_contain_text("× dense")
-    expect(card).to_contain_text("measured 34.00 (1.70 × dense)")
+    value, note = view.locator('[data-figure="predicted"]'), view.locator('[data-note="predicted"]')
+    expect(card.locator(".name")).to_have_text("Perplexity, measured")
+    expect(value).to_have_text("34.00")
+    expect(note).to_contain_text("1.70 × dense, 1.60 to 1.80 (95 %)")
+    expect(note).to_contain_text(re.compile(r"predicted \d+\.\d\d to \d+\.\d\d in 9 of 10 cases"))
     move(view, "MLP", 60)
-    expect(card).not_to_contain_text("measured")
+    expect(card.locator(".name")).to_have_text("Perplexity, predicted")
+    expect(note).to_contain_text("× dense")
+    expect(card).not_to_contain_text("95 %")
 
 
 def test_without_a_prediction_it_says_what_to_do(page: Page, live_address: str):

@@ -1,12 +1,15 @@
 """What the pages make of the choices, on the tiny model and without a browser."""
 
 import json
+import math
 import threading
 
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from pages.parts import progress
+from pages.parts.example import example
+from pages.server.open_models import Workbench
 from pages.server.request import Cut, Request
 from pages.server.visitors import Visit
 from tests.pages.conftest import ended
@@ -229,10 +232,90 @@ def test_perplexity_is_predicted_and_the_prediction_keeps_its_score(opened, open
 def test_what_takes_long_is_predicted_at_the_visitors_wish(opened, open_page):
     page = open_page("compress", granularity="head-dims")
     assert not opened.open(Request()).damages
-    button(page, "Predict perplexity for these choices").click().run()
+    button(page, "Predict perplexity").click().run()
     (learning,) = opened.open(Request()).damages.values()
     ended(learning)
     assert live(page.run())["prediction"] is not None
+
+
+def test_what_would_take_long_does_not_begin_by_itself_and_says_what_it_takes(opened, open_page):
+    # As on a machine that does a millionth of what this one does.
+    opened._paces[Request().model_key] /= 1e6
+    page = open_page("compress")
+    (left,) = opened.open(Request()).damages.values()
+    ended(left)
+    page.run()
+    assert live(page)["prediction"] is None
+    assert any(unit in texts(page) for unit in ("min, in the back", "hours, in the", "days, in"))
+    assert "GFLOP/s" in button(page, "Predict perplexity").help
+    button(page, "Predict perplexity").click().run()
+    (asked,) = opened.open(Request()).damages.values()
+    assert asked is not left
+    ended(asked)
+    assert live(page.run())["prediction"] is not None
+
+
+def test_the_measured_figure_stands_with_its_interval_its_text_and_its_prediction(
+    opened, open_page
+):
+    page = open_page("compress")
+    ended(next(iter(opened.open(Request()).damages.values())))
+    page.run()
+    assert "Not measured yet." in texts(page)
+    point = work_of(page, "Prune and measure perplexity").result
+    page.run()
+    shown = {metric.label: metric for metric in page.metric}
+    assert next(iter(shown)) == "Perplexity, measured"
+    assert shown["Perplexity, measured"].value == f"{point.perplexity:.2f}"
+    assert shown["Relative to dense"].value == f"{math.exp(point.delta_nll):.2f} ×"
+    low = math.exp(point.delta_nll - 1.96 * point.delta_nll_se)
+    assert shown["Relative to dense"].delta.startswith(f"{low:.2f} to ")
+    assert "9 in 10" in shown["Predicted before"].delta
+    tokens = opened.open(Request()).bench.result.evaluation.tokens
+    assert f"On {tokens:,} tokens of" in texts(page)
+    assert "Not measured yet." not in texts(page)
+    # And in the live view, where the thumbs come by it.
+    (measured,) = live(page)["measured"]
+    assert measured["low"] < measured["ratio"] < measured["high"]
+
+
+def test_progress_takes_the_place_of_what_is_said_beside_the_button(opened, open_page, slow_points):
+    page = open_page("compress")
+    assert "Not measured yet." in texts(page)
+    button(page, "Prune and measure perplexity").click().run()
+    (job,) = page.session_state["visit"].visitor.jobs
+    assert "Not measured yet." not in texts(page)
+    button(page, "Cancel").click().run()
+    slow_points.release()
+    ended(job)
+    page.run()
+    assert "was cancelled" in texts(page)
+    assert not button(page, "Prune and measure perplexity").disabled
+
+
+def test_a_recorded_curve_is_shown_until_there_is_a_point(opened, open_page):
+    page = open_page("perplexity")
+    assert not page.exception
+    assert "**Recorded, not measured here**" in texts(page)
+    (chart,) = page.get("plotly_chart")
+    assert "Recorded: " in chart.proto.spec
+    assert f"Measuring {len(example().points)} cuts takes" in texts(page)
+    job = work_of(page, "Measure the recorded cuts here")
+    assert job.result == len(mlp_ratios(page.session_state["visit"])) > 1
+    page.run()
+    assert not page.exception
+    assert "Recorded" not in texts(page)
+    assert button(page, "Measure the recorded cuts here") is None
+
+
+def test_the_perplexity_page_has_a_picture_while_the_model_is_opened(open_app, monkeypatch):
+    gate = threading.Event()
+    monkeypatch.setattr(Workbench, "_bench", lambda *_: gate.wait(30))
+    page = open_app("perplexity")
+    assert not page.exception
+    assert "**Recorded, not measured here**" in texts(page)
+    assert len(page.get("plotly_chart")) == 1
+    gate.set()
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)

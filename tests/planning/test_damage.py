@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -212,3 +214,20 @@ def test_no_width_is_made_up():
     for width in (4, 17):
         with pytest.raises(ValueError, match=str(width)):
             curve.at([8, width])
+
+
+def test_progress_is_reported_within_a_layer(gqa_bench):
+    """A layer of a large model takes minutes, in which a cut that was asked for waits."""
+    model, layers = gqa_bench.loaded.model, gqa_bench.loaded.architecture.num_hidden_layers
+    orders = kept_first(gqa_bench.scores("activation"), gqa_bench.loaded.architecture)
+    reports = []
+    damages.measure_curves(
+        model, gqa_bench.calibration, orders, lambda stage, *counts: reports.append(counts)
+    )
+    done, totals = zip(*reports, strict=True)
+    assert len(set(totals)) == 1
+    assert list(done) == sorted(done)
+    assert (done[0], done[-1]) == (0, totals[0])
+    # One at the start of each layer, and one after each of its fits.
+    assert len(done) >= layers * (1 + 3 * len(RIDGES))
+    assert max(later - earlier for earlier, later in pairwise(done)) < (totals[0] / layers / 3)

@@ -15,7 +15,7 @@ factor L of the other folds' damped second moments: the repaired weight of width
 trailing block of `G ∘ ZZᵀ` with `G = L⁻¹ H L⁻ᵀ`, and one factorisation serves every width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -44,6 +44,8 @@ HEAD_CUTS = ("query-heads", "kv-groups")
 """Granularities whose cut leaves the rest of the module's waist as it was."""
 NARROW_RATIOS = (0.1, 0.25, 0.4, 0.6)
 """Where heads that get narrower are tried; what is between is interpolated."""
+REPORTS_A_LAYER = 100
+"""Parts of a layer that progress is reported in: a layer of a large model takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -140,18 +142,33 @@ def measure_curves(
     found: dict[str, list[torch.Tensor]] = {}
     stream = Stream(model, windows)
     folds = torch.arange(len(windows)).tensor_split(min(FOLDS, len(windows)))
+    # Factorising takes most of the time, which grows with the cube of the width.
+    work = {name: order.shape[1] ** 3 for each in orders.values() for name, order in each.items()}
+    done = 0.0
+
+    def report(more: float = 0.0) -> None:
+        parts = REPORTS_A_LAYER * (done + more)
+        progress("Estimating what each width loses", int(parts), REPORTS_A_LAYER * layers)
+
     for number in range(layers):
-        progress("Estimating what each width loses", number, layers)
+        done = float(number)
+        report()
         for module in MODULES:
             projection = transitional_inputs(model, number)[module]
             moments = _moments(stream, number, module, model.config.rms_norm_eps, folds)
             for name, order in orders[module].items():
+                share = work[name] / sum(work.values())
                 errors = errors_at_all_widths(
-                    moments, projection.weight, projection.bias, order[number]
+                    moments,
+                    projection.weight,
+                    projection.bias,
+                    order[number],
+                    lambda part, share=share: report(part * share),
                 )
+                done += share
                 for recovery, error in errors.items():
                     found.setdefault(f"{name}.{recovery}", []).append(error)
-    progress("Estimating what each width loses", layers, layers)
+    progress("Estimating what each width loses", REPORTS_A_LAYER * layers, REPORTS_A_LAYER * layers)
     return {name: torch.stack(each) for name, each in found.items()}
 
 
@@ -204,12 +221,14 @@ def errors_at_all_widths(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     order: torch.Tensor,
+    report: Callable[[float], None] = lambda part: None,
 ) -> dict[str, torch.Tensor]:
     """Relative held-out error of one module by recovery, shape (width + 1,), float64 on the CPU.
 
     `moments` are those of each fold, shape (width + 1, width + 1) with the constant last; `weight`
     and `bias` the output projection's; `order` its channels, kept longest first. As in `recovery`,
     a repair that does no better than the bare cut leaves it, and one fold alone allows no repair.
+    `report` is called after each fit with the part of the work that is done, from 0 to 1.
     """
     order = order.to(weight.device)
     written = weight.float() if bias is None else torch.column_stack([weight, bias]).float()
@@ -237,8 +256,15 @@ def errors_at_all_widths(
     errors = {recovery: bare.clone() for recovery in RECOVERIES}
     if len(moments) > 1:
         repaired = [
-            _repaired(unseen, total - unseen, columns, products, scale)
-            for unseen in map(arranged, moments)
+            _repaired(
+                unseen,
+                total - unseen,
+                columns,
+                products,
+                scale,
+                lambda part, fold=fold: report((fold + part) / len(moments)),
+            )
+            for fold, unseen in enumerate(map(arranged, moments))
         ]
         errors["bias"] = torch.minimum(bare, sum(bias for bias, _ in repaired))
         fitted = torch.stack([fits for _, fits in repaired]).sum(dim=0).amin(dim=0)
@@ -252,6 +278,7 @@ def _repaired(
     columns: torch.Tensor,
     products: torch.Tensor,
     scale: torch.Tensor,
+    report: Callable[[float], None],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is lost on unseen windows after repairs fitted on the seen ones, at all widths.
 
@@ -265,13 +292,14 @@ def _repaired(
     floor = FLOOR * (energy * scale.square()).mean() / scale.square()
     floor = floor.clamp_min(torch.finfo(energy.dtype).eps)
     fitted = []
-    for ridge in RIDGES:
+    for number, ridge in enumerate(RIDGES, start=1):
         damped = seen[:-1, :-1] + torch.diag(ridge * (energy + floor))
         factor = torch.linalg.cholesky(damped)
         half = torch.linalg.solve_triangular(factor, unseen[:-1, :-1], upper=False)
         both = torch.linalg.solve_triangular(factor, half.T, upper=False)
         z = factor.T @ columns.T
         fitted.append(_trailing(both * (z @ z.T)))
+        report(number / len(RIDGES))
     return _trailing(about_mean * products), torch.stack(fitted)
 
 

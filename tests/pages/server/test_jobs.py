@@ -390,3 +390,27 @@ def test_stopping_ends_what_runs_and_what_waits(queue):
     begun.wait(5)
     assert queue.stop(5)
     assert (running.state, waiting.state) == (CANCELLED, CANCELLED)
+
+
+def test_what_others_took_meanwhile_is_not_counted_as_time_left(queue, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("pages.server.jobs.time.monotonic", lambda: now[0])
+    others, left = [], []
+
+    def other(report):
+        now[0] += 1000
+
+    def background(report):
+        for done in range(4):
+            if done == 2:
+                others.append(queue.submit("Asked for", other))
+            report("Work", done, 4)
+            left.append(job.seconds_left)
+            now[0] += 6
+
+    gate = threading.Event()
+    job = queue.submit("Background", lambda r: (gate.wait(WAIT), background(r)), background=True)
+    gate.set()
+    finished(job)
+    finished(others[0])
+    assert left == [None, 18, 12, 6]

@@ -40,6 +40,7 @@ def workbench(monkeypatch):
         return Bench()
 
     monkeypatch.setattr(made, "_bench", open_bench)
+    monkeypatch.setattr(open_models, "measured_pace", lambda bench, seconds: 1e9)
     yield made
     torch.set_num_threads(threads)
 
@@ -360,3 +361,36 @@ def test_the_model_of_the_last_cut_serves_its_export(small_memory, monkeypatch):
     )
     assert made == [1]
     assert all(torch.equal(weights[name], each) for name, each in again.result.state_dict().items())
+
+
+def test_a_model_is_timed_once_its_dense_losses_are_known(small_memory):
+    request = Request(model="a")
+    assert small_memory.pace(request) is None
+    ended(small_memory.open(request).dense)
+    measured = small_memory.pace(request)
+    bench = small_memory.open(request).bench.result
+    assert measured > 0
+    assert small_memory.damage_seconds(request, bench) > 0
+    # Kept losses take no time to speak of: a short pass is timed instead.
+    reports = []
+    timer = open_models.StageTimer(lambda *report: reports.append(report))
+    bench.dense(timer)
+    assert reports == []
+    assert timer.seconds is None
+    assert 0 < open_models.measured_pace(bench, timer.seconds) < 1e15
+
+
+def test_unasked_work_in_the_background_is_left_where_it_would_take_long(small_memory):
+    request = Request(model="a")
+    ended(small_memory.open(request).dense)
+    bench = small_memory.open(request).bench.result
+    small_memory._paces[request.model_key] = 1.0
+    assert ended(small_memory.learn(request, Choices(), unasked=True)).state == DONE
+    assert not bench.damage_known(Choices())
+    assert ended(small_memory.learn(request, Choices(), anew=True)).state == DONE
+    assert bench.damage_known(Choices())
+    # What is kept takes no time, however slow the model is.
+    bench._measured = {}
+    small_memory.open(request).damages.clear()
+    assert ended(small_memory.learn(request, Choices(), unasked=True)).state == DONE
+    assert bench.damage_known(Choices())

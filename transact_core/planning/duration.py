@@ -1,0 +1,98 @@
+"""How long work on a model will take, from its FLOPs and from how fast this machine is.
+
+The FLOPs (2 per multiply-add) of a pass, of the damage at every width and of a cut follow from the
+architecture and the token counts. How many of them are done in a second is measured on the very
+model, on the very device: by timing the dense model's evaluation, or a short pass where that was
+kept from an earlier run. Matrix products dominate all of it; what else there is goes into a factor
+for each kind of work, measured on SmolLM2-135M's layers on one core. Real durations have been found
+within a factor of two of the estimate: it tells seconds from minutes from hours, and no more.
+"""
+
+from dataclasses import dataclass
+
+from transact_core.models.architecture import Architecture
+from transact_core.models.footprint import footprint
+from transact_core.planning.damage import FOLDS, HEAD_CUTS, RIDGES
+from transact_core.pruning import closed_form
+
+FACTORISING = 1 / 3 + 1 + 1
+"""FLOPs of a Cholesky factor and two triangular solves of square matrices, over width³."""
+DOUBLE = 2
+"""Cost of a float64 operation in float32 operations, on a CPU."""
+RIDGES_TRIED = 3
+"""Of `closed_form.RIDGES` at each module: the last one chosen and its two neighbours."""
+DAMAGE_FACTOR = 1.3
+"""Time of the damage at every width over that of its matrix products alone."""
+REPAIR_FACTOR = 2.0
+"""Time of a least-squares repair over that of its matrix products alone."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """How much text a pass takes: windows of `sequence_length`, `tokens` in all."""
+
+    tokens: int
+    sequence_length: int
+
+
+def evaluation_flops(architecture: Architecture, feed: Feed) -> float:
+    """FLOPs of scoring the windows."""
+    # The type that weights are stored in makes no difference to FLOPs.
+    cost = footprint(architecture, "float32", feed.sequence_length)
+    return float(feed.tokens * cost.flops_per_token)
+
+
+def pass_flops(architecture: Architecture, feed: Feed) -> float:
+    """FLOPs of a pass through all layers, without the LM head."""
+    head = 2 * architecture.vocab_size * architecture.hidden_size
+    return evaluation_flops(architecture, feed) - float(feed.tokens * head)
+
+
+def damage_flops(architecture: Architecture, calibration: Feed) -> float:
+    """FLOPs that `damage.measure_curves` takes as long as, its other work counted in."""
+    hidden = architecture.hidden_size
+    flops = pass_flops(architecture, calibration)
+    for width, orders in (
+        (architecture.mha_width, len(HEAD_CUTS)),
+        (architecture.intermediate_size, 1),
+    ):
+        of_each_fit = FACTORISING * width**3 + 4 * width**2 * hidden
+        second_moments = 2 * calibration.tokens * (width + 1) ** 2
+        fits = orders * (2 * width**2 * hidden + FOLDS * len(RIDGES) * of_each_fit)
+        flops += architecture.num_hidden_layers * (second_moments + fits)
+    return DAMAGE_FACTOR * flops
+
+
+def cut_flops(
+    dense: Architecture,
+    cut: Architecture,
+    recovery: str,
+    calibration: Feed,
+    evaluation: Feed,
+) -> float:
+    """FLOPs that cutting in one step, repairing and measuring takes as long as.
+
+    `cut` is what is left. Of `head-dims` the repair of queries and keys is not counted.
+    """
+    flops = evaluation_flops(cut, evaluation)
+    narrowed = [
+        width
+        for width, before in (
+            (cut.mha_width, dense.mha_width),
+            (cut.intermediate_size, dense.intermediate_size),
+        )
+        if width < before
+    ]
+    if recovery == "none" or not narrowed:
+        return flops
+    flops += pass_flops(dense, calibration) + pass_flops(cut, calibration)
+    if recovery != "least-squares":
+        return flops
+    hidden, tokens = dense.hidden_size, calibration.tokens
+    solves = RIDGES_TRIED * closed_form.FOLDS + 1
+    for width in narrowed:
+        moments = 2 * tokens * width * (width + hidden)
+        corrections = RIDGES_TRIED * 2 * tokens * width * hidden
+        solved = DOUBLE * solves * (width**3 / 3 + 2 * width**2 * hidden)
+        flops += REPAIR_FACTOR * dense.num_hidden_layers * (moments + corrections + solved)
+    return flops
