@@ -28,7 +28,7 @@ from transact_core.data.corpus import read_corpus
 from transact_core.data.windows import Windows, evaluation_windows
 from transact_core.forward.statistics import collect
 from transact_core.forward.stream import Stream
-from transact_core.forward.waists import batches, transitional_inputs
+from transact_core.forward.waists import batches, output_projections
 from transact_core.importance.elimination import weighted_rows
 from transact_core.models.architecture import Architecture
 from transact_core.models.load import load_model
@@ -51,7 +51,7 @@ def gathering(model: LlamaForCausalLM, windows: Windows) -> None:
     """
     stream = Stream(model, windows)
     for number in range(len(model.model.layers)):
-        for module, projection in transitional_inputs(model, number).items():
+        for module, projection in output_projections(model.model.layers[number]).items():
             rows = weighted_rows(stream, number, module, model.config.rms_norm_eps)
             second_moments(rows, projection.in_features)
 
