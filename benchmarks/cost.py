@@ -28,7 +28,7 @@ from transact_core.data.corpus import read_corpus
 from transact_core.data.windows import Windows, evaluation_windows
 from transact_core.forward.statistics import collect
 from transact_core.forward.stream import Stream
-from transact_core.forward.waists import batches, transitional_inputs
+from transact_core.forward.waists import batches, output_projections
 from transact_core.importance.elimination import weighted_rows
 from transact_core.models.architecture import Architecture
 from transact_core.models.load import load_model
@@ -50,8 +50,8 @@ def gathering(model: LlamaForCausalLM, windows: Windows) -> None:
     A module's output is linear in them, so cross moments need no pass of their own.
     """
     stream = Stream(model, windows)
-    for layer_index in range(len(model.model.layers)):
-        for module, projection in transitional_inputs(model, layer_index).items():
+    for layer_index, layer in enumerate(model.model.layers):
+        for module, projection in output_projections(layer).items():
             rows = weighted_rows(stream, layer_index, module, model.config.rms_norm_eps)
             second_moments(rows, projection.in_features)
 

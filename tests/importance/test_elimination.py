@@ -3,7 +3,7 @@ import torch
 
 from transact_core.base.linalg import second_moments
 from transact_core.forward.stream import Stream
-from transact_core.forward.waists import transitional_inputs
+from transact_core.forward.waists import output_projections
 from transact_core.importance.elimination import (
     FLOOR,
     RIDGE,
@@ -183,14 +183,14 @@ def test_every_layer_is_eliminated_on_its_own_moments(model, windows):
             hidden = stream.hidden.clone()
             rows = torch.cat(list(weighted_rows(stream, number, module, 1e-6)))
             seen = {}
-            projection = transitional_inputs(model, number)[module]
+            projection = output_projections(model.model.layers[number])[module]
             handle = projection.register_forward_pre_hook(
                 lambda _, inputs, seen=seen: seen.setdefault("x", inputs[0])
             )
             layer = model.model.layers[number]
             if module == "mha":
                 written = layer.self_attn(
-                    layer.input_layernorm(hidden), position_embeddings=stream.rotary
+                    layer.input_layernorm(hidden), **stream.arguments[number]
                 )[0]
             else:
                 written = layer.mlp(layer.post_attention_layernorm(hidden))

@@ -8,8 +8,8 @@ from transact_core.importance.rotary_pairs import (
     _assignment,
     _shares,
     drop_order,
+    frequency_similarity,
     measure_pairs,
-    stand_in,
 )
 
 INV_FREQ = 10_000.0 ** (-torch.arange(6, dtype=torch.float64) / 6)
@@ -46,7 +46,7 @@ def test_effects_equal_a_query_by_query_reference(tokenizer, windows):
 
 
 def test_a_frequency_stands_in_fully_for_itself_and_the_more_the_nearer():
-    similarity = stand_in(INV_FREQ)
+    similarity = frequency_similarity(INV_FREQ)
     assert torch.equal(similarity.diagonal(), torch.ones(6, dtype=torch.float64))
     assert torch.equal(similarity, similarity.T)
     assert (similarity[5, 2:].diff() >= 0).all()
@@ -56,7 +56,7 @@ def test_a_frequency_stands_in_fully_for_itself_and_the_more_the_nearer():
         abs(torch.exp(torch.tensor(1j * (first - second) * d)).item() - 1) ** 2 for d in range(3)
     ]
     by_hand = 1 - min(1, sum(t / (1 + d) for d, t in enumerate(turned)) / (1 + 1 / 2 + 1 / 3))
-    assert stand_in(INV_FREQ, 3)[0, 1].item() == pytest.approx(by_hand, rel=1e-6)
+    assert frequency_similarity(INV_FREQ, 3)[0, 1].item() == pytest.approx(by_hand, rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])
@@ -81,7 +81,7 @@ def test_slots_are_dropped_where_it_costs_least():
     effects = torch.rand(2, 3, 6, dtype=torch.float64)
     order = drop_order(effects, INV_FREQ).tolist()
     assert sorted(order) == list(range(6))
-    shares, similarity = _shares(effects).flatten(0, 1), stand_in(INV_FREQ)
+    shares, similarity = _shares(effects).flatten(0, 1), frequency_similarity(INV_FREQ)
     values = [
         _assignment(shares, similarity[:, [slot for slot in range(6) if slot != each]])[0]
         for each in range(6)

@@ -6,7 +6,7 @@ import torch
 from transact_core.base.linalg import inverse_rms
 from transact_core.experiments.bench import Choices, compress
 from transact_core.forward.stream import Stream
-from transact_core.forward.waists import head_rows, transitional_inputs
+from transact_core.forward.waists import head_rows, output_projections
 from transact_core.importance.scores import Scores
 from transact_core.planning import damage as damages
 from transact_core.planning.damage import HEAD_CUTS, RIDGES, Curve, errors_at_all_widths, kept_first
@@ -160,7 +160,7 @@ def test_the_mlps_curve_is_that_of_its_own_dense_stream(bench):
         for _ in stream.advance(number, "mha"):
             pass
         lost = written = 0.0
-        projection = transitional_inputs(model, number)["mlp"]
+        projection = output_projections(model.model.layers[number])["mlp"]
         gone = order[number, 25:]
         for transitional, residual in stream.advance(number, "mlp"):
             weight = inverse_rms(residual, model.config.rms_norm_eps).sqrt()

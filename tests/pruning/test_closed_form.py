@@ -6,7 +6,7 @@ from tests.conftest import bench_of, make_model, same_weights, snapshot, windows
 from transact_core.base.errors import TransActError
 from transact_core.data.windows import Windows
 from transact_core.experiments.bench import Choices
-from transact_core.forward.waists import transitional_inputs
+from transact_core.forward.waists import output_projections
 from transact_core.pruning import closed_form as recovery
 from transact_core.pruning import narrow_heads as narrowing
 from transact_core.pruning.closed_form import recover, require_recovery
@@ -64,7 +64,7 @@ def test_errors_told_are_those_on_windows_no_fit_has_seen(gqa_bench):
     hidden = dense.model.embed_tokens(windows.ids)
     rotary = dense.model.rotary_emb(hidden, torch.arange(windows.sequence_length)[None])
     seen = []
-    projection = transitional_inputs(bare, 0)["mha"]
+    projection = output_projections(bare.model.layers[0])["mha"]
     handle = projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     normed = dense.model.layers[0].input_layernorm(hidden)
     written = bare.model.layers[0].self_attn(normed, position_embeddings=rotary)[0]

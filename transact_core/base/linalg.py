@@ -1,4 +1,4 @@
-"""Linear algebra that several rooms share: token weights, second moments, Cholesky in place."""
+"""Linear algebra that several rooms share: float64, token weights, second moments, Cholesky."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -6,13 +6,30 @@ from itertools import pairwise
 import torch
 
 GRAM_BLOCKS = 6
+"""Blocks in which the columns of a Gram matrix are multiplied out; more of them save more of the
+lower triangle, and make smaller and less efficient products."""
+FLOAT64_DEVICES = ("cpu", "cuda")
+"""Device types that compute in float64. Apple's GPUs ("mps") do not, and others may not."""
+
+
+def in_float64(values: torch.Tensor) -> torch.Tensor:
+    """The values in float64: on their own device where it has float64, on the CPU otherwise.
+
+    What is computed from them is then where they are; `.to(device)` brings it back once it is in
+    float32. Values that are float64 already are given as they are, not copied.
+    """
+    if values.device.type not in FLOAT64_DEVICES:
+        # Moved first: the device could not even convert them.
+        values = values.cpu()
+    return values.double()
 
 
 def inverse_rms(residual: torch.Tensor, eps: float) -> torch.Tensor:
-    """One over the root mean square of the stream, shape (…, 1), float32; `eps` is the RMSNorm's.
+    """One over the root mean square of the residual stream, shape (…, 1), float32.
 
-    What tokens are weighted by, so that a few of enormous norm do not decide alone: by an
-    elimination their rows, by a repair their squared errors.
+    `residual` has shape (…, hidden_size), and `eps` is the RMSNorm's. Tokens are weighted by it, so
+    that a few of enormous norm do not decide alone: in an elimination it multiplies their rows, in
+    a repair their squared errors.
     """
     return (residual.float().square().mean(dim=-1, keepdim=True) + eps).rsqrt()
 
@@ -41,12 +58,12 @@ def second_moments(rows: Iterable[torch.Tensor], width: int) -> torch.Tensor:
 
 
 def factored_in_place(symmetric: torch.Tensor) -> torch.Tensor:
-    """The lower Cholesky factor, in the memory of the matrix; what is above it is left over.
+    """The lower Cholesky factor, in the memory of the matrix; its upper triangle is not cleared.
 
     Raises:
         LinAlgError: the matrix is not positive definite.
     """
-    # As its own transpose, a symmetric matrix lies as LAPACK wants it.
+    # A symmetric matrix is its own transpose, and that is the column-major order LAPACK works in.
     failed = torch.empty((), dtype=torch.int32, device=symmetric.device)
     factor, _ = torch.linalg.cholesky_ex(symmetric.mT, out=(symmetric.mT, failed))
     if failed.item():

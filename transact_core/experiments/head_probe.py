@@ -1,10 +1,9 @@
-"""What a single attention head does: where it looks, and what is lost without it."""
+"""What a single attention head does: its attention weights, and the loss without it."""
 
 from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from transact_core.base.errors import Progress, silent
 from transact_core.data.corpus import corpus_from_text
@@ -12,11 +11,12 @@ from transact_core.data.windows import Windows, tokenise
 from transact_core.experiments.bench import Bench
 from transact_core.forward.interventions import evaluate_changed
 from transact_core.forward.perplexity import Evaluation, paired_difference
-from transact_core.forward.stream import Stream, queries_keys_values
+from transact_core.forward.stream import Stream, queries_and_keys
 
 
 def sample(bench: Bench, text: str, tokens: int) -> Windows:
-    """One window of at most this many tokens: the text's, or of none the evaluation text's.
+    """One window of at most this many tokens: of the text, or of the evaluation text where `text`
+    is blank.
 
     Raises:
         TransActError: the text cannot be tokenised for this model.
@@ -36,26 +36,26 @@ def attention_pattern(
     """Attention weights of one layer on the first window: the softmax over keys of each query.
 
     Shape (num_attention_heads, sequence_length, sequence_length), [head, query, key], float32 on
-    the CPU. Layers after that one are not run, and no layer but that one computes its weights.
+    the CPU. Layers after that one are not run. The attention is taken to be causal, without a
+    sliding window.
     """
     stream = Stream(model, windows)
-    for number in range(layer):
-        progress("Reading the text", number, layer)
-        stream.pass_layer(number)
-    decoder = model.model.layers[layer]
-    query, key, _ = queries_keys_values(
-        decoder.self_attn, decoder.input_layernorm(stream.hidden[:1])
-    )
-    query, key = (each[0].float() for each in apply_rotary_pos_emb(query, key, *stream.rotary))
+    for layer_before in range(layer):
+        progress("Reading the text", layer_before, layer)
+        stream.pass_layer(layer_before)
+    with stream.layers.borrow(layer) as decoder:
+        scaling = decoder.self_attn.scaling
+        query, key = queries_and_keys(decoder, stream.hidden[:1], stream.arguments[layer])
+    query, key = query[0].float(), key[0].float()
     key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
-    logits = query @ key.transpose(1, 2) * decoder.self_attn.scaling
+    logits = query @ key.transpose(1, 2) * scaling
     later = torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device).triu(1)
     return logits.masked_fill(later, -torch.inf).softmax(dim=-1).cpu()
 
 
 @dataclass(frozen=True)
 class WithoutHead:
-    """The model's losses with one head's output zero."""
+    """The model's losses with one head's output set to zero."""
 
     layer: int
     head: int
@@ -67,7 +67,7 @@ class WithoutHead:
 
 
 def without_head(bench: Bench, layer: int, head: int, progress: Progress = silent) -> WithoutHead:
-    """Measures the model on the evaluation windows with one head's output zero.
+    """Measures the model on the evaluation windows with one head's output set to zero.
 
     Raises:
         TransActError: an activation or the loss is not a number.

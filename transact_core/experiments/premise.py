@@ -1,8 +1,8 @@
-"""The method's premise, tried on a model: which activations may be disturbed?
+"""A test of the method's premise on a model: which activations tolerate a disturbance?
 
-TransAct removes width at the waists of the modules and leaves the residual stream between them
-whole, because perplexity is said to suffer more from a disturbance there (Shen et al. 2024, arXiv
-2407.05690). Here the same disturbance is made at each site, and perplexity measured.
+TransAct removes width at the waists of the modules and leaves the residual stream between them at
+full width, because perplexity is said to suffer more from a disturbance of the stream (Shen et al.
+2024, arXiv 2407.05690). Here the same disturbance is applied at each site, and perplexity measured.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,11 +23,11 @@ NOISE, ZERO, ZERO_WEAKEST = DISTURBANCES = ("noise", "zero at random", "zero the
 
 @dataclass(frozen=True)
 class Disturbed:
-    """What one disturbance does."""
+    """The effect of one disturbance."""
 
     site: str
     layer: int | None
-    """None is all layers at once."""
+    """None stands for all layers at once."""
     disturbance: str
     strength: float
     evaluation: Evaluation = field(repr=False)
@@ -49,15 +49,15 @@ def disturb(
     statistics: ActivationStatistics,
     seed: int = 0,
 ) -> Change:
-    """A fresh disturbance of the activation at one site of one layer.
+    """A new disturbance of the activation at one site of one layer.
 
     - `noise`: Gaussian noise whose RMS is `strength` × the RMS of each token's own activation.
-    - `zero at random`: the share `strength` of the channels, drawn by lot, is zero.
+    - `zero at random`: the share `strength` of the channels, chosen at random, is set to zero.
     - `zero the weakest`: the share `strength` of the channels of lowest RMS over the calibration
-      text is zero.
+      text is set to zero.
 
-    What is drawn depends on the seed, the site and the layer alone, so a stronger noise is the same
-    noise, louder, and a larger share holds the smaller one.
+    The random numbers depend on the seed, the site and the layer alone, so a stronger noise is the
+    same noise scaled up, and a larger share of channels contains the smaller one.
 
     Raises:
         TransActError: there is no such disturbance, or the strength is outside [0, 1].
@@ -74,9 +74,9 @@ def disturb(
     if disturbance == NOISE:
 
         def add_noise(activation: torch.Tensor) -> torch.Tensor:
-            loudness = activation.float().square().mean(dim=-1, keepdim=True).sqrt() * strength
+            scale = activation.float().square().mean(dim=-1, keepdim=True).sqrt() * strength
             noise = torch.randn(activation.shape, generator=generator).to(activation.device)
-            return (activation + loudness * noise).to(activation.dtype)
+            return (activation + scale * noise).to(activation.dtype)
 
         return add_noise
 
@@ -126,8 +126,8 @@ def disturb_layer_by_layer(
 ) -> Iterator[Disturbed]:
     """Disturbs each site in one layer at a time.
 
-    What comes before a layer is the same for all sites and is run once. The first `windows`
-    evaluation windows are used.
+    The layers before the disturbed one are the same for all sites and are run once. The first
+    `windows` evaluation windows are used.
 
     Raises:
         TransActError: as `disturb` and `evaluate_changed`.
@@ -138,15 +138,18 @@ def disturb_layer_by_layer(
     trial = _Trial(bench, disturbance, windows, passes, progress)
     stream, passed = Stream(bench.loaded.model, trial.windows), 0
     for layer in layers:
-        for number in range(passed, layer):
-            stream.pass_layer(number)
+        for layer_before in range(passed, layer):
+            stream.pass_layer(layer_before)
         passed = layer
         for site in SITES:
             yield trial.measure(site, layer, strength, stream)
 
 
 class _Trial:
-    """What all disturbances of one experiment share; `passes` counts layers that will be passed."""
+    """What all disturbances of one experiment share.
+
+    `passes` is the number of layers that will be run in total, for the progress reports.
+    """
 
     def __init__(
         self, bench: Bench, disturbance: str, windows: int, passes: int, progress: Progress
@@ -161,12 +164,12 @@ class _Trial:
         self, site: str, layer: int | None, strength: float, begun: Stream | None = None
     ) -> Disturbed:
         bench = self.bench
-        every = range(bench.loaded.architecture.num_hidden_layers)
+        all_layers = range(bench.loaded.architecture.num_hidden_layers)
         changes = {
-            (site, each): disturb(
-                site, each, self.disturbance, strength, self.statistics, bench.seed
+            (site, layer_index): disturb(
+                site, layer_index, self.disturbance, strength, self.statistics, bench.seed
             )
-            for each in (every if layer is None else [layer])
+            for layer_index in (all_layers if layer is None else [layer])
         }
         self.progress("Disturbing activations", self.passed, self.passes)
         evaluation = evaluate_changed(

@@ -1,8 +1,8 @@
 """What the model loses when its activations are changed on the way.
 
-The model is run by `streams`, which lets an activation be changed as it passes, so nothing is
-hooked into the model and nothing of it is modified. A site is one of `activations.SITES`: the
-waists of both modules, and the residual stream as it enters a layer.
+The model is run by `stream`, which can change an activation as it passes, so the model itself is
+not modified and carries no hooks. A site is one of `waists.SITES`: the waists of both modules, and
+the residual stream as it enters a layer.
 """
 
 from collections.abc import Callable
@@ -24,15 +24,16 @@ def evaluate_changed(
     begun: Stream | None = None,
     first: int = 0,
 ) -> Evaluation:
-    """Scores every window alone, as `evaluation.evaluate` does, with changed activations.
+    """Scores every window alone, as `perplexity.evaluate` does, with changed activations.
 
-    `begun` is the windows' stream as it stands before layer `first`; it is left where it stands.
+    `begun` may be the windows' stream as it stands before layer `first`, which is then not run
+    again; that stream is forked, not moved. `after_layer` is called after every layer.
 
     Raises:
         TransActError: an activation or the loss is not a number.
     """
     stream = begun.fork() if begun else Stream(model, windows)
-    for number in range(first, len(model.model.layers)):
-        stream.pass_layer(number, changes)
+    for layer_index in range(first, len(stream.layers)):
+        stream.pass_layer(layer_index, changes)
         after_layer()
     return Evaluation(require_losses(losses_behind_layers(model, stream.hidden, windows)))

@@ -1,4 +1,4 @@
-"""Perplexity, and how sure it is.
+"""Perplexity, and its standard error.
 
 Each window is scored alone, nothing is prepended, its first token is not scored. Perplexity is
 `exp(Σ NLL / scored tokens)` with NLL in float32 whatever the model computes in.
@@ -13,6 +13,11 @@ from transformers import LlamaForCausalLM
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
+
+LOGITS_AT_ONCE = 1 << 25
+"""Logits that are held at a time, in number: 128 MB in float32, and a softmax of the same size. The
+usual windows (512 tokens of a vocabulary of 49,152) are scored in one piece; a window of 32,768
+tokens of a vocabulary of 128,256 would otherwise take 17 GB for each of the two."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,11 @@ def evaluate(
     progress: Progress = silent,
     stage: str = "Measuring perplexity",
 ) -> Evaluation:
-    """Scores every window alone."""
+    """Scores every window alone.
+
+    Raises:
+        TransActError: a loss is NaN or infinite.
+    """
     losses = []
     for done, window in enumerate(windows.ids.to(model.device)):
         progress(stage, done, len(windows))
@@ -77,32 +86,48 @@ def token_losses(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     """The negative log-likelihood of each token after the first, given those before it, in nats.
 
     `ids` has shape (tokens,) and lies on the model's device; the result has shape (tokens − 1,),
-    float32 on the CPU.
+    float32 on the CPU. At most `LOGITS_AT_ONCE` logits are held at a time, one token's at least.
     """
-    logits = model(ids[None], use_cache=False).logits[0, :-1]
-    return functional.cross_entropy(logits.float(), ids[1:], reduction="none").cpu()
+    states = model.model(ids[None], use_cache=False).last_hidden_state[0]
+    return _losses_of_states(model, states, ids)
 
 
 def losses_behind_layers(
     model: LlamaForCausalLM, hidden: torch.Tensor, windows: Windows
 ) -> torch.Tensor:
-    """What `evaluate` measures, of residual streams that have passed the layers already.
+    """What `evaluate` measures, from residual streams that have passed all layers already.
 
     `hidden` has shape (windows, sequence_length, hidden_size); the result (windows, sequence_length
-    − 1), in nats, float32 on the CPU. A window's logits are held at a time.
+    − 1), in nats, float32 on the CPU. Logits are held as in `token_losses`.
     """
+    ids = windows.ids.to(hidden.device)
+    return torch.stack(
+        [
+            _losses_of_states(model, model.model.norm(states), window)
+            for states, window in zip(hidden, ids, strict=True)
+        ]
+    )
+
+
+def _losses_of_states(
+    model: LlamaForCausalLM, states: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """The losses of one window, from what its LM head reads, shape (tokens, hidden_size)."""
+    tokens_at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     losses = []
-    for states, ids in zip(hidden, windows.ids.to(hidden.device), strict=True):
-        logits = model.lm_head(model.model.norm(states[:-1]))
-        losses.append(functional.cross_entropy(logits.float(), ids[1:], reduction="none").cpu())
-    return torch.stack(losses)
+    for start in range(0, len(ids) - 1, tokens_at_once):
+        targets = ids[1:][start : start + tokens_at_once]
+        logits = model.lm_head(states[start : start + len(targets)]).float()
+        losses.append(functional.cross_entropy(logits, targets, reduction="none").cpu())
+    return torch.cat(losses)
 
 
 def paired_difference(pruned: Evaluation, dense: Evaluation) -> tuple[float, float]:
     """Mean per-token difference of NLL from the dense model, in nats, and its standard error.
 
-    Tokens of one window share their context, so the error is taken over windows: the spread of the
-    windows' mean differences over the square root of their number. NaN with a single window.
+    Tokens of one window share their context, so the error is taken over windows: the standard
+    deviation of the windows' mean differences, divided by the square root of the number of windows.
+    NaN with a single window.
     """
     difference = (pruned.nll - dense.nll).double().mean(dim=1)
     windows = len(difference)

@@ -1,15 +1,12 @@
-"""Statistics of the activations, from one streamed pass over calibration windows.
+"""Statistics of the activations, from one pass over the calibration windows.
 
 The transitional activation of a module is what its output projection reads: the concatenated head
 outputs before `o_proj`, and `silu(gate(x)) * up(x)` before `down_proj`. The inter-module activation
-is the residual stream, looked at where it enters a layer. Only sums over tokens are kept, so memory
-does not grow with the number of calibration tokens.
+is the residual stream, observed where it enters a layer. Only sums over tokens are kept, and the
+windows run through the layers in chunks, so memory is bounded however many windows there are.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -17,14 +14,25 @@ from transformers import LlamaForCausalLM
 
 from transact_core.base.errors import Progress, silent
 from transact_core.data.windows import Windows
-from transact_core.forward.waists import SITES, batches, require_finite, transitional_inputs
+from transact_core.forward.layers import layers_of
+from transact_core.forward.stream import Stream
+from transact_core.forward.waists import (
+    MODULES,
+    SITES,
+    output_projections,
+    require_finite,
+    windows_a_batch,
+)
 
 SUMS = ("sum", "sum_of_squares", "max_abs")
+CHUNK_BATCHES = 16
+"""Batches of windows whose residual streams are held at a time, about 32,768 tokens: each layer is
+borrowed once for all of them."""
 
 
 @dataclass(frozen=True)
 class ModuleStatistics:
-    """Sums over calibration tokens at one site, shape (layers, width), float64, on the CPU."""
+    """Sums over calibration tokens at one site, shape (layers, width), float64 on the CPU."""
 
     sum: torch.Tensor
     sum_of_squares: torch.Tensor
@@ -38,7 +46,7 @@ class ModuleStatistics:
 
     @property
     def rms(self) -> torch.Tensor:
-        """Root mean square over tokens: the norm made independent of how many there were."""
+        """Root mean square over tokens: the norm without its dependence on their number."""
         return (self.sum_of_squares / self.tokens).sqrt()
 
     @property
@@ -109,26 +117,30 @@ def collect(
     Raises:
         TransActError: an activation is NaN or infinite.
     """
-    layers = len(model.model.layers)
-    sums = {site: _Sums(site, layers, width) for site, width in _widths(model).items()}
-    split = list(batches(windows, model.device))
-    total, passed = len(split) * layers, count()
-
-    def report() -> None:
-        progress("Measuring activations", next(passed), total)
-
-    with _watching(model, sums, report):
-        for batch in split:
-            model.model(batch, use_cache=False)
-    report()
+    layers = layers_of(model)
+    with layers.borrow(0) as layer:
+        widths = {site: each.in_features for site, each in output_projections(layer).items()}
+    widths["residual"] = model.config.hidden_size
+    sums = {site: _Sums(site, len(layers), width) for site, width in widths.items()}
+    at_once = windows_a_batch(windows.sequence_length)
+    done, total = 0, -(-len(windows) // at_once) * len(layers)
+    for ids in windows.ids.split(at_once * CHUNK_BATCHES):
+        stream = Stream(model, replace(windows, ids=ids))
+        for layer_index in range(len(layers)):
+            with layers.borrow(layer_index):
+                for hidden in stream.batches():
+                    sums["residual"].add(layer_index, hidden)
+                for module in MODULES:
+                    for transitional, _ in stream.advance(layer_index, module):
+                        # A batch may take many seconds, so each one reports in each layer.
+                        if module == MODULES[0]:
+                            progress("Measuring activations", done, total)
+                            done += 1
+                        sums[module].add(layer_index, transitional)
+    progress("Measuring activations", total, total)
     return ActivationStatistics(
-        **{name: total.finish(windows.tokens) for name, total in sums.items()}
+        **{site: total.finish(windows.tokens) for site, total in sums.items()}
     )
-
-
-def _widths(model: LlamaForCausalLM) -> dict[str, int]:
-    waists = {name: each.in_features for name, each in transitional_inputs(model, 0).items()}
-    return {**waists, "residual": model.config.hidden_size}
 
 
 class _Sums:
@@ -136,20 +148,20 @@ class _Sums:
 
     def __init__(self, site: str, layers: int, width: int) -> None:
         self.site = site
-        # float64 is not to be had on every accelerator, and a batch's own sum is short enough for
-        # float32: the long sum is kept on the CPU.
+        # A batch is short enough to be summed in float32 on the device. The long sums need float64,
+        # which not every accelerator has, and are kept on the CPU.
         self.sum, self.sum_of_squares, self.max_abs = torch.zeros(
             3, layers, width, dtype=torch.float64
         )
 
-    def add(self, layer: int, activation: torch.Tensor) -> None:
+    def add(self, layer_index: int, activation: torch.Tensor) -> None:
+        """Adds an activation of one layer, shape (…, width)."""
         flat = activation.reshape(-1, activation.shape[-1]).float()
-        self.sum[layer] += flat.sum(dim=0).cpu()
-        self.sum_of_squares[layer] += flat.square().sum(dim=0).cpu()
-        require_finite(self.sum_of_squares[layer], layer, self.site)
-        torch.maximum(
-            self.max_abs[layer], flat.abs().amax(dim=0).cpu().double(), out=self.max_abs[layer]
-        )
+        self.sum[layer_index] += flat.sum(dim=0).cpu()
+        self.sum_of_squares[layer_index] += flat.square().sum(dim=0).cpu()
+        require_finite(self.sum_of_squares[layer_index], layer_index, self.site)
+        largest = self.max_abs[layer_index]
+        torch.maximum(largest, flat.abs().amax(dim=0).cpu().double(), out=largest)
 
     def finish(self, tokens: int) -> ModuleStatistics:
         return ModuleStatistics(
@@ -157,31 +169,8 @@ class _Sums:
         )
 
 
-@contextmanager
-def _watching(
-    model: LlamaForCausalLM, sums: dict[str, _Sums], report: Callable[[], None]
-) -> Iterator[None]:
-    """Adds up the activations; reports at each layer, as a batch may take many seconds."""
-    handles = []
-    for layer, decoder in enumerate(model.model.layers):
-        readers = {"residual": decoder.input_layernorm, **transitional_inputs(model, layer)}
-        for site, reader in readers.items():
-
-            def add(_, inputs, layer=layer, site=site):
-                if site == "residual":
-                    report()
-                sums[site].add(layer, inputs[0])
-
-            handles.append(reader.register_forward_pre_hook(add))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def energy_shares(statistics: ModuleStatistics) -> torch.Tensor:
-    """Energy `Σ a²` of each layer's channels as cumulated shares, largest channel first.
+    """Cumulative shares of the energy `Σ a²` of each layer's channels, largest channel first.
 
     Shape (layers, width); the last column is 1. A layer without any energy has zeros.
     """

@@ -1,8 +1,13 @@
 """The residual stream of all calibration windows, run layer by layer instead of window by window.
 
-What is measured here needs more room for one layer than a whole layer's weights take, so only one
-layer is looked at at a time: the hidden states of every window wait before it, pass through one of
-its modules, and wait again. Memory is those hidden states and what the caller keeps of one module.
+What is measured here needs more memory for one layer than the layer's weights take, so only one
+layer is worked on at a time: the hidden states of all windows wait before it, pass through one of
+its modules in batches, and wait again. Memory is those hidden states and what the caller keeps of
+one module.
+
+Every layer runs through its own modules, with the arguments that its model passes to it. Its
+transitional activation is read, and changed where asked, by a forward pre-hook on the output
+projection of a shallow copy, so the model itself carries no hook.
 """
 
 import copy
@@ -12,48 +17,130 @@ from types import MappingProxyType
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers import AttentionInterface, PreTrainedModel
 
 from transact_core.data.windows import Windows
+from transact_core.forward.layers import Arguments, before_layers, layers_of
 from transact_core.forward.waists import MODULES, require_finite, windows_a_batch
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the rotary embedding, each of shape (1, sequence_length, head_dim)."""
 Change = Callable[[torch.Tensor], torch.Tensor]
-"""From an activation to another of the same shape; leaves what it is given as it was."""
+"""From an activation to another of the same shape; leaves its argument as it was."""
 Changes = Mapping[tuple[str, int], Change]
-"""What is done to the activation at (site, layer), a site being one of `activations.SITES`."""
+"""The change to make to the activation at (site, layer index), a site being one of
+`waists.SITES`."""
 
 
 def unchanged(activation: torch.Tensor) -> torch.Tensor:
-    """The change that is none."""
+    """The change that changes nothing."""
     return activation
 
 
 def run_attention(
-    layer: nn.Module, hidden: torch.Tensor, rotary: Rotary, change: Change = unchanged
+    layer: nn.Module, hidden: torch.Tensor, arguments: Arguments, change: Change = unchanged
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the attention of a decoder layer writes to the residual stream, and its waist.
+    """What the attention of a decoder layer adds to the residual stream, and its waist.
 
-    `hidden` is the residual stream before the layer, shape (batch, sequence_length, hidden_size);
-    every window attends causally to itself. Gives (output, transitional): the output without the
-    residual, shaped like `hidden`, and the input of `o_proj`, shape (batch, sequence_length,
-    num_attention_heads × head_dim), after `change`.
+    `hidden` is the residual stream before the layer, shape (batch, sequence_length, hidden_size).
+    Gives (output, transitional): the output without the residual, shaped like `hidden`, and the
+    input of `o_proj`, shape (batch, sequence_length, num_attention_heads × head_dim), after
+    `change`.
     """
-    attention = layer.self_attn
-    query, key, value = queries_keys_values(attention, layer.input_layernorm(hidden))
-    query, key = apply_rotary_pos_emb(query, key, *rotary)
-    transitional = change(attend(query, key, value, attention.scaling))
-    return attention.o_proj(transitional), transitional
+    attention, seen = _observed(layer.self_attn, "o_proj", change)
+    output = attention(hidden_states=layer.input_layernorm(hidden), **arguments)[0]
+    return output, seen.pop()
 
 
-def queries_keys_values(attention: nn.Module, normed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Queries, keys and values before rotation, each (batch, heads, sequence_length, head_dim)."""
-    return tuple(
-        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+def run_mlp(
+    layer: nn.Module, hidden: torch.Tensor, change: Change = unchanged
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the MLP of a decoder layer adds to the residual stream, and its waist.
+
+    `hidden` is the residual stream after the layer's attention, shape (batch, sequence_length,
+    hidden_size). Gives (output, transitional): the output without the residual, shaped like
+    `hidden`, and the input of `down_proj`, shape (batch, sequence_length, intermediate_size), after
+    `change`.
+    """
+    mlp, seen = _observed(layer.mlp, "down_proj", change)
+    output = mlp(layer.post_attention_layernorm(hidden))
+    return output, seen.pop()
+
+
+def run_module(
+    layer: nn.Module,
+    module: str,
+    hidden: torch.Tensor,
+    arguments: Arguments,
+    change: Change = unchanged,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`run_attention` where `module` is "mha", `run_mlp` where it is "mlp"."""
+    if module == "mha":
+        return run_attention(layer, hidden, arguments, change)
+    return run_mlp(layer, hidden, change)
+
+
+def _observed(
+    module: nn.Module, projection_name: str, change: Change
+) -> tuple[nn.Module, list[torch.Tensor]]:
+    """A shallow copy of a module, and the list into which it puts its transitional activation.
+
+    The copy shares all weights; only its output projection is another object, which carries the
+    hook. So others may run the same module at the same time.
+    """
+    seen: list[torch.Tensor] = []
+
+    def before_projection(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        seen.append(change(inputs[0]))
+        return (seen[-1],)
+
+    projection = copy.copy(module.get_submodule(projection_name))
+    projection._forward_pre_hooks = copy.copy(projection._forward_pre_hooks)
+    projection.register_forward_pre_hook(before_projection)
+    observed = copy.copy(module)
+    observed._modules = {**module._modules, projection_name: projection}
+    return observed, seen
+
+
+# --- inside the attention --------------------------------------------------------------------
+_OBSERVED_ATTENTION = "transact_observed"
+"""Name under which transformers finds the attention function of `queries_and_keys`."""
+
+
+def _hand_over(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    observed_attention: list[torch.Tensor],
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    observed_attention += [query, key]
+    # Nobody reads what the attention gives here; it only has to have the right shape.
+    return value.new_zeros(()).expand(*query.shape[:-1], value.shape[-1]).transpose(1, 2), None
+
+
+AttentionInterface.register(_OBSERVED_ATTENTION, _hand_over)
+
+
+def queries_and_keys(
+    layer: nn.Module, hidden: torch.Tensor, arguments: Arguments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys of a layer's attention as they meet: normalised and rotated by its own code.
+
+    `hidden` is the residual stream before the layer, shape (batch, sequence_length, hidden_size).
+    Queries have shape (batch, num_attention_heads, sequence_length, head_dim), keys (batch,
+    num_key_value_heads, sequence_length, head_dim).
+    """
+    attention = copy.copy(layer.self_attn)
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation = _OBSERVED_ATTENTION
+    query_and_key: list[torch.Tensor] = []
+    normed = layer.input_layernorm(hidden)
+    attention(hidden_states=normed, **arguments, observed_attention=query_and_key)
+    query, key = query_and_key
+    return query, key
 
 
 def attend(
@@ -62,39 +149,15 @@ def attend(
     """Concatenated outputs of causal attention, (batch, sequence_length, heads × value dims).
 
     Each of query, key and value is (batch, heads, sequence_length, dims), key and value with a head
-    for each group of queries.
+    for each group of queries. Dims of values may be other than those of queries and keys.
     """
     groups = query.shape[1] // key.shape[1]
-    key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
     heads = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     return heads.transpose(1, 2).flatten(2)
 
 
-def run_mlp(
-    layer: nn.Module, hidden: torch.Tensor, change: Change = unchanged
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the MLP of a decoder layer writes to the residual stream, and its waist.
-
-    `hidden` is the residual stream after the layer's attention, shape (batch, sequence_length,
-    hidden_size). Gives (output, transitional): the output without the residual, shaped like
-    `hidden`, and the input of `down_proj`, shape (batch, sequence_length, intermediate_size), after
-    `change`.
-    """
-    mlp = layer.mlp
-    normed = layer.post_attention_layernorm(hidden)
-    transitional = change(mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed))
-    return mlp.down_proj(transitional), transitional
-
-
-def run_module(
-    layer: nn.Module, module: str, hidden: torch.Tensor, rotary: Rotary, change: Change = unchanged
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`run_attention` where `module` is "mha", `run_mlp` where it is "mlp"."""
-    if module == "mha":
-        return run_attention(layer, hidden, rotary, change)
-    return run_mlp(layer, hidden, change)
-
-
+# --- all windows -----------------------------------------------------------------------------
 class Stream:
     """Hidden states of all windows, shape (windows, sequence_length, hidden_size).
 
@@ -103,53 +166,58 @@ class Stream:
     """
 
     @torch.no_grad()
-    def __init__(self, model: LlamaForCausalLM, windows: Windows) -> None:
+    def __init__(self, model: PreTrainedModel, windows: Windows) -> None:
         ids = windows.ids.to(model.device)
-        self.layers = model.model.layers
-        self.hidden = model.model.embed_tokens(ids)
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        self.rotary: Rotary = model.model.rotary_emb(self.hidden, positions)
+        self.layers = layers_of(model)
         self._windows_a_batch = windows_a_batch(windows.sequence_length)
+        first, self.arguments = before_layers(model, ids[:1])
+        self.hidden = first.new_empty(len(ids), *first.shape[1:])
+        """The residual stream, before layer 0 at first."""
+        for hidden, batch in zip(self.batches(), ids.split(self._windows_a_batch), strict=True):
+            hidden.copy_(before_layers(model, batch)[0])
 
     def fork(self) -> "Stream":
-        """A stream of its own that stands where this one does."""
+        """Another stream that stands where this one does and moves on its own."""
         other = copy.copy(self)
         other.hidden = self.hidden.clone()
         return other
 
     def batches(self) -> Iterator[torch.Tensor]:
-        """The hidden states as they stand, a few windows at a time."""
+        """The hidden states as they stand, a few windows at a time: views of `hidden`."""
         yield from self.hidden.split(self._windows_a_batch)
 
     @torch.no_grad()
     def advance(
-        self, number: int, module: str, change: Change = unchanged
+        self, layer_index: int, module: str, change: Change = unchanged
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Passes every window through one module of layer `number`, a batch at a time.
+        """Passes every window through one module of a layer, a batch at a time.
 
         Gives (transitional, residual) of each batch: the module's waist, after `change`, from which
         the module writes, and the residual stream after the module, a view that the next module
-        will overwrite. The stream has moved on once all batches are taken; the layers' modules come
+        will overwrite. The stream has moved on once all batches are taken; a layer's modules come
         in the order of the model, "mha" first.
 
         Raises:
             TransActError: a transitional activation is NaN or infinite.
         """
-        layer = self.layers[number]
-        for hidden in self.batches():
-            output, transitional = run_module(layer, module, hidden, self.rotary, change)
-            require_finite(transitional, number, module)
-            hidden += output
-            yield transitional, hidden
+        arguments = self.arguments[layer_index]
+        with self.layers.borrow(layer_index) as layer:
+            for hidden in self.batches():
+                output, transitional = run_module(layer, module, hidden, arguments, change)
+                require_finite(transitional, layer_index, module)
+                hidden += output
+                yield transitional, hidden
 
-    def pass_layer(self, number: int, changes: Changes = MappingProxyType({})) -> None:
-        """Passes every window through layer `number`, with what is changed in it.
+    def pass_layer(self, layer_index: int, changes: Changes = MappingProxyType({})) -> None:
+        """Passes every window through a layer, with those of the `changes` that are in it.
 
         Raises:
             TransActError: a transitional activation is NaN or infinite.
         """
-        if change := changes.get(("residual", number)):
+        if change := changes.get(("residual", layer_index)):
             self.hidden = change(self.hidden)
-        for module in MODULES:
-            for _ in self.advance(number, module, changes.get((module, number), unchanged)):
-                pass
+        with self.layers.borrow(layer_index):
+            for module in MODULES:
+                change = changes.get((module, layer_index), unchanged)
+                for _ in self.advance(layer_index, module, change):
+                    pass

@@ -7,15 +7,18 @@ attention, `down_proj` for the MLP.
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import LlamaForCausalLM
+from torch import nn
 
 from transact_core.base.errors import TransActError
 from transact_core.data.windows import Windows
 
 MODULES = ("mha", "mlp")
 SITES = (*MODULES, "residual")
-"""Where activations are looked at: the waists of both modules, and the stream between modules."""
+"""Where activations are observed: the waists of both modules, and the residual stream as it enters
+a layer."""
 BATCH_TOKENS = 2048
+"""Tokens that run through a module at a time: enough to keep the matrix products efficient, few
+enough that their activations are small beside the residual stream of all windows."""
 
 
 def windows_a_batch(sequence_length: int) -> int:
@@ -28,25 +31,28 @@ def batches(windows: Windows, device: torch.device) -> Iterator[torch.Tensor]:
     yield from windows.ids.to(device).split(windows_a_batch(windows.sequence_length))
 
 
-def transitional_inputs(model: LlamaForCausalLM, layer: int) -> dict[str, torch.nn.Module]:
-    """The two projections whose inputs are a layer's transitional activations."""
-    decoder = model.model.layers[layer]
-    return {"mha": decoder.self_attn.o_proj, "mlp": decoder.mlp.down_proj}
+def output_projections(layer: nn.Module) -> dict[str, nn.Linear]:
+    """The projections of a decoder layer whose inputs are its transitional activations."""
+    return {"mha": layer.self_attn.o_proj, "mlp": layer.mlp.down_proj}
 
 
 def head_rows(heads: Sequence[int], head_dim: int) -> torch.Tensor:
-    """Places of whole heads in an attention's waist, in the order of the heads."""
+    """Positions of whole heads in an attention's waist, in the order of the heads."""
     return (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
-def require_finite(values: torch.Tensor, layer: int, site: str) -> None:
-    """Refuses an activation, or sums of one, that no score could be made of."""
-    # One number to look at instead of one a value; float16 alone could not hold the sum.
+def require_finite(values: torch.Tensor, layer_index: int, site: str) -> None:
+    """Refuses an activation, or sums of one, that no score could be made of.
+
+    Raises:
+        TransActError: a value is NaN or infinite.
+    """
+    # One sum is tested instead of every value; float16 alone could not hold it.
     if not values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).isfinite():
         what = (
-            f"residual stream that enters layer {layer}"
+            f"residual stream that enters layer {layer_index}"
             if site == "residual"
-            else f"transitional activation of the {site} of layer {layer}"
+            else f"transitional activation of the {site} of layer {layer_index}"
         )
         raise TransActError(
             f"The {what} is NaN or infinite; compute in float32, and if it stays so the weights "

@@ -1,9 +1,10 @@
-"""First-order saliences: how much the loss would change, to first order, were a weight zero.
+"""First-order saliences: how much the loss changes, to first order, if a weight is set to zero.
 
-The only pass that goes backwards. It does so layer by layer, for all windows at a time, so that one
-layer's gradient is held and not the model's: the way there keeps the residual stream before every
-few layers, the way back runs those few again. It runs copies of the layers on aliases of their
-weights: the model itself is never asked for a gradient, and whoever else uses it is not disturbed.
+This is the only backward pass. It goes layer by layer, for all windows at a time, so that the
+gradient of one layer is held and not that of the model: the forward pass keeps the residual stream
+before every few layers (checkpoints), and the backward pass runs those few layers again. It runs
+copies of the layers that share their weights, so the model itself never requires a gradient and
+others can use it at the same time.
 """
 
 import copy
@@ -16,8 +17,9 @@ from transformers import LlamaForCausalLM
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
+from transact_core.forward.layers import Arguments, layers_of
 from transact_core.forward.statistics import collect
-from transact_core.forward.stream import Rotary, Stream, run_attention, run_mlp
+from transact_core.forward.stream import Stream, run_attention, run_mlp
 from transact_core.forward.waists import MODULES
 from transact_core.models.architecture import Architecture
 
@@ -25,17 +27,17 @@ PROJECTIONS = {
     "mha": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     "mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 }
-"""Of each module the projections that lose width: the last one columns, the others rows."""
+"""The projections of each module that lose width: the last one columns, the others rows."""
 
 
 def channel_sums(matrices: tuple[torch.Tensor, ...], architecture: Architecture) -> torch.Tensor:
-    """Sums what each weight is worth over the rows and columns that belong to a channel.
+    """Sums a score of each weight over the rows and columns that belong to a channel.
 
     Takes a matrix for each of a module's `PROJECTIONS`, gives shape (width of its waist,), float64
-    on the CPU. Under grouped queries a row of K or V serves one channel of every query head that
-    reads it, and each has an equal share of it. So what the channels of a group add up to is what
-    goes with the group, every weight counted once; and the heads of one group, none of which takes
-    the row along when it goes alone, have the same share of it.
+    on the CPU. Under grouped queries a row of K or V serves one channel of every query head of its
+    group, and each of these channels gets an equal share of it. So every weight is counted once,
+    the channels of a group add up to what is removed with the whole group, and the heads of a
+    group, none of which removes the row when it is removed alone, have the same share of it.
     """
     *readers, writer = matrices
     total = writer.sum(dim=0).cpu().double()
@@ -49,9 +51,8 @@ def channel_sums(matrices: tuple[torch.Tensor, ...], architecture: Architecture)
     return total
 
 
-def projection_weights(model: LlamaForCausalLM, number: int, module: str) -> list[torch.Tensor]:
-    """The weights of a module's `PROJECTIONS` in layer `number`."""
-    layer = model.model.layers[number]
+def projection_weights(layer: nn.Module, module: str) -> list[torch.Tensor]:
+    """The weights of a module's `PROJECTIONS` in a decoder layer."""
     return [layer.get_submodule(name).weight for name in PROJECTIONS[module]]
 
 
@@ -64,52 +65,52 @@ def collect_saliences(
     """Σ |weight · gradient| over the weights of each channel, by module, (layers, width), float64.
 
     The gradient is that of the summed next-token NLL of all windows, in nats; biases are left out.
-    It is summed over windows in float32. Costs a forward and a backward pass and two more through
-    the layers; memory is about 2 √layers residual streams of all windows, and one layer's gradient
-    in float32.
+    It is summed over windows in float32. Costs a forward pass, a backward pass and two more forward
+    passes through the layers; memory is about 2 √layers residual streams of all windows, and one
+    layer's gradient in float32.
 
     Raises:
         TransActError: an activation or a gradient is NaN or infinite.
     """
-    stage, layers = "Measuring gradients", len(model.model.layers)
+    stage, layers = "Measuring gradients", len(layers_of(model))
     stride = math.ceil(math.sqrt(layers))
     stream = Stream(model, windows)
     before = {}
-    for number in range(layers):
-        progress(stage, number, 2 * layers)
-        if number % stride == 0:
-            before[number] = stream.hidden.clone()
-        stream.pass_layer(number)
+    for layer_index in range(layers):
+        progress(stage, layer_index, 2 * layers)
+        if layer_index % stride == 0:
+            before[layer_index] = stream.hidden.clone()
+        stream.pass_layer(layer_index)
     gradient = _of_hidden(model, stream.hidden, windows)
     rows: dict[str, list[torch.Tensor]] = {module: [] for module in MODULES}
     for first in sorted(before, reverse=True):
         stream.hidden = before.pop(first)
-        numbers = range(first, min(first + stride, layers))
+        segment = range(first, min(first + stride, layers))
         inputs = []
-        for number in numbers:
+        for layer_index in segment:
             inputs.append(stream.hidden.clone())
-            if number < numbers[-1]:
-                stream.pass_layer(number)
-        for number in reversed(numbers):
-            progress(stage, 2 * layers - 1 - number, 2 * layers)
-            sums = _through_layer(
-                model.model.layers[number], inputs.pop(), gradient, stream.rotary, architecture
-            )
-            for module, each in sums.items():
-                if not each.isfinite().all():
-                    # The loss spreads it everywhere; a forward pass knows where it began.
+            if layer_index < segment[-1]:
+                stream.pass_layer(layer_index)
+        for layer_index in reversed(segment):
+            progress(stage, 2 * layers - 1 - layer_index, 2 * layers)
+            with stream.layers.borrow(layer_index) as layer:
+                arguments = stream.arguments[layer_index]
+                sums = _through_layer(layer, inputs.pop(), gradient, arguments, architecture)
+            for module, saliences in sums.items():
+                if not saliences.isfinite().all():
+                    # A bad loss spoils all gradients; a forward pass finds the layer it began in.
                     collect(model, windows)
                     raise TransActError(
-                        f"The gradient of the {module} of layer {number} is NaN or infinite; "
+                        f"The gradient of the {module} of layer {layer_index} is NaN or infinite; "
                         "compute in float32."
                     )
-                rows[module].append(each)
+                rows[module].append(saliences)
     progress(stage, 2 * layers, 2 * layers)
-    return {module: torch.stack(each[::-1]) for module, each in rows.items()}
+    return {module: torch.stack(saliences[::-1]) for module, saliences in rows.items()}
 
 
 def _of_hidden(model: LlamaForCausalLM, hidden: torch.Tensor, windows: Windows) -> torch.Tensor:
-    """The gradient of the loss by the last residual stream, shaped and typed like it."""
+    """The gradient of the loss by the last residual stream, of the stream's shape and dtype."""
     gradients = []
     for states, window in zip(hidden, windows.ids.to(hidden.device), strict=True):
         with torch.enable_grad():
@@ -124,13 +125,14 @@ def _through_layer(
     layer: nn.Module,
     inputs: torch.Tensor,
     gradient: torch.Tensor,
-    rotary: Rotary,
+    arguments: Arguments,
     architecture: Architecture,
 ) -> dict[str, torch.Tensor]:
-    """Carries the gradient from behind a layer to before it, in place; gives its saliences.
+    """Propagates the gradient back through a layer, in place, and gives the layer's saliences.
 
-    `inputs` is the residual stream before the layer and `gradient` that of the loss, both of shape
-    (windows, sequence_length, hidden_size).
+    `inputs` is the residual stream before the layer and `gradient` that of the loss by the stream
+    after it, both of shape (windows, sequence_length, hidden_size). Afterwards `gradient` is that
+    by the stream before the layer.
     """
     twin = copy.deepcopy(layer, {id(tensor): tensor for tensor in layer.parameters()})
     leaves = {}
@@ -142,12 +144,12 @@ def _through_layer(
     for hidden, slot in zip(inputs.split(1), gradient.split(1), strict=True):
         with torch.enable_grad():
             hidden = hidden.detach().requires_grad_()
-            after = hidden + run_attention(twin, hidden, rotary)[0]
+            after = hidden + run_attention(twin, hidden, arguments)[0]
             after = after + run_mlp(twin, after)[0]
             back, *found = torch.autograd.grad(after, [hidden, *leaves.values()], slot)
         slot.copy_(back)
-        for name, each in zip(leaves, found, strict=True):
-            totals[name] = totals[name].add_(each) if name in totals else each.float()
+        for name, slope in zip(leaves, found, strict=True):
+            totals[name] = totals[name].add_(slope) if name in totals else slope.float()
     with torch.no_grad():
         return {
             module: channel_sums(

@@ -5,7 +5,7 @@ An importance is a function of the evidence, registered by one decorator line:
     @register("name")
     def name(evidence: Evidence) -> Scores: ...
 
-What it looks at in the evidence is measured, and what it does not look at is not.
+Evidence is measured when a function asks for it; what no function asks for is not measured.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,9 @@ from transformers import LlamaForCausalLM
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
+from transact_core.forward.layers import layers_of
 from transact_core.forward.statistics import ActivationStatistics, ModuleStatistics, collect
-from transact_core.forward.waists import MODULES, transitional_inputs
+from transact_core.forward.waists import MODULES, output_projections
 from transact_core.importance.elimination import FLOOR, RIDGE, eliminate
 from transact_core.importance.gradients import channel_sums, collect_saliences, projection_weights
 from transact_core.models.architecture import Architecture
@@ -65,11 +66,11 @@ class Scores:
 
 
 class Evidence:
-    """One model on its calibration windows: what an importance may look at, measured when it does.
+    """What an importance may use: one model, its calibration windows, and measurements on them.
 
-    Each measurement is made once. `remember` may keep measurements beyond that; it is told what is
-    measured in words that name everything but the model and the windows, and only ever asked for
-    passes over the windows, never for what weights alone decide.
+    Each measurement is made once, when it is first asked for. `remember` may keep measurements
+    beyond that. It is given a description that names everything but the model and the windows, and
+    is called only for passes over the windows, never for what depends on the weights alone.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Evidence:
 
     @property
     def saliences(self) -> Tensors:
-        """`saliences.collect_saliences`, by module; one forward and one backward pass."""
+        """`gradients.collect_saliences`, by module; a backward pass layer by layer."""
         return self._measured(
             "saliences",
             lambda: collect_saliences(self.model, self.windows, self.architecture, self._progress),
@@ -115,18 +116,20 @@ class Evidence:
         )
 
     def _measured(self, what: str, measure: Callable[[], Tensors]) -> Tensors:
-        # Not a `cached_property`: in Python 3.11 that holds one lock for all models at once, and a
-        # page would wait for the pass over another's.
+        # Not a `cached_property`: in Python 3.11 that holds one lock for all instances, and a page
+        # would wait for a pass over another model.
         if what not in self._known:
             self._known[what] = self._remember(what, measure)
         return self._known[what]
 
     def column_norms(self, module: str) -> torch.Tensor:
         """L2 norm of each column of a module's output projection, (layers, width), float64."""
-        layers = range(self.architecture.num_hidden_layers)
-        projections = [transitional_inputs(self.model, number)[module] for number in layers]
-        norms = [projection.weight.detach().float().norm(dim=0) for projection in projections]
-        return torch.stack(norms).cpu().double()
+        layers, norms = layers_of(self.model), []
+        for layer_index in range(len(layers)):
+            with layers.borrow(layer_index) as layer:
+                weight = output_projections(layer)[module].weight
+                norms.append(weight.detach().float().norm(dim=0).cpu())
+        return torch.stack(norms).double()
 
 
 Importance = Callable[[Evidence], Scores]
@@ -225,7 +228,7 @@ def taylor(evidence: Evidence) -> Scores:
 
     Those are row j of Q, K, V and column j of O, or row j of gate and up and column j of down;
     heads by TransAct's mean and maximum. Under grouped queries the heads of a group share the rows
-    of K and V equally, for the reason `saliences.channel_sums` gives. Sources: Ma et al. 2023,
+    of K and V equally, for the reason `gradients.channel_sums` gives. Sources: Ma et al. 2023,
     LLM-Pruner (arXiv 2305.11627), first-order importance of a coupled structure; Shen et al. 2024
     (arXiv 2407.05690), the ablation.
     """
@@ -234,12 +237,12 @@ def taylor(evidence: Evidence) -> Scores:
 
 @register("reconstruction")
 def reconstruction(evidence: Evidence) -> Scores:
-    """When a unit goes in backward elimination with the output projection refitted each time.
+    """Backward elimination with the output projection refitted after each removal (OBS pruning).
 
     A channel's score is its position in the order of elimination, a head's the squared error that
-    its removal added when its turn came. Heads are eliminated as wholes and do not depend on their
-    channels' scores; `elimination.head_energies` tells how groups of them are treated, and
-    `elimination` what is minimised, and the sources.
+    its removal added. Heads are eliminated as wholes and do not depend on their channels' scores;
+    `elimination.head_energies` says how groups of heads are treated, and the docstring of
+    `elimination` what is minimised, with the sources.
     """
     return Scores(**evidence.elimination)
 
@@ -252,22 +255,16 @@ def magnitude(evidence: Evidence) -> Scores:
     and maximum. Source: Li et al. 2017, Pruning filters for efficient convnets (arXiv 1608.08710),
     with the L2 norm.
     """
-    mha, mlp = (
-        torch.stack(
-            [
-                _squares_of_channels(evidence, number, module)
-                for number in range(evidence.architecture.num_hidden_layers)
-            ]
-        ).sqrt()
-        for module in MODULES
-    )
+    layers = layers_of(evidence.model)
+    squares: dict[str, list[torch.Tensor]] = {module: [] for module in MODULES}
+    for layer_index in range(len(layers)):
+        with layers.borrow(layer_index) as layer:
+            for module in MODULES:
+                weights = projection_weights(layer, module)
+                squared = tuple(weight.detach().float().square() for weight in weights)
+                squares[module].append(channel_sums(squared, evidence.architecture))
+    mha, mlp = (torch.stack(squares[module]).sqrt() for module in MODULES)
     return _from_channels(evidence, mha, mlp)
-
-
-def _squares_of_channels(evidence: Evidence, number: int, module: str) -> torch.Tensor:
-    weights = projection_weights(evidence.model, number, module)
-    squares = tuple(weight.detach().float().square() for weight in weights)
-    return channel_sums(squares, evidence.architecture)
 
 
 @register("random")

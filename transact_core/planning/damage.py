@@ -1,18 +1,19 @@
-"""What each layer's modules lose at every width, before anything is cut.
+"""The error that each layer's modules make at every width, estimated before anything is cut.
 
-One pass over the calibration windows, on the dense model's own stream, gives the second moments of
-each module's waist, fold by fold. For one order of its channels, those kept longest first, they
-give the error of what the module writes at *all* widths at once. It is the error of
-`recovery.LayerFit`: squared, relative to what the dense module writes, each token weighted by
-`streams.inverse_rms`, and on windows that the repair has not seen. Only that the stream is the
-dense model's, not that of a model pruned so far.
+One pass over the calibration windows, on the dense model's residual stream, gives the second
+moments of each module's waist in each fold. For one order of its channels, those kept longest
+first, they give the error of the module's output at *all* widths at once. It is the error of
+`closed_form.LayerFit`: squared, relative to the dense module's output, each token weighted by
+`linalg.inverse_rms`, and held out from the repair. The only difference is that the stream is the
+dense model's, and not that of the model pruned up to this layer.
 
-With H the second moments of a fold and W the output projection, both in that order, the bare cut to
-width k loses the trailing block of `H ∘ WᵀW` from k on, and a bias the same with H taken about the
-mean of the other folds. Least squares towards the bare cut with a ridge comes from one Cholesky
-factor L of the other folds' damped second moments: the repaired weight of width k differs from W by
-`(L⁻ᵀ P_k Z)ᵀ` with `Z = Lᵀ Wᵀ`, where P_k blanks the first k rows. So the fold's error is the
-trailing block of `G ∘ ZZᵀ` with `G = L⁻¹ H L⁻ᵀ`, and one factorisation serves every width.
+With H the second moments of a fold and W the output projection, both in that order, the error of
+the bare cut to width k is the sum over the trailing block of `H ∘ WᵀW` from k on, and that of a
+bias is the same with H taken about the mean of the other folds. Least squares towards the bare cut
+with a ridge needs one Cholesky factor L of the other folds' damped second moments: the repaired
+weight of width k differs from W by `(L⁻ᵀ P_k Z)ᵀ` with `Z = Lᵀ Wᵀ`, where P_k sets the first k rows
+to zero. So the fold's error is the sum over the trailing block of `G ∘ ZZᵀ` with `G = L⁻¹ H L⁻ᵀ`,
+and one factorisation serves every width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +28,9 @@ from transformers import LlamaForCausalLM
 from transact_core.base.errors import Progress, silent
 from transact_core.base.linalg import inverse_rms, second_moments
 from transact_core.data.windows import Windows
+from transact_core.forward.layers import layers_of
 from transact_core.forward.stream import Stream
-from transact_core.forward.waists import MODULES, transitional_inputs
+from transact_core.forward.waists import output_projections
 from transact_core.importance.scores import Scores
 from transact_core.models.architecture import Architecture
 from transact_core.pruning.closed_form import RECOVERIES, recover
@@ -37,33 +39,34 @@ from transact_core.pruning.ridge import FLOOR
 from transact_core.pruning.surgery import prune
 
 RIDGES = (0.1, 0.3, 1.0)
-"""Of `recovery.RIDGES` those that get chosen; at each width the best of them counts."""
+"""Those of `closed_form.RIDGES` that are chosen in practice; each width takes the best of them."""
 FOLDS = 4
-"""Half of `recovery.FOLDS`: each costs a factorisation for every ridge and order."""
+"""Half of `closed_form.FOLDS`: each fold costs a factorisation for every ridge and order."""
 HEAD_CUTS = ("query-heads", "kv-groups")
-"""Granularities whose cut leaves the rest of the module's waist as it was."""
+"""Granularities that remove whole heads and leave the rest of the waist unchanged."""
 NARROW_RATIOS = (0.1, 0.25, 0.4, 0.6)
-"""Where heads that get narrower are tried; what is between is interpolated."""
+"""Removed shares of head_dim at which narrower heads are measured; errors between are
+interpolated."""
 REPORTS_A_LAYER = 100
 """Parts of a layer that progress is reported in: a layer of a large model takes minutes."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What one kind of module loses at each width it can be cut to."""
+    """The error of one kind of module at each width it can be cut to."""
 
     widths: torch.Tensor
     """Channels kept, ascending up to the dense width, shape (widths,), int64."""
     errors: torch.Tensor
-    """Relative squared error of each layer, shape (layers, widths), float64; 0 where nothing goes,
-    and never less at a smaller width."""
+    """Relative squared error of each layer, shape (layers, widths), float64; 0 at the dense width
+    and never smaller at a smaller width."""
 
     def covers(self, width: float) -> bool:
-        """Whether the error at this width is known: heads are not tried at their narrowest."""
+        """Whether the error at this width is known: the narrowest heads are not measured."""
         return bool(self.widths[0] <= width <= self.widths[-1])
 
     def at(self, widths: Sequence[float] | np.ndarray) -> np.ndarray:
-        """Mean over layers at these widths; between two known ones, on the line between them.
+        """Mean error over layers at these widths, interpolated linearly between known widths.
 
         Raises:
             ValueError: a width under the smallest or over the dense one.
@@ -76,7 +79,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Damage:
-    """Of both modules, for one importance, granularity and recovery."""
+    """The curves of both modules, for one importance, granularity and recovery."""
 
     mha: Curve
     mlp: Curve
@@ -88,7 +91,7 @@ def curves(
     granularity: str,
     recovery: str,
 ) -> Damage:
-    """Damage from what `measure_curves` gave, and for `head-dims` from `narrow_heads` beside it."""
+    """Damage from the results of `measure_curves` and, for `head-dims`, of `narrow_heads` too."""
     errors = tensors[f"mlp.{recovery}"]
     mlp = Curve(torch.arange(1, errors.shape[1]), errors[:, 1:])
     if granularity in HEAD_CUTS:
@@ -100,15 +103,15 @@ def curves(
 
 
 def kept_first(scores: Scores, architecture: Architecture) -> dict[str, dict[str, torch.Tensor]]:
-    """Orders of channels in which every cut keeps a beginning: (layers, width), int64.
+    """Orders of channels of which every cut keeps the first ones: (layers, width), int64.
 
     By module and name: "mha" has one for each of `HEAD_CUTS`, "mlp" one named "mlp".
     """
     grouped = scores.heads.unflatten(1, (architecture.num_key_value_heads, -1))
-    number = torch.arange(architecture.num_attention_heads).view(grouped.shape[1:])
+    head_indices = torch.arange(architecture.num_attention_heads).view(grouped.shape[1:])
     groups = best_first(grouped.mean(dim=2))
-    whole_groups = number[groups].flatten(1)
-    by_rank = best_first(grouped) + number[:, :1]
+    whole_groups = head_indices[groups].flatten(1)
+    by_rank = best_first(grouped) + head_indices[:, :1]
     rounds = by_rank.mT.flatten(1) if architecture.queries_per_group > 1 else whole_groups
     dims = torch.arange(architecture.head_dim)
     return {
@@ -130,46 +133,48 @@ def measure_curves(
     """Errors at all widths of all layers, for orders as `kept_first` gives them.
 
     Gives `NAME.RECOVERY` for every order and recovery, shape (layers, width + 1), float64 on the
-    CPU, entry k for k channels kept. Costs one pass without the LM head, the second moments, and
-    for each fold and ridge a factorisation and two triangular solves. Memory beside the hidden
-    states of all windows is one module's: its waist on all windows, the second moments of each
-    fold, and a few matrices of that size.
+    CPU; entry k is the error with k channels kept. Costs one pass without the LM head, the second
+    moments, and for each fold and ridge a factorisation and two triangular solves. Memory beside
+    the hidden states of all windows is one module's: its waist on all windows, the second moments
+    of each fold, and a few matrices of that size.
 
     Raises:
         TransActError: a transitional activation is NaN or infinite.
     """
-    layers = len(model.model.layers)
     found: dict[str, list[torch.Tensor]] = {}
     stream = Stream(model, windows)
+    layers = len(stream.layers)
     folds = torch.arange(len(windows)).tensor_split(min(FOLDS, len(windows)))
     # Factorising takes most of the time, which grows with the cube of the width.
-    work = {name: order.shape[1] ** 3 for each in orders.values() for name, order in each.items()}
+    work = {
+        name: order.shape[1] ** 3 for by_name in orders.values() for name, order in by_name.items()
+    }
     done = 0.0
 
     def report(more: float = 0.0) -> None:
         parts = REPORTS_A_LAYER * (done + more)
         progress("Estimating what each width loses", int(parts), REPORTS_A_LAYER * layers)
 
-    for number in range(layers):
-        done = float(number)
+    for layer_index in range(layers):
+        done = float(layer_index)
         report()
-        for module in MODULES:
-            projection = transitional_inputs(model, number)[module]
-            moments = _moments(stream, number, module, model.config.rms_norm_eps, folds)
-            for name, order in orders[module].items():
-                share = work[name] / sum(work.values())
-                errors = errors_at_all_widths(
-                    moments,
-                    projection.weight,
-                    projection.bias,
-                    order[number],
-                    lambda part, share=share: report(part * share),
-                )
-                done += share
-                for recovery, error in errors.items():
-                    found.setdefault(f"{name}.{recovery}", []).append(error)
+        with stream.layers.borrow(layer_index) as layer:
+            for module, projection in output_projections(layer).items():
+                moments = _moments(stream, layer_index, module, model.config.rms_norm_eps, folds)
+                for name, order in orders[module].items():
+                    share = work[name] / sum(work.values())
+                    errors = errors_at_all_widths(
+                        moments,
+                        projection.weight,
+                        projection.bias,
+                        order[layer_index],
+                        lambda part, share=share: report(part * share),
+                    )
+                    done += share
+                    for recovery, error in errors.items():
+                        found.setdefault(f"{name}.{recovery}", []).append(error)
     progress("Estimating what each width loses", REPORTS_A_LAYER * layers, REPORTS_A_LAYER * layers)
-    return {name: torch.stack(each) for name, each in found.items()}
+    return {name: torch.stack(errors) for name, errors in found.items()}
 
 
 @torch.no_grad()
@@ -180,23 +185,27 @@ def narrow_heads(
     recovery: str,
     progress: Progress = silent,
 ) -> dict[str, torch.Tensor]:
-    """What the attention loses when its heads get narrower, found by narrowing them.
+    """The error of the attention with narrower heads, measured by narrowing them.
 
-    Which pairs of queries and keys stay changes the attention itself, so no sum over channels tells
-    it. Each of `plans`, which cut nothing else, is carried out and repaired instead, and its fits
-    are taken. Gives `widths`, (plans + 1,), and `errors`, (layers, plans + 1), as in `Curve`.
+    Removing rotary pairs changes the attention weights themselves, so the error is no sum over
+    channels. Instead each of `plans`, which cut nothing else, is carried out and repaired, and the
+    errors of its fits are taken. Gives `widths`, (plans + 1,), and `errors`, (layers, plans + 1),
+    as in `Curve`.
+
+    Raises:
+        TransActError: a transitional activation is NaN or infinite.
     """
     dense = Architecture.from_config(model.config).mha_width
-    # The bare cut has no fits of its own, and a bias costs next to nothing.
+    # Without a recovery there are no fits to take errors from, and a bias costs next to nothing.
     carried_out = "bias" if recovery == "none" else recovery
-    found = {dense: torch.zeros(len(model.model.layers), dtype=torch.float64)}
-    for number, plan in enumerate(plans, start=1):
+    found = {dense: torch.zeros(len(layers_of(model)), dtype=torch.float64)}
+    for plan_number, plan in enumerate(plans, start=1):
 
-        def told(stage: str, done: int, total: int, number: int = number) -> None:
-            progress(f"Narrowing heads, {number} of {len(plans)}", done, total)
+        def report(stage: str, done: int, total: int, plan_number: int = plan_number) -> None:
+            progress(f"Narrowing heads, {plan_number} of {len(plans)}", done, total)
 
         cut = prune(model, plan, with_biases=carried_out == "bias")
-        fits = recover(model, cut, plan, windows, carried_out, told).fits
+        fits = recover(model, cut, plan, windows, carried_out, report).fits
         errors = [fit.bare_error if recovery == "none" else fit.recovered_error for fit in fits]
         found[plan.num_attention_heads * plan.head_dim] = torch.tensor(errors, dtype=torch.float64)
     widths = sorted(found)
@@ -205,11 +214,11 @@ def narrow_heads(
 
 
 def _moments(
-    stream: Stream, number: int, module: str, eps: float, folds: Sequence[torch.Tensor]
+    stream: Stream, layer_index: int, module: str, eps: float, folds: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Second moments of the weighted rows of each fold, a 1 beside the channels of each row."""
+    """Second moments of the weighted rows of each fold, with a constant 1 as the last channel."""
     batches = []
-    for transitional, residual in stream.advance(number, module):
+    for transitional, residual in stream.advance(layer_index, module):
         root = inverse_rms(residual, eps).sqrt()
         batches.append(torch.cat([transitional.float() * root, root], dim=-1))
     rows = torch.cat(batches)
@@ -226,21 +235,18 @@ def errors_at_all_widths(
     """Relative held-out error of one module by recovery, shape (width + 1,), float64 on the CPU.
 
     `moments` are those of each fold, shape (width + 1, width + 1) with the constant last; `weight`
-    and `bias` the output projection's; `order` its channels, kept longest first. As in `recovery`,
-    a repair that does no better than the bare cut leaves it, and one fold alone allows no repair.
-    `report` is called after each fit with the part of the work that is done, from 0 to 1.
+    and `bias` the output projection's; `order` its channels, kept longest first. As in
+    `closed_form`, a repair that does no better than the bare cut is not made, and with one fold
+    alone nothing can be held out and no repair is made. `report` is called after each fit with the
+    part of the work that is done, from 0 to 1.
     """
     order = order.to(weight.device)
     written = weight.float() if bias is None else torch.column_stack([weight, bias]).float()
     total = reduce(add, moments)
     seen_by_output = total[: written.shape[1], : written.shape[1]]
-    energy = (
-        ((written @ seen_by_output) * written)
-        .sum()
-        .double()
-        .clamp_min(torch.finfo(torch.float64).tiny)
-    )
-    # Every channel in the unit of its own size: then float32 serves where a ridge is added.
+    energy = ((written @ seen_by_output) * written).sum().cpu().double()
+    energy = energy.clamp_min(torch.finfo(torch.float64).tiny)
+    # Every channel is divided by its own RMS; with the ridge, float32 then suffices.
     scale = total.diagonal()[order].sqrt()
     scale = scale.clamp_min(scale.amax() * 1e-6 if scale.any() else 1.0)
     columns = weight.float()[:, order] * scale
@@ -269,7 +275,7 @@ def errors_at_all_widths(
         errors["bias"] = torch.minimum(bare, sum(bias for bias, _ in repaired))
         fitted = torch.stack([fits for _, fits in repaired]).sum(dim=0).amin(dim=0)
         errors["least-squares"] = torch.minimum(bare, fitted)
-    return {recovery: _rising(error / energy.cpu()) for recovery, error in errors.items()}
+    return {recovery: _rising(error / energy) for recovery, error in errors.items()}
 
 
 def _repaired(
@@ -280,10 +286,10 @@ def _repaired(
     scale: torch.Tensor,
     report: Callable[[float], None],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is lost on unseen windows after repairs fitted on the seen ones, at all widths.
+    """Errors on unseen windows after repairs fitted on the seen ones, at all widths.
 
-    All is given in the channels' own units, and `scale` is what those are. Gives the errors with a
-    bias, shape (width + 1,), and by least squares, shape (ridges, width + 1).
+    Moments and columns are in units of `scale`, one for each channel. Gives the errors with a bias,
+    shape (width + 1,), and by least squares, shape (ridges, width + 1), float64 on the CPU.
     """
     mean = seen[:-1, -1] / seen[-1, -1]
     cross = torch.outer(unseen[:-1, -1], mean)
@@ -304,12 +310,12 @@ def _repaired(
 
 
 def _trailing(square: torch.Tensor) -> torch.Tensor:
-    """Sums of a symmetric matrix's trailing blocks: entry k sums rows and columns from k on."""
+    """Sums over a symmetric matrix's trailing blocks: entry k sums rows and columns from k on."""
     rows = (square.diagonal() + 2 * square.triu(1).sum(dim=1)).cpu().double()
     sums = rows.flip(0).cumsum(0).flip(0)
     return torch.cat([sums, sums.new_zeros(1)])
 
 
 def _rising(errors: torch.Tensor) -> torch.Tensor:
-    """Errors by width, each raised to those of all larger widths."""
+    """Errors by width, each raised to the largest error of all larger widths."""
     return errors.clamp_min(0).flip(-1).cummax(-1).values.flip(-1)

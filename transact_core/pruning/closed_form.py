@@ -1,15 +1,16 @@
 """Closed-form repair after the cut; no training.
 
 Layer by layer, the residual stream of the model as pruned so far runs over the calibration windows.
-At each cut module the dense module is asked what it would have written on that same stream, and the
-pruned one is repaired to write it too: by a bias (the mean of what went missing) or by fitting its
-output projection anew (`least-squares`). Each later layer sees the repaired ones before it.
+At each cut module, the output of the dense module on that same stream is the target, and the pruned
+module is repaired to match it: by a bias (the mean of the missing output) or by fitting its output
+projection again (`least-squares`). Each later layer sees the repaired ones before it.
 
-What a repair has seen it flatters, and a stream made of flattered layers hides from later layers
-what awaits them on other text. So the windows are dealt into folds, and each fold's stream runs
-through repairs that were fitted on the other folds only: every error, every choice of a ridge and
-every later layer is judged on text that the repairs before it have not seen. What is written into
-the model is then fitted on all windows.
+In-sample error is optimistic, and it compounds over layers: a stream that has run through repairs
+fitted on its own windows is better than it will be on other text, and misleads the repairs of later
+layers. So repairs are cross-fitted. The windows are divided into eight folds, and each fold's
+stream runs through repairs that were fitted on the other folds only: every error, every choice of a
+ridge and every later layer is judged on text that is held out from the repairs before it. The
+repair that is written into the model is then fitted on all windows.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,12 +24,13 @@ from transformers import LlamaForCausalLM
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.base.linalg import inverse_rms
 from transact_core.data.windows import Windows
-from transact_core.forward.stream import run_module
+from transact_core.forward.layers import Arguments, before_layers, layers_of
+from transact_core.forward.stream import Stream, run_module
 from transact_core.forward.waists import (
     MODULES,
     head_rows,
+    output_projections,
     require_finite,
-    transitional_inputs,
     windows_a_batch,
 )
 from transact_core.pruning.narrow_heads import fit_narrow_heads
@@ -38,23 +40,28 @@ from transact_core.pruning.ridge import FoldedRidge, energy
 RecoveryName = Literal["least-squares", "bias", "none"]
 RECOVERIES: tuple[RecoveryName, ...] = get_args(RecoveryName)
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Relative to each kept channel's own energy, so that loud and quiet channels shrink alike."""
+"""Ridges to choose from, as shares of each kept channel's own energy, so that channels of large and
+of small energy shrink by the same factor."""
 FOLDS = 8
-"""Of the calibration windows; the more, the more text is in each of the fits that judge."""
+"""Folds of the calibration windows for cross-fitting: each fit is made on 7/8 of them."""
 
 
 def require_recovery(name: str) -> None:
-    """Refuses a recovery that is not known."""
+    """Refuses a recovery that is not known.
+
+    Raises:
+        TransActError: the name is none of `RECOVERIES`.
+    """
     if name not in RECOVERIES:
         raise TransActError(f"The recovery {name!r} is not known; choose {', '.join(RECOVERIES)}.")
 
 
 @dataclass(frozen=True)
 class LayerFit:
-    """Relative squared error of what one module writes, on windows that no fit of it has seen.
+    """Relative squared error of one module's output, on windows held out from its fit.
 
-    1 means as bad as writing nothing. `ridge` is None where the output projection was not fitted,
-    because no fit of it did better, and 0 for a bias.
+    1 is the error of an output of zero. `ridge` is None where no fit of the output projection was
+    better than none, and 0 for a bias.
     """
 
     layer: int
@@ -71,19 +78,21 @@ class LayerFit:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a repair did."""
+    """The result of repairing a model."""
 
     fits: tuple[LayerFit, ...]
+    """One for each cut module, in the order of the model."""
     hidden: torch.Tensor = field(repr=False)
-    """The last residual stream, each window through repairs that have not seen it: shape
-    (windows, sequence_length, hidden_size)."""
+    """The residual stream after the last layer, each window through repairs fitted without it:
+    shape (windows, sequence_length, hidden_size)."""
 
 
 Choose = Callable[[int, str, torch.Tensor, torch.Tensor], LayerPlan]
 """Cuts a module of the pruned model again before it is repaired, and gives its layer's new plan.
 
-Called with the layer, the module, the dense module's transitional activation on the pruned stream,
-shape (windows, sequence_length, width), and the tokens' weights, shape (windows, sequence_length).
+Called with the layer's index, the module, the dense module's transitional activation on the pruned
+stream, shape (windows, sequence_length, width), and the tokens' weights, shape (windows,
+sequence_length).
 """
 
 
@@ -105,8 +114,9 @@ def recover(
     `pruned` must come from `surgery.prune` on `dense` by `plan`: its cut projections are its own.
     Memory is one residual stream and one layer's activations over the calibration windows. With a
     single window nothing can be held out, and every module keeps its bare cut. A layer of `pruned`
-    need be there only between `before_layer` and `after_layer`, called with its number. With
-    `judge_only` the errors and the stream alone are to be used: `pruned` is left half repaired.
+    needs its weights only between `before_layer` and `after_layer`, which are called with its
+    index. With `judge_only`, only the errors and the stream may be used: `pruned` is left partly
+    repaired.
 
     Raises:
         TransActError: the recovery is not known, or a transitional activation is NaN or infinite.
@@ -114,20 +124,42 @@ def recover(
     require_recovery(recovery)
     repair = _Repair(dense, pruned, plan, windows, recovery, choose, judge_only)
     fits = []
-    layers = len(pruned.model.layers)
-    for number in range(layers):
-        progress("Repairing layers", number, layers)
-        before_layer(number)
-        for module in MODULES:
-            if fit := repair.advance(number, module):
-                fits.append(fit)
-        after_layer(number)
+    dense_layers, pruned_layers = layers_of(dense), layers_of(pruned)
+    layers = len(dense_layers)
+    for layer_index in range(layers):
+        progress("Repairing layers", layer_index, layers)
+        before_layer(layer_index)
+        with (
+            dense_layers.borrow(layer_index) as dense_layer,
+            pruned_layers.borrow(layer_index) as pruned_layer,
+        ):
+            repair.enter_layer(layer_index, dense_layer, pruned_layer)
+            for module in MODULES:
+                if fit := repair.advance(module):
+                    fits.append(fit)
+            repair.leave_layer()
+        after_layer(layer_index)
     progress("Repairing layers", layers, layers)
     return Recovery(fits=tuple(fits), hidden=repair.hidden)
 
 
+@dataclass(frozen=True)
+class _Side:
+    """A layer of the dense or of the pruned model, and what its model calls it with."""
+
+    layer: nn.Module
+    arguments: Arguments
+
+
 class _Repair:
-    """The residual stream of the model as pruned so far, repaired module by module."""
+    """The residual stream of the model as pruned so far, repaired module by module.
+
+    It works on one layer at a time: between `enter_layer` and `leave_layer`, `dense` and `pruned`
+    are that layer of both models.
+    """
+
+    dense: _Side
+    pruned: _Side
 
     def __init__(
         self,
@@ -139,132 +171,136 @@ class _Repair:
         choose: Choose | None,
         judge_only: bool,
     ) -> None:
-        self.dense, self.pruned, self.recovery, self.choose = dense, pruned, recovery, choose
-        self.judge_only = judge_only
-        self.layers, self.narrower = list(plan.layers), bool(plan.head_dim)
-        ids = windows.ids.to(dense.device)
-        self.hidden = dense.model.embed_tokens(ids)
+        self.recovery, self.choose, self.judge_only = recovery, choose, judge_only
+        self.plans, self.narrower = list(plan.layers), bool(plan.head_dim)
+        stream = Stream(dense, windows)
+        self.hidden, self.dense_arguments = stream.hidden, stream.arguments
+        one_window = windows.ids[:1].to(dense.device)
+        self.pruned_arguments = before_layers(pruned, one_window)[1]
         self.at_once = windows_a_batch(windows.sequence_length)
-        self.positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        self.eps = dense.config.rms_norm_eps
         self.folds = torch.arange(len(windows)).tensor_split(min(FOLDS, len(windows)))
         self.ridges = RIDGES if recovery == "least-squares" else (0.0,)
-        self.nearby = len(self.ridges) // 2
-        """Where the search for the next module's ridge begins: at the last one chosen."""
+        self.last_ridge = len(self.ridges) // 2
+        """Index of the ridge chosen last, where the search for the next module's begins."""
 
-    def advance(self, number: int, module: str) -> LayerFit | None:
-        """Carries the stream past one module, repaired where it is cut."""
-        projection = transitional_inputs(self.pruned, number)[module]
-        cut = projection.weight is not transitional_inputs(self.dense, number)[module].weight
+    def enter_layer(self, layer_index: int, dense: nn.Module, pruned: nn.Module) -> None:
+        """Turns to a layer, whose modules `advance` then passes in the order of the model."""
+        self.layer_index = layer_index
+        self.dense = _Side(dense, self.dense_arguments[layer_index])
+        self.pruned = _Side(pruned, self.pruned_arguments[layer_index])
+
+    def leave_layer(self) -> None:
+        """Lets go of the layer."""
+        del self.dense, self.pruned
+
+    def advance(self, module: str) -> LayerFit | None:
+        """Moves the stream past one module of the layer, repaired where it is cut."""
+        projection = output_projections(self.pruned.layer)[module]
+        cut = projection.weight is not output_projections(self.dense.layer)[module].weight
         if cut and self.recovery != "none":
-            return self._repair(number, module)
-        for batch, written, _ in self._batches(self.pruned, number, module):
+            return self._repair(module)
+        for batch, written, _ in self._batches(self.pruned, module):
             self.hidden[batch] += written
         return None
 
-    def _repair(self, number: int, module: str) -> LayerFit:
-        """Repairs one module, and carries each window past it as the other folds repaired it.
+    def _repair(self, module: str) -> LayerFit:
+        """Repairs one module, and moves each window past it by the repair of the other folds.
 
-        Little that is as large as the stream is held at a time: it is what memory goes into.
+        Tensors as large as the stream are what memory is spent on, so few are held at a time.
         """
         narrows = module == "mha" and self.narrower
-        projection = transitional_inputs(self.pruned, number)[module]
+        projection = output_projections(self.pruned.layer)[module]
         whole = narrows or self.choose is not None
-        kept = None if whole else self._kept(number, module)
-        wanted, inputs = self._run(self.dense, number, module, kept)
-        # By RMSNorm's division a squared error would be over the mean square, as in `elimination`;
-        # its root did a little better on other text (docs/engine.md).
-        eps = self.dense.config.rms_norm_eps
+        kept = None if whole else self._kept(module)
+        wanted, inputs = self._run(self.dense, module, kept)
+        # The next RMSNorm divides the stream by its RMS, so a squared error would be weighted by
+        # one over the mean square, as in `elimination`; the root of that weight gave slightly lower
+        # perplexity on other text (docs/engine.md).
         weights = torch.stack(
             [
-                inverse_rms(before + change, eps).squeeze(-1)
+                inverse_rms(before + change, self.eps).squeeze(-1)
                 for before, change in zip(self.hidden, wanted, strict=True)
             ]
         )
         if self.choose is not None:
-            self.layers[number] = self.choose(number, module, inputs, weights)
-        # Whole units compute what they computed before, so what they give is a selection.
+            self.plans[self.layer_index] = self.choose(self.layer_index, module, inputs, weights)
+        # Heads and channels that are kept whole compute the same as before, so the pruned waist is
+        # a selection from the dense one.
         if narrows:
-            inputs = self._run(self.pruned, number, module)[1]
+            inputs = self._run(self.pruned, module)[1]
         elif whole:
-            inputs = inputs[..., self._kept(number, module)]
+            inputs = inputs[..., self._kept(module)]
         scale = energy(wanted, weights) or 1.0
         missing = wanted - projection(inputs)
         bare_error = energy(missing, weights)
         narrowed = {}
         if narrows and self.recovery == "least-squares" and len(self.folds) > 1:
-            narrowed, waist = self._narrow(number, weights)
+            narrowed, waist = self._narrow(weights)
             if narrowed:
                 inputs, missing = waist, wanted - projection(waist)
         del wanted
 
         def fit(error: float, ridge: float | None) -> LayerFit:
-            return LayerFit(number, module, bare_error / scale, error / scale, ridge)
+            return LayerFit(self.layer_index, module, bare_error / scale, error / scale, ridge)
 
         if len(self.folds) > 1:
             features = inputs if self.recovery == "least-squares" else _constant(inputs)
             fitted = FoldedRidge(features, missing, weights, self.folds)
-            chosen = fitted.choose(self.ridges, self.nearby)
+            chosen = fitted.choose(self.ridges, self.last_ridge)
             if chosen.error < min(fitted.energy, bare_error):
-                self.nearby = self.ridges.index(chosen.ridge)
+                self.last_ridge = self.ridges.index(chosen.ridge)
                 for fold, correction in fitted.corrections(chosen):
                     self.hidden[fold] += projection(inputs[fold]) + correction.to(inputs.dtype)
                 if not self.judge_only:
                     _change(projection, fitted.solve(chosen.ridge), self.recovery)
                 return fit(chosen.error, chosen.ridge)
             if fitted.energy < bare_error:
-                self._carry(projection, inputs)
+                self._add_output(projection, inputs)
                 return fit(fitted.energy, None)
         if narrowed:
             _put_back(narrowed)
-            inputs = self._run(self.pruned, number, module)[1]
-        self._carry(projection, inputs)
+            inputs = self._run(self.pruned, module)[1]
+        self._add_output(projection, inputs)
         return fit(bare_error, None)
 
-    def _kept(self, number: int, module: str) -> torch.Tensor:
-        """Places of the kept units in the dense module's transitional activation."""
-        layer, attention = self.layers[number], self.dense.model.layers[number].self_attn
+    def _kept(self, module: str) -> torch.Tensor:
+        """Positions of the kept channels in the dense module's transitional activation."""
+        plan = self.plans[self.layer_index]
         kept = (
-            head_rows(layer.kept_heads, attention.head_dim)
+            head_rows(plan.kept_heads, self.dense.layer.self_attn.head_dim)
             if module == "mha"
-            else torch.tensor(layer.kept_channels)
+            else torch.tensor(plan.kept_channels)
         )
         return kept.to(self.hidden.device)
 
-    def _carry(self, projection: nn.Linear, inputs: torch.Tensor) -> None:
-        """Adds to the stream what the projection makes of the inputs."""
+    def _add_output(self, projection: nn.Linear, inputs: torch.Tensor) -> None:
+        """Adds the projection of the inputs to the stream."""
         for hidden, batch in zip(
             self.hidden.split(self.at_once), inputs.split(self.at_once), strict=True
         ):
             hidden += projection(batch)
 
-    def _narrow(
-        self, number: int, weights: torch.Tensor
-    ) -> tuple[dict[nn.Linear, tuple], torch.Tensor | None]:
-        """Fits narrower heads; gives the projections of the bare cut, to go back to, and the waist.
+    def _narrow(self, weights: torch.Tensor) -> tuple[dict[nn.Linear, tuple], torch.Tensor | None]:
+        """Fits narrower heads; gives the projections of the bare cut, to restore, and the waist.
 
-        What cannot be fitted in numbers keeps its bare cut: there is nothing to go back to, and no
-        other waist.
+        Where the fit is not finite, the bare cut is restored already, and the dict is empty.
         """
-        attention = self.pruned.model.layers[number].self_attn
+        attention = self.pruned.layer.self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        before = {each: (each.weight, each.bias) for each in projections}
-        rotary = tuple(
-            model.model.rotary_emb(self.hidden, self.positions)
-            for model in (self.dense, self.pruned)
-        )
-        decoder = self.dense.model.layers[number]
-        normed = decoder.input_layernorm(self.hidden)
+        before = {projection: (projection.weight, projection.bias) for projection in projections}
+        rotary = tuple(side.arguments["position_embeddings"] for side in (self.dense, self.pruned))
         try:
             waist = fit_narrow_heads(
-                decoder.self_attn,
+                self.dense.layer.self_attn,
                 attention,
-                self.layers[number],
-                normed,
+                self.plans[self.layer_index],
+                self.dense.layer.input_layernorm(self.hidden),
                 weights,
                 rotary,
                 self.judge_only,
             )
-            if all(each.weight.isfinite().all() for each in projections):
+            if all(projection.weight.isfinite().all() for projection in projections):
                 return before, waist
         except torch.linalg.LinAlgError:
             pass
@@ -272,44 +308,42 @@ class _Repair:
         return {}, None
 
     def _run(
-        self,
-        model: LlamaForCausalLM,
-        number: int,
-        module: str,
-        kept: torch.Tensor | None = None,
+        self, side: _Side, module: str, kept: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a module writes on the stream, and the transitional activation it writes from.
+        """A module's output on the stream, and its transitional activation.
 
-        Of the latter all of it, or the places `kept`.
+        Of the latter all channels, or those at the positions `kept`.
         """
         whole: list[torch.Tensor] = []
-        for batch, written, transitional in self._batches(model, number, module):
+        for batch, written, transitional in self._batches(side, module):
             parts = written, transitional if kept is None else transitional[..., kept]
-            # Filled in one by one: to join all batches in the end takes twice the memory.
-            whole = whole or [each.new_empty(len(self.hidden), *each.shape[1:]) for each in parts]
-            for each, part in zip(whole, parts, strict=True):
-                each[batch] = part
+            # Filled batch by batch: concatenating all batches at the end takes twice the memory.
+            whole = whole or [part.new_empty(len(self.hidden), *part.shape[1:]) for part in parts]
+            for target, part in zip(whole, parts, strict=True):
+                target[batch] = part
         return whole[0], whole[1]
 
     def _batches(
-        self, model: LlamaForCausalLM, number: int, module: str
+        self, side: _Side, module: str
     ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """A few windows at a time: which, what the module writes there, and from what."""
-        layer = model.model.layers[number]
-        rotary = model.model.rotary_emb(self.hidden, self.positions)
+        """A few windows at a time: which, the module's output there, and its transitional
+        activation."""
         for start in range(0, len(self.hidden), self.at_once):
             batch = slice(start, start + self.at_once)
-            written, transitional = run_module(layer, module, self.hidden[batch], rotary)
-            require_finite(transitional, number, module)
+            written, transitional = run_module(
+                side.layer, module, self.hidden[batch], side.arguments
+            )
+            require_finite(transitional, self.layer_index, module)
             yield batch, written, transitional
 
 
 def _constant(inputs: torch.Tensor) -> torch.Tensor:
-    """A feature that is 1 for every token: what is fitted to it is a bias."""
+    """A feature that is 1 for every token: its coefficient is a bias."""
     return torch.ones_like(inputs[..., :1])
 
 
 def _put_back(before: dict[nn.Linear, tuple]) -> None:
+    """Restores the weights and biases of these projections."""
     for projection, (weight, bias) in before.items():
         projection.weight, projection.bias = weight, bias
 

@@ -1,23 +1,25 @@
 """Queries, keys and values of narrower heads, fitted to what the dense heads did.
 
-Selecting rotary pairs and value dims is the bare cut. Here every head gets better ones, in closed
-form and from the calibration text:
+The bare cut selects rotary pairs and value dims. Here every head gets projections that are fitted
+on the calibration text in closed form:
 
 *Queries and keys.* With A (head_dim' × head_dim) for each query head and B for each key-value
-head, the logit `q · R(Δ) k` becomes `A q · R'(Δ) B k`, where R turns by the dense frequencies and
+head, the logit `q · R(Δ) k` becomes `A q · R'(Δ) B k`, where R rotates by the dense frequencies and
 R' by those of the shared slots. It is linear in A and linear in B, so the two are fitted in turn by
-least squares on sampled pairs of a query and keys. Only differences between keys count, since the
-softmax does not see what all keys share; keys are drawn as attention draws them, and some more
-evenly, so that a key that nobody looks at does not become loud.
+least squares on sampled pairs of a query and keys. Only differences between keys are fitted, since
+the softmax is invariant to what all keys share. Keys are sampled from the attention weights, and a
+share of them from a flatter distribution, so that the logits of unattended keys are constrained
+too.
 
-*Values.* Value to output is linear inside a head, so any basis of the head's outputs will do: the
-one that loses least of what the output projection writes, shared by the heads of a group. It is
-the truncated singular value decomposition in the metric of the activations (Wang et al. 2024,
-SVD-LLM, arXiv 2403.07378), with one right side for all heads of the group.
+*Values.* From value to output a head is linear, so its outputs may be expressed in any basis. The
+one chosen loses the least of what the output projection writes, and is shared by the heads of a
+group. It is the truncated singular value decomposition in the metric of the activations (Wang et
+al. 2024, SVD-LLM, arXiv 2403.07378), with one right factor for all heads of the group.
 
-A fit flatters the windows that it has seen, and `recovery` judges on windows that it has not. So
-queries and keys are fitted three times: on each half of the windows, for the other half to run
-through, and on all of them for the model. The value basis, of far fewer choices, sees them all.
+In-sample error is optimistic, and `closed_form` judges repairs on held-out windows. So queries and
+keys are fitted three times: on each half of the windows, which the other half then runs through,
+and on all of them for the model. The value basis has far fewer parameters and is fitted on all
+windows.
 """
 
 import math
@@ -29,22 +31,28 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, rotate_half
 
+from transact_core.base.linalg import in_float64
 from transact_core.forward.stream import Rotary, attend
 from transact_core.forward.waists import windows_a_batch
 from transact_core.pruning.plan import LayerPlan
 
 ROUNDS = 2
+"""Alternations between the query maps and the key map of a group."""
 ITERATIONS = 15
+"""Most steps of conjugate gradients in each fit."""
 RIDGE = 1e-3
-"""Towards the bare cut, relative to the mean curvature."""
+"""Ridge towards the bare cut, as a share of the mean curvature."""
 KEYS_A_QUERY = 6
+"""Keys sampled for each query."""
 QUERY_STRIDE = 4
+"""Every 4th token's query is sampled; fewer where that would be more than `MAX_QUERIES`."""
 MAX_QUERIES = 8192
-"""Of every fourth token, and of long calibration texts fewer: a head has few weights to fit."""
+"""Most queries sampled for a head, which has few weights to fit."""
 EVENLY = 0.25
-"""Share of keys drawn from the attention of half the logits."""
+"""Share of keys sampled from the softmax of half the logits, which is flatter."""
 CONVERGED = 1e-5
-"""Of the first gradient; going on from there in float32 would only grow rounding errors."""
+"""The fit stops where the gradient's norm is this share of the first one's: further steps in
+float32 would only accumulate rounding errors."""
 
 
 @torch.no_grad()
@@ -59,14 +67,16 @@ def fit_narrow_heads(
 ) -> torch.Tensor:
     """Replaces the projections of a layer's narrowed attention by fitted ones, in place.
 
-    `dense` and `pruned` are the attentions before and after the bare cut. `normed` is what both
-    read, shape (windows, sequence_length, hidden_size), two windows or more; `weights` are the
-    tokens' weights, shape (windows, sequence_length); `rotary` the dense and the narrow cosines and
-    sines. The output projection is only carried over into the new basis: `recovery` fits it
-    afterwards. With `judge_only`, queries and keys are left as one half of the windows had them.
+    `dense` and `pruned` are the attentions before and after the bare cut. `normed` is the input of
+    both, shape (windows, sequence_length, hidden_size), two windows or more; `weights` are the
+    tokens' weights, shape (windows, sequence_length); `rotary` holds the cosines and sines of the
+    dense and of the narrow heads. The output projection is only transformed to the new basis:
+    `closed_form` fits it afterwards. With `judge_only`, queries and keys are left as fitted on one
+    half of the windows.
 
-    Gives the narrow waist to judge by, shape (windows, sequence_length, num_attention_heads ×
-    head_dim'): each half of the windows through queries and keys that were fitted on the other.
+    Gives the narrow waist for held-out judgement, shape (windows, sequence_length,
+    num_attention_heads × head_dim'): each half of the windows through queries and keys that were
+    fitted on the other half.
 
     Raises:
         LinAlgError: the numbers are not finite.
@@ -92,6 +102,7 @@ def _fit_queries_and_keys(
     rotary: tuple[Rotary, Rotary],
     generator: torch.Generator,
 ) -> None:
+    """Replaces the query and key projections of `pruned` by ones fitted on these windows."""
     half = dense.head_dim // 2
     width = pruned.head_dim
     shape = (width, dense.head_dim)
@@ -108,7 +119,7 @@ def _fit_queries_and_keys(
             for head, sample in zip(heads, samples, strict=True):
                 query_maps[head] = _fit_query(query_maps[head], key_maps[group], sample)
             key_maps[group] = _fit_key(key_maps[group], query_maps[list(heads)], samples)
-    # Attention divides by the root of head_dim, which has changed.
+    # Attention divides logits by the root of head_dim, which is smaller now.
     _map_rows(dense.q_proj, pruned.q_proj, query_maps * (width / dense.head_dim) ** 0.5)
     _map_rows(dense.k_proj, pruned.k_proj, key_maps)
 
@@ -128,7 +139,7 @@ def _map_rows(source: nn.Linear, target: nn.Linear, maps: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Queries of one head, some keys for each, and the differences of logits to be met.
+    """Queries of one head, some keys for each, and the differences of logits to be fitted.
 
     `query` has shape (samples, head_dim), `key` (samples, keys, head_dim), both before rotation;
     `target` (samples, keys), less its mean over keys. The rotations are the narrow ones.
@@ -186,7 +197,7 @@ def _of_head(projection: nn.Linear, normed: torch.Tensor, head: int, dim: int) -
 
 
 def _turn(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates dims i and i + dim / 2 together, as LLaMA does."""
+    """Rotates dims i and i + dim / 2 together, as LLaMA's rotary embedding does."""
     return vectors * cos + rotate_half(vectors) * sin
 
 
@@ -197,7 +208,7 @@ def _centred(values: torch.Tensor) -> torch.Tensor:
 def _fit_query(query_map: torch.Tensor, key_map: torch.Tensor, sample: _Sample) -> torch.Tensor:
     key = _turn(sample.key @ key_map.T, *sample.key_rotary)
     key = key - key.mean(dim=1, keepdim=True)
-    # Turned back by the query's place, so that what is left of the logit is (A q) · key.
+    # Rotated back by the query's position, so that the logit is (A q) · key.
     cos, sin = sample.query_rotary
     key = _turn(key, cos, -sin)
     curvature = key.square().sum() * sample.query.square().mean() / key_map.numel() ** 0.5
@@ -240,7 +251,7 @@ def _least_squares(
 ) -> torch.Tensor:
     """Minimises `|forward(x) − target|² + ridge |x − start|²` by conjugate gradients from `start`.
 
-    Stopped early, which shrinks towards the start as a ridge does.
+    It is stopped early, which shrinks the solution towards `start` as a ridge does.
     """
     change = torch.zeros_like(start)
     left = target - forward(start)
@@ -285,18 +296,19 @@ def _dense_values(
 def _fit_values(
     dense: nn.Module, pruned: nn.Module, seen: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """The value basis of each group, for the outputs `seen` of heads as wide as before.
+    """Fits the value basis of each group and sets the value and output projections of `pruned`.
 
-    Gives those outputs in the new bases.
+    `seen` holds the outputs of heads of the dense width, shape (windows, sequence_length,
+    num_attention_heads × head_dim). Gives these outputs in the new bases, head_dim' for each head.
     """
     queries, dim = dense.num_key_value_groups, dense.head_dim
     heads = seen.unflatten(-1, (-1, dim))
-    moments = seen.new_zeros(heads.shape[2], dim, dim, dtype=torch.float64)
+    output = in_float64(dense.o_proj.weight).unflatten(1, (-1, dim))
+    moments = output.new_zeros(heads.shape[2], dim, dim)
     for window, weight in zip(heads, weights, strict=True):
         rows = window.float() * weight.sqrt()[:, None, None]
-        moments += torch.einsum("thd,the->hde", rows, rows)
+        moments += torch.einsum("thd,the->hde", rows, rows).to(moments.device)
     floor = moments.diagonal(dim1=1, dim2=2).mean().clamp_min(torch.finfo(torch.float64).tiny)
-    output = dense.o_proj.weight.double().unflatten(1, (-1, dim))
     value_maps, columns = [], []
     for group in torch.arange(len(moments)).split(queries):
         moment = moments[group].sum(dim=0) + 1e-6 * floor * torch.eye(dim).to(moments)
@@ -307,15 +319,15 @@ def _fit_values(
         value_maps.append(basis @ inverse_root)
         columns.append(written @ root @ basis.T)
     maps = torch.stack(value_maps)
-    _map_rows(dense.v_proj, pruned.v_proj, maps.float())
+    _map_rows(dense.v_proj, pruned.v_proj, maps.float().to(seen.device))
     weight = torch.cat(columns, dim=1).flatten(1).to(dense.o_proj.weight.dtype)
-    pruned.o_proj.weight = nn.Parameter(weight, requires_grad=False)
-    per_head = maps.repeat_interleave(queries, dim=0).to(seen.dtype)
+    pruned.o_proj.weight = nn.Parameter(weight.to(seen.device), requires_grad=False)
+    per_head = maps.repeat_interleave(queries, dim=0).to(seen.dtype).to(seen.device)
     return torch.einsum("wthd,hnd->wthn", heads, per_head).flatten(2)
 
 
 def _roots(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A symmetric positive matrix's root and the root's inverse."""
+    """The square root of a symmetric positive matrix, and the inverse of that root."""
     values, vectors = torch.linalg.eigh(matrix)
     values = values.clamp_min(torch.finfo(values.dtype).tiny)
     return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T

@@ -1,40 +1,48 @@
-"""Ridge regression across folds: the change to an output projection that makes up for a cut.
+"""Cross-fitted ridge regression: the change to an output projection that compensates for a cut.
 
-With x a token's features, y what the module fails to write there and w the token's weight, the
-change C is the least `Σ w ‖y − Cᵀx‖²` plus a ridge on C. The windows are dealt into folds, and what
-a ridge is worth is judged on each fold by the change that was fitted on all others.
+With x a token's features, y the part of the module's output that the cut removed and w the token's
+weight, the change C minimises `Σ w ‖y − Cᵀx‖²` plus a ridge penalty on C. The windows are divided
+into folds, and a ridge is judged on each fold by the change that was fitted on all other folds.
 
-Second moments are all that is needed: those of all folds but one are the sum less that fold's.
+Only second moments are needed: those of all folds but one are the sum of all minus that fold's.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from transact_core.base.linalg import factored_in_place
+from transact_core.base.linalg import factored_in_place, in_float64
 
 KEPT_BYTES = 1 << 29
-"""Of all folds' moments; where there would be more, each is gathered anew whenever it is needed."""
+"""Most bytes of second moments kept for all folds together; where they would take more, each
+fold's moments are computed again whenever they are needed."""
 FLOOR = 1e-3
-"""Of the mean energy: what holds features that have none of their own."""
+"""The least damping of dead features, as a share of the mean energy."""
 ROWS_AT_ONCE = 1024
-"""Of moments that are multiplied out at a time, and outputs that are solved for at a time."""
+"""Rows of the moments that are multiplied out at a time, and outputs that are solved for at a
+time: both bound the memory of intermediate results."""
 
 
 def energy(values: torch.Tensor, weights: torch.Tensor) -> float:
-    """Sum of squares over (windows, sequence_length, width), each token times its weight."""
+    """Weighted sum of squares, a number.
+
+    `values` has shape (windows, sequence_length, width), the tokens' `weights` (windows,
+    sequence_length).
+    """
     total = 0.0
     for window, weight in zip(values, weights, strict=True):
-        total += (window.float().square().sum(dim=-1) * weight).double().sum().item()
+        total += in_float64(window.float().square().sum(dim=-1) * weight).sum().item()
     return total
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Weighted second moments of features and of what is missing.
+    """Weighted second moments of the features, and of the features with the missing outputs.
 
-    `gram` has shape (features, features), `cross` (features, outputs).
+    `gram` has shape (features, features), `cross` (features, outputs). The two may be on different
+    devices, where one is in float64.
     """
 
     gram: torch.Tensor
@@ -49,23 +57,28 @@ class Moments:
         )
 
     def add(self, x: torch.Tensor, y: torch.Tensor, sign: float = 1.0) -> None:
-        """Those of weighted rows, float32, shape (tokens, features) and (tokens, outputs).
+        """Adds the moments of weighted rows; a `sign` of -1 subtracts them.
 
-        They are multiplied out some rows at a time: no third matrix of that size is made. A `sign`
-        of -1 takes them away.
+        `x` has shape (tokens, features), `y` (tokens, outputs), both float32. Only some rows of the
+        moments are multiplied out at a time, so no third matrix of that size is made.
         """
         for start in range(0, len(self.gram), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            self.gram[rows].add_(x[:, rows].T @ x, alpha=sign)
-            self.cross[rows].add_(x[:, rows].T @ y, alpha=sign)
+            self.gram[rows].add_((x[:, rows].T @ x).to(self.gram.device), alpha=sign)
+            self.cross[rows].add_((x[:, rows].T @ y).to(self.cross.device), alpha=sign)
+
+    def subtract(self, other: "Moments") -> None:
+        """Subtracts other moments, in place."""
+        self.gram.sub_(other.gram.to(self.gram.device))
+        self.cross.sub_(other.cross.to(self.cross.device))
 
 
 def solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The change, shape (features, outputs), that leaves least missing under this ridge.
+    """The change, shape (features, outputs), with the least penalised error under this ridge.
 
-    Takes a float64 `gram` and any `cross`, and overwrites both: the change is made where `cross`
-    was. The ridge pulls towards no change, relative to each feature's own energy: without data
-    nothing changes. NaN where it cannot be solved.
+    Takes a float64 `gram` and a `cross` of any dtype on any device, and overwrites both: the result
+    is in the memory of `cross`. The ridge shrinks the change, relative to each feature's own
+    energy; a feature without energy is not used. All NaN where the system cannot be solved.
     """
     diagonal = gram.diagonal()
     floor = FLOOR * diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
@@ -76,29 +89,33 @@ def solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor
         return cross.fill_(torch.nan)
     for start in range(0, cross.shape[1], ROWS_AT_ONCE):
         outputs = cross[:, start : start + ROWS_AT_ONCE]
-        half = torch.linalg.solve_triangular(factor, outputs.double(), upper=False)
+        right = in_float64(outputs).to(factor.device)
+        half = torch.linalg.solve_triangular(factor, right, upper=False)
         outputs.copy_(torch.linalg.solve_triangular(factor.mT, half, upper=True))
     return cross
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A ridge, and the energy that is missing with it, each fold by what the others taught."""
+    """A ridge and its cross-validated error."""
 
     ridge: float
     error: float
+    """Weighted squared error summed over folds, each by the change fitted on all others; infinite
+    where a fold cannot be solved."""
     changes: Sequence[torch.Tensor] | None
-    """Of each fold, where the folds' moments are kept."""
+    """The change that is applied on each fold, where the folds' moments are kept."""
 
 
 class FoldedRidge:
-    """The regression on all windows, and on all but each fold.
+    """The regression on all windows, and for each fold on all windows outside it.
 
     Args:
         features: shape (windows, sequence_length, features).
-        missing: shape (windows, sequence_length, outputs).
-        weights: of the tokens, shape (windows, sequence_length).
-        folds: the windows of each, two folds or more.
+        missing: the outputs to be fitted, shape (windows, sequence_length, outputs).
+        weights: the tokens' weights, shape (windows, sequence_length).
+        folds: indices of the windows of each fold, two folds or more.
+        kept_bytes: most bytes of the folds' second moments that are kept.
     """
 
     def __init__(
@@ -124,61 +141,72 @@ class FoldedRidge:
             else:
                 self._total.add(*self._rows(fold))
         self.energy = energy(missing, weights)
-        """Of what is missing before any change."""
+        """Weighted sum of squares of `missing`: the error without any change."""
 
     def solve(self, ridge: float) -> torch.Tensor:
-        """The change that all windows ask for, float32."""
-        return solve(self._total.gram.double(), self._total.cross.clone(), ridge)
+        """The change fitted on all windows, float32."""
+        return solve(in_float64(self._total.gram), self._total.cross.clone(), ridge)
 
     def choose(self, ridges: Sequence[float], start: int) -> Chosen:
-        """The best of the ridges by cross-validation, downhill from the one at `start`."""
-        best, position = self._tried(ridges[start]), start
+        """The best of the ascending ridges by cross-validation, downhill from the one at `start`.
+
+        Larger ridges are tried first, then smaller ones, each direction for as long as the error
+        falls. Ridges that cannot be solved are passed over until one can be. No ridge is solved
+        twice.
+        """
+        best, tried = self._tried(ridges[start]), {start}
         for step in (1, -1):
-            while 0 <= position + step < len(ridges):
-                neighbour = self._tried(ridges[position + step])
-                if not neighbour.error < best.error:
+            position = ridges.index(best.ridge) + step
+            while 0 <= position < len(ridges) and position not in tried:
+                candidate = self._tried(ridges[position])
+                tried.add(position)
+                if candidate.error < best.error:
+                    best = candidate
+                elif best.error < math.inf:
                     break
-                best, position = neighbour, position + step
+                position += step
         return best
 
     def corrections(self, chosen: Chosen) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each fold's windows, and what is added there by the change that the others ask for.
+        """Each fold's windows, and the correction there by the change fitted on all other folds.
 
         In float32, shape (windows, sequence_length, outputs).
         """
-        for number, fold in enumerate(self.folds):
+        for fold_index, fold in enumerate(self.folds):
             if chosen.changes is None:
-                yield fold, self._correction(fold, self._change(number, chosen.ridge))
+                yield fold, self._correction(fold, self._change(fold_index, chosen.ridge))
             else:
-                yield fold, self._correction(fold, chosen.changes[number])
+                yield fold, self._correction(fold, chosen.changes[fold_index])
 
     def _correction(self, fold: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         return self.features[fold].float() @ change
 
     def _tried(self, ridge: float) -> Chosen:
         error, changes = 0.0, []
-        for number, fold in enumerate(self.folds):
-            change = self._change(number, ridge)
+        for fold_index, fold in enumerate(self.folds):
+            change = self._change(fold_index, ridge)
             error += energy(
                 self.missing[fold].float() - self._correction(fold, change), self.weights[fold]
             )
             changes += [change] if self.keeps else []
-            # Where none is kept, none is to stand beside the next.
+            # Where changes are not kept, this one is freed before the next is solved.
             del change
-        return Chosen(ridge, error, changes if self.keeps else None)
+        return Chosen(
+            ridge, math.inf if math.isnan(error) else error, changes if self.keeps else None
+        )
 
-    def _change(self, number: int, ridge: float) -> torch.Tensor:
-        """What all folds but this one ask for, float32."""
-        others = Moments(self._total.gram.double(), self._total.cross.clone())
+    def _change(self, fold_index: int, ridge: float) -> torch.Tensor:
+        """The change fitted on all folds but this one, float32."""
+        others = Moments(in_float64(self._total.gram), self._total.cross.clone())
         if self.keeps:
-            others.gram.sub_(self._kept[number].gram)
-            others.cross.sub_(self._kept[number].cross)
+            others.subtract(self._kept[fold_index])
         else:
-            others.add(*self._rows(self.folds[number]), sign=-1)
+            others.add(*self._rows(self.folds[fold_index]), sign=-1)
         return solve(others.gram, others.cross, ridge)
 
     def _rows(self, fold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and what is missing, a row a token, times the root of its weight; float32."""
+        """Features and missing outputs, one row for each token, times the root of its weight;
+        float32."""
         root = self.weights[fold].flatten().sqrt()[:, None]
         x, y = self.features[fold].flatten(0, 1), self.missing[fold].flatten(0, 1)
         return x.float() * root, y.float() * root

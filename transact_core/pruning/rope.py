@@ -6,9 +6,10 @@ from transformers import LlamaConfig
 from transact_core.base.errors import TransActError
 
 EXACT_KINDS = ("default", "llama3", "linear", "yarn")
+"""Kinds of rotary frequencies that do not depend on the length of the text, so that a subset of
+them can be written out exactly."""
 
 
-# --- how a stock model is told ---------------------------------------------------------------
 def require_exact_rope(config: LlamaConfig) -> None:
     """Refuses rotary embeddings whose frequencies a narrower stock model cannot keep exactly.
 
@@ -31,13 +32,15 @@ def narrowed_rope(
 ) -> dict[str, object]:
     """`rope_parameters` that give a stock model these frequencies, exactly.
 
-    `longrope` divides the default frequencies by factors of our choice; with the same factors for
-    short and long texts nothing depends on the length. `attention_scaling` is the dense model's.
+    `inv_freq` has shape (pairs,), the frequencies to keep in radians for each token, and
+    `attention_scaling` is the dense model's. The kind `longrope` divides the default frequencies by
+    factors that can be chosen freely; with the same factors for short and long texts nothing
+    depends on the length.
     """
     theta = config.rope_parameters["rope_theta"]
     pairs = len(inv_freq)
     default = theta ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
-    factors = (default / inv_freq.double().cpu()).tolist()
+    factors = (default / inv_freq.cpu().double()).tolist()
     return {
         "rope_type": "longrope",
         "rope_theta": theta,

@@ -1,0 +1,78 @@
+"""Where the decoder layers of a model come from, and what the model passes to them.
+
+Every pass over a model takes a layer from `layers_of(model)`, for as long as it works on it, and
+runs it with the arguments that the model's own code passes to it.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+Arguments = Mapping[str, object]
+"""What a decoder layer is called with beside the hidden states: `attention_mask`,
+`position_embeddings`, `position_ids` and so on. They hold for one window, with a batch dimension of
+1, and broadcast over any number of windows of the same length."""
+
+
+class Layers:
+    """The decoder layers of a model, lent one at a time; here they are all in memory.
+
+    A layer is used only inside the `with` block that borrowed it, so that another implementation
+    can read it from disk or move it to a device for that time. Blocks may be nested: a layer that
+    is borrowed again inside the block that borrowed it is the same object.
+    """
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self._layers = layers
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @contextmanager
+    def borrow(self, layer_index: int) -> Iterator[nn.Module]:
+        """The decoder layer of that index, counted from 0."""
+        yield self._layers[layer_index]
+
+
+def layers_of(model: PreTrainedModel) -> Layers:
+    """The layers of a causal language model."""
+    return Layers(model.model.layers)
+
+
+class _Recorder(nn.Module):
+    """Stands where a decoder layer does, keeps what it is called with and computes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: Arguments = {}
+
+    def forward(self, hidden: torch.Tensor, **arguments: object) -> torch.Tensor:
+        self.arguments = arguments
+        return hidden
+
+
+@torch.no_grad()
+def before_layers(
+    model: PreTrainedModel, ids: torch.Tensor
+) -> tuple[torch.Tensor, tuple[Arguments, ...]]:
+    """The hidden states that enter the first layer, and what each layer is called with.
+
+    `ids` are token ids of shape (windows, sequence_length) on the model's device; the hidden states
+    have shape (windows, sequence_length, hidden_size). Both come from the model's own forward
+    pass, run on a shallow copy in which recorders stand in for the layers and the last norm is left
+    out. So masks, positions and scaled embeddings are right for every family of models.
+    """
+    recorders = [_Recorder() for _ in range(len(layers_of(model)))]
+    body = copy.copy(model.model)
+    # The copy shares the table of submodules until it gets one of its own.
+    body._modules = {
+        **body._modules,
+        "layers": nn.ModuleList(recorders),
+        "norm": nn.Identity(),
+    }
+    hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden, tuple(recorder.arguments for recorder in recorders)
