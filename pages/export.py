@@ -19,7 +19,9 @@ from pages.server.start_jobs import start_export
 from pages.server.visits import points, visit
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.export.compression import apply_command, describe_compression, reproduce_command
+from transact_core.export.folder import model_class_of
 from transact_core.export.runtimes import readings_of_cut
+from transact_core.models.stock_class import explanation
 from transact_core.pruning.plan import Decision
 
 
@@ -92,7 +94,11 @@ def show_other_runtimes(bench: Bench, cut: Cut, decision: Decision | None) -> No
         st.caption("Which other runtimes read it depends on the granularity that `auto` takes.")
         return
     loaded, plan = bench.loaded, plan_at(bench, cut, decision)
-    for each in readings_of_cut(plan, loaded.architecture, loaded.model.config):
+    biases = cut.recovery == "bias"
+    model_class = model_class_of(bench, plan, cut.recovery)
+    if reason := explanation(model_class):
+        st.caption(f"Saved as a stock `{model_class}`, {reason}.")
+    for each in readings_of_cut(plan, loaded.architecture, loaded.model.config, biases):
         match each.outcome:
             case "same":
                 st.caption(f":material/check: {each.sentence}")

@@ -27,6 +27,9 @@ SCRIPTS = ("figures.js", "pictures.js", "live.js")
 KEY = "live"
 """Of the component's state in the session."""
 LONGEST_CONTEXT = 1 << 20
+"""The most tokens of context that the page computes costs for."""
+MOST_LISTED = 10
+"""More numbers of heads than this are described, not listed."""
 PRESETS = (
     {"name": "Gentle 20 / 20", "mha": 20, "mlp": 20},
     {"name": "The first picture's 33 / 30", "mha": 33, "mlp": 30},
@@ -94,7 +97,7 @@ def tables(
         "layers": architecture.num_hidden_layers,
         "hidden": architecture.hidden_size,
         "heads": architecture.num_attention_heads,
-        "layer_parameters": _layer_parameters(architecture),
+        "layer_parameters": architecture.layer_parameters(0),
         "dense": asdict(first.dense),
         "mha": [_mha(each, architecture) for each in structures],
         "mlp": _mlp(first, architecture),
@@ -119,10 +122,6 @@ def tables(
     }
 
 
-def _layer_parameters(architecture: Architecture) -> int:
-    return sum(int(np.prod(shape)) for shape in architecture.layer_tensors().values())
-
-
 def _options(side: Side, words: Sequence[str]) -> dict[str, Any]:
     return {
         "options": [
@@ -141,13 +140,21 @@ def _mha(table: Structure, architecture: Architecture) -> dict[str, Any]:
     if table.granularity == "head-dims":
         possible = "Possible: any even number."
     else:
-        counts = ", ".join(str(count) for count in head_counts(architecture, table.granularity))
-        possible = f"Possible here: {counts}."
+        possible = _possible_heads(head_counts(architecture, table.granularity))
     return {
         "granularity": table.granularity,
         "possible": possible,
         **_options(table.mha, words),
     }
+
+
+def _possible_heads(counts: Sequence[int]) -> str:
+    """The numbers of query heads that can be kept, in words; they are multiples of the first."""
+    if len(counts) <= MOST_LISTED:
+        return f"Possible here: {', '.join(map(str, counts))}."
+    if counts[0] == 1:
+        return f"Possible here: any number up to {counts[-1]}."
+    return f"Possible here: every multiple of {counts[0]} up to {counts[-1]}."
 
 
 def _mlp(table: Structure, architecture: Architecture) -> dict[str, Any]:

@@ -62,7 +62,9 @@ def test_the_folder_is_whole_and_stock_loads_it(gqa_bench, cut, tmp_path):
         "context_length",
         "weight_bytes",
     }
-    assert set(report["dense"]) == set(report["pruned"]) == fields
+    assert set(report["dense"]) == fields
+    assert set(report["pruned"]) == fields | {"model_class"}
+    assert report["pruned"]["model_class"] == "LlamaForCausalLM"
     assert report["pruned"]["perplexity"] == measurement.perplexity
     assert report["dense"]["perplexity"] == gqa_bench.dense().perplexity
     assert report["pruned"]["parameters"] == sum(weight.numel() for weight in model.parameters())

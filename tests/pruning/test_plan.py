@@ -113,11 +113,10 @@ def test_the_best_heads_of_each_group_stay_or_the_best_groups(made):
 
 
 @given(architectures(), ratios, ratios, st.sampled_from(GRANULARITIES), st.integers(1, 9))
-def test_widths_are_the_nearest_that_stock_transformers_loads(
+def test_widths_are_the_nearest_of_whole_units(
     shape, mha_ratio, mlp_ratio, granularity, multiple_of
 ):
     taken = widths(shape, mha_ratio, mlp_ratio, granularity, multiple_of).applied_to(shape)
-    assert shape.hidden_size % taken.num_attention_heads == 0
     assert taken.num_attention_heads % taken.num_key_value_heads == 0
     if granularity == "head-dims":
         unit = "head_dim"
@@ -165,8 +164,20 @@ def test_a_larger_ratio_never_leaves_more(shape, one, other, granularity):
 def test_a_tie_takes_the_wider():
     shape = Architecture(40, 5, 1, 8, 8, 4, 11, False, False, False)
     assert widths(shape, 0, 0.5, "query-heads").intermediate_size == 3
-    # 6 and 4 of 8 heads are as near, but 6 does not divide 40.
-    assert head_counts(shape, "query-heads") == [1, 2, 4, 5, 8]
+    assert head_counts(shape, "query-heads") == list(range(1, 9))
+    # Schema 1 had only those that divide a hidden_size of 40.
+    assert head_counts(shape, "query-heads", dividing_hidden_size=True) == [1, 2, 4, 5, 8]
+
+
+def test_a_plan_of_schema_1_still_fits_its_ratio():
+    """It took 5 of 8 heads for a quarter, as 6 does not divide a hidden_size of 40."""
+    shape = Architecture(40, 5, 1, 8, 8, 4, 11, False, False, False)
+    scores = Scores(torch.rand(1, 8), torch.rand(1, 32), torch.rand(1, 5))
+    now = make_plan(shape, scores, "activation", 0.25, 0)
+    assert now.num_attention_heads == 6
+    older = make_plan(shape, scores, "activation", 3 / 8, 0).model_copy(update={"mha_ratio": 0.25})
+    assert older.num_attention_heads == 5
+    older.check(shape)
 
 
 @pytest.mark.parametrize("text", ["abc", "", "nan", "inf", "-0.1", "1", "1.5", "0.3.3"])

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM
 
 from transact_core.base.errors import Progress, silent
 from transact_core.base.files import require_disk_space, require_free_output, staged_folder
@@ -21,7 +20,9 @@ from transact_core.export.writer import CheckpointWriter
 from transact_core.forward.perplexity import Evaluation
 from transact_core.models.checkpoint_folder import read_checkpoint
 from transact_core.models.footprint import Footprint
+from transact_core.models.stock_class import MODEL_CLASSES, StockModel, model_type_for
 from transact_core.pruning.closed_form import LayerFit, recover
+from transact_core.pruning.plan import PruningPlan
 from transact_core.pruning.surgery import Cut
 
 BESIDE_WEIGHTS_BYTES = 50_000_000
@@ -32,9 +33,19 @@ def report(bench: Bench, measurement: Measurement) -> dict[str, dict]:
     """What `report.json` holds."""
     return {
         "dense": model_report(bench.dense_footprint, bench.dense().perplexity),
-        "pruned": model_report(measurement.footprint, measurement.perplexity),
+        "pruned": {
+            **model_report(measurement.footprint, measurement.perplexity),
+            "model_class": model_class_of(bench, measurement.plan, measurement.recovery),
+        },
         "evaluation": evaluation_report(bench.evaluation, measurement.evaluation),
     }
+
+
+def model_class_of(bench: Bench, plan: PruningPlan, recovery: str) -> str:
+    """The name of the stock class that a cut is saved as."""
+    loaded = bench.loaded
+    cut = plan.applied_to(loaded.architecture, with_biases=recovery == "bias")
+    return MODEL_CLASSES[model_type_for(cut, loaded.model.config.model_type)].__name__
 
 
 def evaluation_report(windows: Windows, evaluation: Evaluation) -> dict[str, str | int]:
@@ -55,7 +66,7 @@ def require_room(output: Path, cost: Footprint) -> None:
 
 def write_checkpoint(
     output: Path,
-    model: LlamaForCausalLM,
+    model: StockModel,
     bench: Bench,
     measurement: Measurement,
     compression: Compression,
@@ -85,7 +96,12 @@ def _write_beside(
     (folder / "compression.json").write_text(compression.to_json())
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     loaded = bench.loaded
-    others = readings_of_cut(compression.plan, loaded.architecture, loaded.model.config)
+    others = readings_of_cut(
+        compression.plan,
+        loaded.architecture,
+        loaded.model.config,
+        with_biases=compression.recovery == "bias",
+    )
     card = model_card(loaded.name, compression, result, others, kept_bare(measurement.fits))
     (folder / "README.md").write_text(card)
 

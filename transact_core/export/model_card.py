@@ -6,6 +6,7 @@ from html import escape
 from transact_core.data.corpus import describe
 from transact_core.export.compression import Compression, apply_command
 from transact_core.export.runtimes import Reading
+from transact_core.models.stock_class import explanation
 from transact_core.pruning.closed_form import LayerFit
 
 
@@ -41,6 +42,9 @@ def model_card(
     name = escape(" ".join(name.split()), quote=False)
     plan, evaluation = compression.plan, result["evaluation"]
     told = f" {unrepaired}" if unrepaired else ""
+    model_class = pruned["model_class"]
+    reason = explanation(model_class)
+    why = f",\n{reason}" if reason else ""
     read = "\n".join(f"- {each.sentence}" for each in others)
     rows = "\n".join(
         [
@@ -61,7 +65,7 @@ tags: [pruned, transact]
 
 # {name}, pruned
 
-{name} with width removed inside its attention and MLP modules. It is a stock `LlamaForCausalLM`:
+{name} with width removed inside its attention and MLP modules. It is a stock `{model_class}`{why}:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

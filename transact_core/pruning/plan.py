@@ -3,8 +3,9 @@
 A plan is pure data. Sliders write it, charts read it, surgery executes it, export saves it; whoever
 wants to know what will be cut looks here and nowhere else.
 
-Which widths can be had is decided by whole units, by `multiple_of`, and by one rule of stock
-transformers: `LlamaConfig` refuses a `num_attention_heads` that does not divide `hidden_size`.
+Which widths can be had is decided by whole units and by the multiples that are asked for. The
+number of heads need not divide `hidden_size`: `models.stock_class` has a class for those that do
+not.
 """
 
 import math
@@ -118,10 +119,10 @@ class PruningPlan(Data):
             TransActError: layers, heads or channels that do not exist, widths that contradict the
                 indices or the ratios, or groups left with different numbers of queries.
         """
-        expected = widths(
-            architecture, self.mha_ratio, self.mlp_ratio, self.granularity, self.multiple_of
-        )
-        if self.widths != expected:
+        asked = (self.mha_ratio, self.mlp_ratio, self.granularity, self.multiple_of)
+        expected = widths(architecture, *asked)
+        # Plans of schema 1 took only numbers of heads that divide hidden_size.
+        if self.widths not in (expected, widths(architecture, *asked, dividing_hidden_size=True)):
             raise TransActError(
                 f"The plan's widths {self.widths} contradict its ratios, which make {expected}."
             )
@@ -247,17 +248,22 @@ def parse_ratio(text: str | float, name: str) -> float:
     return ratio
 
 
-def head_counts(architecture: Architecture, granularity: Granularity) -> list[int]:
+def head_counts(
+    architecture: Architecture, granularity: Granularity, dividing_hidden_size: bool = False
+) -> list[int]:
     """Numbers of query heads that can be kept, ascending; the last is the dense model's.
 
     `query-heads` keeps all groups and the same number of queries in each; `kv-groups` keeps whole
-    groups. Without grouping the two are the same.
+    groups. Without grouping the two are the same. With `dividing_hidden_size` those that
+    `LlamaConfig` refuses are left out, as they were in schema 1.
     """
     groups, queries = architecture.num_key_value_heads, architecture.queries_per_group
     if granularity == "query-heads" and queries > 1:
         counts = [groups * kept for kept in range(1, queries + 1)]
     else:
         counts = [kept * queries for kept in range(1, groups + 1)]
+    if not dividing_hidden_size:
+        return counts
     return [
         count
         for count in counts
@@ -271,15 +277,20 @@ def widths(
     mlp_ratio: float,
     granularity: Granularity,
     multiple_of: int = 1,
+    dividing_hidden_size: bool = False,
 ) -> Widths:
-    """The widths nearest to what the ratios ask for, the wider one on a tie."""
+    """The widths nearest to what the ratios ask for, the wider one on a tie.
+
+    `dividing_hidden_size` as `head_counts` takes it.
+    """
     heads = architecture.num_attention_heads
     groups = architecture.num_key_value_heads
     head_dim = None
     if granularity == "head-dims":
         head_dim = _narrower_head_dim(architecture, mha_ratio, multiple_of)
     elif mha_ratio:
-        heads = _nearest(heads, mha_ratio, head_counts(architecture, granularity))
+        counts = head_counts(architecture, granularity, dividing_hidden_size)
+        heads = _nearest(heads, mha_ratio, counts)
         if granularity == "kv-groups" or architecture.queries_per_group == 1:
             groups = heads // architecture.queries_per_group
     channels = architecture.intermediate_size

@@ -5,24 +5,20 @@ that was zero. Untouched tensors are shared with the dense model, which is never
 """
 
 import copy
-import dataclasses
 import math
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from transact_core.forward.waists import head_rows
 from transact_core.models.architecture import Architecture
+from transact_core.models.stock_class import MODEL_CLASSES, StockModel, config_for
 from transact_core.pruning.plan import LayerPlan, PruningPlan, kept_groups
 from transact_core.pruning.rope import narrowed_rope, require_exact_rope
 
 
 @torch.no_grad()
-def prune(
-    model: LlamaForCausalLM, plan: PruningPlan, with_biases: bool = False
-) -> LlamaForCausalLM:
+def prune(model: StockModel, plan: PruningPlan, with_biases: bool = False) -> StockModel:
     """Cuts every layer as the plan says; the result shares what it does not change.
 
     `with_biases` gives the cut modules the biases that a repair by bias writes into. Stock
@@ -45,14 +41,12 @@ class Cut:
     """
 
     @torch.no_grad()
-    def __init__(
-        self, model: LlamaForCausalLM, plan: PruningPlan, with_biases: bool = False
-    ) -> None:
+    def __init__(self, model: StockModel, plan: PruningPlan, with_biases: bool = False) -> None:
         self.dense, self.plan = model, plan
         self.architecture = Architecture.from_config(model.config)
         plan.check(self.architecture)
         left = plan.applied_to(self.architecture, with_biases)
-        self.shapes = left.layer_tensors()
+        self.left = left
         self.pruned = _empty_like(model, left, plan.slots)
         outer = {
             name: tensor
@@ -89,7 +83,7 @@ class Cut:
             tensors |= _prefixed("self_attn.", cut_heads(parts, layer, self.architecture))
         if plan.cuts_mlp(self.architecture):
             tensors |= _prefixed("mlp.", cut_mlp(_under(tensors, "mlp."), layer))
-        for name, shape in self.shapes.items():
+        for name, shape in self.left.layer_tensors(number).items():
             if name.endswith(".bias") and name not in tensors:
                 weight = tensors[name.removesuffix("bias") + "weight"]
                 tensors[name] = nn.Parameter(weight.new_zeros(shape))
@@ -102,34 +96,32 @@ def _fill(made: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def cast(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
+def cast(model: StockModel, dtype: torch.dtype) -> StockModel:
     """The model with its weights in another dtype; what has that dtype already is shared."""
     tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     return _filled(_empty_like(model, Architecture.from_config(model.config)), tensors)
 
 
-def _filled(empty: LlamaForCausalLM, tensors: dict[str, torch.Tensor]) -> LlamaForCausalLM:
+def _filled(empty: StockModel, tensors: dict[str, torch.Tensor]) -> StockModel:
     empty.load_state_dict(tensors, strict=True, assign=True)
     empty.tie_weights()
     return empty.eval().requires_grad_(False)
 
 
 def _empty_like(
-    model: LlamaForCausalLM, architecture: Architecture, slots: tuple[int, ...] = ()
-) -> LlamaForCausalLM:
-    config = copy.deepcopy(model.config)
-    # head_dim is implied by the other widths where it is absent, so it is written out too.
-    for name, value in dataclasses.asdict(architecture).items():
-        setattr(config, name, value)
-    # Its buffers are no part of the state dict, so it comes from outside the meta device.
+    model: StockModel, architecture: Architecture, slots: tuple[int, ...] = ()
+) -> StockModel:
+    """A model of these widths without weights, of the stock class that holds them."""
+    config = config_for(model.config, architecture)
     rotary = model.model.rotary_emb
     if slots:
         require_exact_rope(config)
         frequencies = rotary.inv_freq[list(slots)]
         config.rope_parameters = narrowed_rope(config, frequencies, rotary.attention_scaling)
-        rotary = LlamaRotaryEmbedding(config).to(rotary.inv_freq.device)
+        rotary = type(rotary)(config).to(rotary.inv_freq.device)
     with torch.device("meta"):
-        pruned = LlamaForCausalLM(config)
+        pruned = MODEL_CLASSES[config.model_type](config)
+    # Its buffers are no part of the state dict, so it comes from outside the meta device.
     pruned.model.rotary_emb = rotary
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned
@@ -207,7 +199,7 @@ def _select_rows(
 
 
 @torch.no_grad()
-def round_weights(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
+def round_weights(model: StockModel, dtype: torch.dtype) -> None:
     """Rounds the weights to what `dtype` can hold, in the dtype they compute in.
 
     Perplexity is measured on the weights as saved. Parameters that change are replaced, never
