@@ -44,7 +44,7 @@ from transact_core.planning.law import Ratio
 from transact_core.planning.preview import EnergyKept, Structure, energy_kept, maps, structure
 from transact_core.planning.targets import Found, Target, find
 from transact_core.pruning.closed_form import RECOVERIES
-from transact_core.pruning.plan import GRANULARITIES, Decision, PruningPlan
+from transact_core.pruning.plan import GRANULARITIES, Decision, PruningPlan, plan_notices
 
 # For each bench, of the choices that were new last.
 TABLES_KEPT = 24
@@ -209,7 +209,13 @@ def tables_of(
         several = choices.granularity == "auto"
         granularities = granularities_of(bench) if several else (choices.granularity,)
         structures = [
-            structure(shape, each, choices.multiple_of, choices.recovery == "bias")
+            structure(
+                shape,
+                each,
+                choices.multiple_of,
+                choices.recovery == "bias",
+                choices.head_dim_multiple_of,
+            )
             for each in granularities
         ]
         drawn = energy = None
@@ -564,6 +570,8 @@ def workbench_view(bench: Bench) -> None:
         under_way.append(learning)
     follow("cut", under_way + cutting)
     plan = plan_at(bench, cut, decision)
+    for sentence in plan_notices(plan, bench.loaded.architecture):
+        st.caption(f":material/info: {sentence}")
     show_reading(choices.granularity)
     show_decision(decision, plan)
     show_dense_end("cut")

@@ -20,7 +20,7 @@ from pages.server.visits import points, visit
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.export.compression import apply_command, describe_compression, reproduce_command
 from transact_core.export.folder import model_class_of
-from transact_core.export.runtimes import readings_of_cut
+from transact_core.export.runtimes import block_advice, readings_of_cut
 from transact_core.models.stock_class import explanation
 from transact_core.pruning.plan import Decision
 
@@ -108,6 +108,13 @@ def show_other_runtimes(bench: Bench, cut: Cut, decision: Decision | None) -> No
                 st.warning(each.sentence, icon=":material/warning:")
 
 
+def show_blocks(bench: Bench, cut: Cut, decision: Decision | None) -> None:
+    """Which multiple to choose where no block quantisation of llama.cpp takes the widths."""
+    advice = block_advice(plan_at(bench, cut, decision), bench.loaded.architecture)
+    if advice:
+        st.info(advice, icon=":material/grid_on:")
+
+
 def write_checkpoint(bench: Bench, cut: Cut) -> None:
     st.subheader("Checkpoint")
     decision = find_cut(bench, cut)
@@ -119,6 +126,7 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
         "`compression.json`, `report.json` and a model card."
     )
     show_other_runtimes(bench, cut, decision)
+    show_blocks(bench, cut, decision)
     name = f"{bench.loaded.name}-mha{cut.mha_ratio * 100:.0f}-mlp{cut.mlp_ratio * 100:.0f}"
     usual = astuple(Choices())
     name += "".join(f"-{each}" for each in astuple(cut.choices) if each not in usual)

@@ -41,7 +41,7 @@ from transact_core.models.devices import dtype_name
 from transact_core.models.footprint import footprint
 from transact_core.models.load import LoadedModel, load_model
 from transact_core.pruning.closed_form import RECOVERIES
-from transact_core.pruning.plan import GRANULARITIES, parse_ratio
+from transact_core.pruning.plan import GRANULARITIES, parse_ratio, plan_notices
 
 # Its thread redraws slow bars from outside, in the middle of an error's line if it comes to that.
 tqdm.monitor_interval = 0
@@ -177,6 +177,13 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         "the importance reconstruction",
     )
     parser.add_argument("--multiple-of", type=_positive, default=defaults.multiple_of, metavar="N")
+    parser.add_argument(
+        "--head-dim-multiple-of",
+        type=_positive,
+        default=defaults.head_dim_multiple_of,
+        metavar="N",
+        help="what head_dim is rounded to by head-dims",
+    )
     parser.add_argument("--save-dtype", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--seed", type=_seed, default=0)
 
@@ -209,6 +216,7 @@ def _prune(chosen: argparse.Namespace) -> None:
         decision = decided(bench, mha_ratio, mlp_ratio, _choices(chosen), progress)
         if decision.why:
             tqdm.write(decision.why, file=sys.stderr)
+        _warn_all(plan_notices(decision.plan, bench.loaded.architecture))
         compression = describe_compression(bench, decision, chosen.recovery)
         _carry_out(bench, compression, chosen, progress)
 
@@ -247,6 +255,8 @@ def _apply(chosen: argparse.Namespace) -> None:
         require_same_text("calibration", compression.calibration, windows[0])
         require_same_text("evaluation", compression.evaluation, windows[1])
         bench = Bench(loaded, *windows, save_dtype=compression.save_dtype)
+        # The bench releases the dense weights before it measures, so nothing else may hold them.
+        del loaded
         _carry_out(bench, compression, chosen, progress)
 
 
@@ -325,10 +335,13 @@ def _sweep(chosen: argparse.Namespace) -> None:
                 f"The points in {output} were not measured here with this model, these texts and "
                 "these choices; name a new file."
             )
+        notices: list[str] = []
         for measurement in sweep(bench, pairs, choices, progress):
+            notices += plan_notices(measurement.plan, bench.loaded.architecture)
             rows[measurement.plan.mha_ratio, measurement.plan.mlp_ratio] = measurement.row()
             text = _as_csv(rows, pairs)
             _write_file(output, lambda path, text=text: path.write_text(text))
+        _warn_all(notices)
     print(f"{len(pairs)} points in {output}")
 
 

@@ -41,6 +41,7 @@ class Cut:
     steps: int = Choices.steps
     multiple_of: int = Choices.multiple_of
     sequential: bool = Choices.sequential
+    head_dim_multiple_of: int = Choices.head_dim_multiple_of
 
     @property
     def ratios(self) -> Pair:
@@ -62,6 +63,7 @@ class Cut:
             decision.steps,
             plan.multiple_of,
             decision.sequential,
+            plan.head_dim_multiple_of,
         )
 
 
@@ -74,7 +76,7 @@ def first_look(choices: Choices) -> Choices:
 def what_to_learn(choices: Choices) -> Choices:
     """The choices that a prediction's measurements depend on; the rest are as usual."""
     if choices.granularity == "head-dims":
-        return replace(choices, steps=1, multiple_of=1, sequential=False)
+        return replace(choices, steps=1, multiple_of=1, head_dim_multiple_of=1, sequential=False)
     return Choices(importance=choices.importance)
 
 

@@ -233,7 +233,8 @@ def _stepwise(
         def told(stage: str, done: int, total: int, number: int = number) -> None:
             progress(f"Step {number} of {choices.steps}: {stage.lower()}", done, total)
 
-        plan = bench.plan(*target, replace(choices, multiple_of=1), told, scores)
+        any_width = replace(choices, multiple_of=1, head_dim_multiple_of=1)
+        plan = bench.plan(*target, any_width, told, scores)
         if not plan.cuts_anything(bench.loaded.architecture):
             continue
         model = prune(dense, plan, with_biases=choices.recovery == "bias")
@@ -261,7 +262,14 @@ def schedule(
     Heads take the nearest number that can be had between the two. Source: TransAct, iterative
     pruning.
     """
-    target = widths(architecture, mha_ratio, mlp_ratio, choices.granularity, choices.multiple_of)
+    target = widths(
+        architecture,
+        mha_ratio,
+        mlp_ratio,
+        choices.granularity,
+        choices.multiple_of,
+        choices.head_dim_multiple_of,
+    )
     at = Widths(
         architecture.num_attention_heads,
         architecture.num_key_value_heads,

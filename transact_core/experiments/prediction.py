@@ -219,7 +219,7 @@ def _fit(known: Iterable[tuple[Point, Damage]]) -> "Fit":
 
 def _group(choices: Choices) -> Choices:
     """Choices whose points obey one law: which widths are offered is not among them."""
-    return replace(choices, multiple_of=1)
+    return replace(choices, multiple_of=1, head_dim_multiple_of=1)
 
 
 def _mha_widths(bench: Bench, choices: Choices, most: int) -> list[int]:

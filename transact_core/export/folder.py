@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from transact_core.base.errors import Progress, silent
+from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.base.files import require_disk_space, require_free_output, staged_folder
 from transact_core.data.windows import Windows
 from transact_core.experiments.bench import Bench, Measurement, measure, model_report
 from transact_core.export.compression import Compression
 from transact_core.export.model_card import kept_bare, model_card
-from transact_core.export.runtimes import readings_of_cut
+from transact_core.export.runtimes import block_advice, readings_of_cut
 from transact_core.export.writer import CheckpointWriter
 from transact_core.forward.perplexity import Evaluation
 from transact_core.models.checkpoint_folder import read_checkpoint
@@ -26,7 +26,7 @@ from transact_core.pruning.plan import PruningPlan
 from transact_core.pruning.surgery import Cut
 
 BESIDE_WEIGHTS_BYTES = 50_000_000
-"""Room for the tokenizer, compression.json and the rest of an output folder."""
+"""Bytes kept free for the tokenizer, compression.json and the rest of an output folder."""
 
 
 def report(bench: Bench, measurement: Measurement) -> dict[str, dict]:
@@ -64,6 +64,19 @@ def require_room(output: Path, cost: Footprint) -> None:
     require_disk_space(output, cost.weight_bytes + BESIDE_WEIGHTS_BYTES)
 
 
+def require_savable(plan: PruningPlan) -> None:
+    """Refuses a cut that no stock class of transformers could load.
+
+    Raises:
+        TransActError: the plan leaves layers of different widths.
+    """
+    if not plan.uniform:
+        raise TransActError(
+            "This plan leaves layers of different widths, which stock transformers cannot load, "
+            "so it cannot be saved; choose the same widths for all layers."
+        )
+
+
 def write_checkpoint(
     output: Path,
     model: StockModel,
@@ -76,6 +89,7 @@ def write_checkpoint(
     Raises:
         TransActError: the folder is not empty, cannot be written, or the disk is too full.
     """
+    require_savable(compression.plan)
     require_free_output(output)
     require_room(output, measurement.footprint)
     with staged_folder(output) as folder:
@@ -102,7 +116,14 @@ def _write_beside(
         loaded.model.config,
         with_biases=compression.recovery == "bias",
     )
-    card = model_card(loaded.name, compression, result, others, kept_bare(measurement.fits))
+    card = model_card(
+        loaded.name,
+        compression,
+        result,
+        others,
+        kept_bare(measurement.fits),
+        block_advice(compression.plan, loaded.architecture),
+    )
     (folder / "README.md").write_text(card)
 
 
@@ -119,6 +140,7 @@ def compress_to_folder(
         TransActError: as `bench.compress` and `write_checkpoint` do.
     """
     plan, recovery = compression.plan, compression.recovery
+    require_savable(plan)
     require_free_output(output)
     require_room(output, bench.footprint(plan, recovery))
     bench.dense(progress)
@@ -142,10 +164,10 @@ def _write_layers(
     cut = Cut(dense, plan, with_biases=recovery == "bias")
     writer = CheckpointWriter(folder, getattr(torch, compression.save_dtype))
 
-    def write_layer(number: int) -> None:
-        for name, tensor in cut.pruned.model.layers[number].state_dict().items():
-            writer.add(f"model.layers.{number}.{name}", tensor)
-        cut.drop_layer(number)
+    def write_layer(layer_index: int) -> None:
+        for name, tensor in cut.pruned.model.layers[layer_index].state_dict().items():
+            writer.add(f"model.layers.{layer_index}.{name}", tensor)
+        cut.drop_layer(layer_index)
 
     fits: tuple[LayerFit, ...] = ()
     if recovery != "none" and plan.cuts_anything(bench.loaded.architecture):
@@ -160,9 +182,9 @@ def _write_layers(
             write_layer,
         ).fits
     else:
-        for number in range(len(plan.layers)):
-            cut.make_layer(number)
-            write_layer(number)
+        for layer_index in range(len(plan.layers)):
+            cut.make_layer(layer_index)
+            write_layer(layer_index)
     progress("Writing the checkpoint", 0, 1)
     # Last, as what is added waits in memory until a shard is full.
     for name in bench.loaded.architecture.outer_tensors():

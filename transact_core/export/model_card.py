@@ -27,10 +27,12 @@ def model_card(
     result: dict[str, dict],
     others: Sequence[Reading],
     unrepaired: str | None,
+    blocks: str | None = None,
 ) -> str:
     """The output folder's README.md.
 
-    `others` is how other runtimes read the model, `unrepaired` what `kept_bare` says of it.
+    `others` is how other runtimes read the model, `unrepaired` what `kept_bare` says of it, and
+    `blocks` what `block_advice` does.
     """
     dense, pruned = result["dense"], result["pruned"]
 
@@ -45,7 +47,8 @@ def model_card(
     model_class = pruned["model_class"]
     reason = explanation(model_class)
     why = f",\n{reason}" if reason else ""
-    read = "\n".join(f"- {each.sentence}" for each in others)
+    sentences = [reading.sentence for reading in others] + ([blocks] if blocks else [])
+    read = "\n".join(f"- {sentence}" for sentence in sentences)
     rows = "\n".join(
         [
             row("Parameters (M)", "parameters", 1e6, 1),

