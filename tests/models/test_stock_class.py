@@ -102,6 +102,26 @@ def test_the_folder_of_such_a_cut_is_stock_and_can_be_cut_again(
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "second")).__name__ == name
 
 
+@pytest.mark.parametrize("rope", ["default", "llama3"])
+@pytest.mark.parametrize("with_biases", [False, True])
+def test_heads_of_such_a_model_can_be_made_narrower(
+    tokenizer, windows, tmp_path, rope, with_biases
+):
+    dense = made("mha", rope_parameters=ROPES[rope])
+    first = bench_of(dense, tokenizer, windows)
+    source = prune(dense, first.plan(0.25, 0.0, Choices()), with_biases)
+    bench = bench_of(source, tokenizer, windows)
+    plan = bench.plan(0.5, 0.3, Choices(granularity="head-dims"))
+    model, measurement = compress(bench, plan, "bias" if with_biases else "least-squares")
+    assert type(model) is type(source) is not LlamaForCausalLM
+    assert model.config.head_dim == 4
+    model.save_pretrained(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(stock(IDS).logits, model(IDS).logits)
+    assert torch.equal(stock.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    assert measurement.perplexity > 1
+
+
 def test_the_heads_of_llama_3_lose_a_quarter_where_a_quarter_is_asked_for(tokenizer, tmp_path):
     """32 heads over 8 groups; the hidden_size, as 4096, is not divided by 24."""
     dense = make_model(hidden_size=64, num_attention_heads=32, num_key_value_heads=8, head_dim=4)

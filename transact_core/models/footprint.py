@@ -1,6 +1,7 @@
 """What an architecture costs: parameters, bytes, FLOPs. Exact, without touching a weight."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from transact_core.models.architecture import DTYPE_BYTES, Architecture
@@ -37,11 +38,12 @@ def footprint(
     weight_size = DTYPE_BYTES[dtype]
     layers = architecture.layers
     multiply_adds = architecture.vocab_size * architecture.hidden_size
-    for layer_index, widths in enumerate(layers):
-        shapes = architecture.layer_tensors(layer_index).values()
-        multiply_adds += sum(math.prod(shape) for shape in shapes if len(shape) == 2)
+    for widths, count in Counter(layers).items():
+        shapes = architecture.layer_tensors(layers.index(widths)).values()
+        per_layer = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
         # Scores against the keys, then the weighted sum of the values.
-        multiply_adds += 2 * widths.num_attention_heads * architecture.head_dim * context_length
+        per_layer += 2 * widths.num_attention_heads * architecture.head_dim * context_length
+        multiply_adds += count * per_layer
     key_value_heads = sum(widths.num_key_value_heads for widths in layers)
     return Footprint(
         parameters=architecture.parameters,
