@@ -1,7 +1,7 @@
 """`compression.json`: all that is needed to make a pruned model again.
 
-It holds choices, not matrices: repaired weights are computed again from the calibration text, which
-is why the text's SHA-256 and the number of threads belong in it.
+It holds choices, not matrices. Repaired weights are computed again from the calibration text, so
+the SHA-256 of that text and the number of threads are recorded.
 """
 
 import platform
@@ -43,7 +43,7 @@ class TextReference(Data):
 
 
 class Environment(Data):
-    """What the last bits of a result depend on."""
+    """Machine and software that the last bits of a result depend on."""
 
     device: str
     dtype: Literal["float32", "float16", "bfloat16"]
@@ -63,9 +63,9 @@ class Compression(Data):
     earlier_steps: tuple[Step, ...] = ()
     """The pruned models on the way to the plan, for the reader; the plan does not need them."""
     sequential: bool = False
-    """Whether units were chosen module by module, each on the stream of what was pruned before."""
+    """Whether each module's units were chosen on the residual stream of the model pruned so far."""
     granularity_losses: dict[Granularity, float] = Field(default_factory=dict)
-    """Held-out loss of each granularity tried, where `auto` chose."""
+    """Held-out loss in nats a token of each granularity that `auto` tried."""
     calibration: TextReference
     evaluation: TextReference
     sequence_length: Annotated[int, Field(ge=2)]
@@ -172,7 +172,7 @@ def parse_compression(text: str, where: str = "compression.json") -> Compression
 def require_same_model(compression: Compression, loaded: LoadedModel) -> None:
     """Refuses a model whose weight files are not those that were pruned.
 
-    Files are told apart by their contents; where they lie and what they are called may differ.
+    Files are compared by their contents; their folders and names may differ.
     """
     if sorted(compression.model.weight_files.values()) != sorted(loaded.weight_files.values()):
         raise TransActError(

@@ -60,7 +60,7 @@ def evaluation_report(windows: Windows, evaluation: Evaluation) -> dict[str, str
 
 
 def require_room(output: Path, cost: Footprint) -> None:
-    """Refuses an output that the disk has no room for; called before an hour of computing too."""
+    """Refuses an output that the disk has no room for; also called before the computing begins."""
     require_disk_space(output, cost.weight_bytes + BESIDE_WEIGHTS_BYTES)
 
 
@@ -84,7 +84,7 @@ def write_checkpoint(
     measurement: Measurement,
     compression: Compression,
 ) -> None:
-    """Writes the output folder of a model at hand, whole or not at all.
+    """Writes the output folder of a model in memory, whole or not at all.
 
     Raises:
         TransActError: the folder is not empty, cannot be written, or the disk is too full.
@@ -104,7 +104,7 @@ def write_checkpoint(
 def _write_beside(
     folder: Path, bench: Bench, measurement: Measurement, compression: Compression
 ) -> None:
-    """What an output folder holds beside weights and configurations."""
+    """Writes everything but weights and configurations into an output folder."""
     result = report(bench, measurement)
     bench.loaded.tokenizer.save_pretrained(folder)
     (folder / "compression.json").write_text(compression.to_json())
@@ -132,9 +132,9 @@ def compress_to_folder(
 ) -> Measurement:
     """Carries out a compression straight into its output folder, whole or not at all.
 
-    Layers are cut, repaired, written and let go of one after the other, and the dense model is
-    released before what was written is loaded and measured: beside the dense weights there is one
-    layer, one residual stream and a shard. The weights are those that `bench.compress` makes.
+    Layers are cut, repaired, written and released one after the other, and the dense model is
+    released before the written checkpoint is loaded and measured. Peak memory is the dense weights,
+    one layer, one residual stream and one shard. The weights are those that `bench.compress` makes.
 
     Raises:
         TransActError: as `bench.compress` and `write_checkpoint` do.
@@ -159,7 +159,7 @@ def compress_to_folder(
 def _write_layers(
     folder: Path, bench: Bench, compression: Compression, progress: Progress
 ) -> tuple[LayerFit, ...]:
-    """Cuts, repairs and writes the weights, a layer at a time; gives what the repairs did."""
+    """Cuts, repairs and writes the weights, one layer at a time; returns the repairs' fits."""
     plan, recovery, dense = compression.plan, compression.recovery, bench.loaded.model
     cut = Cut(dense, plan, with_biases=recovery == "bias")
     writer = CheckpointWriter(folder, getattr(torch, compression.save_dtype))
@@ -186,7 +186,7 @@ def _write_layers(
             cut.make_layer(layer_index)
             write_layer(layer_index)
     progress("Writing the checkpoint", 0, 1)
-    # Last, as what is added waits in memory until a shard is full.
+    # Written last, since tensors wait in memory until a shard is full.
     for name in bench.loaded.architecture.outer_tensors():
         writer.add(name, cut.pruned.get_parameter(name))
     writer.finish(cut.pruned)

@@ -11,13 +11,13 @@ from transact_core.pruning.closed_form import LayerFit
 
 
 def kept_bare(fits: Sequence[LayerFit]) -> str | None:
-    """One sentence where modules were not repaired, as no repair did better on unseen text."""
+    """One sentence where modules keep the bare cut because no repair did better on held-out text."""
     kept = sum(fit.is_bare for fit in fits)
     if not kept:
         return None
     return (
-        f"{kept} of {len(fits)} cut modules keep their bare cut: on calibration windows that it "
-        "had not seen, no repair did better."
+        f"{kept} of {len(fits)} cut modules keep their bare cut: on held-out calibration windows no "
+        "repair did better."
     )
 
 
@@ -43,7 +43,7 @@ def model_card(
     # Names of folders and files may hold anything; a model card is shown as a page.
     name = escape(" ".join(name.split()), quote=False)
     plan, evaluation = compression.plan, result["evaluation"]
-    told = f" {unrepaired}" if unrepaired else ""
+    repairs = f" {unrepaired}" if unrepaired else ""
     model_class = pruned["model_class"]
     reason = explanation(model_class)
     why = f",\n{reason}" if reason else ""
@@ -87,7 +87,7 @@ alone. It says nothing about other texts or about tasks.
 
 Cut: `mha_ratio` {plan.mha_ratio:g}, `mlp_ratio` {plan.mlp_ratio:g}, granularity
 `{plan.granularity}`, importance `{plan.importance}`, recovery `{compression.recovery}`, calibrated
-on {compression.calibration.tokens:,} tokens of {describe(compression.calibration.source)}.{told}
+on {compression.calibration.tokens:,} tokens of {describe(compression.calibration.source)}.{repairs}
 All choices are in `compression.json`; `{apply_command()}` makes this folder again.
 
 In other runtimes, as tried with small models of such cuts:

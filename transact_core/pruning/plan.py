@@ -1,11 +1,11 @@
-"""Scores and two ratios to a plan: what each layer keeps.
+"""From scores and two ratios to a plan: which units each layer keeps.
 
-A plan is pure data. Sliders write it, charts read it, surgery executes it, export saves it; whoever
-wants to know what will be cut looks here and nowhere else.
+A plan is pure data. Sliders write it, charts read it, surgery executes it, and export saves it.
+Nothing else decides what is cut.
 
-Which widths can be had is decided by whole units and by the multiples that are asked for. The
-number of heads need not divide `hidden_size`: `models.stock_class` has a class for those that do
-not.
+A ratio is met as nearly as whole units (heads, key-value groups, pairs of dims, channels) and the
+requested multiples allow. The number of heads need not divide `hidden_size`: `models.stock_class`
+has a class for those that do not.
 """
 
 import math
@@ -38,7 +38,7 @@ class Data(BaseModel):
 
 @dataclass(frozen=True)
 class Widths:
-    """What the ratios become once whole units are taken."""
+    """The widths that the ratios lead to, the same in every layer."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -267,7 +267,7 @@ def kept_groups(kept_heads: tuple[int, ...], architecture: Architecture) -> tupl
 
 
 class Step(Data):
-    """A pruned model on the way to the plan: its widths, and its perplexity after recovery."""
+    """The pruned model of one intermediate step: its widths, and its perplexity after recovery."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -278,20 +278,20 @@ class Step(Data):
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan and what was tried on the way to it."""
+    """A plan, and what was tried before it was chosen."""
 
     plan: PruningPlan
     granularity_losses: dict[Granularity, float] = field(default_factory=dict)
     """Mean NLL in nats on held-out calibration windows of each granularity that `auto` tried."""
     steps: int = 1
-    """As asked for; those that would have cut nothing are not among the earlier ones."""
+    """As requested; steps that would have cut nothing are not among the earlier steps."""
     earlier_steps: tuple[Step, ...] = ()
     sequential: bool = False
-    """Whether units were chosen module by module, each on the stream of what was pruned before."""
+    """Whether each module's units were chosen on the residual stream of the model pruned so far."""
 
     @property
     def why(self) -> str | None:
-        """One sentence on the granularity that `auto` took."""
+        """One sentence on which granularity `auto` chose and why; None where it did not choose."""
         if not self.granularity_losses:
             return None
         losses = sorted(self.granularity_losses.items(), key=lambda item: item[1])
@@ -412,7 +412,7 @@ def make_plan(
     pairs: PairEffects | None = None,
     head_dim_multiple_of: int = 1,
 ) -> PruningPlan:
-    """Keeps the best-scored units: the same widths everywhere, own indices in each layer.
+    """Keeps the best-scored units: all layers get the same widths, each has its own indices.
 
     `pairs` is needed where `head-dims` makes the heads narrower: queries and keys keep the rotary
     pairs of most effect on attention, whatever the importance, and values their best-scored dims.
@@ -486,7 +486,7 @@ def best_first(scores: torch.Tensor) -> torch.Tensor:
 # --- what a ratio becomes --------------------------------------------------------------------
 
 MUCH_MORE = 1.5
-"""A cut that removes this many times what was asked for is said to."""
+"""A notice is given where a cut removes at least this many times the ratio that was asked for."""
 
 
 def width_notices(

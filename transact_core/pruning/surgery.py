@@ -1,7 +1,8 @@
-"""A model and a plan to a pruned stock `LlamaForCausalLM`.
+"""From a model and a plan to a pruned model of a stock class.
 
-Removing width is selecting rows and columns, so the result is exact: a removed channel is a channel
-that was zero. Untouched tensors are shared with the dense model, which is never written to.
+Width is removed by selecting rows and columns of weight matrices. The result computes exactly what
+the dense model computes with the removed channels set to zero. Tensors that are not cut are shared
+with the dense model, which is never written to.
 """
 
 import copy
@@ -19,11 +20,10 @@ from transact_core.pruning.rope import narrowed_rope, require_exact_rope
 
 @torch.no_grad()
 def prune(model: StockModel, plan: PruningPlan, with_biases: bool = False) -> StockModel:
-    """Cuts every layer as the plan says; the result shares what it does not change.
+    """Cuts every layer by the plan; tensors that are not cut are shared with `model`.
 
-    `with_biases` gives the cut modules the biases that a repair by bias writes into. Stock
-    configurations know biases for all projections of a module or for none, so those of the others
-    are zeros.
+    `with_biases` adds the biases that the recovery `bias` writes into. Stock configurations have
+    biases on all projections of a module or on none, so the other projections get zeros.
 
     Raises:
         TransActError: the plan does not fit the model.
@@ -35,9 +35,9 @@ def prune(model: StockModel, plan: PruningPlan, with_biases: bool = False) -> St
 
 
 class Cut:
-    """A cut made a layer at a time, for callers that let go of the layers that are done.
+    """A cut made one layer at a time, so that finished layers can be released.
 
-    `pruned` is the model to be; a layer of it has no weights until `make_layer` gives it some.
+    `pruned` is the pruned model; its layers have no weights until `make_layer` is called for them.
     """
 
     @torch.no_grad()
@@ -59,16 +59,16 @@ class Cut:
 
     @torch.no_grad()
     def make_layer(self, layer_index: int) -> None:
-        """Gives one layer its weights; what the plan does not change is shared."""
+        """Gives one layer its weights; tensors that are not cut are shared with the dense model."""
         _fill(self.pruned.model.layers[layer_index], self._tensors(layer_index))
 
     def drop_layer(self, layer_index: int) -> None:
-        """Lets go of the weights of a layer that is done."""
+        """Releases the weights of a finished layer."""
         self.pruned.model.layers[layer_index] = nn.Identity()
 
     @torch.no_grad()
     def remake_module(self, plan: PruningPlan, layer_index: int, module: str) -> None:
-        """Cuts one module of one layer again, by another plan of the same widths."""
+        """Cuts one module ("mha" or "mlp") of one layer again, by a plan of the same widths."""
         self.plan = plan
         name = {"mha": "self_attn", "mlp": "mlp"}[module]
         made = self.pruned.model.layers[layer_index].get_submodule(name)
@@ -97,7 +97,7 @@ def _fill(made: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 @torch.no_grad()
 def cast(model: StockModel, dtype: torch.dtype) -> StockModel:
-    """The model with its weights in another dtype; what has that dtype already is shared."""
+    """The model with its weights in another dtype; tensors of that dtype already are shared."""
     tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     return _filled(_empty_like(model, Architecture.from_model(model)), tensors)
 
@@ -174,7 +174,8 @@ def narrow_attention(
 ) -> dict[str, torch.Tensor]:
     """Keeps, in every head, the rotary pairs of Q and K in their slots and the dims of V and O.
 
-    Attention divides by the root of head_dim, so queries are scaled by what that changes.
+    Attention divides scores by sqrt(head_dim), so queries are scaled by
+    sqrt(narrow head_dim / dense head_dim) to keep the scores' scale.
     """
     queries_per_group = architecture.queries_per_group
     pairs = torch.tensor(layer.slot_pairs)
@@ -183,7 +184,7 @@ def narrow_attention(
     scale = math.sqrt(rotated.shape[1] / architecture.head_dim)
 
     def rows(dims: torch.Tensor, repeats: int = 1) -> torch.Tensor:
-        """Row numbers of these dims of each head; one row of dims a key-value head."""
+        """Row indices of these dims in every head; `dims` has a row for each key-value head."""
         dims = dims.repeat_interleave(repeats, dim=0)
         starts = torch.arange(len(dims))[:, None] * architecture.head_dim
         return (starts + dims).flatten().to(tensors["q_proj.weight"].device)
@@ -211,15 +212,15 @@ def _select_rows(
     tensors: dict[str, torch.Tensor], name: str, rows: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     both = (f"{name}.weight", f"{name}.bias")
-    return {each: tensors[each][rows] for each in both if each in tensors}
+    return {key: tensors[key][rows] for key in both if key in tensors}
 
 
 @torch.no_grad()
 def round_weights(model: StockModel, dtype: torch.dtype) -> None:
-    """Rounds the weights to what `dtype` can hold, in the dtype they compute in.
+    """Rounds the weights to values that `dtype` can hold; their own dtype stays as it is.
 
-    Perplexity is measured on the weights as saved. Parameters that change are replaced, never
-    written into, since they may be shared with the dense model.
+    Perplexity is measured on the weights as saved. Parameters that change are replaced and never
+    written to, since they may be shared with the dense model.
     """
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
