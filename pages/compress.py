@@ -61,7 +61,7 @@ from transact_core.planning.law import MOST, Ratio
 from transact_core.planning.preview import EnergyKept, Structure, energy_kept, maps, structure
 from transact_core.planning.targets import Found, Target, find
 from transact_core.pruning.closed_form import RECOVERIES
-from transact_core.pruning.plan import GRANULARITIES, Decision, PruningPlan
+from transact_core.pruning.plan import GRANULARITIES, Decision, PruningPlan, plan_notices
 
 # For each bench, of the choices that were new last.
 TABLES_KEPT = 24
@@ -226,7 +226,13 @@ def tables_of(
         several = choices.granularity == "auto"
         granularities = granularities_of(bench) if several else (choices.granularity,)
         structures = [
-            structure(shape, granularity, choices.multiple_of, choices.recovery == "bias")
+            structure(
+                shape,
+                granularity,
+                choices.multiple_of,
+                choices.recovery == "bias",
+                choices.head_dim_multiple_of,
+            )
             for granularity in granularities
         ]
         drawn = energy = None
@@ -712,6 +718,8 @@ def workbench_view(bench: Bench, beside_title: DeltaGenerator) -> None:
     if not prepared:
         return
     plan = plan_at(bench, cut, decision)
+    for sentence in plan_notices(plan, bench.loaded.architecture):
+        st.caption(f":material/info: {sentence}")
     show_reading(choices.granularity)
     show_decision(decision, plan)
     if point is not None:

@@ -20,7 +20,9 @@ from pages.server.start_jobs import start_export
 from pages.server.visits import points, visit
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.export.compression import apply_command, describe_compression, reproduce_command
-from transact_core.export.runtimes import readings_of_cut
+from transact_core.export.folder import model_class_of
+from transact_core.export.runtimes import block_advice, readings_of_cut
+from transact_core.models.stock_class import explanation
 from transact_core.pruning.plan import Decision
 
 
@@ -93,7 +95,11 @@ def show_other_runtimes(bench: Bench, cut: Cut, decision: Decision | None) -> No
         st.caption("Which other runtimes read it depends on the granularity that `auto` takes.")
         return
     loaded, plan = bench.loaded, plan_at(bench, cut, decision)
-    for reading in readings_of_cut(plan, loaded.architecture, loaded.model.config):
+    biases = cut.recovery == "bias"
+    model_class = model_class_of(bench, plan, cut.recovery)
+    if reason := explanation(model_class):
+        st.caption(f"Saved as a stock `{model_class}`, {reason}.")
+    for reading in readings_of_cut(plan, loaded.architecture, loaded.model.config, biases):
         match reading.outcome:
             case "same":
                 st.caption(f":material/check: {reading.sentence}")
@@ -101,6 +107,13 @@ def show_other_runtimes(bench: Bench, cut: Cut, decision: Decision | None) -> No
                 st.info(reading.sentence, icon=":material/block:")
             case "misread":
                 st.warning(reading.sentence, icon=":material/warning:")
+
+
+def show_blocks(bench: Bench, cut: Cut, decision: Decision | None) -> None:
+    """Which multiple to choose where no block quantisation of llama.cpp takes the widths."""
+    advice = block_advice(plan_at(bench, cut, decision), bench.loaded.architecture)
+    if advice:
+        st.info(advice, icon=":material/grid_on:")
 
 
 def write_checkpoint(bench: Bench, cut: Cut) -> None:
@@ -114,6 +127,7 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
         "`compression.json`, `report.json` and a model card."
     )
     show_other_runtimes(bench, cut, decision)
+    show_blocks(bench, cut, decision)
     name = f"{bench.loaded.name}-mha{cut.mha_ratio * 100:.0f}-mlp{cut.mlp_ratio * 100:.0f}"
     usual = astuple(Choices())
     name += "".join(f"-{choice}" for choice in astuple(cut.choices) if choice not in usual)

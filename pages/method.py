@@ -202,13 +202,14 @@ def show_differences() -> None:
         f"{usual.calibration_tokens:,} tokens by default, of any text |\n"
         "| score | norm of the transitional activation; Taylor in an ablation | the same, and "
         f"{len(IMPORTANCES) - 2} others |\n"
-        "| number of heads | target over head_dim, rounded up | the nearest that stock "
-        "`transformers` loads |\n"
+        "| number of heads | target over head_dim, rounded up | the nearest that whole "
+        "groups allow |\n"
         "| grouped queries | not implemented in the published code | the same number of queries "
         "from every group, or whole groups |\n"
         "| narrower heads | the best dims of each head; new rotary frequencies | whole "
         "rotary pairs, with the original frequencies |\n"
-        "| result | model classes of its own | a stock `LlamaForCausalLM` |"
+        "| result | model classes of its own | a stock `LlamaForCausalLM`, or another stock "
+        "class that computes the same |"
     )
 
 

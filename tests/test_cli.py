@@ -67,6 +67,7 @@ def test_an_output_can_be_cut_again(prune, text_file, tmp_path):
     assert main(["prune", "--model", str(made), *again, *texts]) == 0
     first = json.loads((made / "report.json").read_text())
     second = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert first["pruned"].pop("model_class") == "LlamaForCausalLM"
     assert second["dense"] == first["pruned"]
     assert second["pruned"]["mlp_width"] == first["pruned"]["mlp_width"] // 2
 
@@ -145,6 +146,7 @@ def test_evaluate_measures_what_the_report_says(prune, text_file, capsys):
     assert main(["evaluate", "--model", str(made), *texts, *length]) == 0
     measured = json.loads(capsys.readouterr().out)
     report = json.loads((made / "report.json").read_text())
+    assert report["pruned"].pop("model_class") == "LlamaForCausalLM"
     assert measured["model"] == report["pruned"]
     assert measured["evaluation"] == report["evaluation"]
 

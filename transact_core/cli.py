@@ -49,7 +49,7 @@ from transact_core.models.devices import dtype_name
 from transact_core.models.footprint import footprint
 from transact_core.models.load import LoadedModel, load_model
 from transact_core.pruning.closed_form import RECOVERIES
-from transact_core.pruning.plan import GRANULARITIES, parse_ratio
+from transact_core.pruning.plan import GRANULARITIES, parse_ratio, plan_notices
 
 # tqdm's monitor thread redraws slow bars at any time, even in the middle of an error message.
 tqdm.monitor_interval = 0
@@ -390,6 +390,7 @@ def _prune(chosen: argparse.Namespace) -> None:
         decision = decide_spec(bench, spec, progress)
         if decision.why:
             tqdm.write(decision.why, file=sys.stderr)
+        _warn_all(plan_notices(decision.plan, bench.loaded.architecture))
         compression = describe_compression(bench, decision, spec.choices.recovery)
         _carry_out(bench, compression, chosen, progress)
 
@@ -505,10 +506,13 @@ def _sweep(chosen: argparse.Namespace) -> None:
                 f"The points in {output} were not measured here with this model, these texts and "
                 "these choices; name a new file."
             )
+        notices: list[str] = []
         for measurement in sweep(bench, pairs, choices, progress):
+            notices += plan_notices(measurement.plan, bench.loaded.architecture)
             rows[measurement.plan.mha_ratio, measurement.plan.mlp_ratio] = measurement.row()
             text = _as_csv(rows, pairs)
             _write_file(output, lambda path, text=text: path.write_text(text))
+        _warn_all(notices)
     print(f"{len(pairs)} points in {output}")
 
 

@@ -1,8 +1,9 @@
-"""The live view of the Compress page: two sliders and all that follows the thumb.
+"""The live view of the Compress page: two sliders, and pictures and figures that follow them.
 
-The page gives it tables once; while a thumb moves nothing is asked of Python. When it rests, the
-position comes back, and the rest of the page follows. The JavaScript files are one module, joined
-here, because Streamlit serves a component's files only from an installed package.
+The page sends its tables once; while a slider is dragged the browser asks nothing of Python. On
+release the position is sent back and the rest of the page is drawn for it. The JavaScript files
+are one module, joined here, because Streamlit serves a component's files only from an installed
+package.
 """
 
 import base64
@@ -25,8 +26,11 @@ from transact_core.pruning.plan import Granularity, Widths, head_counts
 HERE = Path(__file__).parent
 SCRIPTS = ("figures.js", "pictures.js", "live.js")
 KEY = "live"
-"""Of the component's state in the session."""
+"""Key of the component's state in the session."""
 LONGEST_CONTEXT = 1 << 20
+"""The most tokens of context that the page computes costs for."""
+MOST_LISTED = 10
+"""More numbers of heads than this are described, not listed."""
 PRESETS = (
     {"name": "Gentle 20 / 20", "mha": 20, "mlp": 20},
     {"name": "The first picture's 33 / 30", "mha": 33, "mlp": 30},
@@ -45,7 +49,7 @@ _mount = st.components.v2.component(
 
 @dataclass(frozen=True)
 class Position:
-    """Where the thumbs are, in per cent, and the context length that the figures are for."""
+    """Where the sliders are, in per cent removed, and the context length in tokens."""
 
     mha: int = 33
     mlp: int = 30
@@ -53,7 +57,7 @@ class Position:
 
     @classmethod
     def read(cls, given: dict[str, Any], otherwise: "Position") -> "Position":
-        """From an address or a browser; what is no position there is as `otherwise` has it."""
+        """From an address or a browser; invalid or missing values are taken from `otherwise`."""
 
         def number(name: str, least: int, most: int) -> int:
             try:
@@ -88,16 +92,16 @@ def tables(
     energy: EnergyKept | None,
     save_dtype: str,
 ) -> dict[str, Any]:
-    """What changes with the choices alone; several structures where `auto` has not decided.
+    """The data that change only with the choices, not with the position.
 
-    Maps and energy belong to the first structure.
+    There are several structures where `auto` has not chosen; maps and energy are of the first.
     """
     first = structures[0]
     return {
         "layers": architecture.num_hidden_layers,
         "hidden": architecture.hidden_size,
         "heads": architecture.num_attention_heads,
-        "layer_parameters": _layer_parameters(architecture),
+        "layer_parameters": architecture.layer_parameters(0),
         "dense": asdict(first.dense),
         "mha": [_mha(each, architecture) for each in structures],
         "mlp": _mlp(first, architecture),
@@ -122,10 +126,6 @@ def tables(
     }
 
 
-def _layer_parameters(architecture: Architecture) -> int:
-    return sum(int(np.prod(shape)) for shape in architecture.layer_tensors().values())
-
-
 def _options(side: Side, words: Sequence[str]) -> dict[str, Any]:
     return {
         "options": [
@@ -144,13 +144,21 @@ def _mha(table: Structure, architecture: Architecture) -> dict[str, Any]:
     if table.granularity == "head-dims":
         possible = "Possible: any even number."
     else:
-        counts = ", ".join(str(count) for count in head_counts(architecture, table.granularity))
-        possible = f"Possible here: {counts}."
+        possible = _possible_heads(head_counts(architecture, table.granularity))
     return {
         "granularity": table.granularity,
         "possible": possible,
         **_options(table.mha, words),
     }
+
+
+def _possible_heads(counts: Sequence[int]) -> str:
+    """The numbers of query heads that can be kept, in words; they are multiples of the first."""
+    if len(counts) <= MOST_LISTED:
+        return f"Possible here: {', '.join(map(str, counts))}."
+    if counts[0] == 1:
+        return f"Possible here: any number up to {counts[-1]}."
+    return f"Possible here: every multiple of {counts[0]} up to {counts[-1]}."
 
 
 def _mlp(table: Structure, architecture: Architecture) -> dict[str, Any]:
@@ -163,7 +171,7 @@ def _mlp(table: Structure, architecture: Architecture) -> dict[str, Any]:
 
 
 def heads_in_words(widths: Widths, granularity: Granularity, architecture: Architecture) -> str:
-    """What stays of the heads."""
+    """One sentence on which heads and dims stay."""
     if granularity == "head-dims":
         kept = widths.head_dim or architecture.head_dim
         return (
@@ -199,7 +207,7 @@ def _text(content: bytes) -> str:
 
 
 def predicted(table: Structure, prediction: Prediction) -> dict[str, list[list[float | None]]]:
-    """A prediction by option of MHA and of MLP, None where nothing is predicted."""
+    """A prediction by option of MHA and of MLP, None where there is no prediction."""
     rows = [
         [prediction.get((mha.width, mlp.width)) for mlp in table.mlp.options]
         for mha in table.mha.options
@@ -222,10 +230,10 @@ def live(
     unpredicted: str = "not predicted yet: measure a point",
     on_change: Any = None,
 ) -> Position:
-    """Draws the view and says where its thumbs rest.
+    """Draws the view and returns the position of its sliders.
 
-    They are moved to `start` when the `revision` is a new one, and else stay where they are: what
-    is passed here should change as seldom as it can, since all of it is sent again when it does.
+    The sliders are moved to `start` when `revision` is new, and otherwise stay where they are. All
+    arguments are sent to the browser again when one changes, so they should change seldom.
     """
     result = _mount(
         key=KEY,
@@ -246,7 +254,7 @@ def live(
 
 
 def position_of(view: Any, start: Position, revision: int) -> Position:
-    """Where the thumbs rest: as the browser last told, unless they have been moved since."""
+    """The position that the browser last sent, or `start` where it was for another revision."""
     if not isinstance(view, dict) or view.get("revision") != revision:
         return start
     return Position.read(view, start)

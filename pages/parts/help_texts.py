@@ -22,9 +22,7 @@ RECOVERY_HELP = (
     "anew; `bias` adds the mean of what went missing, and its parameters; `none` leaves the bare "
     "cut."
 )
-MULTIPLE_HELP = (
-    "MLP width and head dims are rounded to a multiple of this; runtimes like 8, 32, 64 or 256."
-)
+MULTIPLE_HELP = "The MLP's width is rounded to a multiple of this; runtimes like 8, 32, 64 or 256."
 _MEASURES = {
     "activation": "how large a unit's activation is over the calibration text (TransAct)",
     "activation-weight": "how large what a unit writes is: activation times output weights (Wanda)",

@@ -67,6 +67,7 @@ class Cut:
             decision.steps,
             plan.multiple_of,
             decision.sequential,
+            plan.head_dim_multiple_of,
         )
 
 
@@ -79,7 +80,7 @@ def first_look(choices: Choices) -> Choices:
 def what_to_learn(choices: Choices) -> Choices:
     """The choices that a prediction's measurements depend on; the rest are as usual."""
     if choices.granularity == "head-dims":
-        return replace(choices, steps=1, multiple_of=1, sequential=False)
+        return replace(choices, steps=1, multiple_of=1, head_dim_multiple_of=1, sequential=False)
     return Choices(importance=choices.importance)
 
 

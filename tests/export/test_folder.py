@@ -2,16 +2,19 @@ import errno
 import json
 import os
 import re
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import same_weights, snapshot
+from tests.conftest import bench_of, make_model, same_weights, snapshot
+from tests.pruning.test_plan import uneven
 from transact_core.base.errors import TransActError
 from transact_core.experiments.bench import Choices, compress
 from transact_core.export.compression import (
+    Compression,
     describe_compression,
     parse_compression,
     reproduce_command,
@@ -19,10 +22,14 @@ from transact_core.export.compression import (
     version_warnings,
 )
 from transact_core.export.folder import compress_to_folder, write_checkpoint
-from transact_core.export.runtimes import readings_of_cut
+from transact_core.export.runtimes import block_advice, readings_of_cut
 from transact_core.export.writer import CheckpointWriter
+from transact_core.forward.perplexity import evaluate
+from transact_core.importance.rotary_pairs import PairEffects, drop_order
+from transact_core.importance.scores import Scores
+from transact_core.models.architecture import Architecture
 from transact_core.pruning.closed_form import RECOVERIES
-from transact_core.pruning.plan import GRANULARITIES, Decision
+from transact_core.pruning.plan import GRANULARITIES, Decision, PruningPlan, make_plan
 
 
 @pytest.fixture
@@ -62,7 +69,9 @@ def test_the_folder_is_whole_and_stock_loads_it(gqa_bench, cut, tmp_path):
         "context_length",
         "weight_bytes",
     }
-    assert set(report["dense"]) == set(report["pruned"]) == fields
+    assert set(report["dense"]) == fields
+    assert set(report["pruned"]) == fields | {"model_class"}
+    assert report["pruned"]["model_class"] == "LlamaForCausalLM"
     assert report["pruned"]["perplexity"] == measurement.perplexity
     assert report["dense"]["perplexity"] == gqa_bench.dense().perplexity
     assert report["pruned"]["parameters"] == sum(weight.numel() for weight in model.parameters())
@@ -236,5 +245,109 @@ def test_the_command_names_every_choice(cut):
         # Without these a machine with a GPU would compute there, and in bfloat16.
         "--device cpu",
         "--dtype float32",
+        "--multiple-of 1",
+        "--head-dim-multiple-of 1",
     ):
         assert words in command
+
+
+def version_1(compression: Compression, **plan) -> dict:
+    """As version 1 would have written it."""
+    stored = json.loads(compression.to_json())
+    del stored["plan"]["head_dim_multiple_of"]
+    return stored | {"schema_version": 1, "plan": stored["plan"] | plan}
+
+
+def test_version_1_is_read_as_what_it_meant(gqa_bench, cut):
+    plan, compression = cut[2].plan, cut[2]
+    assert parse_compression(json.dumps(version_1(compression))) == compression
+    # Its multiple was that of narrower heads too.
+    narrow = gqa_bench.plan(0.5, 0.3, Choices(granularity="head-dims", head_dim_multiple_of=4))
+    older = version_1(compression, **narrow.model_dump(mode="json", exclude={"multiple_of"}))
+    del older["plan"]["head_dim_multiple_of"]
+    older["plan"]["multiple_of"] = 4
+    read = parse_compression(json.dumps(older)).plan
+    assert (read.multiple_of, read.head_dim_multiple_of) == (4, 4)
+    assert read.layers == narrow.layers
+    assert plan.head_dim_multiple_of == 1
+
+
+@pytest.fixture
+def uneven_plan(gqa_bench) -> PruningPlan:
+    return uneven(gqa_bench.plan(0.5, 0.3, Choices()))
+
+
+def test_layers_of_different_widths_are_not_saved(gqa_bench, uneven_plan, tmp_path):
+    model, measurement = compress(gqa_bench, uneven_plan, "least-squares")
+    assert measurement.perplexity > 1
+    compression = describe_compression(gqa_bench, Decision(uneven_plan), "least-squares")
+    assert parse_compression(compression.to_json()) == compression
+    for save in (
+        lambda: compress_to_folder(tmp_path / "out", gqa_bench, compression),
+        lambda: write_checkpoint(tmp_path / "out", model, gqa_bench, measurement, compression),
+    ):
+        with pytest.raises(TransActError, match=r"different widths.*cannot be saved"):
+            save()
+    assert not (tmp_path / "out").exists()
+    assert not gqa_bench.loaded.released
+
+
+def test_the_dense_weights_are_gone_when_the_result_is_measured(
+    tokenizer, windows, tmp_path, monkeypatch
+):
+    """Beside the dense weights of a 7B, 13 GB, there was no room for what was made of them."""
+    bench = bench_of(make_model(num_key_value_heads=3), tokenizer, windows)
+    watched = [weakref.ref(weight) for weight in bench.loaded.model.parameters()]
+    plan = bench.plan(0.5, 0.3, Choices())
+    compression = describe_compression(bench, Decision(plan), "least-squares")
+    bench.dense()
+    alive = []
+
+    def watching(*given, **named):
+        alive.append(sum(weight() is not None for weight in watched))
+        return evaluate(*given, **named)
+
+    monkeypatch.setattr("transact_core.experiments.bench.evaluate", watching)
+    assert all(weight() is not None for weight in watched)
+    compress_to_folder(tmp_path / "out", bench, compression)
+    assert alive == [0]
+
+
+def test_the_card_says_which_multiple_a_block_quantisation_takes(gqa_bench, cut, tmp_path):
+    model, measurement, compression = cut
+    assert compression.plan.intermediate_size == 28
+    advice = block_advice(compression.plan, gqa_bench.loaded.architecture)
+    assert "The MLP width 28 is no multiple of 32" in advice
+    assert "`--multiple-of 32` (32 channels)" in advice
+    assert "256" not in advice  # 256 channels are more than there are
+    write_checkpoint(tmp_path / "out", model, gqa_bench, measurement, compression)
+    assert f"- {advice}\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("ratios", "choices", "words"),
+    [
+        ((0.25, 0.3), Choices(), ["--multiple-of 32` (10,048 channels)", "256` (9,984 channels,"]),
+        ((0.25, 0.3), Choices(multiple_of=32), []),
+        ((0.25, 0.0), Choices(), []),
+        ((0.3, 0.0), Choices(granularity="head-dims"), []),
+    ],
+)
+def test_advice_on_llama_3(ratios, choices, words):
+    shape = Architecture(4096, 14336, 1, 32, 8, 128, 10, False, False, False)
+    scores = Scores(torch.rand(1, 32), torch.rand(1, 4096), torch.rand(1, 14336))
+    inv_freq = torch.rand(64, dtype=torch.float64)
+    effects = torch.rand(1, 8, 64, dtype=torch.float64)
+    pairs = PairEffects(effects, drop_order(effects, inv_freq), inv_freq)
+    plan = make_plan(
+        shape, scores, "activation", *ratios, choices.granularity, choices.multiple_of, pairs
+    )
+    advice = block_advice(plan, shape)
+    assert all(word in advice for word in words) if words else advice is None
+
+
+def test_advice_on_narrower_heads(gqa_bench):
+    plan = gqa_bench.plan(0.25, 0, Choices(granularity="head-dims"))
+    advice = block_advice(plan, gqa_bench.loaded.architecture)
+    assert "attention width 36 is no multiple of 32" in advice
+    assert "`--head-dim-multiple-of 16`" in advice

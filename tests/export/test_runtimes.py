@@ -15,14 +15,27 @@ def outcomes(said) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5])
-def test_it_is_known_before_the_cut(bench, granularity, ratio):
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.34, 0.5])
+@pytest.mark.parametrize("with_biases", [False, True])
+def test_it_is_known_before_the_cut(bench, granularity, ratio, with_biases):
     plan = bench.plan(ratio, 0.5, Choices(granularity=granularity))
     dense = bench.loaded
-    said = readings_of_cut(plan, dense.architecture, dense.model.config)
-    config = prune(dense.model, plan).config
+    said = readings_of_cut(plan, dense.architecture, dense.model.config, with_biases)
+    config = prune(dense.model, plan, with_biases).config
     rope_type = config.rope_parameters["rope_type"]
-    assert said == readings(Architecture.from_config(config), rope_type)
+    assert said == readings(Architecture.from_config(config), rope_type, config.model_type)
+
+
+def test_the_classes_for_other_head_counts_have_their_own():
+    shape = Architecture.from_config(make_model(num_attention_heads=6).config)
+    assert outcomes(readings(shape, "default", "mistral")) == {
+        LLAMA_CPP: "same",
+        CTRANSLATE2: "refused",
+    }
+    biased = Architecture.from_config(make_model(attention_bias=True).config)
+    said = readings(biased, "default", "smollm3")
+    assert outcomes(said) == {LLAMA_CPP: "refused", CTRANSLATE2: "refused"}
+    assert "no biases" in said[0].sentence
 
 
 def test_each_kind_of_cut_has_its_own(gqa_bench):

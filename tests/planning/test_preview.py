@@ -46,8 +46,8 @@ def test_costs_of_all_positions_are_those_of_the_footprint(
     shape, mha, mlp, granularity, multiple_of, biases, own_bias, context, dtype
 ):
     shape = dataclasses.replace(shape, attention_bias=own_bias)
-    table = structure(shape, granularity, multiple_of, biases)
-    cut = widths(shape, mha / 100, mlp / 100, granularity, multiple_of)
+    table = structure(shape, granularity, multiple_of, biases, multiple_of)
+    cut = widths(shape, mha / 100, mlp / 100, granularity, multiple_of, multiple_of)
     expected = footprint(cut.applied_to(shape, biases), dtype, context)
     chosen = option_at(table, mha, mlp)
     cost, size = table.cost(*chosen), {"float32": 4, "bfloat16": 2}[dtype]
@@ -100,11 +100,20 @@ def kept_channels_of_attention(layer, shape) -> list[int]:
 @given(plans(), st.integers(0, 1000))
 def test_energy_and_maps_are_those_of_the_plan(drawn, seed):
     shape, scores, plan = drawn
-    table = structure(shape, plan.granularity, plan.multiple_of)
+    table = structure(
+        shape, plan.granularity, plan.multiple_of, head_dim_multiple_of=plan.head_dim_multiple_of
+    )
     statistics = statistics_for(shape, seed)
     energy = energy_kept(table, scores, statistics, shape)
     drawn_maps = maps(table, scores, shape)
-    chosen = widths(shape, plan.mha_ratio, 0.0, plan.granularity, plan.multiple_of)
+    chosen = widths(
+        shape,
+        plan.mha_ratio,
+        0.0,
+        plan.granularity,
+        plan.multiple_of,
+        plan.head_dim_multiple_of,
+    )
     mha = next((n for n, each in enumerate(table.mha.options) if each.widths == chosen), None)
     mlp = next(
         (n for n, each in enumerate(table.mlp.options) if each.width == plan.intermediate_size),

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from fractions import Fraction
 
 import pytest
@@ -17,6 +18,8 @@ from transact_core.pruning.plan import (
     kept_groups,
     make_plan,
     parse_ratio,
+    plan_notices,
+    width_notices,
     widths,
 )
 
@@ -74,6 +77,7 @@ def plans(draw) -> tuple[Architecture, Scores, PruningPlan]:
         draw(st.sampled_from(GRANULARITIES)),
         draw(st.integers(1, 9)),
         random_pairs(shape, random),
+        draw(st.integers(1, 5)),
     )
     return shape, scores, plan
 
@@ -112,17 +116,25 @@ def test_the_best_heads_of_each_group_stay_or_the_best_groups(made):
                 assert not gone or row[gone].max() <= row[kept].min()
 
 
-@given(architectures(), ratios, ratios, st.sampled_from(GRANULARITIES), st.integers(1, 9))
-def test_widths_are_the_nearest_that_stock_transformers_loads(
-    shape, mha_ratio, mlp_ratio, granularity, multiple_of
+@given(
+    architectures(),
+    ratios,
+    ratios,
+    st.sampled_from(GRANULARITIES),
+    st.integers(1, 9),
+    st.integers(1, 5),
+)
+def test_widths_are_the_nearest_of_whole_units(
+    shape, mha_ratio, mlp_ratio, granularity, multiple_of, head_dim_multiple_of
 ):
-    taken = widths(shape, mha_ratio, mlp_ratio, granularity, multiple_of).applied_to(shape)
-    assert shape.hidden_size % taken.num_attention_heads == 0
+    taken = widths(
+        shape, mha_ratio, mlp_ratio, granularity, multiple_of, head_dim_multiple_of
+    ).applied_to(shape)
     assert taken.num_attention_heads % taken.num_key_value_heads == 0
     if granularity == "head-dims":
         unit = "head_dim"
         units = [
-            width for width in range(2, shape.head_dim + 1, 2) if width % multiple_of == 0
+            width for width in range(2, shape.head_dim + 1, 2) if width % head_dim_multiple_of == 0
         ] or [shape.head_dim]
         assert taken.num_attention_heads == shape.num_attention_heads
     else:
@@ -165,8 +177,20 @@ def test_a_larger_ratio_never_leaves_more(shape, one, other, granularity):
 def test_a_tie_takes_the_wider():
     shape = Architecture(40, 5, 1, 8, 8, 4, 11, False, False, False)
     assert widths(shape, 0, 0.5, "query-heads").intermediate_size == 3
-    # 6 and 4 of 8 heads are as near, but 6 does not divide 40.
-    assert head_counts(shape, "query-heads") == [1, 2, 4, 5, 8]
+    assert head_counts(shape, "query-heads") == list(range(1, 9))
+    # Schema 1 had only those that divide a hidden_size of 40.
+    assert head_counts(shape, "query-heads", dividing_hidden_size=True) == [1, 2, 4, 5, 8]
+
+
+def test_a_plan_of_schema_1_still_fits_its_ratio():
+    """It took 5 of 8 heads for a quarter, as 6 does not divide a hidden_size of 40."""
+    shape = Architecture(40, 5, 1, 8, 8, 4, 11, False, False, False)
+    scores = Scores(torch.rand(1, 8), torch.rand(1, 32), torch.rand(1, 5))
+    now = make_plan(shape, scores, "activation", 0.25, 0)
+    assert now.num_attention_heads == 6
+    older = make_plan(shape, scores, "activation", 3 / 8, 0).model_copy(update={"mha_ratio": 0.25})
+    assert older.num_attention_heads == 5
+    older.check(shape)
 
 
 @pytest.mark.parametrize("text", ["abc", "", "nan", "inf", "-0.1", "1", "1.5", "0.3.3"])
@@ -248,3 +272,123 @@ def test_widths_that_contradict_the_ratios_are_refused(plan):
 def test_a_plan_of_another_depth_is_refused(plan):
     with pytest.raises(TransActError, match="layers"):
         plan.check(dataclasses.replace(SHAPE, num_hidden_layers=3))
+
+
+# --- multiples and what a ratio becomes ------------------------------------------------------
+
+
+def test_the_multiple_of_the_mlp_is_not_that_of_the_heads():
+    """`--multiple-of 256` left heads whole, as no head_dim is a multiple of that."""
+    shape = dataclasses.replace(SHAPE, intermediate_size=512, head_dim=64)
+    taken = widths(shape, 0.25, 0.4, "head-dims", 256)
+    assert (taken.head_dim, taken.intermediate_size) == (48, 256)
+    assert widths(shape, 0.3, 0, "head-dims", 1, 32).head_dim == 32
+    assert widths(shape, 0.3, 0.4, "query-heads", 1, 32) == widths(shape, 0.3, 0.4, "query-heads")
+
+
+LLAMA_3_8B = Architecture(4096, 14336, 32, 32, 8, 128, 128256, False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ((0.25, 0.3, "query-heads"), []),
+        ((0.0, 0.0, "query-heads"), []),
+        ((0.33, 0.3, "query-heads"), []),
+        (
+            (0.1, 0.0, "query-heads"),
+            ["The attention loses nothing where 10.0% .* all 32 query heads .* the next one 24"],
+        ),
+        ((0.15, 0.0, "query-heads"), [r"loses 25.0% where 15.0% .* keeps 24 of 32 query heads"]),
+        ((0.05, 0.0, "head-dims"), []),
+        ((0.005, 0.0, "head-dims"), ["loses nothing .* all 128 dims of each head .* next one 126"]),
+        ((0.0, 0.004, "query-heads", 256), ["The MLP loses nothing .* in multiples of 256"]),
+        ((0.0, 0.3, "query-heads", 65536), ["no fewer than all 14,336 channels"]),
+        ((0.2, 0.004, "head-dims", 256, 128), ["attention loses nothing", "MLP loses nothing"]),
+    ],
+)
+def test_a_ratio_that_removes_nothing_or_far_more_says_so(asked, words):
+    said = width_notices(LLAMA_3_8B, *asked)
+    assert len(said) == len(words)
+    for sentence, expected in zip(said, words, strict=True):
+        assert re.search(expected, sentence), sentence
+
+
+@given(architectures(), ratios, ratios, st.sampled_from(GRANULARITIES), st.integers(1, 9))
+def test_notices_are_those_of_the_widths(shape, mha_ratio, mlp_ratio, granularity, multiple_of):
+    taken = widths(shape, mha_ratio, mlp_ratio, granularity, multiple_of).applied_to(shape)
+    said = width_notices(shape, mha_ratio, mlp_ratio, granularity, multiple_of)
+    for module, ratio, dense, kept in (
+        ("attention", mha_ratio, shape.mha_width, taken.mha_width),
+        ("MLP", mlp_ratio, shape.intermediate_size, taken.intermediate_size),
+    ):
+        removed = 1 - kept / dense
+        surprises = ratio > 0 and (removed == 0 or removed >= 1.5 * ratio)
+        assert surprises == any(f"The {module} " in sentence for sentence in said)
+
+
+# --- layers of their own widths --------------------------------------------------------------
+
+
+def uneven(plan: PruningPlan) -> PruningPlan:
+    """The plan with fewer heads and channels in its second layer."""
+    last = plan.layers[1]
+    heads = tuple(head for head in last.kept_heads if head >= 2)
+    second = last.model_copy(update={"kept_heads": heads, "kept_channels": last.kept_channels[:2]})
+    return plan.model_copy(
+        update={
+            "layers": (plan.layers[0], second, *plan.layers[2:]),
+            "num_attention_heads": None,
+            "num_key_value_heads": None,
+            "intermediate_size": None,
+        }
+    )
+
+
+def test_a_plan_may_leave_each_layer_its_own_widths(plan):
+    other = uneven(plan)
+    assert plan.uniform
+    assert not other.uniform
+    other.check(SHAPE)
+    assert PruningPlan.model_validate_json(other.model_dump_json()) == other
+    assert [tuple(vars(each).values()) for each in other.layer_widths(SHAPE)] == [
+        (3, 3, 5),
+        (2, 2, 2),
+    ]
+    left = other.applied_to(SHAPE, with_biases=True)
+    assert left.layers == other.layer_widths(SHAPE)
+    assert (left.attention_bias, left.mlp_bias) == (True, True)
+    assert (left.num_attention_heads, left.intermediate_size) == (3, 5)
+    with pytest.raises(ValueError, match="different widths"):
+        _ = other.widths
+
+
+def test_a_layer_may_stay_whole_where_others_are_cut(plan):
+    whole = plan.layers[0].model_copy(
+        update={"kept_heads": tuple(range(6)), "kept_channels": tuple(range(10))}
+    )
+    other = uneven(plan).model_copy(update={"layers": (whole, plan.layers[1])})
+    other.check(SHAPE)
+    assert not other.cuts_module(0, "mha", SHAPE)
+    assert other.cuts_module(1, "mha", SHAPE)
+    assert other.cuts_mha(SHAPE)
+    assert other.cuts_mlp(SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("layer", "complaint"),
+    [
+        ({"kept_heads": ()}, "one at least"),
+        ({"kept_heads": (0, 1, 2)}, "groups of one size"),
+        ({"kept_channels": (3, 10)}, "out of range"),
+    ],
+)
+def test_layers_of_their_own_widths_are_checked_too(plan, layer, complaint):
+    other = uneven(plan)
+    layers = (other.layers[0].model_copy(update=layer), other.layers[1])
+    with pytest.raises(TransActError, match=complaint):
+        other.model_copy(update={"layers": layers}).check(SHAPE)
+
+
+def test_notices_of_a_plan_are_those_of_its_ratios(plan):
+    assert plan_notices(plan, SHAPE) == width_notices(SHAPE, 0.5, 0.5, "query-heads") == []

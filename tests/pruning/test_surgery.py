@@ -7,9 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import KINDS, bench_of, make_model, same_weights, snapshot
+from tests.pruning.test_plan import uneven
 from transact_core.base.errors import TransActError
 from transact_core.experiments.bench import Choices
 from transact_core.forward.waists import head_rows
+from transact_core.models.architecture import Architecture
+from transact_core.models.footprint import footprint
 from transact_core.pruning.surgery import cast, prune, round_weights
 
 IDS = torch.arange(3, 99).reshape(4, 24)
@@ -58,6 +61,30 @@ def test_removed_equals_zeroed_before_and_after_stock_reload(
     assert torch.equal(
         stock.generate(IDS[:1], **generate), zeroed(dense, plan).generate(IDS[:1], **generate)
     )
+
+
+@pytest.mark.parametrize("with_biases", [False, True])
+def test_layers_of_their_own_widths_compute_what_is_left(bench, with_biases):
+    dense = bench.loaded.model
+    plan = uneven(bench.plan(0.5, 0.4, Choices()))
+    shape = bench.loaded.architecture
+    pruned = prune(dense, plan, with_biases)
+    left = plan.applied_to(shape, with_biases)
+    assert not left.uniform
+    assert Architecture.from_model(pruned) == left
+    assert left.parameters == sum(weight.numel() for weight in pruned.parameters())
+    exact = prune(copy.deepcopy(dense).double(), plan, with_biases)
+    expected = zeroed(copy.deepcopy(dense).double(), plan)
+    torch.testing.assert_close(exact(IDS).logits, expected(IDS).logits, rtol=0, atol=1e-10)
+    generate = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(
+        pruned.generate(IDS[:1], **generate), zeroed(dense, plan).generate(IDS[:1], **generate)
+    )
+    cache = pruned(IDS[:1], use_cache=True).past_key_values
+    stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    cost = footprint(left, "float32", context_length=24)
+    assert cost.kv_bytes_per_token == stored // 24
+    assert Architecture.from_model(cast(pruned, torch.float16)) == left
 
 
 ROPES = {

@@ -1,6 +1,7 @@
 """The same inputs give the same bits; elsewhere the same plan and nearly the same perplexity."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tests.conftest import bench_of, make_model, make_tokenizer, same_weights, s
 from transact_core.experiments.bench import Choices, compress
 from transact_core.export.compression import parse_compression
 from transact_core.models.load import load_model
+from transact_core.pruning.surgery import prune as prune_model
 
 ROOT = Path(__file__).parents[2]
 STORED = Path(__file__).parent / "stored"
@@ -129,12 +131,52 @@ def test_another_order_of_calls_gives_the_same_bits(tokenizer, tmp_path, monkeyp
             assert torch.equal(measurement.evaluation.nll, made[2])
 
 
+def selected(tensors: dict[str, torch.Tensor], plan: dict) -> dict[str, torch.Tensor]:
+    """What a stored plan leaves of the dense tensors without a recovery, worked out anew.
+
+    Of six query heads of 8 dims over three key-value heads.
+    """
+    left = dict(tensors)
+    for index, layer in enumerate(plan["layers"]):
+        heads, channels = layer["kept_heads"], layer["kept_channels"]
+        groups = sorted({head // 2 for head in heads})
+        if plan["head_dim"]:
+            rotated = [[*pairs, *(pair + 4 for pair in pairs)] for pairs in layer["slot_pairs"]]
+            queries = [head * 8 + dim for head in heads for dim in rotated[head // 2]]
+            keys = [group * 8 + dim for group in groups for dim in rotated[group]]
+            values = [group * 8 + dim for group in groups for dim in layer["value_dims"][group]]
+            outputs = [head * 8 + dim for head in heads for dim in layer["value_dims"][head // 2]]
+        else:
+            queries = outputs = [head * 8 + dim for head in heads for dim in range(8)]
+            keys = values = [group * 8 + dim for group in groups for dim in range(8)]
+        prefix = f"model.layers.{index}."
+        for name, rows in (
+            ("self_attn.q_proj", queries),
+            ("self_attn.k_proj", keys),
+            ("self_attn.v_proj", values),
+            ("mlp.gate_proj", channels),
+            ("mlp.up_proj", channels),
+        ):
+            left[f"{prefix}{name}.weight"] = tensors[f"{prefix}{name}.weight"][rows]
+        if plan["head_dim"]:
+            left[f"{prefix}self_attn.q_proj.weight"] *= math.sqrt(plan["head_dim"] / 8)
+        for name, columns in (("self_attn.o_proj", outputs), ("mlp.down_proj", channels)):
+            left[f"{prefix}{name}.weight"] = tensors[f"{prefix}{name}.weight"][:, columns]
+    return left
+
+
 @pytest.mark.parametrize("path", sorted(STORED.glob("*.json")), ids=lambda path: path.stem)
 def test_stored_compressions_of_each_schema_are_still_read_and_carried_out(path, tokenizer):
     """They were made of `make_model`'s model; its text may differ, so the repair is of today's."""
     compression = parse_compression(path.read_text())
+    stored = json.loads(path.read_text())["plan"]
+    assert compression.plan.model_dump(mode="json") == {"head_dim_multiple_of": 1} | stored
     bench = bench_of(make_model(num_key_value_heads=3), tokenizer, windows_for(tokenizer))
     compression.plan.check(bench.loaded.architecture)
+    bare = prune_model(bench.loaded.model, compression.plan).state_dict()
+    expected = selected(bench.loaded.model.state_dict(), stored)
+    assert bare.keys() == expected.keys()
+    assert all(torch.equal(bare[name], expected[name]) for name in bare)
     model, measurement = compress(bench, compression.plan, compression.recovery)
     widths = compression.plan.widths.applied_to(bench.loaded.architecture)
     assert model.config.intermediate_size == widths.intermediate_size
@@ -149,8 +191,8 @@ def test_stored_compressions_of_each_schema_are_still_read_and_carried_out(path,
 def test_there_is_a_stored_compression_of_the_present_schema():
     from transact_core.export.compression import SCHEMA_VERSION
 
-    stored = [parse_compression(path.read_text()) for path in STORED.glob("*.json")]
-    assert SCHEMA_VERSION in {compression.schema_version for compression in stored}
+    stored = {json.loads(path.read_text())["schema_version"] for path in STORED.glob("*.json")}
+    assert stored == set(range(1, SCHEMA_VERSION + 1))
 
 
 def test_a_stored_compression_is_applied_from_the_command_line(place, tmp_path):
@@ -166,4 +208,5 @@ def test_a_stored_compression_is_applied_from_the_command_line(place, tmp_path):
     (tmp_path / "compression.json").write_text(json.dumps(stored))
     command_line(place, "apply", tmp_path / "compression.json", "--output", tmp_path / "out")
     made = json.loads((tmp_path / "out" / "compression.json").read_text())
-    assert made["plan"] == stored["plan"]
+    assert made["schema_version"] == 2
+    assert made["plan"] == stored["plan"] | {"head_dim_multiple_of": 1}

@@ -217,7 +217,8 @@ class Bench:
     def _narrow_plans(self, choices: Choices, progress: Progress) -> list[PruningPlan]:
         plans = {}
         for ratio in NARROW_RATIOS:
-            plan = self.plan(ratio, 0.0, replace(choices, multiple_of=1), progress)
+            any_width = replace(choices, multiple_of=1, head_dim_multiple_of=1)
+            plan = self.plan(ratio, 0.0, any_width, progress)
             if plan.head_dim:
                 plans[plan.head_dim] = plan
         return list(plans.values())
@@ -256,6 +257,7 @@ class Bench:
             choices.granularity,
             choices.multiple_of,
             self.pairs(progress) if choices.granularity == "head-dims" else None,
+            choices.head_dim_multiple_of,
         )
 
     @cached_property

@@ -1,8 +1,9 @@
 """Choices that cannot be made from one set of scores.
 
-Which granularity, cuts in several steps, and units chosen module by module on the pruned stream.
-All end in one plan. What they tried on the way is told beside it; how the plan is carried out does
-not depend on it, so a stored plan is applied without deciding again.
+These are the choice of a granularity (`auto`), cuts in several steps, and units chosen module by
+module on the residual stream of the model pruned so far. Each ends in one plan; what was tried
+before is recorded beside it. Carrying out a plan does not need that record, so a stored plan is
+applied without deciding again.
 """
 
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ def decide(
 
 
 def granularities_of(bench: Bench) -> tuple[Granularity, ...]:
-    """Those that differ from each other and can be had for this model."""
+    """The granularities that this model allows and that differ from each other."""
     names = list(GRANULARITIES)
     if bench.loaded.architecture.queries_per_group == 1:
         names.remove("query-heads")
@@ -86,8 +87,9 @@ def granularity_losses(
 ) -> dict[Granularity, float]:
     """Held-out loss of each granularity that cuts, with the attention alone cut at this ratio.
 
-    No window is scored by a repair that has seen it (see `recovery`), so no text is set aside.
-    Every other window takes part: the differences show on half of the text, for half of the time.
+    Repairs are cross-fitted (see `pruning.closed_form`): no window is scored by a repair that was
+    fitted on it, so no text is set aside. Every other window is used, which halves the time and
+    still shows the differences.
     """
     windows = bench.calibration
     if len(windows) >= 4:
@@ -95,16 +97,16 @@ def granularity_losses(
     losses = {}
     for granularity in granularities_of(bench):
 
-        def told(stage: str, done: int, total: int, granularity: str = granularity) -> None:
+        def report(stage: str, done: int, total: int, granularity: str = granularity) -> None:
             progress(f"Trying {granularity}: {stage.lower()}", done, total)
 
         tried = replace(choices, granularity=granularity)
-        plan = bench.plan(mha_ratio, 0.0, tried, told)
-        # Where its nearest width is the dense one, nothing would be lost, nor removed.
+        plan = bench.plan(mha_ratio, 0.0, tried, report)
+        # A granularity that cannot come near the ratio would remove nothing and lose nothing.
         if not plan.cuts_mha(bench.loaded.architecture):
             continue
         losses[granularity] = held_out_loss(
-            bench.loaded.model, plan, windows, choices.recovery, told
+            bench.loaded.model, plan, windows, choices.recovery, report
         )
     return losses
 
@@ -117,7 +119,7 @@ def held_out_loss(
     recovery: str,
     progress: Progress = silent,
 ) -> float:
-    """Mean NLL in nats on the windows, each through repairs that have not seen it."""
+    """Mean NLL in nats on the windows, with cross-fitted repairs."""
     cut = Cut(dense, plan, with_biases=recovery == "bias")
     hidden = recover(
         dense,
@@ -137,10 +139,10 @@ def held_out_loss(
 
 
 def require_sequential(choices: Choices) -> None:
-    """Whether units can be chosen sequentially with these choices.
+    """Refuses choices with which units cannot be chosen sequentially.
 
     Raises:
-        TransActError: they cannot; the other choice that is in the way is named.
+        TransActError: another choice prevents it; the sentence names that choice.
     """
     if choices.importance != "reconstruction":
         raise TransActError(
@@ -163,10 +165,11 @@ def _sequentially(
 ) -> PruningPlan:
     """Eliminates the units of each module on the stream of the model as pruned and repaired so far.
 
-    What the dense model's scores decide is where it begins; of narrower heads it stays.
+    It begins with the plan by the dense model's scores; what narrower heads keep stays as there.
     """
     scores = bench.scores(choices.importance, progress)
-    scores = Scores(**{each.name: getattr(scores, each.name).clone() for each in fields(scores)})
+    copies = {field.name: getattr(scores, field.name).clone() for field in fields(scores)}
+    scores = Scores(**copies)
     plan = bench.plan(mha_ratio, mlp_ratio, choices, progress)
     if not plan.cuts_anything(bench.loaded.architecture):
         return plan
@@ -174,29 +177,31 @@ def _sequentially(
     cut = Cut(dense, plan, with_biases=choices.recovery == "bias")
 
     def choose(
-        number: int, module: str, transitional: torch.Tensor, weights: torch.Tensor
+        layer_index: int, module: str, transitional: torch.Tensor, weights: torch.Tensor
     ) -> LayerPlan:
         if module == "mha" and plan.head_dim:
-            return cut.plan.layers[number]
-        # An elimination weights squares by the square of what a repair does.
+            return cut.plan.layers[layer_index]
+        # Elimination weights squared errors by the square of the repair's weights.
         rows = (
             window * weight[:, None] for window, weight in zip(transitional, weights, strict=True)
         )
-        for name, row in eliminate_module(dense, number, module, rows).items():
-            getattr(scores, name)[number] = row
-        # The other module is left out: what it keeps is decided, slots of narrower heads among it.
+        for name, row in eliminate_module(dense, layer_index, module, rows).items():
+            getattr(scores, name)[layer_index] = row
+        # Only this module's ratio is asked for: what the other one keeps is decided already.
         if module == "mha":
-            kept = bench.plan(mha_ratio, 0.0, choices, scores=scores).layers[number].kept_heads
+            kept = bench.plan(mha_ratio, 0.0, choices, scores=scores).layers[layer_index].kept_heads
             update = {"kept_heads": kept}
         else:
-            kept = bench.plan(0.0, mlp_ratio, choices, scores=scores).layers[number].kept_channels
+            kept = (
+                bench.plan(0.0, mlp_ratio, choices, scores=scores).layers[layer_index].kept_channels
+            )
             update = {"kept_channels": kept}
-        chosen = cut.plan.layers[number].model_copy(update=update)
-        layers = (*cut.plan.layers[:number], chosen, *cut.plan.layers[number + 1 :])
-        cut.remake_module(cut.plan.model_copy(update={"layers": layers}), number, module)
+        chosen = cut.plan.layers[layer_index].model_copy(update=update)
+        layers = (*cut.plan.layers[:layer_index], chosen, *cut.plan.layers[layer_index + 1 :])
+        cut.remake_module(cut.plan.model_copy(update={"layers": layers}), layer_index, module)
         return chosen
 
-    def told(stage: str, done: int, total: int) -> None:
+    def report(stage: str, done: int, total: int) -> None:
         progress(f"Choosing units: {stage.lower()}", done, total)
 
     recover(
@@ -205,7 +210,7 @@ def _sequentially(
         plan,
         bench.calibration,
         choices.recovery,
-        told,
+        report,
         cut.make_layer,
         cut.drop_layer,
         choose,
@@ -219,25 +224,26 @@ def _sequentially(
 def _stepwise(
     bench: Bench, mha_ratio: float, mlp_ratio: float, choices: Choices, progress: Progress
 ) -> tuple[PruningPlan, tuple[Step, ...]]:
-    """Scores, cuts and repairs by turns, each time scoring the model as pruned so far.
+    """Scores, cuts and repairs in turn, each time scoring the model as pruned so far.
 
-    Every step's model is cut from the dense one, so its repairs do not pile up. Dims of narrower
-    heads keep the dense model's scores: a repaired head has other axes.
+    The model of every step is cut from the dense one, so repairs do not accumulate. Dims of
+    narrower heads keep the dense model's scores, since a repaired head has another basis.
     """
     scores = bench.scores(choices.importance, progress)
     dense = bench.loaded.model
     earlier = []
     targets = list(schedule(bench.loaded.architecture, mha_ratio, mlp_ratio, choices))
-    for number, target in enumerate(targets[:-1], start=1):
+    for step, target in enumerate(targets[:-1], start=1):
 
-        def told(stage: str, done: int, total: int, number: int = number) -> None:
-            progress(f"Step {number} of {choices.steps}: {stage.lower()}", done, total)
+        def report(stage: str, done: int, total: int, step: int = step) -> None:
+            progress(f"Step {step} of {choices.steps}: {stage.lower()}", done, total)
 
-        plan = bench.plan(*target, replace(choices, multiple_of=1), told, scores)
+        any_width = replace(choices, multiple_of=1, head_dim_multiple_of=1)
+        plan = bench.plan(*target, any_width, report, scores)
         if not plan.cuts_anything(bench.loaded.architecture):
             continue
         model = prune(dense, plan, with_biases=choices.recovery == "bias")
-        recover(dense, model, plan, bench.calibration, choices.recovery, told)
+        recover(dense, model, plan, bench.calibration, choices.recovery, report)
         cut = Architecture.from_config(model.config)
         earlier.append(
             Step(
@@ -245,10 +251,10 @@ def _stepwise(
                 num_key_value_heads=cut.num_key_value_heads,
                 head_dim=cut.head_dim,
                 intermediate_size=cut.intermediate_size,
-                perplexity=evaluate(model, bench.evaluation, told).perplexity,
+                perplexity=evaluate(model, bench.evaluation, report).perplexity,
             )
         )
-        evidence = Evidence(model, bench.calibration, cut, bench.seed, told)
+        evidence = Evidence(model, bench.calibration, cut, bench.seed, report)
         scores = _in_dense_places(score(choices.importance, evidence), plan, scores)
     return bench.plan(mha_ratio, mlp_ratio, choices, progress, scores), tuple(earlier)
 
@@ -261,7 +267,14 @@ def schedule(
     Heads take the nearest number that can be had between the two. Source: TransAct, iterative
     pruning.
     """
-    target = widths(architecture, mha_ratio, mlp_ratio, choices.granularity, choices.multiple_of)
+    target = widths(
+        architecture,
+        mha_ratio,
+        mlp_ratio,
+        choices.granularity,
+        choices.multiple_of,
+        choices.head_dim_multiple_of,
+    )
     at = Widths(
         architecture.num_attention_heads,
         architecture.num_key_value_heads,
@@ -299,7 +312,7 @@ def _towards(current: int, target: int, steps_left: int) -> int:
 
 
 def _in_dense_places(scores: Scores, plan: PruningPlan, dense: Scores) -> Scores:
-    """Scores of a pruned model at the dense model's indices; what is gone scores minus infinity."""
+    """Scores of a pruned model at the dense model's indices; removed units score minus infinity."""
 
     def placed(name: str, indices: list[torch.Tensor]) -> torch.Tensor:
         rows = torch.full_like(getattr(dense, name), -torch.inf)

@@ -221,7 +221,7 @@ def _fit(known: Iterable[tuple[Point, Damage]]) -> "Fit":
 
 def _group(choices: Choices) -> Choices:
     """The choices that decide which law a point follows: all but the rounding of widths."""
-    return replace(choices, multiple_of=1)
+    return replace(choices, multiple_of=1, head_dim_multiple_of=1)
 
 
 def _mha_widths(bench: Bench, choices: Choices, most: int) -> list[int]:

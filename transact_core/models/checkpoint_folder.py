@@ -14,13 +14,19 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from transact_core.base.errors import INTERRUPTIONS, TransActError, first_line
 from transact_core.base.files import MAX_NAME_BYTES, MAX_TEXT_BYTES, read_text
 from transact_core.models.architecture import Architecture
+from transact_core.models.stock_class import (
+    MODEL_CLASSES,
+    StockModel,
+    difference_from_llama,
+    read_config,
+)
 
 disable_progress_bar()  # ours is reported through the callback, once
 set_verbosity_error()  # what is wrong with a model is said here, in one sentence
@@ -107,7 +113,7 @@ def inspect_folder(folder: Path) -> Inspection:
                 raise ValueError(f"{name} is on, which keeps every layer's in memory")
         if not raw.get("return_dict", True):
             raise ValueError("return_dict is off")
-        config = LlamaConfig.from_dict(raw)
+        config = read_config(raw)
         architecture = Architecture.from_config(config)
         rotary = (config.rope_parameters or {}).get("rope_type", "default")
         if rotary != "default" and rotary not in ROPE_INIT_FUNCTIONS:
@@ -201,12 +207,19 @@ def _require_llama(folder: Path, raw: dict) -> None:
     named = raw.get("architectures")
     named = named[0] if isinstance(named, list) and named else named
     kind = raw.get("model_type", "llama")
-    if not named or named == "LlamaForCausalLM":
+    stock = MODEL_CLASSES.get(str(kind))
+    if not named and stock:
+        named = stock.__name__
+    elif not named or named == "LlamaForCausalLM":
         named = "LlamaForCausalLM" if kind == "llama" else f"model of the type {kind}"
-    if named != "LlamaForCausalLM" or kind != "llama":
+    if stock is None or named != stock.__name__:
         named = " ".join(str(named).split())
         raise TransActError(
             f"{folder} holds a {named}; only LlamaForCausalLM checkpoints can be pruned here."
+        )
+    if difference := difference_from_llama(raw):
+        raise TransActError(
+            f"{folder} holds a {named} that cannot be pruned here, because {difference}."
         )
     quantisation = raw.get("quantization_config")
     if not quantisation:
@@ -280,9 +293,10 @@ def _stored_tensors(files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]
     return tensors
 
 
-def read_checkpoint(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+def read_checkpoint(folder: Path, dtype: torch.dtype) -> StockModel:
     """What stock transformers makes of a folder: weights from safetensors, and from there only."""
-    return LlamaForCausalLM.from_pretrained(
+    model_type = json.loads(read_text(folder / "config.json")).get("model_type", "llama")
+    return MODEL_CLASSES[model_type].from_pretrained(
         folder,
         dtype=dtype,
         use_safetensors=True,
@@ -291,9 +305,7 @@ def read_checkpoint(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
     )
 
 
-def load_folder(
-    folder: Path, dtype: torch.dtype
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+def load_folder(folder: Path, dtype: torch.dtype) -> tuple[StockModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder that has been looked through.
 
     Raises:

@@ -1,8 +1,8 @@
-"""What every position of the two sliders leaves, in tables small enough to be drawn from.
+"""What every position of the two sliders leaves, in tables small enough to send to a browser.
 
-A page that follows the thumb cannot plan anew at each step. What can be said before anything is
-cut depends on few widths: a side's distinct widths are its *options*, and every position of its
-slider takes one of them. Costs add up over the two sides, so an option's own saving is enough.
+A page that follows a slider while it is dragged cannot make a plan for each position. A module has
+few distinct widths: these are its *options*, and every position of its slider takes one of them.
+Costs add up over the two modules, so each option's own saving is enough to work out any pair.
 """
 
 from collections.abc import Sequence
@@ -28,14 +28,14 @@ from transact_core.pruning.plan import (
 POSITIONS = tuple(range(96))
 """Where a slider can stand, in per cent of the width removed."""
 RANKS = 256
-"""How many places of a layer's sorted scores are kept."""
+"""At how many ranks a layer's sorted scores are sampled."""
 FLOOR = -3.0
-"""Below this power of ten of the layer's best, scores look alike."""
+"""Power of ten of the layer's best score below which all scores get the same shade."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs, in numbers that add up over its modules."""
+    """What a model costs, in quantities that add up over its modules."""
 
     parameters: int
     flops: int
@@ -46,7 +46,8 @@ class Cost:
     """Values that a token adds to the KV cache, all layers."""
 
     def __sub__(self, other: "Cost") -> "Cost":
-        return Cost(*(mine - its for mine, its in zip(_values(self), _values(other), strict=True)))
+        pairs = zip(_values(self), _values(other), strict=True)
+        return Cost(*(left - right for left, right in pairs))
 
 
 def _values(cost: Cost) -> tuple[int, ...]:
@@ -54,7 +55,7 @@ def _values(cost: Cost) -> tuple[int, ...]:
 
 
 def cost_of(architecture: Architecture) -> Cost:
-    """The footprint's numbers, freed from dtype and context length."""
+    """The footprint of an architecture, independent of dtype and context length."""
     one, two = (footprint(architecture, "float32", length) for length in (1, 2))
     slope = two.flops_per_token - one.flops_per_token
     return Cost(
@@ -67,14 +68,14 @@ def cost_of(architecture: Architecture) -> Cost:
 
 @dataclass(frozen=True)
 class Option:
-    """One width that a side can be left with."""
+    """One width that a module can be left with."""
 
     widths: Widths
-    """With the other side left whole."""
+    """With the other module left whole."""
     width: int
-    """Of the side's transitional activation."""
+    """Of the module's transitional activation."""
     saving: Cost
-    """What the model costs less; parameters may be more, where a repair adds biases."""
+    """By how much the model's cost falls; negative for parameters where a repair adds biases."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,18 @@ class Side:
     options: tuple[Option, ...]
     """Widest first; the first is the dense model's."""
     option_at: tuple[int, ...]
-    """The number of the option that each position takes."""
+    """The index into `options` for each position in `POSITIONS`."""
 
     def position_of(self, option: int) -> int:
-        """Of the positions that take this option the one nearest to the width it removes."""
+        """Of the positions that take this option, the one nearest to the share that it removes."""
         removed = 100 * (1 - self.options[option].width / self.options[0].width)
-        mine = [place for place in POSITIONS if self.option_at[place] == option]
-        return min(mine, key=lambda place: abs(place - removed))
+        positions = [place for place in POSITIONS if self.option_at[place] == option]
+        return min(positions, key=lambda place: abs(place - removed))
 
 
 @dataclass(frozen=True)
 class Structure:
-    """The exact part of a preview: what all positions cost, for one granularity."""
+    """The widths and costs of all positions for one granularity; exact."""
 
     granularity: Granularity
     dense: Cost
@@ -110,6 +111,7 @@ def structure(
     granularity: Granularity,
     multiple_of: int = 1,
     with_biases: bool = False,
+    head_dim_multiple_of: int = 1,
 ) -> Structure:
     """All positions' widths and costs; `with_biases` as `surgery.prune` takes it."""
     dense = cost_of(architecture)
@@ -122,16 +124,17 @@ def structure(
                 place / 100 if module == "mlp" else 0.0,
                 granularity,
                 multiple_of,
+                head_dim_multiple_of,
             )
             for place in POSITIONS
         ]
         distinct = list(dict.fromkeys(at))
         options = []
-        for each in distinct:
-            cut = each.applied_to(architecture, with_biases)
+        for left in distinct:
+            cut = left.applied_to(architecture, with_biases)
             width = cut.mha_width if module == "mha" else cut.intermediate_size
-            options.append(Option(each, width, dense - cost_of(cut)))
-        return Side(tuple(options), tuple(distinct.index(each) for each in at))
+            options.append(Option(left, width, dense - cost_of(cut)))
+        return Side(tuple(options), tuple(map(distinct.index, at)))
 
     return Structure(granularity, dense, side("mha"), side("mlp"))
 
@@ -157,7 +160,7 @@ def energy_kept(
     statistics: ActivationStatistics,
     architecture: Architecture,
 ) -> EnergyKept:
-    """For narrower heads that of the dims of the values which the bare cut keeps."""
+    """Energy shares of every option; for narrower heads, of the value dims that the cut keeps."""
     mlp = statistics.mlp.sum_of_squares
     ordered = mlp.gather(1, best_first(scores.channels)).cumsum(dim=1)
     kept_mlp = [ordered[:, option.width - 1] for option in table.mlp.options]
@@ -190,22 +193,25 @@ def _shares(kept: Sequence[torch.Tensor], energy: torch.Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Shades:
-    """Scores as shares of the layer's best, from 0 (dark) to 1, on a scale that tells them apart.
+    """Scores as shares of the layer's best, from 0 (dark) to 1, on a scale that spreads them.
 
-    On the scale `log`, 0 stands for 10^FLOOR of the best and less. On the scale `order` a unit's
-    shade is its place, as its score is no size.
+    On the scale `log`, 0 stands for at most 10^FLOOR of the best. On the scale `order` a shade is
+    the unit's rank, as its score is a rank and not a magnitude.
     """
 
     values: np.ndarray
     scale: str
 
     def in_bytes(self) -> bytes:
-        """A byte each, row by row."""
+        """One byte a value, row by row."""
         return np.round(self.values * 255).astype(np.uint8).tobytes()
 
 
 def shades(scores: np.ndarray, logarithmic_below: float) -> Shades:
-    """`scores` has shape (layers, units); logarithmic where the median share is below that."""
+    """Shades of scores of shape (layers, units).
+
+    The scale is logarithmic where the median share is below `logarithmic_below`.
+    """
     share = relative(scores)
     if are_positions(scores):
         return Shades(share, "order")
@@ -216,21 +222,21 @@ def shades(scores: np.ndarray, logarithmic_below: float) -> Shades:
 
 @dataclass(frozen=True)
 class Maps:
-    """Kept and removed, for every option."""
+    """Which units every option keeps, and the scores that decide it."""
 
     heads: Shades
     """Shape (layers, num_attention_heads)."""
     stays_until: np.ndarray
-    """The number of the last option at which a head stays; shape (layers, num_attention_heads)."""
+    """The index of the last option that keeps a head; shape (layers, num_attention_heads)."""
     ranked_channels: Shades
-    """Each layer's channels from the best to the worst, at evenly spaced ranks: (layers, RANKS)."""
+    """Each layer's channels sorted from best to worst, at evenly spaced ranks: (layers, RANKS)."""
 
 
 def maps(table: Structure, scores: Scores, architecture: Architecture) -> Maps:
     if table.granularity == "head-dims":
         last = torch.full(scores.heads.shape, len(table.mha.options) - 1)
     else:
-        # What a narrower option keeps, a wider one keeps too.
+        # A wider option keeps all that a narrower one keeps, so a count gives the last option.
         last = -1 + sum(
             kept_heads(scores.heads, option.widths, architecture).long()
             for option in table.mha.options

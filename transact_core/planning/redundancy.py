@@ -1,4 +1,4 @@
-"""What of the waists' activations a plan keeps, known before anything is cut."""
+"""How much of the transitional activations' energy a plan keeps, known before anything is cut."""
 
 import torch
 
@@ -9,25 +9,25 @@ from transact_core.pruning.plan import PruningPlan
 
 
 def kept_channels(plan: PruningPlan, architecture: Architecture) -> dict[str, torch.Tensor]:
-    """Which channels of each module's waist stay, by module: shape (layers, width), bool.
+    """Which channels of each module's transitional activation stay, by module.
 
-    Of narrower heads the channels are the kept dims of the values.
+    Shape (layers, dense width), bool. For narrower heads these are the kept dims of the values.
     """
     layers = architecture.num_hidden_layers
     kept = {
         "mha": torch.zeros(layers, architecture.mha_width, dtype=torch.bool),
         "mlp": torch.zeros(layers, architecture.intermediate_size, dtype=torch.bool),
     }
-    for number, layer in enumerate(plan.layers):
-        kept["mlp"][number, list(layer.kept_channels)] = True
+    for layer_index, layer in enumerate(plan.layers):
+        kept["mlp"][layer_index, list(layer.kept_channels)] = True
         if plan.head_dim:
             dims = torch.tensor(layer.value_dims).repeat_interleave(
                 architecture.queries_per_group, dim=0
             )
-            heads = kept["mha"][number].view(-1, architecture.head_dim)
+            heads = kept["mha"][layer_index].view(-1, architecture.head_dim)
             heads.scatter_(1, dims, True)
         else:
-            kept["mha"][number, head_rows(layer.kept_heads, architecture.head_dim)] = True
+            kept["mha"][layer_index, head_rows(layer.kept_heads, architecture.head_dim)] = True
     return kept
 
 
@@ -56,11 +56,11 @@ def written_energies(activation_weight: Scores) -> dict[str, torch.Tensor]:
 def lost_by(
     plan: PruningPlan, activation_weight: Scores, architecture: Architecture
 ) -> dict[str, torch.Tensor]:
-    """The share of each layer's written energy that goes with a plan, by module: shape (layers,).
+    """The share of each layer's written energy that a plan removes, by module: shape (layers,).
 
-    It would be the relative squared error of the bare cut's output if channels were uncorrelated
-    and had no mean; what correlates makes the true error smaller or larger. Of narrower heads it
-    knows the values' dims, not what queries and keys lose.
+    It is the relative squared error of the unrepaired cut's output if channels are uncorrelated and
+    have zero mean; correlations make the true error smaller or larger. For narrower heads it counts
+    the dims of the values only, not what queries and keys lose.
     """
     written = written_energies(activation_weight)
     kept = kept_channels(plan, architecture)

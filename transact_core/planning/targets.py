@@ -1,4 +1,4 @@
-"""A target instead of a ratio: the pair of slider positions that meets it best."""
+"""From a target size or perplexity to the pair of slider positions that meets it best."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,10 +29,11 @@ class Found:
     """Both in per cent of the width removed."""
     mlp_position: int
     meeting: int
-    """How many pairs of widths meet the target."""
+    """Number of pairs of widths that meet the target."""
     of: int
+    """Number of pairs of widths in all."""
     why: str
-    """What this pair has before the others that meet it, in words."""
+    """Why this pair was taken among those that meet the target, in words."""
 
 
 def find(
@@ -41,11 +42,11 @@ def find(
     prediction: Prediction | None = None,
     energy: EnergyKept | None = None,
 ) -> Found:
-    """Looks through all pairs of widths that the sliders can take.
+    """Searches all pairs of widths that the sliders can take.
 
-    Of those that meet a size the one of lowest predicted perplexity is taken; without a prediction
-    the one that keeps most activation energy, and without scores the one of most parameters. Of
-    those that meet a perplexity the one of fewest parameters is taken.
+    Among the pairs that meet a size, the one with the lowest predicted perplexity is taken; without
+    a prediction the one that keeps the most activation energy, and without scores the one with the
+    most parameters. Among the pairs that meet a perplexity, the one with the fewest parameters is.
 
     Raises:
         TransActError: no pair meets the target, or there is no prediction to look for one by.

@@ -1,10 +1,11 @@
-"""Scores and two ratios to a plan: what each layer keeps.
+"""From scores and two ratios to a plan: which units each layer keeps.
 
-A plan is pure data. Sliders write it, charts read it, surgery executes it, export saves it; whoever
-wants to know what will be cut looks here and nowhere else.
+A plan is pure data. Sliders write it, charts read it, surgery executes it, and export saves it.
+Nothing else decides what is cut.
 
-Which widths can be had is decided by whole units, by `multiple_of`, and by one rule of stock
-transformers: `LlamaConfig` refuses a `num_attention_heads` that does not divide `hidden_size`.
+A ratio is met as nearly as whole units (heads, key-value groups, pairs of dims, channels) and the
+requested multiples allow. The number of heads need not divide `hidden_size`: `models.stock_class`
+has a class for those that do not.
 """
 
 import math
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from transact_core.base.errors import TransActError
 from transact_core.importance.rotary_pairs import PairEffects
 from transact_core.importance.scores import Scores
-from transact_core.models.architecture import Architecture
+from transact_core.models.architecture import Architecture, LayerWidths
 
 Granularity = Literal["query-heads", "kv-groups", "head-dims"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
@@ -37,7 +38,7 @@ class Data(BaseModel):
 
 @dataclass(frozen=True)
 class Widths:
-    """What the ratios become once whole units are taken."""
+    """The widths that the ratios lead to, the same in every layer."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -80,9 +81,13 @@ class PruningPlan(Data):
     granularity: Granularity
     importance: str
     multiple_of: Annotated[int, Field(ge=1)] = 1
-    num_attention_heads: Annotated[int, Field(ge=1)]
-    num_key_value_heads: Annotated[int, Field(ge=1)]
-    intermediate_size: Annotated[int, Field(ge=1)]
+    """Of the MLP's width."""
+    head_dim_multiple_of: Annotated[int, Field(ge=1)] = 1
+    """Of the dims of narrower heads."""
+    num_attention_heads: Annotated[int, Field(ge=1)] | None
+    """Of every layer, like the two widths below; None where layers differ."""
+    num_key_value_heads: Annotated[int, Field(ge=1)] | None
+    intermediate_size: Annotated[int, Field(ge=1)] | None
     head_dim: Annotated[int, Field(ge=2)] | None = None
     """None is the dense model's."""
     slots: tuple[Index, ...] = ()
@@ -90,7 +95,23 @@ class PruningPlan(Data):
     layers: tuple[LayerPlan, ...]
 
     @property
+    def uniform(self) -> bool:
+        """Whether every layer is left with the same widths."""
+        return None not in (
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.intermediate_size,
+        )
+
+    @property
     def widths(self) -> Widths:
+        """The widths of every layer.
+
+        Raises:
+            ValueError: layers differ, so that there are no such widths; see `layer_widths`.
+        """
+        if not self.uniform:
+            raise ValueError("the layers of this plan have different widths")
         return Widths(
             self.num_attention_heads,
             self.num_key_value_heads,
@@ -98,33 +119,62 @@ class PruningPlan(Data):
             self.head_dim,
         )
 
+    def layer_widths(self, architecture: Architecture) -> tuple[LayerWidths, ...]:
+        """What each layer is left with; `architecture` is the dense model's."""
+        return tuple(
+            LayerWidths(
+                num_attention_heads=len(layer.kept_heads),
+                num_key_value_heads=len(kept_groups(layer.kept_heads, architecture)),
+                intermediate_size=len(layer.kept_channels),
+            )
+            for layer in self.layers
+        )
+
+    def cuts_module(self, layer_index: int, module: str, architecture: Architecture) -> bool:
+        """Whether one layer's "mha" or "mlp" loses width."""
+        layer = self.layers[layer_index]
+        if module == "mlp":
+            return len(layer.kept_channels) < architecture.intermediate_size
+        narrower = self.head_dim is not None and self.head_dim < architecture.head_dim
+        return narrower or len(layer.kept_heads) < architecture.num_attention_heads
+
     def cuts_mha(self, architecture: Architecture) -> bool:
-        return self.widths.applied_to(architecture).mha_width < architecture.mha_width
+        return self._cuts("mha", architecture)
 
     def cuts_mlp(self, architecture: Architecture) -> bool:
-        return self.intermediate_size < architecture.intermediate_size
+        return self._cuts("mlp", architecture)
+
+    def _cuts(self, module: str, architecture: Architecture) -> bool:
+        layers = range(len(self.layers))
+        return any(self.cuts_module(layer_index, module, architecture) for layer_index in layers)
 
     def cuts_anything(self, architecture: Architecture) -> bool:
         return self.cuts_mha(architecture) or self.cuts_mlp(architecture)
 
     def applied_to(self, architecture: Architecture, with_biases: bool = False) -> Architecture:
         """What the cut leaves; `with_biases` as `surgery.prune` takes it."""
-        return self.widths.applied_to(architecture, with_biases)
+        left = replace(architecture, head_dim=self.head_dim or architecture.head_dim)
+        left = left.with_layers(self.layer_widths(architecture))
+        if not with_biases:
+            return left
+        return replace(
+            left,
+            attention_bias=left.attention_bias or self.cuts_mha(architecture),
+            mlp_bias=left.mlp_bias or self.cuts_mlp(architecture),
+        )
 
     def check(self, architecture: Architecture) -> None:
         """Refuses a plan that this architecture cannot be cut by.
+
+        Where layers differ, how ratios became widths is not repeated here: the plan's indices
+        say what each layer keeps.
 
         Raises:
             TransActError: layers, heads or channels that do not exist, widths that contradict the
                 indices or the ratios, or groups left with different numbers of queries.
         """
-        expected = widths(
-            architecture, self.mha_ratio, self.mlp_ratio, self.granularity, self.multiple_of
-        )
-        if self.widths != expected:
-            raise TransActError(
-                f"The plan's widths {self.widths} contradict its ratios, which make {expected}."
-            )
+        if self.uniform:
+            self._check_ratios(architecture)
         if len(self.layers) != architecture.num_hidden_layers:
             raise TransActError(
                 f"The plan has {len(self.layers)} layers and the model has "
@@ -132,60 +182,82 @@ class PruningPlan(Data):
             )
         if self.head_dim:
             _check_indices("slots", self.slots, self.head_dim // 2, architecture.head_dim // 2)
-        for number, layer in enumerate(self.layers):
-            self._check_dims(number, layer, architecture)
+        for layer_index, layer in enumerate(self.layers):
+            self._check_dims(layer_index, layer, architecture)
             _check_indices(
-                f"kept_heads of layer {number}",
+                f"kept_heads of layer {layer_index}",
                 layer.kept_heads,
                 self.num_attention_heads,
                 architecture.num_attention_heads,
             )
             _check_indices(
-                f"kept_channels of layer {number}",
+                f"kept_channels of layer {layer_index}",
                 layer.kept_channels,
                 self.intermediate_size,
                 architecture.intermediate_size,
             )
-            groups = kept_groups(layer.kept_heads, architecture)
-            queries = {
-                sum(head // architecture.queries_per_group == group for head in layer.kept_heads)
-                for group in groups
-            }
-            if len(groups) != self.num_key_value_heads or len(queries) != 1:
-                raise TransActError(
-                    f"The kept_heads of layer {number} leave {len(groups)} key-value groups of "
-                    f"{sorted(queries)} queries, where every layer needs "
-                    f"{self.num_key_value_heads} groups of one size."
-                )
+            self._check_groups(layer_index, layer, architecture)
 
-    def _check_dims(self, number: int, layer: LayerPlan, architecture: Architecture) -> None:
+    def _check_ratios(self, architecture: Architecture) -> None:
+        asked = (
+            self.mha_ratio,
+            self.mlp_ratio,
+            self.granularity,
+            self.multiple_of,
+            self.head_dim_multiple_of,
+        )
+        expected = widths(architecture, *asked)
+        # Plans of schema 1 took only numbers of heads that divide hidden_size.
+        if self.widths not in (expected, widths(architecture, *asked, dividing_hidden_size=True)):
+            raise TransActError(
+                f"The plan's widths {self.widths} contradict its ratios, which make {expected}."
+            )
+
+    def _check_groups(self, layer_index: int, layer: LayerPlan, architecture: Architecture) -> None:
+        groups = kept_groups(layer.kept_heads, architecture)
+        queries = {
+            sum(head // architecture.queries_per_group == group for head in layer.kept_heads)
+            for group in groups
+        }
+        wanted = self.num_key_value_heads
+        if len(queries) != 1 or (wanted is not None and len(groups) != wanted):
+            needed = "groups" if wanted is None else f"{wanted} groups"
+            raise TransActError(
+                f"The kept_heads of layer {layer_index} leave {len(groups)} key-value groups of "
+                f"{sorted(queries)} queries, where every layer needs {needed} of one size."
+            )
+
+    def _check_dims(self, layer_index: int, layer: LayerPlan, architecture: Architecture) -> None:
         groups = architecture.num_key_value_heads if self.head_dim else 0
         pairs, width = (self.head_dim or 0) // 2, self.head_dim or 0
         for name, rows in (("slot_pairs", layer.slot_pairs), ("value_dims", layer.value_dims)):
             if len(rows) != groups:
                 raise TransActError(
-                    f"The {name} of layer {number} are for {len(rows)} key-value heads, "
+                    f"The {name} of layer {layer_index} are for {len(rows)} key-value heads, "
                     f"where {groups} are narrowed."
                 )
         for row in layer.slot_pairs:
             _check_indices(
-                f"slot_pairs of layer {number}",
+                f"slot_pairs of layer {layer_index}",
                 tuple(sorted(row)),
                 pairs,
                 architecture.head_dim // 2,
             )
         for row in layer.value_dims:
-            _check_indices(f"value_dims of layer {number}", row, width, architecture.head_dim)
+            _check_indices(f"value_dims of layer {layer_index}", row, width, architecture.head_dim)
 
 
-def _check_indices(what: str, kept: tuple[int, ...], width: int, dense_width: int) -> None:
+def _check_indices(what: str, kept: tuple[int, ...], width: int | None, dense_width: int) -> None:
+    """Refuses indices that do not exist, or are not as many as `width`, None being any number."""
     if any(after <= before for before, after in pairwise(kept)):
         raise TransActError(f"The {what} are not in ascending order without repeats.")
     if kept and kept[-1] >= dense_width:
         raise TransActError(
             f"The {what} go up to {kept[-1]}, out of range: the model's last is {dense_width - 1}."
         )
-    if len(kept) != width:
+    if not kept:
+        raise TransActError(f"The {what} are none, where a layer keeps one at least.")
+    if width is not None and len(kept) != width:
         raise TransActError(f"The {what} are {len(kept)}, where the plan's width is {width}.")
 
 
@@ -195,7 +267,7 @@ def kept_groups(kept_heads: tuple[int, ...], architecture: Architecture) -> tupl
 
 
 class Step(Data):
-    """A pruned model on the way to the plan: its widths, and its perplexity after recovery."""
+    """The pruned model of one intermediate step: its widths, and its perplexity after recovery."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -206,20 +278,20 @@ class Step(Data):
 
 @dataclass(frozen=True)
 class Decision:
-    """A plan and what was tried on the way to it."""
+    """A plan, and what was tried before it was chosen."""
 
     plan: PruningPlan
     granularity_losses: dict[Granularity, float] = field(default_factory=dict)
     """Mean NLL in nats on held-out calibration windows of each granularity that `auto` tried."""
     steps: int = 1
-    """As asked for; those that would have cut nothing are not among the earlier ones."""
+    """As requested; steps that would have cut nothing are not among the earlier steps."""
     earlier_steps: tuple[Step, ...] = ()
     sequential: bool = False
-    """Whether units were chosen module by module, each on the stream of what was pruned before."""
+    """Whether each module's units were chosen on the residual stream of the model pruned so far."""
 
     @property
     def why(self) -> str | None:
-        """One sentence on the granularity that `auto` took."""
+        """One sentence on which granularity `auto` chose and why; None where it did not choose."""
         if not self.granularity_losses:
             return None
         losses = sorted(self.granularity_losses.items(), key=lambda item: item[1])
@@ -247,17 +319,22 @@ def parse_ratio(text: str | float, name: str) -> float:
     return ratio
 
 
-def head_counts(architecture: Architecture, granularity: Granularity) -> list[int]:
+def head_counts(
+    architecture: Architecture, granularity: Granularity, dividing_hidden_size: bool = False
+) -> list[int]:
     """Numbers of query heads that can be kept, ascending; the last is the dense model's.
 
     `query-heads` keeps all groups and the same number of queries in each; `kv-groups` keeps whole
-    groups. Without grouping the two are the same.
+    groups. Without grouping the two are the same. With `dividing_hidden_size` those that
+    `LlamaConfig` refuses are left out, as they were in schema 1.
     """
     groups, queries = architecture.num_key_value_heads, architecture.queries_per_group
     if granularity == "query-heads" and queries > 1:
         counts = [groups * kept for kept in range(1, queries + 1)]
     else:
         counts = [kept * queries for kept in range(1, groups + 1)]
+    if not dividing_hidden_size:
+        return counts
     return [
         count
         for count in counts
@@ -271,32 +348,48 @@ def widths(
     mlp_ratio: float,
     granularity: Granularity,
     multiple_of: int = 1,
+    head_dim_multiple_of: int = 1,
+    dividing_hidden_size: bool = False,
 ) -> Widths:
-    """The widths nearest to what the ratios ask for, the wider one on a tie."""
+    """The widths nearest to what the ratios ask for, the wider one on a tie.
+
+    `multiple_of` is that of the MLP's width, `head_dim_multiple_of` that of narrower heads' dims;
+    `dividing_hidden_size` as `head_counts` takes it.
+    """
     heads = architecture.num_attention_heads
     groups = architecture.num_key_value_heads
     head_dim = None
     if granularity == "head-dims":
-        head_dim = _narrower_head_dim(architecture, mha_ratio, multiple_of)
+        allowed = head_dims(architecture, head_dim_multiple_of)
+        nearest = _nearest(architecture.head_dim, mha_ratio, allowed) if mha_ratio else None
+        head_dim = nearest if nearest != architecture.head_dim else None
     elif mha_ratio:
-        heads = _nearest(heads, mha_ratio, head_counts(architecture, granularity))
+        counts = head_counts(architecture, granularity, dividing_hidden_size)
+        heads = _nearest(heads, mha_ratio, counts)
         if granularity == "kv-groups" or architecture.queries_per_group == 1:
             groups = heads // architecture.queries_per_group
     channels = architecture.intermediate_size
     if mlp_ratio:
-        multiples = range(multiple_of, channels + 1, multiple_of)
-        channels = _nearest(channels, mlp_ratio, multiples or [channels])
+        channels = _nearest(channels, mlp_ratio, channel_counts(architecture, multiple_of))
     return Widths(heads, groups, channels, head_dim)
 
 
-def _narrower_head_dim(
-    architecture: Architecture, mha_ratio: float, multiple_of: int
-) -> int | None:
-    """The nearest even multiple of `multiple_of`, or None where that is the dense head_dim."""
-    dense, step = architecture.head_dim, math.lcm(2, multiple_of)
-    multiples = range(step, dense + 1, step) or [dense]
-    nearest = _nearest(dense, mha_ratio, multiples) if mha_ratio else dense
-    return nearest if nearest < dense else None
+def head_dims(architecture: Architecture, multiple_of: int = 1) -> Sequence[int]:
+    """The dims that narrower heads can have, ascending: even multiples of `multiple_of`.
+
+    Where there is none up to the dense model's, that is the only one.
+    """
+    step = math.lcm(2, multiple_of)
+    return range(step, architecture.head_dim + 1, step) or [architecture.head_dim]
+
+
+def channel_counts(architecture: Architecture, multiple_of: int = 1) -> Sequence[int]:
+    """The widths that a cut MLP can have, ascending: multiples of `multiple_of`.
+
+    Where there is none up to the dense model's, that is the only one.
+    """
+    dense = architecture.intermediate_size
+    return range(multiple_of, dense + 1, multiple_of) or [dense]
 
 
 def _nearest(dense: int, ratio: float, allowed: Sequence[int]) -> int:
@@ -317,14 +410,17 @@ def make_plan(
     granularity: Granularity = "query-heads",
     multiple_of: int = 1,
     pairs: PairEffects | None = None,
+    head_dim_multiple_of: int = 1,
 ) -> PruningPlan:
-    """Keeps the best-scored units: the same widths everywhere, own indices in each layer.
+    """Keeps the best-scored units: all layers get the same widths, each has its own indices.
 
     `pairs` is needed where `head-dims` makes the heads narrower: queries and keys keep the rotary
     pairs of most effect on attention, whatever the importance, and values their best-scored dims.
     Of equal scores the unit with the lower index is kept.
     """
-    target = widths(architecture, mha_ratio, mlp_ratio, granularity, multiple_of)
+    target = widths(
+        architecture, mha_ratio, mlp_ratio, granularity, multiple_of, head_dim_multiple_of
+    )
     heads = kept_heads(scores.heads, target, architecture)
     channels = best_first(scores.channels)[:, : target.intermediate_size].sort(dim=1).values
     slots: tuple[int, ...] = ()
@@ -345,6 +441,7 @@ def make_plan(
         granularity=granularity,
         importance=importance,
         multiple_of=multiple_of,
+        head_dim_multiple_of=head_dim_multiple_of,
         num_attention_heads=target.num_attention_heads,
         num_key_value_heads=target.num_key_value_heads,
         intermediate_size=target.intermediate_size,
@@ -384,3 +481,86 @@ def value_dim_scores(scores: Scores, architecture: Architecture) -> torch.Tensor
 def best_first(scores: torch.Tensor) -> torch.Tensor:
     """Indices along the last axis in the order in which units are kept."""
     return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+# --- what a ratio becomes --------------------------------------------------------------------
+
+MUCH_MORE = 1.5
+"""A notice is given where a cut removes at least this many times the ratio that was asked for."""
+
+
+def width_notices(
+    architecture: Architecture,
+    mha_ratio: float,
+    mlp_ratio: float,
+    granularity: Granularity,
+    multiple_of: int = 1,
+    head_dim_multiple_of: int = 1,
+) -> list[str]:
+    """One sentence for each ratio above 0 that removes nothing, or far more than was asked for.
+
+    The arguments are those of `widths`.
+    """
+    taken = widths(
+        architecture, mha_ratio, mlp_ratio, granularity, multiple_of, head_dim_multiple_of
+    )
+    channels = channel_counts(architecture, multiple_of)
+    if granularity == "head-dims":
+        dense, possible, unit = (
+            architecture.head_dim,
+            head_dims(architecture, head_dim_multiple_of),
+            "dims of each head",
+        )
+        kept = taken.head_dim or dense
+    else:
+        dense, possible, unit = (
+            architecture.num_attention_heads,
+            head_counts(architecture, granularity),
+            "query heads",
+        )
+        kept = taken.num_attention_heads
+    sentences = (
+        _notice("attention", mha_ratio, kept, dense, possible, f"{unit} by {granularity}"),
+        _notice(
+            "MLP",
+            mlp_ratio,
+            taken.intermediate_size,
+            architecture.intermediate_size,
+            channels,
+            f"channels in multiples of {multiple_of}" if multiple_of > 1 else "channels",
+        ),
+    )
+    return [sentence for sentence in sentences if sentence]
+
+
+def plan_notices(plan: PruningPlan, architecture: Architecture) -> list[str]:
+    """`width_notices` of the ratios that a plan was made for; `architecture` is the dense one."""
+    return width_notices(
+        architecture,
+        plan.mha_ratio,
+        plan.mlp_ratio,
+        plan.granularity,
+        plan.multiple_of,
+        plan.head_dim_multiple_of,
+    )
+
+
+def _notice(
+    module: str, ratio: float, kept: int, dense: int, possible: Sequence[int], units: str
+) -> str | None:
+    removed = 1 - kept / dense
+    if ratio == 0 or 0 < removed < MUCH_MORE * ratio:
+        return None
+    asked = f"where {ratio:.1%} of its width was asked for"
+    if removed:
+        return (
+            f"The {module} loses {removed:.1%} {asked}: the nearest possible width keeps "
+            f"{kept:,} of {dense:,} {units}."
+        )
+    smaller = [count for count in possible if count < dense]
+    if not smaller:
+        return f"The {module} loses nothing {asked}: no fewer than all {dense:,} {units} can stay."
+    return (
+        f"The {module} loses nothing {asked}: the nearest possible width keeps all {dense:,} "
+        f"{units}, the next one {smaller[-1]:,}."
+    )

@@ -1,58 +1,52 @@
-"""A model and a plan to a pruned stock `LlamaForCausalLM`.
+"""From a model and a plan to a pruned model of a stock class.
 
-Removing width is selecting rows and columns, so the result is exact: a removed channel is a channel
-that was zero. Untouched tensors are shared with the dense model, which is never written to.
+Width is removed by selecting rows and columns of weight matrices. The result computes exactly what
+the dense model computes with the removed channels set to zero. Tensors that are not cut are shared
+with the dense model, which is never written to.
 """
 
 import copy
-import dataclasses
 import math
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from transact_core.forward.waists import head_rows
 from transact_core.models.architecture import Architecture
+from transact_core.models.stock_class import MODEL_CLASSES, StockModel, config_for
 from transact_core.pruning.plan import LayerPlan, PruningPlan, kept_groups
 from transact_core.pruning.rope import narrowed_rope, require_exact_rope
 
 
 @torch.no_grad()
-def prune(
-    model: LlamaForCausalLM, plan: PruningPlan, with_biases: bool = False
-) -> LlamaForCausalLM:
-    """Cuts every layer as the plan says; the result shares what it does not change.
+def prune(model: StockModel, plan: PruningPlan, with_biases: bool = False) -> StockModel:
+    """Cuts every layer by the plan; tensors that are not cut are shared with `model`.
 
-    `with_biases` gives the cut modules the biases that a repair by bias writes into. Stock
-    configurations know biases for all projections of a module or for none, so those of the others
-    are zeros.
+    `with_biases` adds the biases that the recovery `bias` writes into. Stock configurations have
+    biases on all projections of a module or on none, so the other projections get zeros.
 
     Raises:
         TransActError: the plan does not fit the model.
     """
     cut = Cut(model, plan, with_biases)
-    for number in range(len(plan.layers)):
-        cut.make_layer(number)
+    for layer_index in range(len(plan.layers)):
+        cut.make_layer(layer_index)
     return cut.pruned
 
 
 class Cut:
-    """A cut made a layer at a time, for callers that let go of the layers that are done.
+    """A cut made one layer at a time, so that finished layers can be released.
 
-    `pruned` is the model to be; a layer of it has no weights until `make_layer` gives it some.
+    `pruned` is the pruned model; its layers have no weights until `make_layer` is called for them.
     """
 
     @torch.no_grad()
-    def __init__(
-        self, model: LlamaForCausalLM, plan: PruningPlan, with_biases: bool = False
-    ) -> None:
+    def __init__(self, model: StockModel, plan: PruningPlan, with_biases: bool = False) -> None:
         self.dense, self.plan = model, plan
         self.architecture = Architecture.from_config(model.config)
         plan.check(self.architecture)
         left = plan.applied_to(self.architecture, with_biases)
-        self.shapes = left.layer_tensors()
+        self.left = left
         self.pruned = _empty_like(model, left, plan.slots)
         outer = {
             name: tensor
@@ -64,32 +58,32 @@ class Cut:
         self.pruned.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def make_layer(self, number: int) -> None:
-        """Gives one layer its weights; what the plan does not change is shared."""
-        _fill(self.pruned.model.layers[number], self._tensors(number))
+    def make_layer(self, layer_index: int) -> None:
+        """Gives one layer its weights; tensors that are not cut are shared with the dense model."""
+        _fill(self.pruned.model.layers[layer_index], self._tensors(layer_index))
 
-    def drop_layer(self, number: int) -> None:
-        """Lets go of the weights of a layer that is done."""
-        self.pruned.model.layers[number] = nn.Identity()
+    def drop_layer(self, layer_index: int) -> None:
+        """Releases the weights of a finished layer."""
+        self.pruned.model.layers[layer_index] = nn.Identity()
 
     @torch.no_grad()
-    def remake_module(self, plan: PruningPlan, number: int, module: str) -> None:
-        """Cuts one module of one layer again, by another plan of the same widths."""
+    def remake_module(self, plan: PruningPlan, layer_index: int, module: str) -> None:
+        """Cuts one module ("mha" or "mlp") of one layer again, by a plan of the same widths."""
         self.plan = plan
         name = {"mha": "self_attn", "mlp": "mlp"}[module]
-        made = self.pruned.model.layers[number].get_submodule(name)
-        _fill(made, _under(self._tensors(number), name + "."))
+        made = self.pruned.model.layers[layer_index].get_submodule(name)
+        _fill(made, _under(self._tensors(layer_index), name + "."))
 
-    def _tensors(self, number: int) -> dict[str, torch.Tensor]:
-        plan, layer = self.plan, self.plan.layers[number]
-        tensors = dict(self.dense.model.layers[number].state_dict(keep_vars=True))
-        if plan.cuts_mha(self.architecture):
+    def _tensors(self, layer_index: int) -> dict[str, torch.Tensor]:
+        plan, layer = self.plan, self.plan.layers[layer_index]
+        tensors = dict(self.dense.model.layers[layer_index].state_dict(keep_vars=True))
+        if plan.cuts_module(layer_index, "mha", self.architecture):
             cut_heads = narrow_attention if plan.head_dim else cut_attention
             parts = _under(tensors, "self_attn.")
             tensors |= _prefixed("self_attn.", cut_heads(parts, layer, self.architecture))
-        if plan.cuts_mlp(self.architecture):
+        if plan.cuts_module(layer_index, "mlp", self.architecture):
             tensors |= _prefixed("mlp.", cut_mlp(_under(tensors, "mlp."), layer))
-        for name, shape in self.shapes.items():
+        for name, shape in self.left.layer_tensors(layer_index).items():
             if name.endswith(".bias") and name not in tensors:
                 weight = tensors[name.removesuffix("bias") + "weight"]
                 tensors[name] = nn.Parameter(weight.new_zeros(shape))
@@ -102,37 +96,51 @@ def _fill(made: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def cast(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
-    """The model with its weights in another dtype; what has that dtype already is shared."""
+def cast(model: StockModel, dtype: torch.dtype) -> StockModel:
+    """The model with its weights in another dtype; tensors of that dtype already are shared."""
     tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    return _filled(_empty_like(model, Architecture.from_config(model.config)), tensors)
+    return _filled(_empty_like(model, Architecture.from_model(model)), tensors)
 
 
-def _filled(empty: LlamaForCausalLM, tensors: dict[str, torch.Tensor]) -> LlamaForCausalLM:
+def _filled(empty: StockModel, tensors: dict[str, torch.Tensor]) -> StockModel:
     empty.load_state_dict(tensors, strict=True, assign=True)
     empty.tie_weights()
     return empty.eval().requires_grad_(False)
 
 
 def _empty_like(
-    model: LlamaForCausalLM, architecture: Architecture, slots: tuple[int, ...] = ()
-) -> LlamaForCausalLM:
-    config = copy.deepcopy(model.config)
-    # head_dim is implied by the other widths where it is absent, so it is written out too.
-    for name, value in dataclasses.asdict(architecture).items():
-        setattr(config, name, value)
-    # Its buffers are no part of the state dict, so it comes from outside the meta device.
+    model: StockModel, architecture: Architecture, slots: tuple[int, ...] = ()
+) -> StockModel:
+    """A model of these widths without weights, of the stock class that holds them."""
+    config = config_for(model.config, architecture)
     rotary = model.model.rotary_emb
     if slots:
         require_exact_rope(config)
         frequencies = rotary.inv_freq[list(slots)]
         config.rope_parameters = narrowed_rope(config, frequencies, rotary.attention_scaling)
-        rotary = LlamaRotaryEmbedding(config).to(rotary.inv_freq.device)
+        rotary = type(rotary)(config).to(rotary.inv_freq.device)
     with torch.device("meta"):
-        pruned = LlamaForCausalLM(config)
+        pruned = MODEL_CLASSES[config.model_type](config)
+        if not architecture.uniform:
+            _narrow_layers(pruned, architecture)
+    # Its buffers are no part of the state dict, so it comes from outside the meta device.
     pruned.model.rotary_emb = rotary
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned
+
+
+def _narrow_layers(empty: StockModel, architecture: Architecture) -> None:
+    """Gives each decoder layer the widths that the architecture has for it.
+
+    A stock layer takes its widths from the configuration that it is made with, so each is made
+    with one of its own. The model's own configuration has the largest widths of any layer.
+    """
+    for layer_index, widths in enumerate(architecture.layers):
+        config = copy.copy(empty.config)
+        for name, value in vars(widths).items():
+            setattr(config, name, value)
+        layer = type(empty.model.layers[layer_index])(config, layer_index)
+        empty.model.layers[layer_index] = layer
 
 
 def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -166,7 +174,8 @@ def narrow_attention(
 ) -> dict[str, torch.Tensor]:
     """Keeps, in every head, the rotary pairs of Q and K in their slots and the dims of V and O.
 
-    Attention divides by the root of head_dim, so queries are scaled by what that changes.
+    Attention divides scores by sqrt(head_dim), so queries are scaled by
+    sqrt(narrow head_dim / dense head_dim) to keep the scores' scale.
     """
     queries_per_group = architecture.queries_per_group
     pairs = torch.tensor(layer.slot_pairs)
@@ -175,7 +184,7 @@ def narrow_attention(
     scale = math.sqrt(rotated.shape[1] / architecture.head_dim)
 
     def rows(dims: torch.Tensor, repeats: int = 1) -> torch.Tensor:
-        """Row numbers of these dims of each head; one row of dims a key-value head."""
+        """Row indices of these dims in every head; `dims` has a row for each key-value head."""
         dims = dims.repeat_interleave(repeats, dim=0)
         starts = torch.arange(len(dims))[:, None] * architecture.head_dim
         return (starts + dims).flatten().to(tensors["q_proj.weight"].device)
@@ -203,15 +212,15 @@ def _select_rows(
     tensors: dict[str, torch.Tensor], name: str, rows: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     both = (f"{name}.weight", f"{name}.bias")
-    return {each: tensors[each][rows] for each in both if each in tensors}
+    return {key: tensors[key][rows] for key in both if key in tensors}
 
 
 @torch.no_grad()
-def round_weights(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
-    """Rounds the weights to what `dtype` can hold, in the dtype they compute in.
+def round_weights(model: StockModel, dtype: torch.dtype) -> None:
+    """Rounds the weights to values that `dtype` can hold; their own dtype stays as it is.
 
-    Perplexity is measured on the weights as saved. Parameters that change are replaced, never
-    written into, since they may be shared with the dense model.
+    Perplexity is measured on the weights as saved. Parameters that change are replaced and never
+    written to, since they may be shared with the dense model.
     """
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):

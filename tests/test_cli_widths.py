@@ -1,0 +1,109 @@
+"""What the command line says about widths, and what `apply` holds in memory."""
+
+import json
+import weakref
+
+import pytest
+
+from tests.conftest import make_model
+from transact_core.cli import main
+from transact_core.export.compression import read_compression
+from transact_core.forward.perplexity import evaluate
+from transact_core.models.load import load_model
+
+TOKENS = ["--calibration-tokens", "512", "--sequence-length", "32", "--evaluation-tokens", "128"]
+
+
+@pytest.fixture
+def prune(checkpoint, text_file, tmp_path):
+    """Runs `prune` with these options; gives its output folder."""
+
+    def run(*options: str):
+        texts = ["--calibration", str(text_file), "--evaluation", str(text_file), *TOKENS]
+        folder = tmp_path / "out"
+        chosen = ["--model", str(checkpoint), "--output", str(folder), *texts, *options]
+        assert main(["prune", *chosen]) == 0
+        return folder
+
+    return run
+
+
+def warnings(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("Warning:")]
+
+
+def test_a_ratio_that_removes_nothing_says_so_in_one_line(prune, capsys):
+    prune("--mha-ratio", "0.1", "--mlp-ratio", "0.3")
+    (line,) = [line for line in warnings(capsys) if "attention" in line]
+    assert "The attention loses nothing where 10.0% of its width was asked for" in line
+    assert "keeps all 6 query heads by query-heads, the next one 3" in line
+
+
+def test_a_ratio_that_removes_far_more_says_so_in_one_line(prune, capsys):
+    prune("--mha-ratio", "0.3", "--mlp-ratio", "0.3")
+    (line,) = [line for line in warnings(capsys) if "attention" in line]
+    assert "The attention loses 50.0% where 30.0% of its width was asked for" in line
+
+
+def test_a_sweep_says_each_of_them_once(checkpoint, text_file, tmp_path, capsys):
+    texts = ["--calibration", str(text_file), "--evaluation", str(text_file), *TOKENS]
+    ratios = ["--mha-ratio", "0.1,0.5", "--mlp-ratio", "0,0.3"]
+    output = ["--output", str(tmp_path / "points.csv")]
+    assert main(["sweep", "--model", str(checkpoint), *ratios, *output, *texts]) == 0
+    assert len([line for line in warnings(capsys) if "attention loses nothing" in line]) == 1
+
+
+def test_the_multiple_of_heads_is_an_option_of_its_own(prune):
+    options = ["--granularity", "head-dims", "--multiple-of", "16", "--head-dim-multiple-of", "4"]
+    folder = prune("--mha-ratio", "0.4", "--mlp-ratio", "0.3", *options)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["head_dim"], config["intermediate_size"]) == (4, 32)
+    plan = read_compression(folder / "compression.json").plan
+    assert (plan.multiple_of, plan.head_dim_multiple_of) == (16, 4)
+
+
+def test_apply_lets_go_of_the_dense_weights_before_it_measures(prune, tmp_path, monkeypatch):
+    folder = prune("--mha-ratio", "0.5", "--mlp-ratio", "0.3")
+    # The dense model's own losses are kept from `prune`, so what is measured now is the cut.
+    watched: list[weakref.ref] = []
+    alive: list[int] = []
+
+    def loading(*given):
+        loaded = load_model(*given)
+        watched.extend(weakref.ref(weight) for weight in loaded.model.parameters())
+        return loaded
+
+    def watching(*given, **named):
+        alive.append(sum(weight() is not None for weight in watched))
+        return evaluate(*given, **named)
+
+    monkeypatch.setattr("transact_core.cli.load_model", loading)
+    monkeypatch.setattr("transact_core.experiments.bench.evaluate", watching)
+    again = ["apply", str(folder / "compression.json"), "--output", str(tmp_path / "again")]
+    assert main(again) == 0
+    assert watched
+    assert alive == [0]
+
+
+def test_a_cut_to_any_number_of_heads_can_be_cut_again(text_file, tokenizer, tmp_path, capsys):
+    """32 heads over 8 groups, and a hidden_size that 24 does not divide."""
+    dense = make_model(hidden_size=64, num_attention_heads=32, num_key_value_heads=8, head_dim=4)
+    dense.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    texts = ["--calibration", str(text_file), "--evaluation", str(text_file), *TOKENS]
+
+    def cut(source: str, output: str, *options: str) -> dict:
+        folders = ["--model", str(tmp_path / source), "--output", str(tmp_path / output)]
+        assert main(["prune", *folders, *texts, *options]) == 0
+        assert not [line for line in warnings(capsys) if "attention" in line]
+        return json.loads((tmp_path / output / "report.json").read_text())
+
+    options = ["--mha-ratio", "0.25", "--mlp-ratio", "0"]
+    first = cut("dense", "first", *options, "--granularity", "query-heads")
+    assert first["pruned"]["mha_width"] == 24 * 4
+    assert first["pruned"].pop("model_class") == "MistralForCausalLM"
+    options = ["--mha-ratio", "0.333", "--mlp-ratio", "0.3", "--recovery", "bias"]
+    second = cut("first", "second", *options)
+    assert second["dense"] == first["pruned"]
+    assert second["pruned"]["mha_width"] == 16 * 4
+    assert second["pruned"]["model_class"] == "LlamaForCausalLM"
