@@ -11,13 +11,13 @@ from transact_core.pruning.closed_form import LayerFit
 
 
 def kept_bare(fits: Sequence[LayerFit]) -> str | None:
-    """One sentence where modules keep the bare cut because no repair did better on held-out text."""
+    """One sentence where modules keep the bare cut as no repair did better on held-out text."""
     kept = sum(fit.is_bare for fit in fits)
     if not kept:
         return None
     return (
-        f"{kept} of {len(fits)} cut modules keep their bare cut: on held-out calibration windows no "
-        "repair did better."
+        f"{kept} of {len(fits)} cut modules keep their bare cut: on held-out calibration "
+        "windows no repair did better."
     )
 
 
