@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import streamlit as st
 
 NARROW = 42
-"""Letters of a title that fit half a page of 1280 pixels."""
+"""Characters of a title that fit half the width of a page 1280 pixels wide."""
 LINE = 22
 """Pixels from one line of a title to the next."""
 
