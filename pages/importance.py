@@ -81,8 +81,8 @@ def show_tail(bench: Bench, scores: Scores, module: str, in_order: bool) -> None
             narrow=True,
         )
     shares = {
-        each: kept_share(getattr(statistics, each).sum_of_squares, kept[each]).numpy()
-        for each in MODULES
+        name: kept_share(getattr(statistics, name).sum_of_squares, kept[name]).numpy()
+        for name in MODULES
     }
     show(
         plan_charts.energy_kept(shares),

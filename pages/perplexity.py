@@ -149,9 +149,12 @@ def takes(bench: Bench, ratios: Sequence[Pair], choices: Choices) -> str:
 def offer_recorded_cuts(bench: Bench, recorded: Example) -> None:
     """The button that measures the cuts of the recorded curve on the model in view."""
     first = recorded.points[0]
-    ratios = [(point.plan.mha_ratio, point.plan.mlp_ratio) for point in recorded.points]
+    # On another model several ratios may come to the same widths.
+    shape, granularity = bench.loaded.architecture, first.plan.granularity
+    pairs = [(point.plan.mha_ratio, point.plan.mlp_ratio) for point in recorded.points]
+    ratios = list({widths(shape, *pair, granularity): pair for pair in pairs}.values())
     choices = Choices(
-        granularity=first.plan.granularity,
+        granularity=granularity,
         importance=first.plan.importance,
         recovery=first.recovery,
     )

@@ -1,4 +1,4 @@
-"""Which cut a page is about."""
+"""The control that chooses the cut that a page shows."""
 
 import streamlit as st
 

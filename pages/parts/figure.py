@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NARROW = 42
-"""Letters of a title that fit half a page of 1280 pixels."""
+"""Characters of a title that fit half the width of a page 1280 pixels wide."""
 LINE = 22
 """Pixels from one line of a title to the next."""
 

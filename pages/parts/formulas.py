@@ -29,9 +29,10 @@ FORMULAS = {
         r"P = \bigl(\textstyle\sum_t w_t\, a_t a_t^{\!\top} + D\bigr)^{-1}",
         r"s_h = \operatorname{tr}\bigl(W_h\, P_{hh}^{-1}\, W_h^{\!\top}\bigr)",
         ("1993", "2208.11580", "2302.04089"),
-        "Backward elimination: the channel that costs least goes, $W$ and $P$ make up for it, and "
-        "so on; a channel's score is its place in that order. A head's is what it cost when its "
-        "turn came. $D$ damps, $w_t$ is the square of the repair's below.",
+        "Backward elimination (OBS pruning): the channel whose removal costs least is removed, $W$ "
+        "and $P$ are updated, and so on; a channel's score is its place in that order. A head's "
+        "score is what its removal cost. $D$ is damping, $w_t$ the square of the weight that the "
+        "repair below gives a token.",
     ),
     "activation-weight": Importance(
         r"s_j = " + WRITTEN + r"\,\sqrt{\textstyle\sum_t a_{tj}^2}",
@@ -43,7 +44,7 @@ FORMULAS = {
         r"s_j = " + WRITTEN + r"^2\,\tfrac{1}{T-1}\textstyle\sum_t (a_{tj}-\bar a_j)^2",
         r"s_h = \operatorname{mean}_{j \in h} s_j",
         ("2312.11983",),
-        "Without the source's standardising, which changes no order within a module.",
+        "Without the standardisation of the source, which does not change the order in a module.",
     ),
     "taylor": Importance(
         r"s_j = \textstyle\sum_{w\in\Omega_j} \bigl|w\,\partial L/\partial w\bigr|",
@@ -60,7 +61,7 @@ FORMULAS = {
     "random": Importance(
         r"s_j \sim \mathcal{U}[0, 1)",
         r"s_h \sim \mathcal{U}[0, 1)",
-        note="No source: a baseline, drawn by lot.",
+        note="No source: a random baseline.",
     ),
 }
 """By the name that an importance is registered under."""

@@ -1,12 +1,13 @@
-"""What the controls that several pages share offer, and what they say of each choice."""
+"""Help texts of the controls that several pages share."""
 
 from transact_core.importance.scores import IMPORTANCES
 
 GRANULARITY_HELP = (
-    "`query-heads` takes the same number of queries from every group and leaves the KV cache; "
-    "`kv-groups` takes whole groups, and the KV cache shrinks with them; `head-dims` makes every "
-    "head narrower, and the KV cache with them; `auto` tries each on held-out calibration text and "
-    "takes the best, which takes about three times as long to measure."
+    "What is removed from the attention. `query-heads` removes the same number of query heads from "
+    "every KV group and leaves the KV cache as it is; `kv-groups` removes whole groups, and the KV "
+    "cache shrinks with them; `head-dims` makes every head narrower, and the KV cache with it; "
+    "`auto` tries each on held-out calibration text and takes the best, which takes about three "
+    "times as long to measure."
 )
 STEPS_HELP = (
     "How often units are scored anew on the model as pruned so far; each step takes about as long "
@@ -18,27 +19,28 @@ SEQUENTIAL_HELP = (
     "and one step."
 )
 RECOVERY_HELP = (
-    "Without training, on the calibration text: `least-squares` fits `o_proj` and `down_proj` "
-    "anew; `bias` adds the mean of what went missing, and its parameters; `none` leaves the bare "
-    "cut."
+    "How the pruned model is repaired, without training, on the calibration text: `least-squares` "
+    "fits `o_proj` and `down_proj` anew; `bias` adds the mean of the missing output as a bias, "
+    "which adds parameters; `none` leaves the bare cut."
 )
 MULTIPLE_HELP = "The MLP's width is rounded to a multiple of this; runtimes like 8, 32, 64 or 256."
 _MEASURES = {
     "activation": "how large a unit's activation is over the calibration text (TransAct)",
-    "activation-weight": "how large what a unit writes is: activation times output weights (Wanda)",
-    "fluctuation": "how much what a unit writes varies about its mean, which a bias could write "
+    "activation-weight": "how large a unit's output is: activation times output weights (Wanda)",
+    "fluctuation": "how much a unit's output varies about its mean, which a bias could replace "
     "(FLAP)",
     "taylor": "how much the loss would change, to first order, without the unit's weights "
     "(LLM-Pruner)",
-    "reconstruction": "how badly the rest, refitted, does without the unit; it chooses for what "
-    "least squares can rebuild",
+    "reconstruction": "the error that remains without the unit after the others are refitted by "
+    "least squares (OBS pruning); best with the recovery `least-squares`",
     "magnitude": "how large the unit's weights are, without looking at any text; a baseline",
-    "random": "nothing: units are drawn by lot; the baseline",
+    "random": "nothing: units are removed at random; the baseline",
 }
 
 
 def measures(importance: str) -> str:
-    """What an importance measures, in a line that goes on after its name."""
+    """What an importance measures, in words that follow its name; its docstring's first line where
+    the table has none."""
     line = _MEASURES.get(importance)
     if line is None:
         line = (IMPORTANCES[importance].__doc__ or "").strip().partition("\n")[0].rstrip(".")

@@ -29,7 +29,7 @@ BENCHES_KEPT = 12
 """More than models: without its model a bench is small, and the pages need no more of it."""
 VISITORS_KEPT = 200
 HELD_BYTES = 1 << 30
-"""Of what all visitors have measured and found out; on disk there is more of it."""
+"""Most bytes of results that are held in memory for all visitors; more of them are on disk."""
 UNASKED_SECONDS = 60
 """The longest estimate of work in the background that begins without being asked for."""
 PACE_TOKENS = 64
@@ -70,7 +70,7 @@ class Opening:
 
 
 class Workbench:
-    """What all sessions of one server share: the queue, visitors, loaded models, open benches."""
+    """State that all sessions of a server share: queue, visitors, loaded models, open benches."""
 
     def __init__(self) -> None:
         # The number of threads that results depend on is the jobs' own.
@@ -96,17 +96,17 @@ class Workbench:
                 return known
             self._visitors[identity] = known
             self._visitors.move_to_end(identity)
-            idle = [key for key, each in self._visitors.items() if not each.unfinished_jobs]
+            idle = [key for key, other in self._visitors.items() if not other.unfinished_jobs]
             for key in idle[: max(0, len(self._visitors) - VISITORS_KEPT)]:
                 if key != identity:
                     del self._visitors[key]
             return known
 
     def make_room(self) -> None:
-        """Lets go of what visitors have beyond `HELD_BYTES`, what was looked at longest ago first.
+        """Drops results of visitors beyond `HELD_BYTES`, those looked at longest ago first.
 
-        Those with unfinished jobs keep theirs. A point let go of is still on disk, and comes from
-        there when it is asked for again.
+        Visitors with unfinished jobs keep theirs. A point that is dropped is still on disk, and is
+        read from there when it is asked for again.
         """
         with self._lock:
             everything = [
@@ -115,9 +115,9 @@ class Workbench:
                 for request, holding in list(visitor.holdings.items())
             ]
             held = sum(size for _, size, _, _ in everything)
-            idle = [each for each in everything if not each[2].unfinished_jobs]
+            idle = [entry for entry in everything if not entry[2].unfinished_jobs]
             # The last one looked at stays however large it is.
-            for _, size, visitor, request in sorted(idle, key=lambda each: each[0])[:-1]:
+            for _, size, visitor, request in sorted(idle, key=lambda entry: entry[0])[:-1]:
                 if held <= HELD_BYTES:
                     return
                 visitor.holdings.pop(request, None)
@@ -133,7 +133,7 @@ class Workbench:
                 )
                 opening = self._openings[request] = Opening(bench, self._dense(request, bench))
             self._openings.move_to_end(request)
-            ended = [key for key, each in self._openings.items() if each.bench.finished]
+            ended = [key for key, old in self._openings.items() if old.bench.finished]
             for key in ended[: max(0, len(self._openings) - BENCHES_KEPT)]:
                 if key != request:
                     del self._openings[key]
@@ -284,7 +284,7 @@ class Workbench:
         key = request.model_key
         if key not in self._models:
             # Room is made first, so that the old and the new model are not held at once.
-            unused = [each for each, held in self._models.items() if held is not self._in_use]
+            unused = [old for old, held in self._models.items() if held is not self._in_use]
             for dropped in unused[: max(0, len(self._models) - MODELS_KEPT + 1)]:
                 self._forget(dropped)
             require_readable_source(request.model, settings())
@@ -293,7 +293,7 @@ class Workbench:
         return self._models[key]
 
     def _forget(self, key: tuple[str, str, str]) -> None:
-        """Lets go of a model: its benches stay, with what was measured on them."""
+        """Drops a model; its benches stay, with what was measured on them."""
         loaded = self._models.pop(key)
         for bench in list(self._benches):
             if bench.loaded is loaded:

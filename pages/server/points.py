@@ -32,7 +32,7 @@ def asked_by(cut: Cut, known: Iterable[Measurement]) -> Measurement | None:
 def add_point(known: list[Measurement], point: Measurement) -> None:
     """A point joins others; it takes the place of one with the same cut."""
     same = identity(point.plan, point.recovery)
-    others = [each for each in known if identity(each.plan, each.recovery) != same]
+    others = [other for other in known if identity(other.plan, other.recovery) != same]
     known[:] = [*others, point][-POINTS_KEPT:]
     workbench().make_room()
 

@@ -25,7 +25,7 @@ class Request:
 
     @property
     def model_key(self) -> tuple[str, str, str]:
-        """What tells one loaded model from another."""
+        """Identifies a loaded model among others."""
         return self.model, self.device, self.dtype
 
     @property
@@ -35,7 +35,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Cut:
-    """What the controls of the Compress page say."""
+    """A cut as the controls of the Compress page describe it."""
 
     mha_ratio: float = 0.33
     mlp_ratio: float = 0.3
@@ -53,7 +53,7 @@ class Cut:
 
     @property
     def choices(self) -> Choices:
-        return Choices(**{each.name: getattr(self, each.name) for each in fields(Choices)})
+        return Choices(**{field.name: getattr(self, field.name) for field in fields(Choices)})
 
     @classmethod
     def of(cls, point: Measurement) -> "Cut":
@@ -72,13 +72,14 @@ class Cut:
 
 
 def first_look(choices: Choices) -> Choices:
-    """What a plan is drawn by while `auto`, steps and sequential choices are not decided."""
+    """The choices that a plan is drawn with until `auto`, steps or sequential choices are decided:
+    query heads, scored once."""
     granularity = choices.granularity if choices.granularity != "auto" else Choices.granularity
     return replace(choices, granularity=granularity, steps=1, sequential=False)
 
 
 def what_to_learn(choices: Choices) -> Choices:
-    """The choices that a prediction's measurements depend on; the rest are as usual."""
+    """The choices that a prediction's measurements depend on; all others at their defaults."""
     if choices.granularity == "head-dims":
         return replace(choices, steps=1, multiple_of=1, head_dim_multiple_of=1, sequential=False)
     return Choices(importance=choices.importance)

@@ -27,7 +27,7 @@ def start(title: str, work: Work, about: Hashable) -> Job:
     visitor = visit().visitor
     finished = [job for job in visitor.jobs if job.finished][-FINISHED_JOBS_KEPT:]
     job = workbench().queue.submit(title, work, owner=visitor, about=about)
-    visitor.jobs[:] = [each for each in visitor.jobs if not each.finished or each in finished]
+    visitor.jobs[:] = [old for old in visitor.jobs if not old.finished or old in finished]
     visitor.jobs.append(job)
     return job
 
@@ -72,13 +72,13 @@ def start_curve(bench: Bench, ratios: list[Pair], choices: Choices) -> None:
         bench.dense(report)
         del bench
         yield 0, len(missing)
-        for number, pair in enumerate(missing, start=1):
+        for place, pair in enumerate(missing, start=1):
 
-            def counted(stage: str, done: int, total: int, number: int = number) -> None:
-                report(f"point {number} of {len(missing)}: {stage.lower()}", done, total)
+            def counted(stage: str, done: int, total: int, place: int = place) -> None:
+                report(f"point {place} of {len(missing)}: {stage.lower()}", done, total)
 
             add_point(mine, point_at(workbench().bench(request, report), pair, choices, counted))
-            yield number, len(missing)
+            yield place, len(missing)
         return len(missing)
 
     start(f"Curve up to {in_words(missing[0])}", work, ("curve", request))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 
 import pytest
@@ -299,9 +300,11 @@ def test_a_recorded_curve_is_shown_until_there_is_a_point(opened, open_page):
     assert "**Recorded, not measured here**" in texts(page)
     (chart,) = page.get("plotly_chart")
     assert "Recorded: " in chart.proto.spec
-    assert f"Measuring {len(example().points)} cuts takes" in texts(page)
+    assert re.search(r"Measuring \d cuts takes (about \d+ s|a few seconds)\.", texts(page))
     job = work_of(page, "Measure the recorded cuts here")
-    assert job.result == len(mlp_ratios(page.session_state["visit"])) > 1
+    # On this model some of the recorded ratios come to the same widths.
+    assert 1 < job.result < len(example().points)
+    assert job.result == len(mlp_ratios(page.session_state["visit"]))
     page.run()
     assert not page.exception
     assert "Recorded" not in texts(page)
