@@ -200,30 +200,30 @@ def pieces_done(page: Page) -> int:
 
 def ask_for_cuts(seen: Seen, address: str, turn: int) -> None:
     """All visitors but the first request a cut, and wait until each has its figure."""
-    for each in seen.others:
-        mha, mlp = (round(100 * ratio) for ratio in each.ratios[turn])
+    for visitor in seen.others:
+        mha, mlp = (round(100 * ratio) for ratio in visitor.ratios[turn])
         began = time.monotonic()
-        each.page.goto(f"{address}/compress?mha={mha}&mlp={mlp}")
-        at(each.page, mha, mlp)
+        visitor.page.goto(f"{address}/compress?mha={mha}&mlp={mlp}")
+        at(visitor.page, mha, mlp)
         seen.page_seconds.append(time.monotonic() - began)
-        settle(each.page)
+        settle(visitor.page)
     asked = {}
-    for each in seen.others:
-        button(each.page, "Prune and measure perplexity").click()
+    for visitor in seen.others:
+        button(visitor.page, "Prune and measure perplexity").click()
         seen.pieces = max(seen.pieces, pieces_done(seen.first.page))
-        asked[each.page] = time.monotonic(), seen.pieces
+        asked[visitor.page] = time.monotonic(), seen.pieces
     waiting = list(seen.others)
     while waiting:
         seen.pieces = max(seen.pieces, pieces_done(seen.first.page))
-        for each in list(waiting):
-            figure = metric(each.page, "Perplexity, measured")
+        for visitor in list(waiting):
+            figure = metric(visitor.page, "Perplexity, measured")
             if figure.is_visible():
-                each.printed.append(figure.inner_text())
-                began, pieces = asked[each.page]
-                each.seconds.append(time.monotonic() - began)
-                each.pieces.append(seen.pieces - pieces)
-                waiting.remove(each)
-            seen.words |= set(WAITING.findall(sidebar(each.page).inner_text()))
+                visitor.printed.append(figure.inner_text())
+                began, pieces = asked[visitor.page]
+                visitor.seconds.append(time.monotonic() - began)
+                visitor.pieces.append(seen.pieces - pieces)
+                waiting.remove(visitor)
+            seen.words |= set(WAITING.findall(sidebar(visitor.page).inner_text()))
         seen.words |= set(WAITING.findall(sidebar(seen.first.page).inner_text()))
         taken = time.monotonic() - min(began for began, _ in asked.values())
         assert taken < ROUND_SECONDS, f"{len(waiting)} cuts have not come"
@@ -255,11 +255,13 @@ def go_through(
         for number in range(visitors - 1)
     ]
     seen = Seen(first, others, [])
-    for each in (first, *others):
-        page = "perplexity" if each is first else "compress"
-        ask_to_open(each.page, f"{address}/{page}", each.folder, evaluation_tokens, sequence_length)
-    for each in (first, *others):
-        expect(sidebar(each.page).get_by_text(each.folder.name, exact=True)).to_be_visible()
+    for visitor in (first, *others):
+        page = "perplexity" if visitor is first else "compress"
+        ask_to_open(
+            visitor.page, f"{address}/{page}", visitor.folder, evaluation_tokens, sequence_length
+        )
+    for visitor in (first, *others):
+        expect(sidebar(visitor.page).get_by_text(visitor.folder.name, exact=True)).to_be_visible()
     expect(button(first.page, "Measure the curve")).to_be_visible()
     settle(first.page)
     measure_mlp_curve(first.page, curve_points)
@@ -273,12 +275,12 @@ def go_through(
     expect(
         sidebar(first.page).get_by_text(re.compile("Curve .* · (cancelled|done)"))
     ).to_be_visible()
-    for each in (first, *others):
-        each.page.goto(f"{address}/perplexity")
-        expect(each.page.get_by_text("All points")).to_be_visible()
-        settle(each.page)
-        each.charted = charted(each.page)
-        expect(each.page.get_by_test_id("stException")).to_have_count(0)
+    for visitor in (first, *others):
+        visitor.page.goto(f"{address}/perplexity")
+        expect(visitor.page.get_by_text("All points")).to_be_visible()
+        settle(visitor.page)
+        visitor.charted = charted(visitor.page)
+        expect(visitor.page.get_by_test_id("stException")).to_have_count(0)
     # All widths are others where the model has that many channels.
     asked = [(0.0, round(float(step), 2)) for step in np.linspace(0, 0.7, curve_points + 1)[1:]]
     seen.curve = most_informative_first(asked)[: len(first.charted)]
@@ -309,12 +311,14 @@ def check(seen: Seen, evaluation_tokens: int, sequence_length: int) -> None:
     curve = computed(seen.first.folder, seen.curve, "none", *texts)
     assert sorted(seen.first.charted) == sorted(curve), (seen.first.charted, curve)
     figures = set(curve)
-    for number, each in enumerate(seen.others, start=2):
-        assert each.errors == [], f"visitor {number}"
-        mine = computed(each.folder, each.ratios, Choices.recovery, *texts)
-        assert sorted(each.charted) == sorted(mine), f"visitor {number}: {each.charted}, {mine}"
-        assert each.printed == [f"{figure:.2f}" for figure in mine], f"visitor {number}"
-        assert max(each.pieces) <= PIECES_WAITED_AT_MOST, f"visitor {number}: {each.pieces}"
+    for number, visitor in enumerate(seen.others, start=2):
+        assert visitor.errors == [], f"visitor {number}"
+        mine = computed(visitor.folder, visitor.ratios, Choices.recovery, *texts)
+        assert sorted(visitor.charted) == sorted(mine), (
+            f"visitor {number}: {visitor.charted}, {mine}"
+        )
+        assert visitor.printed == [f"{figure:.2f}" for figure in mine], f"visitor {number}"
+        assert max(visitor.pieces) <= PIECES_WAITED_AT_MOST, f"visitor {number}: {visitor.pieces}"
         # Equal figures could not show whose figure a visitor saw.
         assert not figures & set(mine), "two visitors have the same figure"
         figures |= set(mine)
@@ -336,7 +340,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="transact-load-") as name, sync_playwright() as play:
         folder = Path(name)
         folders = write_models(folder, MODELS)
-        sizes = {each.name: (each / "model.safetensors").stat().st_size for each in folders}
+        sizes = {path.name: (path / "model.safetensors").stat().st_size for path in folders}
         browser = start_chromium(play)
         with server(folder) as (address, memory):
             idle = memory.now()
@@ -355,8 +359,8 @@ def main() -> None:
         os.environ["TRANSACT_CACHE"] = str(folder / "own")
         torch.set_num_threads(job_threads())
         check(seen, *texts)
-    cuts = [seconds for each in seen.others for seconds in each.seconds]
-    pieces = [count for each in seen.others for count in each.pieces]
+    cuts = [seconds for visitor in seen.others for seconds in visitor.seconds]
+    pieces = [count for visitor in seen.others for count in visitor.pieces]
     print(
         f"{chosen.visitors} visitors, {len(folders)} models of "
         f"{', '.join(megabytes(size) for size in sizes.values())} (together "

@@ -45,8 +45,9 @@ def entry(folder, name: str, unused: float = 0, kilobytes: int = 100):
     return path
 
 
-def value(number: float) -> dict[str, torch.Tensor]:
-    return {"values": torch.full((25_000,), number)}
+def value(number: int) -> dict[str, torch.Tensor]:
+    """100 kB of float32."""
+    return {"values": torch.full((25_000,), float(number))}
 
 
 def test_the_limit_is_read_from_the_environment(monkeypatch):

@@ -57,7 +57,7 @@ def remembered(key: dict[str, object], compute: Callable[[], Tensors]) -> Tensor
     written, the result is computed each time.
 
     Raises:
-        TransActError: `TRANSACT_CACHE_GB` is not a number; said before anything is computed.
+        TransActError: `TRANSACT_CACHE_GB` is not a number; raised before anything is computed.
     """
     limit = cache_limit_bytes()
     name = digest(key)
