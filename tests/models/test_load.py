@@ -10,10 +10,12 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
-from tests.conftest import same_weights, snapshot
+from tests.conftest import KINDS, make_model, same_weights, snapshot
 from transact_core.base.errors import TransActError
 from transact_core.base.files import sha256_of_file
+from transact_core.models import checkpoint_folder
 from transact_core.models import load as models
 from transact_core.models.load import load_model
 
@@ -64,9 +66,6 @@ def test_the_source_dtype_is_remembered(gqa_model, tokenizer, tmp_path, dtype):
         ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "MistralForCausalLM"),
         ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "Qwen2ForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "GPTQ.*original float checkpoint"),
-        ({"quantization_config": {"quant_method": "awq"}}, "AWQ.*original float checkpoint"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes.*original"),
         ({"num_hidden_layers": 4}, "lack the tensor model.layers.3"),
         ({"num_hidden_layers": 1_000_000}, "lack the tensor"),
         ({"intermediate_size": 41}, r"has shape \[40, 48\].*makes it \[41, 48\]"),
@@ -136,8 +135,8 @@ def test_a_missing_tensor_is_named(checkpoint):
 
 
 def test_an_index_that_leaves_its_folder_is_refused(checkpoint):
-    index = {"weight_map": {"lm_head.weight": "../outside.safetensors"}}
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    leave_index(checkpoint, ["../outside.safetensors"])
+    (checkpoint / "model.safetensors").unlink()
     refuse(checkpoint, "outside its folder")
 
 
@@ -166,6 +165,148 @@ def test_packed_weights_without_a_word_in_the_configuration_are_refused(checkpoi
     refuse(checkpoint, "GPTQ and AWQ.*original float checkpoint")
     (checkpoint / "quantize_config.json").write_text("{}")
     refuse(checkpoint, "quantize_config.json.*original float checkpoint")
+
+
+def store(folder, **changed):
+    """Adds tensors to the single weight file, or replaces those of the same name."""
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | changed, path, {"format": "pt"})
+
+
+PACKED = {
+    "gptq": {"model.layers.0.mlp.up_proj.qweight": torch.ones(5, 48, dtype=torch.int32)},
+    "awq": {"model.layers.0.mlp.up_proj.qzeros": torch.ones(5, 48, dtype=torch.int32)},
+    "bitsandbytes": {"model.layers.0.mlp.up_proj.weight": torch.ones(960, 1, dtype=torch.uint8)},
+    "fp8": {"model.layers.0.mlp.up_proj.weight": torch.ones(40, 48).to(torch.float8_e4m3fn)},
+    "modelopt": {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)},
+}
+
+
+@pytest.mark.parametrize("method", PACKED)
+def test_quantised_weights_are_refused_with_their_method(checkpoint, method):
+    edit_config(checkpoint, quantization_config={"quant_method": method})
+    store(checkpoint, **PACKED[method])
+    refuse(checkpoint, f"(?i){method}.*original float checkpoint")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
+def test_a_quantisation_that_is_only_named_is_not_believed(checkpoint, gqa_model, method):
+    edit_config(checkpoint, quantization_config={"quant_method": method, "bits": 4})
+    loaded = load_model(str(checkpoint))
+    assert same_weights(loaded.model, snapshot(gqa_model))
+    assert not hasattr(loaded.model.config, "quantization_config")
+    assert any("its weights are floats" in notice for notice in loaded.notices)
+
+
+def test_a_file_of_a_quantiser_beside_float_weights_is_not_believed(checkpoint, gqa_model):
+    (checkpoint / "quantize_config.json").write_text("{}")
+    loaded = load_model(str(checkpoint))
+    assert same_weights(loaded.model, snapshot(gqa_model))
+    assert "quantize_config.json" in loaded.notices[0]
+
+
+# --- an LM head of its own in a configuration that says tied -----------------------------------
+
+
+@pytest.fixture
+def tied_checkpoint(tokenizer, tmp_path):
+    folder = tmp_path / "tied"
+    make_model(**KINDS["gqa-tied"]).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_stored_lm_head_of_its_own_is_kept(tied_checkpoint):
+    head = torch.randn(320, 48, generator=torch.Generator().manual_seed(1))
+    store(tied_checkpoint, **{"lm_head.weight": head})
+    loaded = load_model(str(tied_checkpoint))
+    stock = LlamaForCausalLM.from_pretrained(tied_checkpoint)
+    assert torch.equal(loaded.model.lm_head.weight, head)
+    assert same_weights(loaded.model, snapshot(stock))
+    assert not loaded.model.config.tie_word_embeddings
+    assert not loaded.architecture.tie_word_embeddings
+    (notice,) = loaded.notices
+    assert "treated as untied" in notice
+
+
+def test_a_stored_copy_of_the_embedding_stays_tied(tied_checkpoint):
+    embedding = load_file(tied_checkpoint / "model.safetensors")["model.embed_tokens.weight"]
+    store(tied_checkpoint, **{"lm_head.weight": embedding.clone()})
+    loaded = load_model(str(tied_checkpoint))
+    assert loaded.architecture.tie_word_embeddings
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+    assert loaded.notices == ()
+
+
+def test_a_difference_in_the_last_row_is_seen(tied_checkpoint, monkeypatch):
+    monkeypatch.setattr(checkpoint_folder, "COMPARED_BYTES", 4 * 48 * 100)
+    embedding = load_file(tied_checkpoint / "model.safetensors")["model.embed_tokens.weight"]
+    head = embedding.clone()
+    head[-1, -1] += 1
+    store(tied_checkpoint, **{"lm_head.weight": head})
+    assert not load_model(str(tied_checkpoint)).architecture.tie_word_embeddings
+
+
+def test_an_lm_head_of_another_shape_is_refused(tied_checkpoint):
+    """As transformers refuses it."""
+    store(tied_checkpoint, **{"lm_head.weight": torch.ones(300, 48)})
+    refuse(tied_checkpoint, r"lm_head.weight in .* has shape \[300, 48\]")
+
+
+# --- files left over from an earlier save ------------------------------------------------------
+
+
+def leave_index(folder, names):
+    index = {"weight_map": {f"tensor {name}": name for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_an_index_that_is_left_over_is_not_followed(checkpoint, gqa_model):
+    leave_index(checkpoint, ["model-00001-of-00002.safetensors"])
+    loaded = load_model(str(checkpoint))
+    assert same_weights(loaded.model, snapshot(gqa_model))
+    assert list(loaded.weight_files) == ["model.safetensors"]
+
+
+def test_old_shards_beside_new_weights_are_not_fingerprinted(gqa_model, tokenizer, tmp_path):
+    make_model(num_key_value_heads=3, initializer_range=0.1).save_pretrained(
+        tmp_path, max_shard_size="40KB"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    gqa_model.save_pretrained(tmp_path / "new")
+    (tmp_path / "new" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    loaded = load_model(str(tmp_path))
+    stock = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert same_weights(stock, snapshot(gqa_model))
+    assert same_weights(loaded.model, snapshot(stock))
+    assert loaded.weight_files == {
+        "model.safetensors": sha256_of_file(tmp_path / "model.safetensors")
+    }
+
+
+def test_weights_that_the_configuration_names_are_the_ones_that_stock_loads(checkpoint):
+    other = make_model(num_key_value_heads=3, initializer_range=0.1)
+    save_file(snapshot(other), checkpoint / "other.safetensors", {"format": "pt"})
+    edit_config(checkpoint, transformers_weights="other.safetensors")
+    loaded = load_model(str(checkpoint))
+    assert same_weights(LlamaForCausalLM.from_pretrained(checkpoint), snapshot(other))
+    assert same_weights(loaded.model, snapshot(other))
+    assert list(loaded.weight_files) == ["other.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("named", "complaint"),
+    [
+        ("../other.safetensors", "no safetensors file of that folder"),
+        ("/etc/passwd", "no safetensors file of that folder"),
+        ("pytorch_model.bin", "no safetensors file of that folder"),
+        ("missing.safetensors", "lacks the weight file missing.safetensors"),
+        ({"a": 1}, "no safetensors file of that folder"),
+    ],
+)
+def test_other_names_for_the_weights_are_refused(checkpoint, named, complaint):
+    edit_config(checkpoint, transformers_weights=named)
+    refuse(checkpoint, complaint)
 
 
 def test_tensors_that_no_llama_has_are_left_out_and_that_is_said(checkpoint, capfd):
@@ -211,8 +352,8 @@ def test_a_tokenizer_with_code_of_its_own_is_not_asked_about(checkpoint):
 
 
 def test_an_index_that_names_a_pickle_is_refused(checkpoint):
-    index = {"weight_map": {"lm_head.weight": "pytorch_model.bin"}}
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    leave_index(checkpoint, ["pytorch_model.bin"])
+    (checkpoint / "model.safetensors").unlink()
     refuse(checkpoint, "is a pickle")
 
 
@@ -319,9 +460,7 @@ def write_gguf(path, model, tokenizer, quantisation=None, architecture="llama", 
 
 @pytest.fixture
 def wide_model():
-    """Quantised blocks are of 32 values, so its rows are too."""
-    from tests.conftest import make_model
-
+    """Its rows are multiples of 32 values, the size of a quantised block."""
     return make_model(
         hidden_size=64,
         intermediate_size=96,

@@ -17,6 +17,7 @@ from transact_core.experiments.bench import Bench, Measurement, measure, model_r
 from transact_core.export.compression import Compression
 from transact_core.export.model_card import kept_bare, model_card
 from transact_core.export.runtimes import readings_of_cut
+from transact_core.export.tokenizer_files import save_tokenizer
 from transact_core.export.writer import CheckpointWriter
 from transact_core.forward.perplexity import Evaluation
 from transact_core.models.checkpoint_folder import read_checkpoint
@@ -81,7 +82,7 @@ def _write_beside(
 ) -> None:
     """What an output folder holds beside weights and configurations."""
     result = report(bench, measurement)
-    bench.loaded.tokenizer.save_pretrained(folder)
+    save_tokenizer(bench.loaded.tokenizer, folder, bench.loaded.folder)
     (folder / "compression.json").write_text(compression.to_json())
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     loaded = bench.loaded

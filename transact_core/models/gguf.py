@@ -98,7 +98,8 @@ def inspect_gguf(path: Path) -> Inspection:
     leftovers = require_tensors(
         path, architecture, _huggingface_shapes(tensors, architecture), "its metadata"
     )
-    return Inspection(architecture, [path], _gguf_dtype(reader), leftovers)
+    notices = (leftovers,) if leftovers else ()
+    return Inspection(architecture, [path], _gguf_dtype(reader), notices)
 
 
 def _huggingface_shapes(

@@ -53,6 +53,9 @@ class LoadedModel:
     """Of the stored weights; float16 where they came from a quantised GGUF."""
     notices: tuple[str, ...] = field(default=())
     """What the user should know about this load."""
+    folder: Path | None = None
+    """The folder that model and tokenizer were read from: for a GGUF file the converted one, None
+    for a model that was not read from disk."""
 
     @property
     def name(self) -> str:
@@ -133,7 +136,8 @@ def load_model(
     progress("Loading the weights", 2, 3)
     if converts:
         convert_gguf(path, found.dtype, folder)
-    model, tokenizer = load_folder(folder, compute_dtype)
+    tied = found.architecture.tie_word_embeddings
+    model, tokenizer = load_folder(folder, compute_dtype, tied)
     model = model.to(target).eval().requires_grad_(False)
     progress("Loading the weights", 3, 3)
     return LoadedModel(
@@ -143,9 +147,10 @@ def load_model(
         source=source,
         weight_files=weight_files,
         source_dtype=found.dtype,
+        folder=folder,
         notices=tuple(
             notice
-            for notice in (tight, found.leftovers, _rounding(found.dtype, compute_dtype))
+            for notice in (tight, *found.notices, _rounding(found.dtype, compute_dtype))
             if notice
         ),
     )
