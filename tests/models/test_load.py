@@ -16,6 +16,7 @@ from tests.conftest import KINDS, make_model, same_weights, snapshot
 from transact_core.base.errors import TransActError
 from transact_core.base.files import sha256_of_file
 from transact_core.models import checkpoint_folder
+from transact_core.models import gguf as gguf_files
 from transact_core.models import load as models
 from transact_core.models.load import load_model
 
@@ -404,10 +405,24 @@ GGUF_NAMES = {
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows in the order GGUF keeps them: a rotary pair's two halves side by side."""
-    return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, model, tokenizer, quantisation=None, architecture="llama", extra=None):
+def write_gguf(
+    path,
+    model,
+    tokenizer,
+    quantisation=None,
+    architecture="llama",
+    extra=None,
+    metadata=None,
+    without=(),
+):
+    """Writes a model as llama.cpp's converter does.
+
+    `extra` are further tensors, `metadata` further numbers and strings, `without` names of a
+    layer's tensors that are left out.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
@@ -437,7 +452,9 @@ def write_gguf(path, model, tokenizer, quantisation=None, architecture="llama", 
                 values = permuted(values, config.num_attention_heads)
             if inner.endswith("k_proj"):
                 values = permuted(values, config.num_key_value_heads)
-            target = f"blk.{parts[2]}.{GGUF_NAMES[inner]}.weight"
+            target = f"blk.{parts[2]}.{GGUF_NAMES[inner]}.{parts[-1]}"
+            if target.split(".", 2)[2] in without:
+                continue
         else:
             target = {
                 "model.embed_tokens.weight": "token_embd.weight",
@@ -451,6 +468,9 @@ def write_gguf(path, model, tokenizer, quantisation=None, architecture="llama", 
             writer.add_tensor(target, values)
     for name, values in (extra or {}).items():
         writer.add_tensor(name, values)
+    adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in (metadata or {}).items():
+        adders[type(value)](key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -461,13 +481,7 @@ def write_gguf(path, model, tokenizer, quantisation=None, architecture="llama", 
 @pytest.fixture
 def wide_model():
     """Its rows are multiples of 32 values, the size of a quantised block."""
-    return make_model(
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
+    return make_model(**WIDE)
 
 
 def test_a_gguf_file_loads_as_the_model_it_was(wide_model, tokenizer, tmp_path):
@@ -478,6 +492,104 @@ def test_a_gguf_file_loads_as_the_model_it_was(wide_model, tokenizer, tmp_path):
     assert loaded.weight_files == {"tiny.gguf": sha256_of_file(path)}
     text = "one fish, two fish"
     assert loaded.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+WIDE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+@pytest.mark.parametrize(
+    "biases",
+    [{"attention_bias": True}, {"mlp_bias": True}, {"attention_bias": True, "mlp_bias": True}],
+)
+@pytest.mark.parametrize("quantisation", [None, gguf.GGMLQuantizationType.Q8_0])
+def test_biases_of_a_gguf_file_are_read(tokenizer, tmp_path, biases, quantisation):
+    model = make_model(**WIDE, **biases)
+    path = write_gguf(tmp_path / "biased.gguf", model, tokenizer, quantisation)
+    loaded = load_model(str(path))
+    assert loaded.model.state_dict().keys() == model.state_dict().keys()
+    for name, bias in model.named_parameters():
+        if name.endswith("bias"):
+            expected = bias if quantisation is None else bias.half().float()
+            assert torch.equal(loaded.model.get_parameter(name), expected)
+    ids = torch.arange(40)[None]
+    with torch.inference_mode():
+        difference = (loaded.model(ids).logits - model(ids).logits).abs().max()
+    assert difference < (1e-4 if quantisation is None else 1)
+
+
+def test_special_token_ids_are_those_of_the_gguf_file(wide_model, tokenizer, tmp_path):
+    """transformers' reader leaves the ids of LLaMA 1, at which other models do not stop."""
+    ends = {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.padding_token_id": 9}
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer, metadata=ends)
+    model = load_model(str(path)).model
+    for config in (model.config, model.generation_config):
+        assert (config.bos_token_id, config.pad_token_id) == (0, 9)
+    assert model.config.eos_token_id == 1
+    assert model.generation_config.eos_token_id == [1, 7]
+
+
+def test_biases_that_a_gguf_file_lacks_beside_others_are_zero(tokenizer, tmp_path):
+    """Models in the manner of Qwen have biases at Q, K and V alone."""
+    model = make_model(**WIDE, attention_bias=True)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.bias.zero_()
+    path = write_gguf(tmp_path / "q.gguf", model, tokenizer, without=("attn_output.bias",))
+    assert same_weights(load_model(str(path)).model, snapshot(model))
+
+
+def test_tensors_that_a_llama_gguf_file_cannot_have_are_refused(wide_model, tokenizer, tmp_path):
+    extra = {"blk.0.attn_q_norm.weight": np.ones(16, dtype=np.float32)}
+    path = write_gguf(tmp_path / "normed.gguf", wide_model, tokenizer, extra=extra)
+    refuse(path, "does not have; they are left out: blk.0.attn_q_norm.weight; a model without")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "complaint"),
+    [
+        ({"llama.rope.scaling.factor": 4.0}, "scales its rotary frequencies"),
+        ({"llama.rope.scale_linear": 4.0}, "scales its rotary frequencies"),
+        ({"llama.attention.key_length": 32}, "rotates 16 of the 32 dimensions"),
+        ({"split.count": 3, "split.no": 0}, "one of 3 parts of a split.*--merge"),
+    ],
+)
+def test_metadata_that_the_reader_drops_is_refused(
+    wide_model, tokenizer, tmp_path, metadata, complaint
+):
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer, metadata=metadata)
+    refuse(path, complaint)
+
+
+@pytest.mark.parametrize("metadata", [{"llama.rope.scaling.factor": 1.0}, {"split.count": 1}])
+def test_metadata_that_changes_nothing_is_accepted(wide_model, tokenizer, tmp_path, metadata):
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer, metadata=metadata)
+    assert same_weights(load_model(str(path)).model, snapshot(wide_model))
+
+
+def test_a_part_of_a_split_gguf_file_without_tensors_is_named_as_one(tmp_path):
+    """llama-gguf-split can put the metadata into a first part of its own."""
+    writer = gguf.GGUFWriter(tmp_path / "m-00001-of-00002.gguf", "llama")
+    writer.add_uint16("split.count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refuse(tmp_path / "m-00001-of-00002.gguf", "one of 2 parts of a split GGUF file")
+
+
+def test_what_an_older_conversion_made_is_made_again(wide_model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer)
+    first = load_model(str(path)).folder
+    monkeypatch.setattr(gguf_files, "CONVERSION", gguf_files.CONVERSION + 1)
+    second = load_model(str(path)).folder
+    assert first != second
+    assert [folder for folder in (first, second) if folder.exists()] == [second]
 
 
 def test_a_gguf_file_is_converted_once(wide_model, tokenizer, tmp_path, monkeypatch):

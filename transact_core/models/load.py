@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from transact_core.base.errors import Progress, TransActError, first_line, silent
-from transact_core.base.files import cache_folder, sha256_of_file
+from transact_core.base.files import sha256_of_file
 from transact_core.models.architecture import Architecture
 from transact_core.models.checkpoint_folder import (
     PICKLE_SUFFIXES,
@@ -26,6 +26,7 @@ from transact_core.models.checkpoint_folder import (
 from transact_core.models.devices import dtype_name, estimate_memory, resolve_device, resolve_dtype
 from transact_core.models.gguf import (
     convert_gguf,
+    converted_folder,
     inspect_converted,
     inspect_gguf,
     require_plausible_size,
@@ -120,9 +121,8 @@ def load_model(
         found = inspect_folder(path)
     elif path.suffix.lower() == ".gguf":
         require_plausible_size(path, target)
-        # A GGUF file is kept as a checkpoint, which later loads in a second. It was looked through
-        # before it was converted.
-        folder = cache_folder() / "models" / sha256_of_file(path)
+        # A GGUF file is converted once to a checkpoint folder, which then loads in a second.
+        folder = converted_folder(path)
         found = inspect_converted(folder, path) or inspect_gguf(path)
     elif path.suffix in PICKLE_SUFFIXES:
         raise TransActError(pickle_refusal(path.name))
@@ -135,7 +135,7 @@ def load_model(
     weight_files = {file.name: sha256_of_file(file) for file in found.files}
     progress("Loading the weights", 2, 3)
     if converts:
-        convert_gguf(path, found.dtype, folder)
+        convert_gguf(path, found, folder)
     tied = found.architecture.tie_word_embeddings
     model, tokenizer = load_folder(folder, compute_dtype, tied)
     model = model.to(target).eval().requires_grad_(False)
