@@ -15,6 +15,7 @@ from transact_core.base.files import require_disk_space, require_free_output, st
 from transact_core.data.windows import Windows
 from transact_core.experiments.bench import Bench, Measurement, measure, model_report
 from transact_core.export.compression import Compression
+from transact_core.export.licence import keep_licence
 from transact_core.export.model_card import kept_bare, model_card
 from transact_core.export.runtimes import readings_of_cut
 from transact_core.export.tokenizer_files import save_tokenizer
@@ -87,7 +88,9 @@ def _write_beside(
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     loaded = bench.loaded
     others = readings_of_cut(compression.plan, loaded.architecture, loaded.model.config)
-    card = model_card(loaded.name, compression, result, others, kept_bare(measurement.fits))
+    bare = kept_bare(measurement.fits)
+    card = model_card(loaded.name, compression, result, others, bare, loaded.licence)
+    keep_licence(loaded.licence, folder, loaded.folder)
     (folder / "README.md").write_text(card)
 
 

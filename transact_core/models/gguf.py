@@ -51,6 +51,8 @@ MOST_ITEMS = 10_000_000
 CONVERSION = 2
 """Version of what `convert_gguf` makes of a file, raised whenever that changes. Folders that an
 older version made are not used."""
+LICENCE_PARTS = ("", ".name", ".link")
+"""Endings of the keys `general.license` of a GGUF file's metadata."""
 NOTICES_FILE = "transact_notices.json"
 """File of a converted folder with the notices of its inspection, a list of sentences."""
 ATTENTION_BIASES = tuple(f"attn_{part}.bias" for part in ("q", "k", "v", "output"))
@@ -257,6 +259,7 @@ def convert_gguf(path: Path, found: Inspection, folder: Path) -> None:
             model.save_pretrained(staging, max_shard_size="1000GB")
             tokenizer.save_pretrained(staging)
             (staging / NOTICES_FILE).write_text(json.dumps(found.notices))
+            _write_licence(staging, path)
     except TransActError:
         # Another process that converts the same file may have been faster.
         if not folder.is_dir():
@@ -282,6 +285,16 @@ def _set_special_token_ids(model: LlamaForCausalLM, path: Path) -> None:
         config.eos_token_id = ends[0] if ends else None
     if len(ends) > 1:
         model.generation_config.eos_token_id = ends
+
+
+def _write_licence(folder: Path, path: Path) -> None:
+    """Writes the licence that a GGUF file names as the front matter of a model card."""
+    fields = _read_gguf(path).fields
+    keys = {f"general.license{part}": f"license{part.replace('.', '_')}" for part in LICENCE_PARTS}
+    stated = {name: fields[key].contents() for key, name in keys.items() if key in fields}
+    lines = [f"{name}: {json.dumps(str(value))}" for name, value in stated.items()]
+    if lines:
+        (folder / "README.md").write_text("\n".join(["---", *lines, "---", ""]), encoding="utf-8")
 
 
 def _gguf_dtype(reader: GGUFReader) -> torch.dtype:
