@@ -438,6 +438,8 @@ def write_gguf(
     stored = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = sorted(stored["vocab"], key=stored["vocab"].get)
     writer.add_tokenizer_model("gpt2")
+    if "tokenizer.ggml.pre" not in (metadata or {}):
+        writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_merges([" ".join(pair) for pair in stored["merges"]])
     writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens])
@@ -647,6 +649,7 @@ def test_truncated_gguf_files_are_refused(wide_model, tokenizer, tmp_path, keep)
         ("add_layer_norm_rms_eps", "does not say llama.attention.layer_norm_rms_epsilon"),
         ("add_head_count_kv", r"k_proj.weight in .* has shape \[32, 64\].*makes it \[64, 64\]"),
         ("add_token_list", "does not say tokenizer.ggml.tokens"),
+        ("add_token_merges", "does not say tokenizer.ggml.merges"),
     ],
 )
 def test_gguf_metadata_that_is_missing_is_named(

@@ -22,9 +22,9 @@ from gguf import (
     ReaderTensor,
     get_tensor_name_map,
 )
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from transact_core.base.errors import TransActError, first_line
+from transact_core.base.errors import INTERRUPTIONS, TransActError, first_line
 from transact_core.base.files import cache_folder, read_text, sha256_of_file, staged_folder
 from transact_core.models.architecture import Architecture
 from transact_core.models.checkpoint_folder import (
@@ -34,6 +34,11 @@ from transact_core.models.checkpoint_folder import (
     require_tensors,
 )
 from transact_core.models.devices import MemoryEstimate, available_memory, dtype_name
+from transact_core.models.gguf_tokenizer import (
+    pre_tokenizer_notice,
+    tokenizer_from_metadata,
+    write_sentencepiece_model,
+)
 
 REQUIRED_METADATA = (
     "llama.block_count",
@@ -46,9 +51,14 @@ REQUIRED_METADATA = (
     "tokenizer.ggml.tokens",
 )
 """Keys that llama.cpp demands; without them transformers would take defaults of other models."""
+VOCABULARY_METADATA = {
+    "gpt2": ("tokenizer.ggml.merges",),
+    "llama": ("tokenizer.ggml.scores",),
+}
+"""Further keys that each kind of tokenizer needs, by the value of `tokenizer.ggml.model`."""
 MOST_ITEMS = 10_000_000
 """Largest accepted array of a GGUF file's metadata; vocabularies have some 100,000 items."""
-CONVERSION = 2
+CONVERSION = 3
 """Version of what `convert_gguf` makes of a file, raised whenever that changes. Folders that an
 older version made are not used."""
 LICENCE_PARTS = ("", ".name", ".link")
@@ -90,9 +100,15 @@ def inspect_gguf(path: Path) -> Inspection:
             f"{path} scales its rotary frequencies, which is lost when transformers reads a GGUF "
             "file; use the model's safetensors checkpoint."
         )
-    for key in REQUIRED_METADATA:
+    kind = value("tokenizer.ggml.model")
+    for key in (*REQUIRED_METADATA, *VOCABULARY_METADATA.get(kind, ())):
         if not value(key):
             raise TransActError(f"{path} does not say {key}, which a llama model needs.")
+    if kind not in VOCABULARY_METADATA:
+        raise TransActError(
+            f"{path} holds a tokenizer of the kind {kind}; only gpt2 and llama, that is byte-level "
+            "BPE and SentencePiece, can be read."
+        )
     try:
         heads = int(value("llama.attention.head_count"))
         hidden = int(value("llama.embedding_length"))
@@ -125,7 +141,18 @@ def inspect_gguf(path: Path) -> Inspection:
         raise TransActError(
             f"{left_over.removesuffix('.')}; a model without them would not be the one in the file."
         )
-    return Inspection(architecture, [path], _gguf_dtype(reader))
+    notice = pre_tokenizer_notice(path, _tokenizer_metadata(reader, without_arrays=True))
+    return Inspection(architecture, [path], _gguf_dtype(reader), (notice,) if notice else ())
+
+
+def _tokenizer_metadata(reader: GGUFReader, without_arrays: bool = False) -> dict[str, Any]:
+    """The file's metadata about its tokenizer; reading its arrays takes some seconds."""
+    return {
+        key: field.contents()
+        for key, field in reader.fields.items()
+        if key.startswith("tokenizer.")
+        and not (without_arrays and field.types[:1] == [GGUFValueType.ARRAY])
+    }
 
 
 def _huggingface_shapes(
@@ -224,6 +251,7 @@ def convert_gguf(path: Path, found: Inspection, folder: Path) -> None:
     Raises:
         TransActError: transformers cannot read the file, or the dtype cannot hold its weights.
     """
+    tokenizer, metadata = _read_tokenizer(path)
     try:
         config = LlamaConfig.from_pretrained(path.parent, gguf_file=path.name)
         # The reader knows of no biases, and takes its vocabulary's size from the tokenizer.
@@ -236,7 +264,6 @@ def convert_gguf(path: Path, found: Inspection, folder: Path) -> None:
             attn_implementation=ATTENTION,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
         raise TransActError(f"transformers could not read {path}: {first_line(error)}.") from None
     for name in loading["missing_keys"]:
@@ -258,12 +285,27 @@ def convert_gguf(path: Path, found: Inspection, folder: Path) -> None:
         with staged_folder(folder) as staging:
             model.save_pretrained(staging, max_shard_size="1000GB")
             tokenizer.save_pretrained(staging)
+            if metadata["tokenizer.ggml.model"] == "llama":
+                write_sentencepiece_model(metadata, staging / "tokenizer.model")
             (staging / NOTICES_FILE).write_text(json.dumps(found.notices))
             _write_licence(staging, path)
     except TransActError:
         # Another process that converts the same file may have been faster.
         if not folder.is_dir():
             raise
+
+
+def _read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
+    """The tokenizer that a file describes, and the metadata that it was made from."""
+    try:
+        metadata = _tokenizer_metadata(_read_gguf(path))
+        return tokenizer_from_metadata(metadata), metadata
+    except INTERRUPTIONS:
+        raise
+    except BaseException as error:  # the tokenizers library panics with one that is no Exception
+        raise TransActError(
+            f"The tokenizer in {path} cannot be read ({first_line(error)}); it may be damaged."
+        ) from None
 
 
 def _set_special_token_ids(model: LlamaForCausalLM, path: Path) -> None:
