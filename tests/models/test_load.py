@@ -10,10 +10,13 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
-from tests.conftest import same_weights, snapshot
+from tests.conftest import KINDS, make_model, same_weights, snapshot
 from transact_core.base.errors import TransActError
 from transact_core.base.files import sha256_of_file
+from transact_core.models import checkpoint_folder
+from transact_core.models import gguf as gguf_files
 from transact_core.models import load as models
 from transact_core.models.load import load_model
 
@@ -64,9 +67,6 @@ def test_the_source_dtype_is_remembered(gqa_model, tokenizer, tmp_path, dtype):
         ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "MistralForCausalLM"),
         ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "Qwen2ForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "GPTQ.*original float checkpoint"),
-        ({"quantization_config": {"quant_method": "awq"}}, "AWQ.*original float checkpoint"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes.*original"),
         ({"num_hidden_layers": 4}, "lack the tensor model.layers.3"),
         ({"num_hidden_layers": 1_000_000}, "lack the tensor"),
         ({"intermediate_size": 41}, r"has shape \[40, 48\].*makes it \[41, 48\]"),
@@ -136,8 +136,8 @@ def test_a_missing_tensor_is_named(checkpoint):
 
 
 def test_an_index_that_leaves_its_folder_is_refused(checkpoint):
-    index = {"weight_map": {"lm_head.weight": "../outside.safetensors"}}
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    leave_index(checkpoint, ["../outside.safetensors"])
+    (checkpoint / "model.safetensors").unlink()
     refuse(checkpoint, "outside its folder")
 
 
@@ -166,6 +166,148 @@ def test_packed_weights_without_a_word_in_the_configuration_are_refused(checkpoi
     refuse(checkpoint, "GPTQ and AWQ.*original float checkpoint")
     (checkpoint / "quantize_config.json").write_text("{}")
     refuse(checkpoint, "quantize_config.json.*original float checkpoint")
+
+
+def store(folder, **changed):
+    """Adds tensors to the single weight file, or replaces those of the same name."""
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | changed, path, {"format": "pt"})
+
+
+PACKED = {
+    "gptq": {"model.layers.0.mlp.up_proj.qweight": torch.ones(5, 48, dtype=torch.int32)},
+    "awq": {"model.layers.0.mlp.up_proj.qzeros": torch.ones(5, 48, dtype=torch.int32)},
+    "bitsandbytes": {"model.layers.0.mlp.up_proj.weight": torch.ones(960, 1, dtype=torch.uint8)},
+    "fp8": {"model.layers.0.mlp.up_proj.weight": torch.ones(40, 48).to(torch.float8_e4m3fn)},
+    "modelopt": {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)},
+}
+
+
+@pytest.mark.parametrize("method", PACKED)
+def test_quantised_weights_are_refused_with_their_method(checkpoint, method):
+    edit_config(checkpoint, quantization_config={"quant_method": method})
+    store(checkpoint, **PACKED[method])
+    refuse(checkpoint, f"(?i){method}.*original float checkpoint")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
+def test_a_quantisation_that_is_only_named_is_not_believed(checkpoint, gqa_model, method):
+    edit_config(checkpoint, quantization_config={"quant_method": method, "bits": 4})
+    loaded = load_model(str(checkpoint))
+    assert same_weights(loaded.model, snapshot(gqa_model))
+    assert not hasattr(loaded.model.config, "quantization_config")
+    assert any("its weights are floats" in notice for notice in loaded.notices)
+
+
+def test_a_file_of_a_quantiser_beside_float_weights_is_not_believed(checkpoint, gqa_model):
+    (checkpoint / "quantize_config.json").write_text("{}")
+    loaded = load_model(str(checkpoint))
+    assert same_weights(loaded.model, snapshot(gqa_model))
+    assert "quantize_config.json" in loaded.notices[0]
+
+
+# --- an LM head of its own in a configuration that says tied -----------------------------------
+
+
+@pytest.fixture
+def tied_checkpoint(tokenizer, tmp_path):
+    folder = tmp_path / "tied"
+    make_model(**KINDS["gqa-tied"]).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_stored_lm_head_of_its_own_is_kept(tied_checkpoint):
+    head = torch.randn(320, 48, generator=torch.Generator().manual_seed(1))
+    store(tied_checkpoint, **{"lm_head.weight": head})
+    loaded = load_model(str(tied_checkpoint))
+    stock = LlamaForCausalLM.from_pretrained(tied_checkpoint)
+    assert torch.equal(loaded.model.lm_head.weight, head)
+    assert same_weights(loaded.model, snapshot(stock))
+    assert not loaded.model.config.tie_word_embeddings
+    assert not loaded.architecture.tie_word_embeddings
+    (notice,) = loaded.notices
+    assert "treated as untied" in notice
+
+
+def test_a_stored_copy_of_the_embedding_stays_tied(tied_checkpoint):
+    embedding = load_file(tied_checkpoint / "model.safetensors")["model.embed_tokens.weight"]
+    store(tied_checkpoint, **{"lm_head.weight": embedding.clone()})
+    loaded = load_model(str(tied_checkpoint))
+    assert loaded.architecture.tie_word_embeddings
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+    assert loaded.notices == ()
+
+
+def test_a_difference_in_the_last_row_is_seen(tied_checkpoint, monkeypatch):
+    monkeypatch.setattr(checkpoint_folder, "COMPARED_BYTES", 4 * 48 * 100)
+    embedding = load_file(tied_checkpoint / "model.safetensors")["model.embed_tokens.weight"]
+    head = embedding.clone()
+    head[-1, -1] += 1
+    store(tied_checkpoint, **{"lm_head.weight": head})
+    assert not load_model(str(tied_checkpoint)).architecture.tie_word_embeddings
+
+
+def test_an_lm_head_of_another_shape_is_refused(tied_checkpoint):
+    """As transformers refuses it."""
+    store(tied_checkpoint, **{"lm_head.weight": torch.ones(300, 48)})
+    refuse(tied_checkpoint, r"lm_head.weight in .* has shape \[300, 48\]")
+
+
+# --- files left over from an earlier save ------------------------------------------------------
+
+
+def leave_index(folder, names):
+    index = {"weight_map": {f"tensor {name}": name for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_an_index_that_is_left_over_is_not_followed(checkpoint, gqa_model):
+    leave_index(checkpoint, ["model-00001-of-00002.safetensors"])
+    loaded = load_model(str(checkpoint))
+    assert same_weights(loaded.model, snapshot(gqa_model))
+    assert list(loaded.weight_files) == ["model.safetensors"]
+
+
+def test_old_shards_beside_new_weights_are_not_fingerprinted(gqa_model, tokenizer, tmp_path):
+    make_model(num_key_value_heads=3, initializer_range=0.1).save_pretrained(
+        tmp_path, max_shard_size="40KB"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    gqa_model.save_pretrained(tmp_path / "new")
+    (tmp_path / "new" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    loaded = load_model(str(tmp_path))
+    stock = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert same_weights(stock, snapshot(gqa_model))
+    assert same_weights(loaded.model, snapshot(stock))
+    assert loaded.weight_files == {
+        "model.safetensors": sha256_of_file(tmp_path / "model.safetensors")
+    }
+
+
+def test_weights_that_the_configuration_names_are_the_ones_that_stock_loads(checkpoint):
+    other = make_model(num_key_value_heads=3, initializer_range=0.1)
+    save_file(snapshot(other), checkpoint / "other.safetensors", {"format": "pt"})
+    edit_config(checkpoint, transformers_weights="other.safetensors")
+    loaded = load_model(str(checkpoint))
+    assert same_weights(LlamaForCausalLM.from_pretrained(checkpoint), snapshot(other))
+    assert same_weights(loaded.model, snapshot(other))
+    assert list(loaded.weight_files) == ["other.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("named", "complaint"),
+    [
+        ("../other.safetensors", "no safetensors file of that folder"),
+        ("/etc/passwd", "no safetensors file of that folder"),
+        ("pytorch_model.bin", "no safetensors file of that folder"),
+        ("missing.safetensors", "lacks the weight file missing.safetensors"),
+        ({"a": 1}, "no safetensors file of that folder"),
+    ],
+)
+def test_other_names_for_the_weights_are_refused(checkpoint, named, complaint):
+    edit_config(checkpoint, transformers_weights=named)
+    refuse(checkpoint, complaint)
 
 
 def test_tensors_that_no_llama_has_are_left_out_and_that_is_said(checkpoint, capfd):
@@ -211,8 +353,8 @@ def test_a_tokenizer_with_code_of_its_own_is_not_asked_about(checkpoint):
 
 
 def test_an_index_that_names_a_pickle_is_refused(checkpoint):
-    index = {"weight_map": {"lm_head.weight": "pytorch_model.bin"}}
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    leave_index(checkpoint, ["pytorch_model.bin"])
+    (checkpoint / "model.safetensors").unlink()
     refuse(checkpoint, "is a pickle")
 
 
@@ -263,10 +405,24 @@ GGUF_NAMES = {
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows in the order GGUF keeps them: a rotary pair's two halves side by side."""
-    return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, model, tokenizer, quantisation=None, architecture="llama", extra=None):
+def write_gguf(
+    path,
+    model,
+    tokenizer,
+    quantisation=None,
+    architecture="llama",
+    extra=None,
+    metadata=None,
+    without=(),
+):
+    """Writes a model as llama.cpp's converter does.
+
+    `extra` are further tensors, `metadata` further numbers and strings, `without` names of a
+    layer's tensors that are left out.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
@@ -282,6 +438,8 @@ def write_gguf(path, model, tokenizer, quantisation=None, architecture="llama", 
     stored = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = sorted(stored["vocab"], key=stored["vocab"].get)
     writer.add_tokenizer_model("gpt2")
+    if "tokenizer.ggml.pre" not in (metadata or {}):
+        writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_merges([" ".join(pair) for pair in stored["merges"]])
     writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens])
@@ -296,7 +454,9 @@ def write_gguf(path, model, tokenizer, quantisation=None, architecture="llama", 
                 values = permuted(values, config.num_attention_heads)
             if inner.endswith("k_proj"):
                 values = permuted(values, config.num_key_value_heads)
-            target = f"blk.{parts[2]}.{GGUF_NAMES[inner]}.weight"
+            target = f"blk.{parts[2]}.{GGUF_NAMES[inner]}.{parts[-1]}"
+            if target.split(".", 2)[2] in without:
+                continue
         else:
             target = {
                 "model.embed_tokens.weight": "token_embd.weight",
@@ -310,6 +470,9 @@ def write_gguf(path, model, tokenizer, quantisation=None, architecture="llama", 
             writer.add_tensor(target, values)
     for name, values in (extra or {}).items():
         writer.add_tensor(name, values)
+    adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in (metadata or {}).items():
+        adders[type(value)](key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -319,16 +482,8 @@ def write_gguf(path, model, tokenizer, quantisation=None, architecture="llama", 
 
 @pytest.fixture
 def wide_model():
-    """Quantised blocks are of 32 values, so its rows are too."""
-    from tests.conftest import make_model
-
-    return make_model(
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
+    """Its rows are multiples of 32 values, the size of a quantised block."""
+    return make_model(**WIDE)
 
 
 def test_a_gguf_file_loads_as_the_model_it_was(wide_model, tokenizer, tmp_path):
@@ -339,6 +494,104 @@ def test_a_gguf_file_loads_as_the_model_it_was(wide_model, tokenizer, tmp_path):
     assert loaded.weight_files == {"tiny.gguf": sha256_of_file(path)}
     text = "one fish, two fish"
     assert loaded.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+WIDE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+@pytest.mark.parametrize(
+    "biases",
+    [{"attention_bias": True}, {"mlp_bias": True}, {"attention_bias": True, "mlp_bias": True}],
+)
+@pytest.mark.parametrize("quantisation", [None, gguf.GGMLQuantizationType.Q8_0])
+def test_biases_of_a_gguf_file_are_read(tokenizer, tmp_path, biases, quantisation):
+    model = make_model(**WIDE, **biases)
+    path = write_gguf(tmp_path / "biased.gguf", model, tokenizer, quantisation)
+    loaded = load_model(str(path))
+    assert loaded.model.state_dict().keys() == model.state_dict().keys()
+    for name, bias in model.named_parameters():
+        if name.endswith("bias"):
+            expected = bias if quantisation is None else bias.half().float()
+            assert torch.equal(loaded.model.get_parameter(name), expected)
+    ids = torch.arange(40)[None]
+    with torch.inference_mode():
+        difference = (loaded.model(ids).logits - model(ids).logits).abs().max()
+    assert difference < (1e-4 if quantisation is None else 1)
+
+
+def test_special_token_ids_are_those_of_the_gguf_file(wide_model, tokenizer, tmp_path):
+    """transformers' reader leaves the ids of LLaMA 1, at which other models do not stop."""
+    ends = {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.padding_token_id": 9}
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer, metadata=ends)
+    model = load_model(str(path)).model
+    for config in (model.config, model.generation_config):
+        assert (config.bos_token_id, config.pad_token_id) == (0, 9)
+    assert model.config.eos_token_id == 1
+    assert model.generation_config.eos_token_id == [1, 7]
+
+
+def test_biases_that_a_gguf_file_lacks_beside_others_are_zero(tokenizer, tmp_path):
+    """Models in the manner of Qwen have biases at Q, K and V alone."""
+    model = make_model(**WIDE, attention_bias=True)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.bias.zero_()
+    path = write_gguf(tmp_path / "q.gguf", model, tokenizer, without=("attn_output.bias",))
+    assert same_weights(load_model(str(path)).model, snapshot(model))
+
+
+def test_tensors_that_a_llama_gguf_file_cannot_have_are_refused(wide_model, tokenizer, tmp_path):
+    extra = {"blk.0.attn_q_norm.weight": np.ones(16, dtype=np.float32)}
+    path = write_gguf(tmp_path / "normed.gguf", wide_model, tokenizer, extra=extra)
+    refuse(path, "does not have; they are left out: blk.0.attn_q_norm.weight; a model without")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "complaint"),
+    [
+        ({"llama.rope.scaling.factor": 4.0}, "scales its rotary frequencies"),
+        ({"llama.rope.scale_linear": 4.0}, "scales its rotary frequencies"),
+        ({"llama.attention.key_length": 32}, "rotates 16 of the 32 dimensions"),
+        ({"split.count": 3, "split.no": 0}, "one of 3 parts of a split.*--merge"),
+    ],
+)
+def test_metadata_that_the_reader_drops_is_refused(
+    wide_model, tokenizer, tmp_path, metadata, complaint
+):
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer, metadata=metadata)
+    refuse(path, complaint)
+
+
+@pytest.mark.parametrize("metadata", [{"llama.rope.scaling.factor": 1.0}, {"split.count": 1}])
+def test_metadata_that_changes_nothing_is_accepted(wide_model, tokenizer, tmp_path, metadata):
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer, metadata=metadata)
+    assert same_weights(load_model(str(path)).model, snapshot(wide_model))
+
+
+def test_a_part_of_a_split_gguf_file_without_tensors_is_named_as_one(tmp_path):
+    """llama-gguf-split can put the metadata into a first part of its own."""
+    writer = gguf.GGUFWriter(tmp_path / "m-00001-of-00002.gguf", "llama")
+    writer.add_uint16("split.count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refuse(tmp_path / "m-00001-of-00002.gguf", "one of 2 parts of a split GGUF file")
+
+
+def test_what_an_older_conversion_made_is_made_again(wide_model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer)
+    first = load_model(str(path)).folder
+    monkeypatch.setattr(gguf_files, "CONVERSION", gguf_files.CONVERSION + 1)
+    second = load_model(str(path)).folder
+    assert first != second
+    assert [folder for folder in (first, second) if folder.exists()] == [second]
 
 
 def test_a_gguf_file_is_converted_once(wide_model, tokenizer, tmp_path, monkeypatch):
@@ -396,6 +649,7 @@ def test_truncated_gguf_files_are_refused(wide_model, tokenizer, tmp_path, keep)
         ("add_layer_norm_rms_eps", "does not say llama.attention.layer_norm_rms_epsilon"),
         ("add_head_count_kv", r"k_proj.weight in .* has shape \[32, 64\].*makes it \[64, 64\]"),
         ("add_token_list", "does not say tokenizer.ggml.tokens"),
+        ("add_token_merges", "does not say tokenizer.ggml.merges"),
     ],
 )
 def test_gguf_metadata_that_is_missing_is_named(

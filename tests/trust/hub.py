@@ -12,8 +12,8 @@ COMMIT = "c" * 40
 class _Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, *arguments, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, *arguments, folder: Path, token: str | None, gated: bool) -> None:
+        self.folder, self.token, self.gated = folder, token, gated
         super().__init__(*arguments)
 
     def do_HEAD(self) -> None:
@@ -24,6 +24,12 @@ class _Hub(BaseHTTPRequestHandler):
 
     def _answer(self, with_body: bool) -> None:
         path = self.path.split("?")[0]
+        is_known = self.headers.get("Authorization") == f"Bearer {self.token}"
+        # Everybody may look at the page of a gated model, and nobody at a private one.
+        is_open = self.token is None or (self.gated and "/resolve/" not in path)
+        if not is_known and not is_open:
+            self._refuse()
+            return
         names = sorted(file.name for file in self.folder.iterdir())
         headers, status = {}, 200
         if "/resolve/" in path:
@@ -60,6 +66,12 @@ class _Hub(BaseHTTPRequestHandler):
         if with_body:
             self.wfile.write(body)
 
+    def _refuse(self) -> None:
+        self.send_response(403 if self.headers.get("Authorization") else 401)
+        self.send_header("X-Error-Code", "GatedRepo" if self.gated else "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -69,6 +81,12 @@ class _Server(ThreadingHTTPServer):
         """Clients that are killed in the middle of an answer are what this server is for."""
 
 
-def hub_of(folder: Path, port: int) -> ThreadingHTTPServer:
-    """A server of this folder's files, as the model `tiny/model`."""
-    return _Server(("127.0.0.1", port), partial(_Hub, folder=folder))
+def hub_of(
+    folder: Path, port: int, token: str | None = None, gated: bool = False
+) -> ThreadingHTTPServer:
+    """A server of this folder's files, as the model `tiny/model`.
+
+    With a token the model is private, or gated, and only served to who sends that token.
+    """
+    handler = partial(_Hub, folder=folder, token=token, gated=gated)
+    return _Server(("127.0.0.1", port), handler)

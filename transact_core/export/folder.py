@@ -14,8 +14,10 @@ from transact_core.base.files import require_disk_space, require_free_output, st
 from transact_core.data.windows import Windows
 from transact_core.experiments.bench import Bench, Measurement, measure, model_report
 from transact_core.export.compression import Compression
+from transact_core.export.licence import keep_licence
 from transact_core.export.model_card import kept_bare, model_card
 from transact_core.export.runtimes import block_advice, readings_of_cut
+from transact_core.export.tokenizer_files import save_tokenizer
 from transact_core.export.writer import CheckpointWriter
 from transact_core.forward.perplexity import Evaluation
 from transact_core.models.checkpoint_folder import read_checkpoint
@@ -106,7 +108,7 @@ def _write_beside(
 ) -> None:
     """Writes everything but weights and configurations into an output folder."""
     result = report(bench, measurement)
-    bench.loaded.tokenizer.save_pretrained(folder)
+    save_tokenizer(bench.loaded.tokenizer, folder, bench.loaded.folder)
     (folder / "compression.json").write_text(compression.to_json())
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     loaded = bench.loaded
@@ -123,7 +125,9 @@ def _write_beside(
         others,
         kept_bare(measurement.fits),
         block_advice(compression.plan, loaded.architecture),
+        loaded.licence,
     )
+    keep_licence(loaded.licence, folder, loaded.folder)
     (folder / "README.md").write_text(card)
 
 

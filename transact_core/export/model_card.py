@@ -5,7 +5,9 @@ from html import escape
 
 from transact_core.data.corpus import describe
 from transact_core.export.compression import Compression, apply_command
+from transact_core.export.licence import front_matter_lines, licence_lines, name_under_licence
 from transact_core.export.runtimes import Reading
+from transact_core.models.licence import Licence
 from transact_core.models.stock_class import explanation
 from transact_core.pruning.closed_form import LayerFit
 
@@ -28,6 +30,7 @@ def model_card(
     others: Sequence[Reading],
     unrepaired: str | None,
     blocks: str | None = None,
+    licence: Licence | None = None,
 ) -> str:
     """The output folder's README.md.
 
@@ -41,7 +44,7 @@ def model_card(
         return f"| {label} | {before:,.{digits}f} | {after:,.{digits}f} | {after / before:.1%} |"
 
     # Names of folders and files may hold anything; a model card is shown as a page.
-    name = escape(" ".join(name.split()), quote=False)
+    name = escape(" ".join(name_under_licence(name, licence).split()), quote=False)
     plan, evaluation = compression.plan, result["evaluation"]
     repairs = f" {unrepaired}" if unrepaired else ""
     model_class = pruned["model_class"]
@@ -64,7 +67,7 @@ def model_card(
 library_name: transformers
 pipeline_tag: text-generation
 tags: [pruned, transact]
----
+{front_matter_lines(licence)}---
 
 # {name}, pruned
 
@@ -95,6 +98,7 @@ In other runtimes, as tried with small models of such cuts:
 {read}
 
 Method: Shen et al., *Pruning Large Language Models to Intra-module Low-rank Architecture with
-Transitional Activations*, Findings of ACL 2024, arXiv 2407.05690. The terms of the dense model's
-licence hold for this one.
+Transitional Activations*, Findings of ACL 2024, arXiv 2407.05690.
+
+{licence_lines(licence)}
 """

@@ -1,24 +1,33 @@
-"""Checkpoint files written tensor by tensor, so that no model need be whole in memory."""
+"""Checkpoint files written tensor by tensor, so that the whole model is never in memory at once."""
 
 import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from transact_core.models.devices import dtype_name
 
 SHARD_BYTES = 250_000_000
+"""Bytes of tensors after which a shard is written; what is not written yet waits in memory."""
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FLOAT_ROPE_FIELDS = (
+    "factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "low_freq_factor",
+    "high_freq_factor",
+)
+"""Fields of `rope_scaling` that transformers 4 warns of where they are whole numbers."""
 
 
 class CheckpointWriter:
-    """Takes tensors as they are done and writes them in shards of a quarter of a gigabyte, since
-    what is not written yet waits in memory.
+    """Collects tensors and writes them to `folder` in shards of at least `shard_bytes`.
 
-    One shard becomes `model.safetensors`; several get the usual names and index.
+    A single shard becomes `model.safetensors`; several get the usual names and an index.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> None:
@@ -28,7 +37,7 @@ class CheckpointWriter:
         self._bytes = self._waiting_bytes = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Keeps one tensor in the checkpoint's dtype, or writes it with those before it."""
+        """Takes one tensor; writes a shard once enough bytes have come together."""
         stored = tensor.detach().to("cpu", self.dtype, copy=True).contiguous()
         self._waiting[name] = stored
         self._bytes += stored.nbytes
@@ -41,19 +50,21 @@ class CheckpointWriter:
         save_file(self._waiting, self._part(len(self._shards)), metadata={"format": "pt"})
         self._waiting, self._waiting_bytes = {}, 0
 
-    def _part(self, number: int) -> Path:
-        return self.folder / f"part-{number:05d}.safetensors"
+    def _part(self, shard: int) -> Path:
+        return self.folder / f"part-{shard:05d}.safetensors"
 
     def finish(self, model: LlamaForCausalLM) -> None:
-        """Writes what waits, the names, and the configurations of `model`, whose weights are not
-        looked at."""
+        """Writes the last shard, gives the shards their final names, and saves the configurations.
+
+        Of `model` only the configurations are read, not the weights.
+        """
         if self._waiting or not self._shards:
             self._write_shard()
         count = len(self._shards)
         weight_map = {}
-        for number, names in enumerate(self._shards, start=1):
-            file = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            self._part(number).rename(self.folder / file)
+        for shard, names in enumerate(self._shards, start=1):
+            file = SINGLE if count == 1 else f"model-{shard:05d}-of-{count:05d}.safetensors"
+            self._part(shard).rename(self.folder / file)
             weight_map |= dict.fromkeys(names, file)
         if count > 1:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
@@ -62,18 +73,49 @@ class CheckpointWriter:
 
 
 def save_configurations(model: LlamaForCausalLM, folder: Path, dtype: torch.dtype) -> None:
-    """`config.json` and `generation_config.json`, as stock transformers writes them."""
+    """Writes `config.json` and `generation_config.json` as transformers 5 and 4.57 read them."""
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype_name(dtype)
     model.config.save_pretrained(folder)
+    path = folder / "config.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | older_fields(stored), indent=2, sort_keys=True) + "\n")
     mend_generation_config(model)
     model.generation_config.save_pretrained(folder)
 
 
-def mend_generation_config(model: LlamaForCausalLM) -> None:
-    """Makes one savable that names a temperature without `do_sample`.
+def older_fields(config: dict) -> dict:
+    """The fields of a `config.json` that transformers before 5 reads in place of its own.
 
-    Published ones do; transformers loads them and refuses to save them.
+    Version 5 writes the rotary embedding as `rope_parameters` and the dtype as `dtype`. Version 4
+    ignores the former and falls back to plain frequencies of base 10,000 without a warning; it
+    reads `rope_theta` and `rope_scaling`, and before 4.56 `torch_dtype`. Version 5 still accepts
+    the older fields and gives them precedence, so both have to say the same.
+    """
+    rope = config.get("rope_parameters") or {}
+    scaling = {
+        name: float(value) if name in FLOAT_ROPE_FIELDS and isinstance(value, int) else value
+        for name, value in rope.items()
+        if name not in ("rope_theta", "partial_rotary_factor")
+    }
+    is_default = scaling.get("rope_type", "default") == "default"
+    older = {
+        "rope_theta": rope.get("rope_theta", LlamaConfig.default_theta),
+        "rope_scaling": None if is_default else scaling,
+        "torch_dtype": config.get("dtype"),
+    }
+    original = scaling.get("original_max_position_embeddings")
+    if scaling.get("rope_type") == "longrope" and original != config["max_position_embeddings"]:
+        # Version 4 looks for this one beside `rope_scaling`, not in it.
+        older["original_max_position_embeddings"] = original
+    return older
+
+
+def mend_generation_config(model: LlamaForCausalLM) -> None:
+    """Sets `do_sample` where a generation config names a temperature without it.
+
+    transformers loads such files, which are common among published models, and refuses to save
+    them.
     """
     try:
         model.generation_config.validate(strict=True)

@@ -1,15 +1,15 @@
-"""A checkpoint folder, looked through before it is loaded.
+"""A checkpoint folder, inspected before it is loaded.
 
-Configuration, tensor names and shapes are checked on the headers alone. Whatever cannot become a
-dense `LlamaForCausalLM` is refused in one sentence while no weight has been read. Weights come from
-safetensors only; nothing is unpickled, no remote code is run.
+Configuration, tensor names and shapes are checked from the headers of the weight files. Whatever
+cannot become a dense `LlamaForCausalLM` is refused in one sentence before weights are loaded.
+Weights come from safetensors files only; nothing is unpickled and no remote code is run.
 """
 
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,36 +28,48 @@ from transact_core.models.stock_class import (
     read_config,
 )
 
-disable_progress_bar()  # ours is reported through the callback, once
-set_verbosity_error()  # what is wrong with a model is said here, in one sentence
+disable_progress_bar()  # progress is reported through our own callback
+set_verbosity_error()  # our errors and notices say what is wrong with a model
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 READ_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
-"""Of the files in a checkpoint folder that transformers or this package may read."""
-QUANTISED_ADVICE = {
+"""Suffixes of the files in a checkpoint folder that transformers or this package may read."""
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+QUANTISATION_NAMES = {
     "gptq": "GPTQ",
     "awq": "AWQ",
     "bitsandbytes": "bitsandbytes",
 }
+"""Spelling of the quantisation methods that `quantization_config` may name."""
 QUANTISED_TENSORS = (".qweight", ".qzeros", ".absmax", ".quant_state.bitsandbytes__nf4")
+"""Endings of the names of tensors that only quantised checkpoints hold."""
+QUANTISATION_PARTS = ("scale", "zero_point", "quant", "absmax", "g_idx", "codebook")
+"""Parts of the names of tensors that float weights have to be combined with to be the model's."""
 ATTENTION = "sdpa"
-"""Named wherever a model is loaded: a config.json may name code on the hub that would be run."""
+"""The attention that every model is loaded with. Left to itself, transformers would follow a
+config.json that names code on the hub."""
 MOST_GROWTH = 64
-"""How many characters a tokenizer may make of one before it splits the text."""
+"""Largest number of characters that a tokenizer may replace one character by."""
 MOST_LABELS = 100_000
+"""Largest accepted `num_labels`, which transformers expands to a table of names."""
+COMPARED_BYTES = 1 << 26
+"""Bytes of each of two matrices that are compared at a time."""
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes of weights that can be pruned, by their names in safetensors files."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a source turned out to hold, before any of its weights is read."""
+    """What a source holds, found before its weights are loaded."""
 
     architecture: Architecture
     files: list[Path]
+    """The files that the weights are loaded from."""
     dtype: torch.dtype
-    """Of the stored weights; float16 where they are quantised in a GGUF file."""
-    leftovers: str | None = None
-    """A notice about tensors that no `LlamaForCausalLM` has."""
+    """Dtype of the stored weights; float16 where they are quantised in a GGUF file."""
+    notices: tuple[str, ...] = ()
+    """What the user should know about these files, a sentence each."""
 
 
 def require_tensors(
@@ -66,12 +78,16 @@ def require_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     described_by: str,
 ) -> str | None:
-    """Refuses weights that are not those of the architecture; a notice about what is left over.
+    """Checks that each tensor of the architecture is there; returns a notice about other tensors.
+
+    Args:
+        where: the folder or file, for messages.
+        shapes: the shape of each stored tensor, by its name in transformers.
+        described_by: what the architecture was read from, for messages.
 
     Raises:
-        TransActError: a tensor is missing or of another shape than `described_by` makes it.
+        TransActError: a tensor is missing or its shape is not the one that `described_by` implies.
     """
-    expected = set()
     for name, shape in architecture.tensors():
         if name not in shapes:
             raise TransActError(f"The weights in {where} lack the tensor {name}.")
@@ -80,31 +96,60 @@ def require_tensors(
                 f"The tensor {name} in {where} has shape {list(shapes[name])}, "
                 f"where {described_by} makes it {list(shape)}."
             )
-        expected.add(name)
-    # Old checkpoints carry the rotary frequencies, and some a copy of the tied LM head.
-    left = sorted(
-        name
-        for name in shapes.keys() - expected
-        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
-    )
-    if not left:
+    left_over = _left_over(shapes, architecture)
+    if not left_over:
         return None
-    more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
+    more = f" and {len(left_over) - 1:,} more" if len(left_over) > 1 else ""
     return (
-        f"{where} holds tensors that a LlamaForCausalLM of its configuration has not, and they are "
-        f"left out: {left[0]}{more}."
+        f"{where} holds tensors that a LlamaForCausalLM of its configuration does not have; they "
+        f"are left out: {left_over[0]}{more}."
+    )
+
+
+def _left_over(names: Iterable[str], architecture: Architecture) -> list[str]:
+    """Names of the stored tensors that the architecture does not have, sorted.
+
+    Old checkpoints hold the rotary frequencies, and some a copy of a tied LM head; neither counts.
+    """
+    expected = {name for name, _ in architecture.tensors()}
+    return sorted(
+        name
+        for name in set(names) - expected
+        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
     )
 
 
 def inspect_folder(folder: Path) -> Inspection:
-    """Architecture and weight files of a checkpoint folder, after checking each tensor's shape.
+    """Architecture and weight files of a checkpoint folder, with each tensor's shape checked.
 
     Raises:
-        TransActError: anything that keeps the folder from being a dense `LlamaForCausalLM`.
+        TransActError: the folder does not hold a dense `LlamaForCausalLM`.
     """
     _require_own_files(folder)
     raw = _read_config(folder)
     _require_llama(folder, raw)
+    architecture = _read_architecture(folder, raw)
+    files = _safetensors_files(folder, raw.get("transformers_weights"))
+    stored = _stored_tensors(files)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    quantised = _named_quantisation(folder, raw)
+    _require_float_weights(folder, architecture, stored, quantised)
+    notices = []
+    if quantised:
+        notices.append(
+            f"{folder} is described as quantised ({quantised}), but its weights are floats; they "
+            "are loaded as they are."
+        )
+    if architecture.tie_word_embeddings and "lm_head.weight" in stored:
+        architecture, notice = _untied_where_different(folder, architecture, stored)
+        notices.append(notice)
+    notices.append(require_tensors(folder, architecture, shapes, "config.json"))
+    dtype = _stored_dtype(folder, architecture, stored)
+    return Inspection(architecture, files, dtype, tuple(notice for notice in notices if notice))
+
+
+def _read_architecture(folder: Path, raw: dict) -> Architecture:
+    """The architecture that `config.json` describes, after checking fields that would do harm."""
     try:
         if (labels := raw.get("num_labels", 0)) > MOST_LABELS:
             raise ValueError(f"num_labels is {labels}")
@@ -130,23 +175,89 @@ def inspect_folder(folder: Path) -> Inspection:
         raise TransActError(
             f"{folder / 'config.json'} is not a valid configuration: {reason}."
         ) from None
-    files = _safetensors_files(folder)
-    stored = _stored_tensors(files)
+    return architecture
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What the header of a safetensors file says of one tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors spells it, such as `BF16`."""
+
+
+def _require_float_weights(
+    folder: Path,
+    architecture: Architecture,
+    stored: dict[str, StoredTensor],
+    quantised: str | None,
+) -> None:
+    """Refuses quantised weights, judged by the tensors' names and dtypes.
+
+    `quantised` is the method that the configuration names. A name alone proves nothing: tools that
+    dequantise a checkpoint, or merge adapters into it, often leave it behind.
+    """
     if any(name.endswith(QUANTISED_TENSORS) for name in stored):
-        raise TransActError(_quantised_refusal(folder, "packed integers, as GPTQ and AWQ keep"))
-    leftovers = require_tensors(
-        folder, architecture, {name: shape for name, (shape, _) in stored.items()}, "config.json"
+        method = quantised or "packed integers, as GPTQ and AWQ keep"
+        raise TransActError(_quantised_refusal(folder, method))
+    if not quantised:
+        return
+    has_integers = any(tensor.dtype not in STORED_DTYPES for tensor in stored.values())
+    has_scales = any(
+        part in name for name in _left_over(stored, architecture) for part in QUANTISATION_PARTS
     )
-    return Inspection(architecture, files, _stored_dtype(folder, architecture, stored), leftovers)
+    if has_integers or has_scales:
+        raise TransActError(_quantised_refusal(folder, quantised))
+
+
+def _untied_where_different(
+    folder: Path, architecture: Architecture, stored: dict[str, StoredTensor]
+) -> tuple[Architecture, str | None]:
+    """The architecture untied, and a notice, where a tied LM head is stored and is another matrix.
+
+    transformers 5 loads such a checkpoint untied; a configuration that is saved as it is would have
+    the stored LM head lost.
+    """
+    head, embedding = stored["lm_head.weight"], stored.get("model.embed_tokens.weight")
+    if embedding is None:
+        return architecture, None  # refused with the other missing tensors
+    if head.shape != embedding.shape:
+        raise TransActError(
+            f"The tensor lm_head.weight in {folder} has shape {list(head.shape)}, where the "
+            f"embedding that config.json ties it to has {list(embedding.shape)}; remove the tensor "
+            "if it is left over."
+        )
+    if _same_values(embedding, "model.embed_tokens.weight", head, "lm_head.weight"):
+        return architecture, None
+    return replace(architecture, tie_word_embeddings=False), (
+        f"config.json of {folder} says that the LM head is tied to the embedding, but the stored "
+        "matrices differ; both are kept, and the model is treated as untied."
+    )
+
+
+def _same_values(one: StoredTensor, one_name: str, other: StoredTensor, other_name: str) -> bool:
+    """Whether two matrices of one shape hold the same values; read in pieces."""
+    rows = max(1, COMPARED_BYTES // max(1, 4 * math.prod(one.shape[1:])))
+    with (
+        safe_open(one.file, framework="pt") as one_file,
+        safe_open(other.file, framework="pt") as other_file,
+    ):
+        first, second = one_file.get_slice(one_name), other_file.get_slice(other_name)
+        return all(
+            torch.equal(first[start : start + rows].float(), second[start : start + rows].float())
+            for start in range(0, one.shape[0], rows)
+        )
 
 
 def _stored_dtype(
-    folder: Path, architecture: Architecture, stored: dict[str, tuple[tuple[int, ...], str]]
+    folder: Path, architecture: Architecture, stored: dict[str, StoredTensor]
 ) -> torch.dtype:
-    """The dtype that holds most of the parameters; all of them must be floats."""
+    """The dtype of most of the parameters; all of them must be floats."""
     parameters: Counter[str] = Counter()
     for name, shape in architecture.tensors():
-        dtype = stored[name][1]
+        dtype = stored[name].dtype
         if dtype not in STORED_DTYPES:
             raise TransActError(
                 f"{folder} stores {name} as {dtype}; only float32, float16 and bfloat16 "
@@ -157,16 +268,11 @@ def _stored_dtype(
 
 
 def _require_own_files(folder: Path) -> None:
-    """Refuses links that lead out of the folder, and what is absurdly large for its kind.
+    """Refuses links that lead out of the folder, and files that are far too large for their kind.
 
     What is read here may be written into an output folder, so a link could carry any file of this
-    machine into it. The hub's cache, whose files are links into its own store, is as it should be.
+    machine into it.
     """
-    home = folder.resolve()
-    in_hub_cache = home.parent.name == "snapshots" and home.parent.parent.name.startswith(
-        "models--"
-    )
-    roots = [home, home.parent.parent / "blobs"] if in_hub_cache else [home]
     for path in sorted(folder.iterdir()):
         if path.suffix not in READ_SUFFIXES:
             continue
@@ -174,13 +280,37 @@ def _require_own_files(folder: Path) -> None:
             target = path.resolve(strict=True)
         except (OSError, RuntimeError):
             raise TransActError(f"{path} is a link that leads nowhere; remove it.") from None
-        if not any(target.is_relative_to(root) for root in roots):
+        if not _stays_in(folder, target):
             raise TransActError(
                 f"{path} is a link out of its folder, to {target}; put the file itself there."
             )
         too_large = path.suffix != ".safetensors" and target.stat().st_size > MAX_TEXT_BYTES
         if not target.is_file() or too_large:
             raise TransActError(f"{path} is no file, or far too large for its kind; remove it.")
+
+
+def _stays_in(folder: Path, target: Path) -> bool:
+    """Whether a resolved path lies in the folder, or in the store of the hub's cache around it.
+
+    The files of a snapshot in the hub's cache are links into `blobs`.
+    """
+    home = folder.resolve()
+    in_hub_cache = home.parent.name == "snapshots" and home.parent.parent.name.startswith(
+        "models--"
+    )
+    roots = [home, home.parent.parent / "blobs"] if in_hub_cache else [home]
+    return any(target.is_relative_to(root) for root in roots)
+
+
+def own_files(folder: Path, paths: Iterable[Path]) -> list[Path]:
+    """Those of `paths` that are files of ordinary size and no links out of `folder`, sorted."""
+    return sorted(
+        path
+        for path in paths
+        if path.is_file()
+        and _stays_in(folder, path.resolve())
+        and path.stat().st_size <= MAX_TEXT_BYTES
+    )
 
 
 def _read_config(folder: Path) -> dict:
@@ -221,16 +351,19 @@ def _require_llama(folder: Path, raw: dict) -> None:
         raise TransActError(
             f"{folder} holds a {named} that cannot be pruned here, because {difference}."
         )
-    quantisation = raw.get("quantization_config")
-    if not quantisation:
-        for name in ("quantize_config.json", "quant_config.json"):
-            if (folder / name).is_file():
-                raise TransActError(_quantised_refusal(folder, f"it has a {name}"))
-        return
-    method = "unknown"
-    if isinstance(quantisation, dict):
-        method = str(quantisation.get("quant_method", "unknown"))
-    raise TransActError(_quantised_refusal(folder, QUANTISED_ADVICE.get(method, method)))
+
+
+def _named_quantisation(folder: Path, raw: dict) -> str | None:
+    """The quantisation that the configuration or a file beside it names, None where none does."""
+    if quantisation := raw.get("quantization_config"):
+        method = "unknown"
+        if isinstance(quantisation, dict):
+            method = str(quantisation.get("quant_method", "unknown"))
+        return QUANTISATION_NAMES.get(method, method)
+    for name in ("quantize_config.json", "quant_config.json"):
+        if (folder / name).is_file():
+            return f"it has a {name}"
+    return None
 
 
 def _quantised_refusal(folder: Path, how: str) -> str:
@@ -240,64 +373,95 @@ def _quantised_refusal(folder: Path, how: str) -> str:
     )
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
-            if any(len(str(name)) > MAX_NAME_BYTES for name in names):
-                raise ValueError("no file has so long a name")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise TransActError(f"{index} is not a valid index of weight files.") from None
-        files = [folder / str(name) for name in names]
-        for file in files:
-            if file.parent != folder:
-                raise TransActError(f"{index} names a file outside its folder: {file.name}.")
-            if file.suffix in PICKLE_SUFFIXES:
-                raise TransActError(pickle_refusal(file.name))
-            if not file.is_file():
-                raise TransActError(f"{folder} lacks the weight file {file.name}.")
-        return files
-    if (single := folder / "model.safetensors").is_file():
+def _safetensors_files(folder: Path, named: object = None) -> list[Path]:
+    """The weight files that transformers loads from a folder.
+
+    The order of preference is that of `_get_resolved_checkpoint_files` in transformers 5: the file
+    that the `transformers_weights` of `config.json` names (given as `named`), `model.safetensors`,
+    then `model.safetensors.index.json`. Other files may be left over from an earlier save.
+    """
+    if named is not None:
+        chosen = folder / str(named)
+        if chosen.parent != folder or not chosen.name.endswith((".safetensors", INDEX_FILE)):
+            raise TransActError(
+                f"{folder / 'config.json'} names {str(named)!r} as its transformers_weights, which "
+                "is no safetensors file of that folder."
+            )
+        if not chosen.is_file():
+            raise TransActError(f"{folder} lacks the weight file {chosen.name}.")
+        return _indexed_files(chosen) if chosen.suffix == ".json" else [chosen]
+    if (single := folder / SINGLE_FILE).is_file():
         return [single]
+    if (index := folder / INDEX_FILE).is_file():
+        return _indexed_files(index)
     if others := sorted(file.name for file in folder.glob("*.safetensors")):
         raise TransActError(
-            f"{folder} holds {others[0]} but neither model.safetensors nor "
-            "model.safetensors.index.json, so transformers would find no weights in it."
+            f"{folder} holds {others[0]} but neither {SINGLE_FILE} nor {INDEX_FILE}, so "
+            "transformers would find no weights in it."
         )
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise TransActError(pickle_refusal(pickles[0]))
-    raise TransActError(f"{folder} holds no weights: there is no model.safetensors.")
+    raise TransActError(f"{folder} holds no weights: there is no {SINGLE_FILE}.")
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The weight files that an index names, each checked to be there."""
+    folder = index.parent
+    try:
+        names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
+        if any(len(str(name)) > MAX_NAME_BYTES for name in names):
+            raise ValueError("no file has so long a name")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise TransActError(f"{index} is not a valid index of weight files.") from None
+    files = [folder / str(name) for name in names]
+    for file in files:
+        if file.parent != folder:
+            raise TransActError(f"{index} names a file outside its folder: {file.name}.")
+        if file.suffix in PICKLE_SUFFIXES:
+            raise TransActError(pickle_refusal(file.name))
+        if not file.is_file():
+            raise TransActError(f"{folder} lacks the weight file {file.name}.")
+    return files
 
 
 def pickle_refusal(name: str) -> str:
-    """Why a file of weights is not read, and what to do instead."""
+    """The message for a weight file that is not read because it is a pickle."""
     return (
         f"{name} is a pickle, which can run code when it is read, so it is not read; convert the "
         "model to safetensors where you trust it (save_pretrained does) and name that folder."
     )
 
 
-def _stored_tensors(files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of each tensor, by its name, from the files' headers alone."""
-    tensors: dict[str, tuple[tuple[int, ...], str]] = {}
+def _stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
+    """Each tensor by its name, read from the files' headers."""
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118 - not a mapping
                     header = stored.get_slice(name)
-                    tensors[name] = tuple(header.get_shape()), header.get_dtype()
+                    shape, dtype = tuple(header.get_shape()), header.get_dtype()
+                    tensors[name] = StoredTensor(file, shape, dtype)
         except (SafetensorError, OSError, MemoryError) as error:
             raise TransActError(f"{file} is truncated or corrupt ({error}).") from None
     return tensors
 
 
-def read_checkpoint(folder: Path, dtype: torch.dtype) -> StockModel:
-    """What stock transformers makes of a folder: weights from safetensors, and from there only."""
-    model_type = json.loads(read_text(folder / "config.json")).get("model_type", "llama")
-    return MODEL_CLASSES[model_type].from_pretrained(
+def read_checkpoint(folder: Path, dtype: torch.dtype, tied: bool | None = None) -> StockModel:
+    """The model that transformers loads from a folder, from safetensors files only.
+
+    `tied` replaces `tie_word_embeddings` where the configuration contradicts the weights. A
+    `quantization_config` is dropped: quantised weights were refused before.
+    """
+    config = read_config(json.loads(read_text(folder / "config.json")))
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if tied is not None:
+        config.tie_word_embeddings = tied
+    return MODEL_CLASSES[config.model_type].from_pretrained(
         folder,
+        config=config,
         dtype=dtype,
         use_safetensors=True,
         local_files_only=True,
@@ -305,15 +469,17 @@ def read_checkpoint(folder: Path, dtype: torch.dtype) -> StockModel:
     )
 
 
-def load_folder(folder: Path, dtype: torch.dtype) -> tuple[StockModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder that has been looked through.
+def load_folder(
+    folder: Path, dtype: torch.dtype, tied: bool | None = None
+) -> tuple[StockModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder that was inspected; `tied` as in `read_checkpoint`.
 
     Raises:
-        TransActError: transformers cannot load the one or the other.
+        TransActError: transformers cannot load one of the two.
     """
     tokenizer = _load_tokenizer(folder)
     try:
-        model = read_checkpoint(folder, dtype)
+        model = read_checkpoint(folder, dtype, tied)
     except Exception as error:
         raise TransActError(f"transformers could not load {folder}: {first_line(error)}.") from None
     return model, tokenizer
@@ -334,7 +500,10 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _require_modest_tokenizer(path: Path) -> None:
-    """Refuses replacements that blow a text up: they run before anything can look at the length."""
+    """Refuses tokenizers whose replacements make a text many times longer.
+
+    Normalizers run before the length of a text can be checked, so they could use up the memory.
+    """
     if not path.is_file():
         return
     try:

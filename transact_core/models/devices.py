@@ -1,4 +1,4 @@
-"""Where a model computes and in which dtype, and whether its weights fit there."""
+"""Devices, dtypes, and whether a model's weights fit into the memory."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +12,11 @@ from transact_core.models.architecture import Architecture
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """`auto` is the first GPU where there is one."""
+    """The device of a name; `auto` is the first GPU, or the CPU where there is none.
+
+    Raises:
+        TransActError: the device is unknown or not present.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -20,13 +24,17 @@ def resolve_device(name: str = "auto") -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise TransActError(
-            f"The device {name!r} is not to be had here; use cpu or auto."
+            f"The device {name!r} is not available here; use cpu or auto."
         ) from None
     return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on a CPU and bfloat16 on a GPU."""
+    """The dtype of a name; `auto` is float32 on a CPU and bfloat16 on a GPU.
+
+    Raises:
+        TransActError: the name is none of float32, float16, bfloat16 and auto.
+    """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name not in ("float32", "float16", "bfloat16"):
@@ -35,17 +43,28 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As a configuration has it: `float16`."""
+    """The name that configurations use, such as `float16`."""
     return str(dtype).removeprefix("torch.")
+
+
+CGROUP_FOLDER = Path("/sys/fs/cgroup")
+CONTROL_GROUPS = (
+    (CGROUP_FOLDER, "memory.max", "memory.current"),
+    (CGROUP_FOLDER / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+"""Folder and the files of limit and usage, for cgroup 2 and cgroup 1 as containers see them."""
+RECLAIMABLE = ("inactive_file", "active_file", "slab_reclaimable")
+"""Fields of a control group's `memory.stat` that the kernel frees before it refuses memory."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that loading takes at its peak against bytes that are free, on one device."""
+    """Bytes that loading takes at its peak, and bytes that are free, on one device."""
 
     needed: int
     available: int
     device: str
+    """Name of the device, for messages."""
 
     @property
     def sentence(self) -> str:
@@ -55,10 +74,10 @@ class MemoryEstimate:
         )
 
     def verdict(self) -> str | None:
-        """A warning where it is tight, None where it is not.
+        """A warning where a second model would not fit beside the first, None otherwise.
 
         Raises:
-            TransActError: it does not fit.
+            TransActError: the model itself does not fit.
         """
         if self.needed > self.available:
             raise TransActError(
@@ -72,7 +91,7 @@ class MemoryEstimate:
 def estimate_memory(
     architecture: Architecture, dtype: torch.dtype, device: torch.device, gguf: bool = False
 ) -> MemoryEstimate:
-    """Peak of loading: the weights, and for a GGUF file their float32 form on the way."""
+    """Peak memory of loading: the weights, and with `gguf` also their float32 form."""
     needed = architecture.parameters * dtype.itemsize
     if gguf:
         needed = architecture.parameters * (4 + dtype.itemsize)
@@ -82,11 +101,24 @@ def estimate_memory(
 
 
 def available_memory() -> int:
-    """Free memory in bytes, the control group's limit respected where one is set."""
+    """Free memory in bytes, at most what the limit of the control group leaves (cgroup 2 and 1)."""
     available = psutil.virtual_memory().available
+    for group, limit, usage in CONTROL_GROUPS:
+        with suppress(OSError, ValueError):
+            used = int((group / usage).read_text()) - _reclaimable(group)
+            available = min(available, int((group / limit).read_text()) - used)
+    return max(available, 0)
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes that count as used by a control group and that the kernel gives back on demand.
+
+    Files that were read stay in the page cache, which is most of the usage after loading a model.
+    """
+    stored: dict[str, int] = {}
     with suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        available = min(available, limit - used)
-    return available
+        for line in (group / "memory.stat").read_text().splitlines():
+            name, value = line.split()
+            stored[name] = int(value)
+    # Version 1 counts the groups below it only in the fields that begin with `total_`.
+    return sum(stored.get(f"total_{name}", stored.get(name, 0)) for name in RECLAIMABLE)

@@ -1,9 +1,10 @@
-"""A GGUF file, looked through and converted to a checkpoint folder.
+"""A GGUF file, inspected and converted to a checkpoint folder.
 
-What transformers' reader would drop without a word, or put defaults of other models in the place
-of, is refused before anything is read.
+transformers' reader silently drops what it does not know, and fills in defaults of other models.
+What it drops is read here, or refused before any weight is read.
 """
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,10 +22,10 @@ from gguf import (
     ReaderTensor,
     get_tensor_name_map,
 )
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from transact_core.base.errors import TransActError, first_line
-from transact_core.base.files import staged_folder
+from transact_core.base.errors import INTERRUPTIONS, TransActError, first_line
+from transact_core.base.files import cache_folder, read_text, sha256_of_file, staged_folder
 from transact_core.models.architecture import Architecture
 from transact_core.models.checkpoint_folder import (
     ATTENTION,
@@ -33,6 +34,11 @@ from transact_core.models.checkpoint_folder import (
     require_tensors,
 )
 from transact_core.models.devices import MemoryEstimate, available_memory, dtype_name
+from transact_core.models.gguf_tokenizer import (
+    pre_tokenizer_notice,
+    tokenizer_from_metadata,
+    write_sentencepiece_model,
+)
 
 REQUIRED_METADATA = (
     "llama.block_count",
@@ -44,17 +50,34 @@ REQUIRED_METADATA = (
     "tokenizer.ggml.model",
     "tokenizer.ggml.tokens",
 )
-"""llama.cpp demands these too; transformers would put defaults of other models in their place."""
+"""Keys that llama.cpp demands; without them transformers would take defaults of other models."""
+VOCABULARY_METADATA = {
+    "gpt2": ("tokenizer.ggml.merges",),
+    "llama": ("tokenizer.ggml.scores",),
+}
+"""Further keys that each kind of tokenizer needs, by the value of `tokenizer.ggml.model`."""
 MOST_ITEMS = 10_000_000
-"""In an array of a GGUF file's metadata; vocabularies have some hundred thousand."""
+"""Largest accepted array of a GGUF file's metadata; vocabularies have some 100,000 items."""
+CONVERSION = 3
+"""Version of what `convert_gguf` makes of a file, raised whenever that changes. Folders that an
+older version made are not used."""
+LICENCE_PARTS = ("", ".name", ".link")
+"""Endings of the keys `general.license` of a GGUF file's metadata."""
+NOTICES_FILE = "transact_notices.json"
+"""File of a converted folder with the notices of its inspection, a list of sentences."""
+ATTENTION_BIASES = tuple(f"attn_{part}.bias" for part in ("q", "k", "v", "output"))
+MLP_BIASES = tuple(f"ffn_{part}.bias" for part in ("gate", "up", "down"))
+EXPECTED_PER_STORED = 2
+"""A biased layer has 16 tensors of which 9 are weights, and missing biases count as zeros: a whole
+file has fewer than twice as many expected tensors as stored ones."""
 
 
 def inspect_gguf(path: Path) -> Inspection:
     """Architecture of a GGUF file, after checking that it is a whole dense LLaMA model.
 
     Raises:
-        TransActError: another architecture, a damaged file, or rotary scaling, which
-            transformers' GGUF reader drops without a word.
+        TransActError: another architecture, one part of a split file, a damaged file, or something
+            that transformers' GGUF reader drops and that changes what the model computes.
     """
     reader = _read_gguf(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -68,63 +91,98 @@ def inspect_gguf(path: Path) -> Inspection:
         raise TransActError(f"{path} holds a {named} model; only llama GGUF files can be pruned.")
     if value("llama.expert_count", 0) or any("_exps." in name for name in tensors):
         raise TransActError(f"{path} holds a mixture of experts; only dense models can be pruned.")
-    scaling = value("llama.rope.scaling.type", "none")
-    factors = tensors.get("rope_freqs.weight")
-    if scaling != "none" or (factors is not None and not (factors.data == 1).all()):
+    # llama.cpp scales linearly where a factor stands without a type.
+    factor = value("llama.rope.scaling.factor") or value("llama.rope.scale_linear") or 1.0
+    scaling = value("llama.rope.scaling.type", "none" if factor == 1.0 else "linear")
+    frequencies = tensors.get("rope_freqs.weight")
+    if scaling != "none" or (frequencies is not None and not (frequencies.data == 1).all()):
         raise TransActError(
             f"{path} scales its rotary frequencies, which is lost when transformers reads a GGUF "
             "file; use the model's safetensors checkpoint."
         )
-    for key in REQUIRED_METADATA:
+    kind = value("tokenizer.ggml.model")
+    for key in (*REQUIRED_METADATA, *VOCABULARY_METADATA.get(kind, ())):
         if not value(key):
             raise TransActError(f"{path} does not say {key}, which a llama model needs.")
+    if kind not in VOCABULARY_METADATA:
+        raise TransActError(
+            f"{path} holds a tokenizer of the kind {kind}; only gpt2 and llama, that is byte-level "
+            "BPE and SentencePiece, can be read."
+        )
     try:
         heads = int(value("llama.attention.head_count"))
         hidden = int(value("llama.embedding_length"))
+        rotated = value("llama.rope.dimension_count")
+        head_dim = int(value("llama.attention.key_length") or rotated or hidden // heads)
         architecture = Architecture(
             hidden_size=hidden,
             intermediate_size=int(value("llama.feed_forward_length")),
             num_hidden_layers=int(value("llama.block_count")),
             num_attention_heads=heads,
             num_key_value_heads=int(value("llama.attention.head_count_kv", heads)),
-            head_dim=int(value("llama.rope.dimension_count", hidden // heads)),
+            head_dim=head_dim,
             vocab_size=int(tensors["token_embd.weight"].shape[1]),
             tie_word_embeddings="output.weight" not in tensors,
-            attention_bias="blk.0.attn_q.bias" in tensors,
-            mlp_bias="blk.0.ffn_down.bias" in tensors,
+            attention_bias=any(name.endswith(ATTENTION_BIASES) for name in tensors),
+            mlp_bias=any(name.endswith(MLP_BIASES) for name in tensors),
         )
     except (TypeError, ValueError, KeyError, IndexError):
         raise TransActError(f"{path} lacks what a llama model needs; it may be damaged.") from None
-    leftovers = require_tensors(
+    if rotated not in (None, head_dim):
+        raise TransActError(
+            f"{path} rotates {rotated} of the {head_dim} dimensions of each head; only models that "
+            "rotate all of them can be pruned."
+        )
+    left_over = require_tensors(
         path, architecture, _huggingface_shapes(tensors, architecture), "its metadata"
     )
-    return Inspection(architecture, [path], _gguf_dtype(reader), leftovers)
+    if left_over:
+        # llama.cpp refuses such a file too.
+        raise TransActError(
+            f"{left_over.removesuffix('.')}; a model without them would not be the one in the file."
+        )
+    notice = pre_tokenizer_notice(path, _tokenizer_metadata(reader, without_arrays=True))
+    return Inspection(architecture, [path], _gguf_dtype(reader), (notice,) if notice else ())
+
+
+def _tokenizer_metadata(reader: GGUFReader, without_arrays: bool = False) -> dict[str, Any]:
+    """The file's metadata about its tokenizer; reading its arrays takes some seconds."""
+    return {
+        key: field.contents()
+        for key, field in reader.fields.items()
+        if key.startswith("tokenizer.")
+        and not (without_arrays and field.types[:1] == [GGUFValueType.ARRAY])
+    }
 
 
 def _huggingface_shapes(
     tensors: Mapping[str, ReaderTensor], architecture: Architecture
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes by transformers' names of the tensors; those that have none keep their own."""
-    # A damaged file may claim any number of layers; no more are looked up than it has tensors.
+    """Shapes of the tensors by transformers' names, or by their own where those have none.
+
+    A bias that is not stored beside others of its module is zero, so it counts as there. Rotary
+    frequencies, which follow from the metadata, are left out.
+    """
+    # A damaged file may claim any number of layers; not many more are looked up than it can have.
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, min(architecture.num_hidden_layers, len(tensors)))
-    known = {
-        names.get_name(name, try_suffixes=(".weight", ".bias")): name
-        for name, _ in islice(architecture.tensors(), len(tensors))
-    }
-    return {
+    expected = dict(islice(architecture.tensors(), EXPECTED_PER_STORED * len(tensors)))
+    known = {names.get_name(name, try_suffixes=(".weight", ".bias")): name for name in expected}
+    shapes = {
         known.get(name, name): tuple(int(size) for size in reversed(tensor.shape))
         for name, tensor in tensors.items()
-        if name != "rope_freqs.weight"
+        if not name.startswith("rope_freqs") and ".attn_rot_embd" not in name
     }
+    zeros = {name: shape for name, shape in expected.items() if name.endswith(".bias")}
+    return zeros | shapes
 
 
 class _BoundedReader(GGUFReader):
-    """The reader of the gguf package, which walks past the end of a file that claims too much."""
+    """The reader of the gguf package, kept from reading past the end of the file."""
 
     def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
         end = int(offset) + int(count) * np.dtype(dtype).itemsize
         if int(count) < 0 or not 0 <= offset <= end <= len(self.data):
-            raise ValueError("something is said to lie past the end of the file")
+            raise ValueError("something is claimed to lie past the end of the file")
         return super()._get(offset, dtype, count, *rest, **named)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
@@ -134,8 +192,8 @@ class _BoundedReader(GGUFReader):
 
 
 def require_plausible_size(path: Path, device: torch.device) -> None:
-    """Refuses a file that cannot fit, before it is read to be fingerprinted."""
-    # Its weights are float32 on the way, which is no less than any GGUF type takes.
+    """Refuses a file that cannot fit into memory, before all of it is read for its SHA-256."""
+    # Its weights are converted to float32, which takes no less than any GGUF type.
     size = path.stat().st_size
     MemoryEstimate(needed=size, available=available_memory(), device=str(device)).verdict()
 
@@ -143,6 +201,16 @@ def require_plausible_size(path: Path, device: torch.device) -> None:
 def _read_gguf(path: Path) -> GGUFReader:
     try:
         reader = _BoundedReader(path)
+        parts = reader.fields.get("split.count")
+        part_count = 1 if parts is None else int(parts.contents())
+    except Exception:
+        raise TransActError(f"{path} is truncated, corrupt or not a GGUF file.") from None
+    if part_count > 1:
+        raise TransActError(
+            f"{path} is one of {part_count} parts of a split GGUF file; join them first "
+            "(llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf) and name the whole file."
+        )
+    try:
         end = max(int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors)
     except Exception:
         raise TransActError(f"{path} is truncated, corrupt or not a GGUF file.") from None
@@ -151,49 +219,128 @@ def _read_gguf(path: Path) -> GGUFReader:
     return reader
 
 
+def converted_folder(path: Path) -> Path:
+    """Where the checkpoint folder made of a GGUF file is kept.
+
+    Folders that an older version of the conversion made of the same file are removed.
+    """
+    models = cache_folder() / "models"
+    fingerprint = sha256_of_file(path)
+    folder = models / f"{fingerprint}-{CONVERSION}"
+    for older in models.glob(f"{fingerprint}*"):
+        if older != folder:
+            shutil.rmtree(older, ignore_errors=True)
+    return folder
+
+
 def inspect_converted(folder: Path, path: Path) -> Inspection | None:
-    """What was kept of a GGUF file; what is damaged is removed, to be converted again."""
+    """What a converted folder holds; None, and the folder removed, where it is damaged."""
     if not folder.is_dir():
         return None
     try:
-        return replace(inspect_folder(folder), files=[path])
-    except TransActError:
+        notices = tuple(json.loads(read_text(folder / NOTICES_FILE)))
+        return replace(inspect_folder(folder), files=[path], notices=notices)
+    except (TransActError, OSError, ValueError, TypeError):
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
 
-def convert_gguf(path: Path, stored: torch.dtype, folder: Path) -> None:
-    """Makes a checkpoint folder of a file that has been looked through, whole or not at all.
+def convert_gguf(path: Path, found: Inspection, folder: Path) -> None:
+    """Makes a checkpoint folder of a file that was inspected, whole or not at all.
 
     Raises:
-        TransActError: transformers cannot read it, or `stored` cannot hold its weights.
+        TransActError: transformers cannot read the file, or the dtype cannot hold its weights.
     """
+    tokenizer, metadata = _read_tokenizer(path)
     try:
-        model = LlamaForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, attn_implementation=ATTENTION
+        config = LlamaConfig.from_pretrained(path.parent, gguf_file=path.name)
+        # The reader knows of no biases, and takes its vocabulary's size from the tokenizer.
+        for name, value in vars(found.architecture).items():
+            setattr(config, name, value)
+        model, loading = LlamaForCausalLM.from_pretrained(
+            path.parent,
+            config=config,
+            gguf_file=path.name,
+            attn_implementation=ATTENTION,
+            output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
         raise TransActError(f"transformers could not read {path}: {first_line(error)}.") from None
+    for name in loading["missing_keys"]:
+        if not name.endswith(".bias"):
+            raise TransActError(f"transformers did not read the tensor {name} of {path}.")
+        torch.nn.init.zeros_(model.get_parameter(name))
     # transformers marks the model as quantised though its weights are dense, and then refuses to
     # save it.
-    del model.config.quantization_config
+    model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None
     model.is_quantized = False
-    model = model.to(stored)
+    _set_special_token_ids(model, path)
+    model = model.to(found.dtype)
     if not all(torch.isfinite(weight).all() for weight in model.parameters()):
-        raise TransActError(f"{path} holds weights that {dtype_name(stored)} cannot represent.")
+        raise TransActError(
+            f"{path} holds weights that {dtype_name(found.dtype)} cannot represent."
+        )
     try:
         with staged_folder(folder) as staging:
             model.save_pretrained(staging, max_shard_size="1000GB")
             tokenizer.save_pretrained(staging)
+            if metadata["tokenizer.ggml.model"] == "llama":
+                write_sentencepiece_model(metadata, staging / "tokenizer.model")
+            (staging / NOTICES_FILE).write_text(json.dumps(found.notices))
+            _write_licence(staging, path)
     except TransActError:
-        # Another process that converts the same file may have been quicker.
+        # Another process that converts the same file may have been faster.
         if not folder.is_dir():
             raise
 
 
+def _read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
+    """The tokenizer that a file describes, and the metadata that it was made from."""
+    try:
+        metadata = _tokenizer_metadata(_read_gguf(path))
+        return tokenizer_from_metadata(metadata), metadata
+    except INTERRUPTIONS:
+        raise
+    except BaseException as error:  # the tokenizers library panics with one that is no Exception
+        raise TransActError(
+            f"The tokenizer in {path} cannot be read ({first_line(error)}); it may be damaged."
+        ) from None
+
+
+def _set_special_token_ids(model: LlamaForCausalLM, path: Path) -> None:
+    """Gives the configurations the ids that the file names; the reader leaves LLaMA 1's there.
+
+    Generation ends at each of the tokens at which llama.cpp ends it.
+    """
+    fields = _read_gguf(path).fields
+
+    def token_id(name: str) -> int | None:
+        stored = fields.get(f"tokenizer.ggml.{name}_token_id")
+        return None if stored is None else int(stored.contents())
+
+    ends = [token_id(name) for name in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = token_id("bos")
+        config.pad_token_id = token_id("padding")
+        config.eos_token_id = ends[0] if ends else None
+    if len(ends) > 1:
+        model.generation_config.eos_token_id = ends
+
+
+def _write_licence(folder: Path, path: Path) -> None:
+    """Writes the licence that a GGUF file names as the front matter of a model card."""
+    fields = _read_gguf(path).fields
+    keys = {f"general.license{part}": f"license{part.replace('.', '_')}" for part in LICENCE_PARTS}
+    stated = {name: fields[key].contents() for key, name in keys.items() if key in fields}
+    lines = [f"{name}: {json.dumps(str(value))}" for name, value in stated.items()]
+    if lines:
+        (folder / "README.md").write_text("\n".join(["---", *lines, "---", ""]), encoding="utf-8")
+
+
 def _gguf_dtype(reader: GGUFReader) -> torch.dtype:
+    """The dtype that keeps the file's matrices: their own, or float16 for quantised ones."""
     types = {tensor.tensor_type for tensor in reader.tensors if len(tensor.shape) > 1}
     if types == {GGMLQuantizationType.F32}:
         return torch.float32

