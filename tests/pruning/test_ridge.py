@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 
-from transact_core.pruning.ridge import FoldedRidge, Moments, solve
+from transact_core.pruning import ridge as ridge_module
+from transact_core.pruning.ridge import Chosen, FoldedRidge, Moments, solve
 
 WINDOWS, INPUTS, OUTPUTS = 6, 12, 5
 FOLDS = torch.arange(WINDOWS).tensor_split(3)
@@ -99,3 +102,46 @@ def test_moments_that_are_gathered_anew_give_the_same_bits(data):
         kept.corrections(ours), gathered.corrections(others), strict=True
     ):
         assert torch.equal(one, other)
+
+
+class Tried(FoldedRidge):
+    """A search over errors that are given, in place of solved ones."""
+
+    def __init__(self, errors):
+        self.errors, self.solved, self.folds, self.keeps = errors, [], [None], False
+        self.weights = self.missing = [torch.ones(1, 1, 1)]
+
+    def _tried(self, ridge):
+        self.solved.append(ridge)
+        return Chosen(ridge, self.errors[ridge], None)
+
+
+@pytest.mark.parametrize(
+    ("errors", "start", "best"),
+    [
+        ([5.0, 4.0, 3.0, 2.0, 6.0], 1, 3),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 2, 0),
+        ([math.inf, math.inf, math.inf, 7.0, 8.0], 1, 3),
+        ([math.inf, 6.0, math.inf, math.inf, math.inf], 3, 1),
+        ([math.inf] * 5, 2, 2),
+    ],
+)
+def test_the_search_passes_over_what_cannot_be_solved_and_solves_nothing_twice(errors, start, best):
+    search = Tried(errors)
+    assert search.choose(range(5), start).ridge == best
+    assert len(search.solved) == len(set(search.solved))
+
+
+def test_a_ridge_that_cannot_be_solved_is_followed_by_one_that_can(data, monkeypatch):
+    """The search begins at the one that cannot."""
+    original = ridge_module.solve
+    monkeypatch.setattr(
+        ridge_module,
+        "solve",
+        lambda gram, cross, ridge: (
+            cross.fill_(torch.nan) if ridge < 1 else original(gram, cross, ridge)
+        ),
+    )
+    chosen = FoldedRidge(*data, FOLDS).choose((0.1, 10.0), 0)
+    assert chosen.ridge == 10.0
+    assert math.isfinite(chosen.error)
