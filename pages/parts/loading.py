@@ -1,12 +1,14 @@
 """What is shown while torch and transformers are imported, in the first seconds of a server."""
 
+import gc
+
 import streamlit as st
 from streamlit.navigation.page import StreamlitPage
 
 from pages.parts.navigation import drawn_before_libraries
 from pages.server import libraries
 
-SECONDS_BETWEEN_LOOKS = 0.3
+SECONDS_BETWEEN_LOOKS = 0.5
 DRAWN = "first page drawn"
 """Key of the session state."""
 
@@ -44,5 +46,8 @@ def _await_libraries() -> None:
     if DRAWN in st.session_state:
         libraries.start()
     st.session_state[DRAWN] = True
+    # Streamlit collects garbage after each run of a fragment. To look through all that was imported
+    # so far would take longer each time, and the imports would wait for it.
+    gc.freeze()
     if libraries.loaded() or libraries.failure():
         st.rerun()
