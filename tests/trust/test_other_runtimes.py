@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -65,11 +66,15 @@ PROMPTS = [" ".join(WORDS.split()[:count]) for count in range(3, len(WORDS.split
 """Of growing length, as texts."""
 SENTENCEPIECE_TOKENS = 400
 WITH_FACTORS = "head-dims, with their factors written into the file"
+# To be removed with the two marks, once the export writes all that older readers look for.
+NOT_YET = find_spec("transact_core.export.tokenizer_files") is None
 MISREAD_BY_TRANSFORMERS_4 = pytest.mark.xfail(
-    strict=True, reason="the tokenizer's class and the older rotary fields are not written yet"
+    NOT_YET,
+    strict=True,
+    reason="the tokenizer's class and the older rotary fields are not written yet",
 )
 WITHOUT_TOKENIZER_MODEL = pytest.mark.xfail(
-    strict=True, reason="tokenizer.model is not exported yet"
+    NOT_YET, strict=True, reason="tokenizer.model is not exported yet"
 )
 CUTS = {
     "MLP alone": ("query-heads", 0.0, "least-squares", {}),
@@ -246,7 +251,8 @@ def with_sentencepiece(tmp_path_factory):
         **SHAPE, vocab_size=SENTENCEPIECE_TOKENS, bos_token_id=1, eos_token_id=2, pad_token_id=0
     ).save_pretrained(source)
     (place / "tokenizer.model").rename(source / "tokenizer.model")
-    LlamaTokenizer.from_pretrained(source, legacy=False).save_pretrained(source)
+    # As Llama 2's: without a word on the first token, readers differ in whether they add it.
+    LlamaTokenizer.from_pretrained(source, legacy=False, add_bos_token=True).save_pretrained(source)
     assert (source / "tokenizer.model").exists()
     texts = [
         *("--calibration", str(place / "text.txt"), "--calibration-tokens", "1024"),
@@ -294,6 +300,7 @@ def test_any_number_of_heads_is_read_by_llama_cpp(with_24_heads, tmp_path):
     assert same_next_tokens(answer, answer_of_stock(str(with_24_heads), PROMPTS)) == 1
 
 
+@MISREAD_BY_TRANSFORMERS_4
 def test_any_number_of_heads_is_read_by_transformers_4(with_24_heads, tmp_path):
     requests = {"out": {"folder": str(with_24_heads), "texts": PROMPTS}}
     answer = ask("transformers", requests, tmp_path / "asked")["out"]
