@@ -163,7 +163,13 @@ def in_ctranslate2(exported, stock, tmp_path_factory) -> dict[str, dict]:
 def test_ctranslate2_reads_what_is_said(exported, stock, in_ctranslate2, cut):
     outcome, answer = said_of(exported / cut)[CTRANSLATE2], in_ctranslate2[cut]
     if outcome == "refused":
-        refusals = ("axis", "required model attributes", "not yet implemented")
+        refusals = (
+            "axis",
+            "required model attributes",
+            "not yet implemented",
+            "must be string, but is null",
+            "No conversion is registered",
+        )
         assert any(refusal in answer.get("error", "") for refusal in refusals), answer.keys()
         return
     assert "error" not in answer, answer["error"]
@@ -196,8 +202,12 @@ def same_next_tokens(answer: dict, expected: dict) -> float:
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_llama_cpp_reads_what_is_said(exported, stock, in_llama_cpp, cut):
+    outcome = said_of(exported / cut)[LLAMA_CPP]
+    if outcome == "refused":
+        assert "Failed to init server" in in_llama_cpp[cut].get("error", "")
+        return
     share = same_next_tokens(in_llama_cpp[cut], stock[cut])
-    assert share == 1 if said_of(exported / cut)[LLAMA_CPP] == "same" else share < 0.9
+    assert share == 1 if outcome == "same" else share < 0.9
 
 
 def test_llama_cpp_reads_narrower_heads_once_their_factors_are_written(stock, in_llama_cpp):
