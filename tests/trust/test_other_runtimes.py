@@ -66,15 +66,12 @@ PROMPTS = [" ".join(WORDS.split()[:count]) for count in range(3, len(WORDS.split
 """Of growing length, as texts."""
 SENTENCEPIECE_TOKENS = 400
 WITH_FACTORS = "head-dims, with their factors written into the file"
-# To be removed with the two marks, once the export writes all that older readers look for.
+# To be removed with its marks, once the export writes all that older readers look for.
 NOT_YET = find_spec("transact_core.export.tokenizer_files") is None
 MISREAD_BY_TRANSFORMERS_4 = pytest.mark.xfail(
     NOT_YET,
     strict=True,
     reason="the tokenizer's class and the older rotary fields are not written yet",
-)
-WITHOUT_TOKENIZER_MODEL = pytest.mark.xfail(
-    NOT_YET, strict=True, reason="tokenizer.model is not exported yet"
 )
 CUTS = {
     "MLP alone": ("query-heads", 0.0, "least-squares", {}),
@@ -275,7 +272,6 @@ def with_sentencepiece(tmp_path_factory):
     return output
 
 
-@WITHOUT_TOKENIZER_MODEL
 def test_llama_cpp_cuts_texts_as_the_sentencepiece_tokenizer_does(with_sentencepiece, tmp_path):
     requests = {"out": {"folder": str(with_sentencepiece), "prompts": PROMPTS}}
     answer = ask("llama_cpp", requests, tmp_path / "asked")["out"]

@@ -205,7 +205,8 @@ def _require_llama(folder: Path, raw: dict) -> None:
         named = "LlamaForCausalLM" if kind == "llama" else f"model of the type {kind}"
     if named != "LlamaForCausalLM" or kind != "llama":
         raise TransActError(
-            f"{folder} holds a {' '.join(str(named).split())}; only LlamaForCausalLM checkpoints can be pruned here."
+            f"{folder} holds a {' '.join(str(named).split())}; only LlamaForCausalLM "
+            "checkpoints can be pruned here."
         )
     quantisation = raw.get("quantization_config")
     if not quantisation:
