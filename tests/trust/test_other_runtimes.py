@@ -65,12 +65,6 @@ PROMPTS = [" ".join(WORDS.split()[:count]) for count in range(3, len(WORDS.split
 """Of growing length, as texts."""
 SENTENCEPIECE_TOKENS = 400
 WITH_FACTORS = "head-dims, with their factors written into the file"
-MISREAD_BY_TRANSFORMERS_4 = pytest.mark.xfail(
-    strict=True, reason="the tokenizer's class and the older rotary fields are not written yet"
-)
-WITHOUT_TOKENIZER_MODEL = pytest.mark.xfail(
-    strict=True, reason="tokenizer.model is not exported yet"
-)
 CUTS = {
     "MLP alone": ("query-heads", 0.0, "least-squares", {}),
     "query-heads": ("query-heads", 0.5, "least-squares", {"num_attention_heads": 8, "head_dim": 8}),
@@ -213,7 +207,7 @@ def same_next_tokens(answer: dict, expected: dict) -> float:
 def test_llama_cpp_reads_what_is_said(exported, stock, in_llama_cpp, cut):
     outcome, answer = said_of(exported / cut)[LLAMA_CPP], in_llama_cpp[cut]
     if outcome == "refused":
-        assert "Failed to init server" in answer["error"]
+        assert "Failed to init server" in answer.get("error", "")
         return
     share = same_next_tokens(answer, stock[cut])
     assert share == 1 if outcome == "same" else share < 0.9
@@ -235,7 +229,6 @@ def perplexity(answer: dict) -> float:
     return float(np.exp(-log_probabilities[np.arange(len(ids) - 1), ids[1:]].mean()))
 
 
-@MISREAD_BY_TRANSFORMERS_4
 @pytest.mark.parametrize("cut", CUTS)
 def test_transformers_4_reads_what_transformers_5_reads(stock, in_transformers_4, cut):
     answer, expected = in_transformers_4[cut], stock[cut]
@@ -270,7 +263,8 @@ def with_sentencepiece(tmp_path_factory):
         **SHAPE, vocab_size=SENTENCEPIECE_TOKENS, bos_token_id=1, eos_token_id=2, pad_token_id=0
     ).save_pretrained(source)
     (place / "tokenizer.model").rename(source / "tokenizer.model")
-    LlamaTokenizer.from_pretrained(source, legacy=False).save_pretrained(source)
+    # As Llama 2's: without a word on the first token, readers differ in whether they add it.
+    LlamaTokenizer.from_pretrained(source, legacy=False, add_bos_token=True).save_pretrained(source)
     assert (source / "tokenizer.model").exists()
     texts = [
         *("--calibration", str(place / "text.txt"), "--calibration-tokens", "1024"),
@@ -283,7 +277,6 @@ def with_sentencepiece(tmp_path_factory):
     return output
 
 
-@WITHOUT_TOKENIZER_MODEL
 def test_llama_cpp_cuts_texts_as_the_sentencepiece_tokenizer_does(with_sentencepiece, tmp_path):
     requests = {"out": {"folder": str(with_sentencepiece), "prompts": PROMPTS}}
     answer = ask("llama_cpp", requests, tmp_path / "asked")["out"]
@@ -307,8 +300,7 @@ def with_24_heads(tmp_path_factory):
     compression = describe_compression(bench, Decision(plan), "least-squares")
     compress_to_folder(output, bench, compression)
     config = AutoConfig.from_pretrained(output)
-    if config.num_attention_heads != 24:
-        pytest.skip("only numbers of heads that divide the hidden size can be saved")
+    assert config.num_attention_heads == 24
     return output
 
 

@@ -342,8 +342,8 @@ def _require_llama(folder: Path, raw: dict) -> None:
         named = stock.__name__
     elif not named or named == "LlamaForCausalLM":
         named = "LlamaForCausalLM" if kind == "llama" else f"model of the type {kind}"
+    named = " ".join(str(named).split())
     if stock is None or named != stock.__name__:
-        named = " ".join(str(named).split())
         raise TransActError(
             f"{folder} holds a {named}; only LlamaForCausalLM checkpoints can be pruned here."
         )

@@ -31,7 +31,7 @@ def main() -> None:
     for name, request in requests.items():
         try:
             answers[name] = answer(**request)
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, RuntimeError) as error:
             answers[name] = {"error": str(error)}
     Path(sys.argv[2]).write_text(json.dumps(answers))
 
