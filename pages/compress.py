@@ -57,7 +57,7 @@ from transact_core.experiments.prediction import (
     with_known_damage,
 )
 from transact_core.importance.scores import IMPORTANCES
-from transact_core.planning.law import MOST, Ratio
+from transact_core.planning.law import MAX_DELTA, Ratio
 from transact_core.planning.preview import EnergyKept, Structure, energy_kept, maps, structure
 from transact_core.planning.targets import Found, Target, find
 from transact_core.pruning.closed_form import RECOVERIES
@@ -490,8 +490,8 @@ def times_dense(point: Measurement) -> tuple[float, float | None, float | None]:
     """
     middle, half = point.delta_nll, 1.96 * point.delta_nll_se
     if not math.isfinite(half):
-        return math.exp(min(middle, MOST)), None, None
-    ratio, low, high = (math.exp(min(middle + side, MOST)) for side in (0.0, -half, half))
+        return math.exp(min(middle, MAX_DELTA)), None, None
+    ratio, low, high = (math.exp(min(middle + side, MAX_DELTA)) for side in (0.0, -half, half))
     return ratio, low, high
 
 

@@ -21,7 +21,7 @@ PROMPT = "The name is <b>bold</b>."
 
 
 @pytest.fixture(autouse=True)
-def shared(opened, monkeypatch):
+def own_jobs(opened, monkeypatch):
     monkeypatch.setattr(side_by_side, "workbench", lambda: opened)
     return opened
 
