@@ -154,6 +154,9 @@ def simulated() -> Iterator[None]:
         def __new__(cls, device: object = "cpu") -> torch.Generator:
             return super().__new__(cls, "cpu")
 
+    with torch.device("cpu"):
+        # torch remembers at first use which functions follow such a context; not the patched one.
+        torch.empty(0)
     # These two do not pass through the dispatcher.
     with _Mode(), patch("torch.tensor", tensor), patch("torch.Generator", Generator):
         yield
