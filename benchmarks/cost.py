@@ -103,7 +103,7 @@ def write_random_model(
     shards = [outer] + [
         {
             f"model.layers.{layer}.{name}": shape
-            for name, shape in architecture.layer_tensors().items()
+            for name, shape in architecture.layer_tensors(layer).items()
         }
         for layer in range(layers)
     ]

@@ -167,7 +167,8 @@ def test_sequential_choices_are_those_of_the_stream_they_lead_to(bench, granular
     def look(number, module, transitional, weights):
         # An elimination weights squares by the square of what a repair does.
         rows = (transitional * weights[..., None]).flatten(0, 1)
-        for name, row in eliminate_module(dense, number, module, [rows]).items():
+        layer = dense.model.layers[number]
+        for name, row in eliminate_module(layer, number, module, [rows]).items():
             getattr(scores, name)[number] = row
         chosen = bench.plan(0.5, 0.4, choices, scores=scores).layers[number]
         if module == "mlp":

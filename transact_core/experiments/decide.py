@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
 from transact_core.experiments.bench import Bench, Choices
+from transact_core.forward.layers import layers_of
 from transact_core.forward.perplexity import Evaluation, evaluate, losses_behind_layers
 from transact_core.forward.waists import head_rows
 from transact_core.importance.elimination import eliminate_module
@@ -185,7 +186,9 @@ def _sequentially(
         rows = (
             window * weight[:, None] for window, weight in zip(transitional, weights, strict=True)
         )
-        for name, row in eliminate_module(dense, layer_index, module, rows).items():
+        with layers_of(dense).borrow(layer_index) as layer:
+            found = eliminate_module(layer, layer_index, module, rows)
+        for name, row in found.items():
             getattr(scores, name)[layer_index] = row
         # Only this module's ratio is asked for: what the other one keeps is decided already.
         if module == "mha":
