@@ -17,9 +17,8 @@ from pathlib import Path
 
 import streamlit as st
 
-from transact_core.base.cache import CACHE_LIMIT, cache_limit_bytes
 from transact_core.base.errors import TransActError
-from transact_core.base.files import cache_folder
+from transact_core.base.files import CACHE_LIMIT, cache_folder, cache_limit_bytes
 
 PREFIX = "TRANSACT_"
 READ, WRITE = "TRANSACT_READ_FOLDERS", "TRANSACT_WRITE_FOLDERS"

@@ -12,13 +12,12 @@ from transact_core.base import cache
 from transact_core.base.cache import (
     MODEL_IN_USE_SECONDS,
     UNUSED_SECONDS,
-    cache_limit_bytes,
     digest,
     evict,
     remembered,
 )
 from transact_core.base.errors import TransActError
-from transact_core.base.files import STAGING_SUFFIX
+from transact_core.base.files import STAGING_SUFFIX, cache_limit_bytes
 
 KB = 1000
 

@@ -13,9 +13,8 @@ Entries here are safetensors files and JSON, both checked by SHA-256, and nothin
 import hashlib
 import json
 import os
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,8 +23,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from transact_core.base.errors import TransActError
-from transact_core.base.files import cache_folder, remove_whole, staged_file
+from transact_core.base.files import cache_folder, cache_limit_bytes, remove_whole, staged_file
 
 ENGINE_VERSION = 1
 """Version of the numbers that the library computes; part of the key of every kept result.
@@ -37,10 +35,6 @@ rounding, and leave it alone otherwise. The package's own version plays no part.
 was recorded together with this version.
 """
 
-CACHE_LIMIT = "TRANSACT_CACHE_GB"
-"""Environment variable: the most that the cache folder may hold, in gigabytes (10^9 bytes)."""
-DEFAULT_CACHE_GB = 20.0
-"""Room for a converted 7B model in float16 (14 GB) and thousands of measurements."""
 UNUSED_SECONDS = 90 * 24 * 3600
 """Entries that nobody read for this long are removed, whatever the size of the cache."""
 MODEL_IN_USE_SECONDS = 3600
@@ -127,22 +121,6 @@ def _sha256(name: str, tensors: Tensors) -> str:
 
 
 # --- the limit -------------------------------------------------------------------------------
-
-
-def cache_limit_bytes(environment: Mapping[str, str] = os.environ) -> int:
-    """The most that the cache folder may hold, from `TRANSACT_CACHE_GB`.
-
-    Raises:
-        TransActError: the variable is set and is not a positive decimal number.
-    """
-    value = environment.get(CACHE_LIMIT, str(DEFAULT_CACHE_GB))
-    # float() would also take "inf", "1e3" and underscores.
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value, re.ASCII) or not float(value):
-        raise TransActError(
-            f"{CACHE_LIMIT} is {value!r}; set it to a positive number of gigabytes, such as 20 "
-            "or 0.5."
-        )
-    return round(float(value) * 10**9)
 
 
 def mark_used(path: Path) -> None:

@@ -9,9 +9,10 @@ them.
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,12 +30,33 @@ MAX_NAME_BYTES = 255
 MAX_TEXT_BYTES = 200_000_000
 """Largest file that is read in one piece, in bytes; the largest tokenizers take some 10^7."""
 
+CACHE_LIMIT = "TRANSACT_CACHE_GB"
+"""Environment variable: the most that the cache folder may hold, in gigabytes (10^9 bytes)."""
+DEFAULT_CACHE_GB = 20.0
+"""Room for a converted 7B model in float16 (14 GB) and thousands of measurements."""
+
 
 def cache_folder() -> Path:
     """The folder of kept results: `$TRANSACT_CACHE`, or `transact` in the user's cache folder."""
     if own := os.environ.get("TRANSACT_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transact"
+
+
+def cache_limit_bytes(environment: Mapping[str, str] = os.environ) -> int:
+    """The most that the cache folder may hold, from `TRANSACT_CACHE_GB`.
+
+    Raises:
+        TransActError: the variable is set and is not a positive decimal number.
+    """
+    value = environment.get(CACHE_LIMIT, str(DEFAULT_CACHE_GB))
+    # float() would also take "inf", "1e3" and underscores.
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value, re.ASCII) or not float(value):
+        raise TransActError(
+            f"{CACHE_LIMIT} is {value!r}; set it to a positive number of gigabytes, such as 20 "
+            "or 0.5."
+        )
+    return round(float(value) * 10**9)
 
 
 def read_text(path: Path) -> str:

@@ -29,9 +29,9 @@ import torch
 from pydantic import TypeAdapter
 from transformers import LlamaForCausalLM
 
-from transact_core.base.cache import UNUSED_SECONDS, cache_limit_bytes, digest
+from transact_core.base.cache import UNUSED_SECONDS, digest
 from transact_core.base.errors import Progress, silent
-from transact_core.base.files import cache_folder
+from transact_core.base.files import cache_folder, cache_limit_bytes
 from transact_core.experiments.bench import Bench, Choices, Measurement, compress
 from transact_core.experiments.decide import decide
 from transact_core.forward.perplexity import Evaluation
