@@ -525,7 +525,7 @@ def show_point(
     )
     predicted = next(
         (
-            each.said
+            each.predicted
             for each in reversed(scored_points(bench))
             if (each.point.mha_width, each.point.mlp_width, each.point.choices)
             == (point.footprint.mha_width, point.footprint.mlp_width, choices_of(point))
