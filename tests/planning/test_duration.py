@@ -16,7 +16,7 @@ CALIBRATION, EVALUATION = Feed(8192, 512), Feed(4096, 512)
 
 
 def test_a_pass_does_two_flops_for_each_weight_and_token():
-    weights = SHAPE.num_hidden_layers * SHAPE.layer_tensors()["mlp.up_proj.weight"][0]
+    weights = SHAPE.num_hidden_layers * SHAPE.layer_tensors(0)["mlp.up_proj.weight"][0]
     assert pass_flops(SHAPE, EVALUATION) > 2 * 4096 * weights * SHAPE.hidden_size
     head = 2 * 4096 * SHAPE.vocab_size * SHAPE.hidden_size
     assert evaluation_flops(SHAPE, EVALUATION) == pass_flops(SHAPE, EVALUATION) + head

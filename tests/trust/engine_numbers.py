@@ -2,7 +2,7 @@
 
     python -m tests.trust.engine_numbers
 
-records them anew in `stored/engine-numbers.json`. It refuses to do so where the numbers changed and
+records them anew in `engine-numbers.json`. It refuses to do so where the numbers changed and
 `ENGINE_VERSION` did not: cached results of the version before would be taken for new ones.
 
 Weights and tokens come from NumPy's generator, not from torch's, a tokenizer or a text, so that
@@ -32,7 +32,7 @@ from transact_core.models.load import LoadedModel
 from transact_core.pruning.closed_form import RECOVERIES
 from transact_core.pruning.plan import GRANULARITIES, PruningPlan
 
-FILE = Path(__file__).parent / "stored" / "engine-numbers.json"
+FILE = Path(__file__).parent / "engine-numbers.json"
 COMMAND = "python -m tests.trust.engine_numbers"
 TOLERANCE = 1e-4
 """Of the largest number of a list. Other thread counts and instruction sets, which add in another

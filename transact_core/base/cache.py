@@ -25,12 +25,13 @@ from safetensors.torch import save_file
 
 from transact_core.base.files import cache_folder, cache_limit_bytes, remove_whole, staged_file
 
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 """Version of the numbers that the library computes; part of the key of every kept result.
 
 The rule: raise it by one with every change after which a kept result (scores, plans, repaired
-weights, losses, damage curves, models and tokenizers converted from GGUF) differs by more than
-rounding, and leave it alone otherwise. The package's own version plays no part.
+weights, losses, damage curves, token ids of a text) differs by more than rounding, and leave it
+alone otherwise. The package's own version plays no part, and what is converted from GGUF files has
+`models.gguf.CONVERSION`.
 `tests/trust/test_engine_version.py` holds the library to this: it repeats a small computation that
 was recorded together with this version.
 """
