@@ -20,7 +20,7 @@ def test_a_first_visit_is_shown_an_example_while_the_model_is_opened(
         page.goto(address)
         expect(page.locator(CHART)).to_have_count(3, timeout=TIMEOUT_MS)
         # The built-in model is not converted yet, so it cannot be open.
-        expect(button(page, "Cancel")).to_be_visible()
+        expect(button(page, "Cancel")).to_be_visible(timeout=TIMEOUT_MS)
         button(page, "Cancel").click()
         page.get_by_role("link", name="Open this very cut").click()
         expect(page).to_have_url(re.compile("/compress.*mha=33&mlp=30"))

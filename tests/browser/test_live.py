@@ -126,7 +126,7 @@ def test_positions_and_choices_are_undone_and_redone(view: Page):
     words = view.locator(".words").first
     expect(words).to_contain_text("8 of 12 query heads")
     choose(view, "Granularity", "kv-groups")
-    expect(words).to_contain_text("12 of 12 query heads")
+    expect(words).to_contain_text("9 of 12 query heads")
     button(view, "Half the MLP").click()
     rests(view, 0, 50)
     slider(view, "MHA").focus()
@@ -139,7 +139,7 @@ def test_positions_and_choices_are_undone_and_redone(view: Page):
     expect(button(view, "↶ Undo")).to_be_disabled()
     for _ in range(2):
         view.keyboard.press("Control+y")
-    expect(words).to_contain_text("12 of 12 query heads")
+    expect(words).to_contain_text("9 of 12 query heads")
     rests(view, 20, 20)
     button(view, "↷ Redo").click()
     rests(view, 0, 50)
