@@ -168,7 +168,7 @@ def selected(tensors: dict[str, torch.Tensor], plan: dict) -> dict[str, torch.Te
     return left
 
 
-@pytest.mark.parametrize("path", sorted(STORED.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(STORED.glob("version-*.json")), ids=lambda path: path.stem)
 def test_stored_compressions_of_each_schema_are_still_read_and_carried_out(path, tokenizer):
     """The files describe cuts of `make_model`'s model. The repair is made on today's test text."""
     compression = parse_compression(path.read_text())
@@ -194,7 +194,7 @@ def test_stored_compressions_of_each_schema_are_still_read_and_carried_out(path,
 def test_there_is_a_stored_compression_of_the_present_schema():
     from transact_core.export.compression import SCHEMA_VERSION
 
-    stored = {json.loads(path.read_text())["schema_version"] for path in STORED.glob("*.json")}
+    stored = {json.loads(path.read_text())["schema_version"] for path in STORED.glob("version-*.json")}
     assert stored == set(range(1, SCHEMA_VERSION + 1))
 
 
