@@ -41,7 +41,7 @@ def start_chromium(playwright: Playwright) -> Browser:
 
 @contextmanager
 def running_app(log: Path, script: str = "app.py", **environment: str) -> Iterator[str]:
-    """Runs the app on a free port with its own settings; gives its address, and stops it at the end."""
+    """Runs the app on a free port, with its own settings, for the block; gives its address."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

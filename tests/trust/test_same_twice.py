@@ -194,7 +194,9 @@ def test_stored_compressions_of_each_schema_are_still_read_and_carried_out(path,
 def test_there_is_a_stored_compression_of_the_present_schema():
     from transact_core.export.compression import SCHEMA_VERSION
 
-    stored = {json.loads(path.read_text())["schema_version"] for path in STORED.glob("version-*.json")}
+    stored = {
+        json.loads(path.read_text())["schema_version"] for path in STORED.glob("version-*.json")
+    }
     assert stored == set(range(1, SCHEMA_VERSION + 1))
 
 
