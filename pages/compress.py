@@ -1,8 +1,12 @@
-"""Two sliders, what they would cost while they move, and a button that makes and measures the cut.
+"""The Compress page: two sliders, the predicted cost at their position, and the cut itself.
 
-From the top: the controls; a bar that stays in view while the page scrolls, with the button, the
-progress of the job that it starts and, where the thumbs stand on a measured cut, what came out; the
-live view; and what explains the cut.
+From top to bottom:
+
+- the controls of the choices other than the ratios;
+- a bar that stays in view while the page scrolls, with the button that makes and measures the cut,
+  the progress of its job, and the measured figures if the cut at this position is measured;
+- the live view with the sliders;
+- charts and sentences that explain the cut.
 """
 
 import math
@@ -63,10 +67,11 @@ from transact_core.planning.targets import Found, Target, find
 from transact_core.pruning.closed_form import RECOVERIES
 from transact_core.pruning.plan import GRANULARITIES, Decision, PruningPlan, plan_notices
 
-# For each bench, of the choices that were new last.
 TABLES_KEPT = 24
+"""Tables of the live view kept in memory for each bench, those of the latest choices."""
 MULTIPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-# The choices beside the ratios, by the name that they have in the address, and what there is.
+"""Numbers of which the MLP's width can be made a multiple."""
+# The choices other than the ratios: name in the address and in the session, and possible values.
 CONTROLS = {
     "granularity": (*GRANULARITIES, "auto"),
     "importance": tuple(IMPORTANCES),
@@ -80,6 +85,7 @@ GOALS = {
     "kv-cache": ("At most, in % of the dense KV cache", 1.0, 100.0),
     "perplexity": ("At most, times the dense perplexity", 1.0, None),
 }
+"""What a target can limit: label of its number, least value and largest value."""
 GOAL_NAMES = {"parameters": "Parameters", "kv-cache": "KV cache", "perplexity": "Perplexity"}
 
 
@@ -87,8 +93,8 @@ GOAL_NAMES = {"parameters": "Parameters", "kv-cache": "KV cache", "perplexity": 
 
 
 def choose() -> Choices:
-    """The choices beside the ratios, at their controls."""
-    names = {
+    """Draws the controls of all choices other than the ratios and returns their values."""
+    labels = {
         "granularity": ("Granularity", GRANULARITY_HELP),
         "importance": ("Importance", IMPORTANCE_HELP),
         "recovery": ("Recovery", RECOVERY_HELP),
@@ -107,7 +113,7 @@ def choose() -> Choices:
             persist_state="session",
             help=explained,
         )
-        for column, (name, (label, explained)) in zip(columns[:-1], names.items(), strict=True)
+        for column, (name, (label, explained)) in zip(columns[:-1], labels.items(), strict=True)
     }
     refused = why_not_sequential(others)
     columns[-1].toggle(
@@ -122,7 +128,7 @@ def choose() -> Choices:
 
 
 def why_not_sequential(others: dict[str, Any]) -> str | None:
-    """Why units cannot be chosen module by module beside the other choices, if they cannot."""
+    """Why the sequential choice is not possible with the other choices; None if it is possible."""
     try:
         require_sequential(Choices(**{**others, "sequential": True}))
     except TransActError as error:
@@ -131,19 +137,19 @@ def why_not_sequential(others: dict[str, Any]) -> str | None:
 
 
 def choices_now() -> Choices:
-    """As the controls stand in the browser; in a callback too, before the page is drawn."""
+    """The present values of the controls; correct in callbacks too, before the page is drawn."""
     values = {name: st.session_state[name] for name in CONTROLS}
     values["sequential"] = values["sequential"] and why_not_sequential(values) is None
     return Choices(**values)
 
 
 def begin_choices() -> None:
-    """At a visit's first sight of the page a link decides; without one, what the visitor left."""
+    """First values of the controls: those that the address names, else the visitor's last ones."""
     link = st.query_params
     if not {*CONTROLS, *Position.__dataclass_fields__} & set(link):
         for name in CONTROLS:
             st.session_state.setdefault(name, getattr(visit().cut, name))
-    # A control that was seen before keeps its value, whatever a link from another page says.
+    # Streamlit keeps the value of a control that was drawn before, whatever the address says.
     for name, options in CONTROLS.items():
         named = {str(option).lower(): option for option in options}
         if name in link and link[name].lower() in named:
@@ -155,7 +161,7 @@ def in_address(choices: Choices) -> dict[str, Any]:
 
 
 def restore_choices() -> None:
-    """Sets the controls as an undone or redone step has them; the browser asks for it."""
+    """Sets the controls to the choices of a step that the browser undid or redid."""
     view = st.session_state[KEY].get("view")
     wanted = view.get("choices") if isinstance(view, dict) else None
     if isinstance(wanted, dict):
@@ -165,9 +171,9 @@ def restore_choices() -> None:
 
 
 def starting_position() -> tuple[Position, int]:
-    """Where the thumbs are put, and the number of times that they were put somewhere.
+    """The position that Python last set the sliders to, and how often it has set them.
 
-    A link decides at a visit's first sight of the page, and later what the visitor left.
+    On the first draw of the page the address decides; without one, the visitor's last position.
     """
     state = st.session_state
     if KEY not in state:
@@ -180,6 +186,7 @@ def starting_position() -> tuple[Position, int]:
 
 
 def put_at(position: Position) -> None:
+    """Moves the sliders to a position when the live view is next drawn."""
     _, before = st.session_state.get("start", (None, 0))
     st.session_state["start"] = (position, before + 1)
 
@@ -189,13 +196,13 @@ def cut_of(position: Position, choices: Choices) -> Cut:
 
 
 def cut_now() -> Cut:
-    """What thumbs and controls say in the browser, in a callback."""
+    """The cut that sliders and controls describe at present, for use in a callback."""
     position = position_of(st.session_state[KEY].get("view"), *st.session_state["start"])
     return cut_of(position, choices_now())
 
 
 def keep(position: Position, choices: Choices) -> Cut:
-    """The address and the visit follow the thumbs."""
+    """Stores the position in the address and the visit; returns the cut that it describes."""
     st.session_state["position"] = position
     address = {name: str(value) for name, value in asdict(position).items()}
     if any(st.query_params.get(name) != value for name, value in address.items()):
@@ -215,12 +222,12 @@ def _tables_of_benches() -> WeakKeyDictionary[Bench, dict[Choices, tuple]]:
 def tables_of(
     bench: Bench, choices: Choices
 ) -> tuple[list[Structure], EnergyKept | None, dict[str, Any]]:
-    """What the live view draws from, made once for each bench and choices."""
+    """The tables that the live view draws from, made once for each bench and choices."""
     prepared = bench.prepared(first_look(choices))
-    mine = _tables_of_benches().setdefault(bench, {})
-    # Of the recovery only this counts: biases are parameters.
+    of_bench = _tables_of_benches().setdefault(bench, {})
+    # The tables depend on the recovery only in this: biases are parameters.
     key = replace(choices, recovery="bias" if choices.recovery == "bias" else "none"), prepared
-    known = mine.get(key)
+    known = of_bench.get(key)
     if known is None:
         shape = bench.loaded.architecture
         several = choices.granularity == "auto"
@@ -241,26 +248,26 @@ def tables_of(
             drawn = maps(structures[0], scores, shape)
             energy = energy_kept(structures[0], scores, bench.statistics(), shape)
         made = tables(shape, structures, drawn, energy, bench.save_dtype)
-        known = mine[key] = (structures, energy, made)
-        while len(mine) > TABLES_KEPT:
-            mine.pop(next(iter(mine)), None)
+        known = of_bench[key] = (structures, energy, made)
+        while len(of_bench) > TABLES_KEPT:
+            of_bench.pop(next(iter(of_bench)), None)
     return known
 
 
 def choices_of(point: Measurement) -> Choices:
-    """With the granularity that was taken, where `auto` took one."""
+    """The choices of a measured cut, with the granularity that `auto` took in place of `auto`."""
     return replace(Cut.of(point).choices, granularity=point.plan.granularity)
 
 
 def measured_at(table: Structure, choices: Choices) -> list[Measured]:
-    """This visitor's points with these choices, at the options they have the widths of."""
+    """This visitor's points with these choices, each at the options that have its widths."""
     mha = {option.width: place for place, option in enumerate(table.mha.options)}
     mlp = {option.width: place for place, option in enumerate(table.mlp.options)}
     return [
         Measured(
             mha[point.footprint.mha_width],
             mlp[point.footprint.mlp_width],
-            *(each and round(each, 4) for each in times_dense(point)),
+            *(ratio and round(ratio, 4) for ratio in times_dense(point)),
         )
         for point in points()
         if choices_of(point) == choices
@@ -275,7 +282,7 @@ def measured_at(table: Structure, choices: Choices) -> list[Measured]:
 def prediction_of(
     bench: Bench, choices: Choices, table: Structure
 ) -> dict[tuple[int, int], Ratio] | None:
-    """Predicted perplexity by widths, once it is known what each layer loses."""
+    """Predicted perplexity by widths; None until the damage to each layer is measured."""
     if choices.granularity == "auto" or not bench.damage_known(choices):
         return None
     known = prediction_points(bench)
@@ -288,14 +295,14 @@ def prediction_of(
 
 
 def prediction_points(bench: Bench) -> list[Point]:
-    """This visitor's points whose damage is known."""
+    """This visitor's measured points with choices whose damage is known."""
     made = [Point.of(point, choices_of(point)) for point in points()]
     return [point for point, _ in with_known_damage(bench, made)]
 
 
 def while_same(name: str, key: Any, make: Callable[[], Any]) -> Any:
-    """What was made last in this tab under that name, or made now where the key is another."""
-    # A point may hold a NaN: equal to itself in a text, but not in a dataclass of Python 3.13.
+    """The value last made in this tab under `name`; made again if `key` has changed."""
+    # Keys are compared as text, since a NaN in a point is not equal to itself in Python 3.13.
     key = repr(key)
     if name not in st.session_state or st.session_state[name][0] != key:
         st.session_state[name] = key, make()
@@ -303,10 +310,10 @@ def while_same(name: str, key: Any, make: Callable[[], Any]) -> Any:
 
 
 def learn(bench: Bench, choices: Choices) -> tuple[Job | None, list[Job]]:
-    """The job that measures what a prediction needs, if there is one, and it again if unfinished.
+    """The job that measures what a prediction needs, or None, and a list of it while it runs.
 
-    Begins it in the background where it takes no time or little; see `Workbench.learn`. The job
-    gives way to whatever else waits.
+    The job is started here, in the background, if it is short; see `Workbench.learn`. Any other
+    waiting job runs before it.
     """
     if choices.granularity == "auto" or bench.damage_known(choices):
         return None, []
@@ -322,7 +329,7 @@ def learn(bench: Bench, choices: Choices) -> tuple[Job | None, list[Job]]:
 
 
 def offer_prediction(bench: Bench, choices: Choices, learning: Job | None) -> None:
-    """The button that measures what a prediction needs, and how long that takes."""
+    """The button that measures what a prediction needs, with an estimate of its time."""
     if learning is not None and learning.error:
         st.error(f"{learning.title} failed. {plain(learning.error)}", icon=":material/error:")
     request = visit().request
@@ -350,15 +357,15 @@ def scored_points(bench: Bench) -> list[Scored]:
 
 
 def show_score(bench: Bench) -> None:
-    """How well the predictions came out."""
+    """A sentence on how accurate the predictions have been."""
     scored = scored_points(bench)
     if not scored:
         return
-    errors = sorted(abs(each.relative_error) for each in scored)
-    inside = sum(each.inside for each in scored)
+    errors = sorted(abs(score.relative_error) for score in scored)
+    inside = sum(score.inside for score in scored)
     st.caption(
-        f"Predictions so far: of {len(scored)} cuts predicted before they were measured {inside} "
-        f"came out inside the interval, meant for 9 in 10; the median error is "
+        f"Predictions so far: of {len(scored)} cuts predicted before they were measured, {inside} "
+        f"were inside the interval, which should hold 9 of 10. The median error is "
         f"{errors[len(errors) // 2]:.1%}."
     )
 
@@ -369,7 +376,7 @@ def show_score(bench: Bench) -> None:
 def choose_target(
     bench: Bench, choices: Choices, table: Structure, energy: EnergyKept | None
 ) -> None:
-    """A popover in which a target is named; what is found moves the thumbs."""
+    """A popover for a target; the ratios that meet it are set on the sliders."""
 
     def search() -> None:
         state = st.session_state
@@ -417,7 +424,7 @@ def choose_target(
 
 
 def show_target_outcome() -> bool:
-    """What the search for a target found, once; True where there was one."""
+    """Shows once what the last search for a target found; True if there was a search."""
     met, words = st.session_state.pop("target-outcome", (True, ""))
     if words:
         (st.caption if met else st.warning)(words)
@@ -431,12 +438,12 @@ def found_in_words(found: Found) -> str:
     )
 
 
-# --- what is drawn on rest -------------------------------------------------------------------
+# --- drawn when a slider rests ---------------------------------------------------------------
 
 
 def in_ranges(numbers: Sequence[int]) -> str:
     """Ascending integers in words: 0–2, 5."""
-    runs: list[list[int]] = []
+    runs: list[list[int]] = []  # of consecutive integers
     for integer in numbers:
         if runs and integer == runs[-1][-1] + 1:
             runs[-1].append(integer)
@@ -451,32 +458,32 @@ def show_pairs(bench: Bench, plan: PruningPlan) -> None:
     show(
         plan_charts.pair_map(effects, plan, pairs.inv_freq.numpy()),
         "plan-pairs",
-        "bright cells are rotary pairs with a large effect on attention; full cells stay, small "
-        "pale ones go.",
+        "bright cells are rotary pairs with a large effect on attention. Large cells are kept; "
+        "small, pale cells are removed.",
         lambda: plan_charts.pairs_table(effects, plan),
     )
     if plan.head_dim:
         st.caption(
             "All heads share the frequencies of the slots "
-            f"(▾): those of pairs {in_ranges(plan.slots)}. Each KV head puts its own "
-            "best pairs into them. Pairs are chosen by their effect on attention: with least "
-            "squares, head-dims does not depend on the importance."
+            f"(▾): those of pairs {in_ranges(plan.slots)}. Each KV head moves its own "
+            "best pairs into these slots. Pairs are chosen by their effect on attention: with "
+            "least squares, head-dims does not depend on the importance."
         )
 
 
 def show_reading(granularity: str) -> None:
     st.caption(
-        "How to read it: everything follows the thumb while it is dragged, and the address keeps "
-        "the view. In the anatomy each layer's MHA and MLP are two trapezoids around their "
-        "waist, and the residual stream passes all of them at full width. Heads and channels are "
-        "the brighter the higher they score; thin heads and veiled channels are removed. The strip "
-        "under a slider is perplexity along it: a band where it is predicted, rings where it was "
-        "measured. Energy is `Σ a²` over the calibration tokens: a low value means that the units "
-        "are seldom active, not that the model can do without them, which only a measurement "
-        "shows."
+        "How to read it: all pictures follow the slider while it is dragged, and the address of "
+        "the page keeps the position. In the anatomy, the MHA and the MLP of each layer are drawn "
+        "as two trapezoids that meet at the module's inner width (its waist). The residual stream "
+        "keeps its full width. Brighter heads and channels have higher scores; thin heads and "
+        "veiled channels are removed. The strip under a slider shows perplexity along it: a band "
+        "where it is predicted, rings where it was measured. Energy is `Σ a²` over the calibration "
+        "tokens. A low value means that the units are seldom active, not that the model can do "
+        "without them; only a measurement shows that."
         + (
-            " For narrower heads it is that of the dims of the values that the bare cut keeps; "
-            "`least-squares` finds a better basis of as many."
+            " For narrower heads it is the energy of the value dims that the bare cut keeps; "
+            "`least-squares` finds a better basis with as many dims."
             if granularity == "head-dims"
             else ""
         )
@@ -484,9 +491,9 @@ def show_reading(granularity: str) -> None:
 
 
 def times_dense(point: Measurement) -> tuple[float, float | None, float | None]:
-    """Measured perplexity over the dense model's, and the ends of its 95 % interval.
+    """Measured perplexity as a multiple of the dense model's, and the ends of its 95 % interval.
 
-    The ends are None where a single window was evaluated, which has no spread.
+    The ends are None for a single evaluation window, which has no spread.
     """
     middle, half = point.delta_nll, 1.96 * point.delta_nll_se
     if not math.isfinite(half):
@@ -496,7 +503,7 @@ def times_dense(point: Measurement) -> tuple[float, float | None, float | None]:
 
 
 def text_in_words(bench: Bench) -> str:
-    """The evaluation text and how much of it."""
+    """The evaluation text and how many tokens of it are used."""
     windows = bench.evaluation
     name = "the built-in text" if windows.source == BUILTIN_TEXT else plain(windows.source)
     return f"{windows.tokens:,} tokens of {name} in windows of {windows.sequence_length:,}"
@@ -505,7 +512,7 @@ def text_in_words(bench: Bench) -> str:
 def show_point(
     bench: Bench, choices: Choices, point: Measurement, learning: Job | None, under_way: bool
 ) -> None:
-    """What was measured where the thumbs stand, and beside it what had been predicted."""
+    """The measurement at the sliders' position, and what had been predicted for it."""
     ratio, low, high = times_dense(point)
     measured, times, before, about = st.columns([3, 3, 3, 4], gap="small")
     quiet = {"delta_color": "off", "delta_arrow": "off"}
@@ -525,9 +532,9 @@ def show_point(
     )
     predicted = next(
         (
-            each.predicted
-            for each in reversed(scored_points(bench))
-            if (each.point.mha_width, each.point.mlp_width, each.point.choices)
+            score.predicted
+            for score in reversed(scored_points(bench))
+            if (score.point.mha_width, score.point.mlp_width, score.point.choices)
             == (point.footprint.mha_width, point.footprint.mlp_width, choices_of(point))
         ),
         None,
@@ -564,18 +571,18 @@ def show_fits(point: Measurement) -> None:
             show(
                 plan_charts.layer_fits(point.fits, point.recovery),
                 "fits",
-                "the lower the solid line under the dotted one, the more of what the bare cut "
-                "loses is made up for, on held-out windows.",
+                "the distance from the dotted down to the solid line is how much of the bare cut's "
+                "error the repair removes, on held-out windows.",
                 lambda: pd.DataFrame(map(asdict, point.fits)),
             )
 
 
 def show_decision(decision: Decision | None, plan: PruningPlan) -> None:
-    """How `auto` and steps decided, or what stands in for it until they have."""
+    """How `auto` and several steps decided, or a note that they have not decided yet."""
     if decision is None:
         st.caption(
             "What `auto` takes, and which units several steps or a sequential choice keep, is "
-            "found when the cut is measured. Until then the maps are of "
+            "found when the cut is measured. Until then the maps show "
             f"`{plan.granularity}` scored once."
         )
         return
@@ -597,11 +604,11 @@ def show_decision(decision: Decision | None, plan: PruningPlan) -> None:
 
 
 def offer_cut(room: DeltaGenerator, enabled: bool, explained: str) -> None:
-    """The button that measures the cut at this position.
+    """The button that makes and measures the cut at this position.
 
-    It cuts at what the controls say when it is pressed: while a page is drawn anew, the button of
-    what was chosen before is still there. And it is part of every drawing, since a click on a
-    button that goes meanwhile would be lost.
+    The callback reads the controls when the button is pressed, because the button of an earlier
+    draw stays on screen while the page is drawn again. The button is drawn every time, disabled
+    where it does nothing, because a click on a button that disappears would be lost.
     """
 
     def measure() -> None:
@@ -624,7 +631,7 @@ def offer_cut(room: DeltaGenerator, enabled: bool, explained: str) -> None:
 def show_unmeasured(
     bench: Bench, cut: Cut, predicted: bool, learning: Job | None, under_way: Sequence[Job]
 ) -> None:
-    """What it takes to measure this cut, and to predict it where it is not predicted yet."""
+    """How long this cut takes to measure, and the offer to predict it if it is not predicted."""
     seconds = cuts_seconds(bench, visit().request, [cut.ratios], cut.choices)
     st.caption(
         f"**Not measured yet.** Pruning, repairing and measuring takes "
@@ -641,7 +648,7 @@ def show_unmeasured(
 
 
 def other_cuts(cutting: Job | None) -> list[Job]:
-    """This visitor's unfinished cuts of this model at other positions."""
+    """This visitor's unfinished cuts of this model, without the one at the present position."""
     return [
         job
         for job in visit().visitor.unfinished_jobs
@@ -681,7 +688,8 @@ def workbench_view(bench: Bench, beside_title: DeltaGenerator) -> None:
     cutting = unfinished(measuring)
     elsewhere += other_cuts(measuring)
     cuts = any(
-        each.mha.option_at[position.mha] or each.mlp.option_at[position.mlp] for each in structures
+        candidate.mha.option_at[position.mha] or candidate.mlp.option_at[position.mlp]
+        for candidate in structures
     )
     with state:
         prepared = bool(cutting) or require_prepared(bench, choices, "cut")
@@ -700,7 +708,7 @@ def workbench_view(bench: Bench, beside_title: DeltaGenerator) -> None:
         if cutting:
             follow("cut", cutting)
             st.caption(
-                "The result appears here, and is kept if you go on to another position or page."
+                "The result appears here. It is kept if you move to another position or page."
             )
         elif point is not None:
             show_point(bench, choices, point, learning, bool(under_way))

@@ -1,4 +1,4 @@
-"""Take a cut away: its configuration, its checkpoint, the command that makes it again."""
+"""The Export page: the configuration of a cut, its checkpoint, and commands that reproduce it."""
 
 from dataclasses import astuple
 from datetime import datetime
@@ -29,15 +29,15 @@ from transact_core.pruning.plan import Decision
 def show_configuration(bench: Bench, cut: Cut) -> None:
     st.subheader("Configuration")
     st.write(
-        "`compression.json` holds every choice: which heads, dims and channels stay, the texts "
-        "and the weights by their fingerprints. It makes the checkpoint again, on this machine bit "
+        "`compression.json` holds every choice: which heads, dims and channels are kept, and the "
+        "fingerprints of the texts and weights. It reproduces the checkpoint, on this machine bit "
         "for bit."
     )
     decision = find_cut(bench, cut)
     if decision is None:
         st.info(
-            "What this cut keeps is decided by `auto` or in steps when it is measured: measure it "
-            "on the Compress page, or write the checkpoint.",
+            "With `auto`, several steps or a sequential choice, what a cut keeps is decided when "
+            "it is measured. Measure it on the Compress page, or write the checkpoint.",
             icon=":material/info:",
         )
         return
@@ -54,9 +54,9 @@ def show_configuration(bench: Bench, cut: Cut) -> None:
             on_click="ignore",
         )
         offer_report(bench, decision, cut.recovery)
-    st.write("With the file:")
+    st.write("To reproduce it from the file:")
     st.code(apply_command(), language="bash", wrap_lines=True)
-    st.write("Without it, from the ratios:")
+    st.write("To reproduce it from the ratios, without the file:")
     st.code(reproduce_command(compression), language="bash", wrap_lines=True)
     if decision.why:
         st.caption(decision.why)
@@ -65,6 +65,7 @@ def show_configuration(bench: Bench, cut: Cut) -> None:
 
 
 def offer_report(bench: Bench, decision: Decision, recovery: str) -> None:
+    """The button that downloads the report, with the latest times if they are of this cut."""
     plan = decision.plan
     measured, point, timed = list(points()), find_point(plan, recovery), last_latency()
     if timed and not (
@@ -83,16 +84,16 @@ def offer_report(bench: Bench, decision: Decision, recovery: str) -> None:
         "text/html",
         icon=":material/description:",
         on_click="ignore",
-        help="One HTML page that explains this cut to a colleague: its charts "
+        help="One HTML file that explains this cut to a colleague. Its charts "
         "work without a network."
         + ("" if point else " This cut is not measured yet, and the report says so."),
     )
 
 
 def show_other_runtimes(bench: Bench, cut: Cut, decision: Decision | None) -> None:
-    """Which runtimes beside transformers read this cut, and which do not."""
+    """Which runtimes other than transformers read this cut correctly, and which do not."""
     if cut.granularity == "auto" and decision is None:
-        st.caption("Which other runtimes read it depends on the granularity that `auto` takes.")
+        st.caption("Which other runtimes can read it depends on the granularity that `auto` takes.")
         return
     loaded, plan = bench.loaded, plan_at(bench, cut, decision)
     biases = cut.recovery == "bias"
@@ -110,7 +111,7 @@ def show_other_runtimes(bench: Bench, cut: Cut, decision: Decision | None) -> No
 
 
 def show_blocks(bench: Bench, cut: Cut, decision: Decision | None) -> None:
-    """Which multiple to choose where no block quantisation of llama.cpp takes the widths."""
+    """Advice on `multiple_of` if llama.cpp's block quantisations cannot take the widths."""
     advice = block_advice(plan_at(bench, cut, decision), bench.loaded.architecture)
     if advice:
         st.info(advice, icon=":material/grid_on:")
@@ -135,7 +136,7 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
         "Folder on the machine that runs this app",
         str(settings().export_folder / name),
         key=f"folder-{name}",
-        help="New or empty; it appears whole or not at all.",
+        help="A new or empty folder. The checkpoint appears there once it is complete.",
     )
     about = ("export", visit().request)
     busy = show_job(*about)
@@ -153,7 +154,7 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
     if not busy and (decision is None or find_point(decision.plan, cut.recovery) is None):
         seconds = cuts_seconds(bench, visit().request, [cut.ratios], cut.choices)
         st.caption(
-            "This cut is not measured yet; writing it measures it too, which takes "
+            "This cut is not measured yet. Writing the checkpoint also measures it, which takes "
             f"{estimate_in_words(seconds)}."
         )
 

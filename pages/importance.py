@@ -1,4 +1,4 @@
-"""Which channels matter, how concentrated each layer is, and the tail that a cut removes."""
+"""The Importance page: the scores of all channels, their concentration, and what a cut removes."""
 
 from dataclasses import replace
 
@@ -18,6 +18,7 @@ from transact_core.importance.scores import IMPORTANCES, Scores
 from transact_core.planning.redundancy import kept_channels, kept_share
 
 SHARE = 0.9
+"""Share of the activation energy whose channels are counted in the first chart."""
 
 
 def by_layer(values: dict) -> pd.DataFrame:
@@ -25,13 +26,13 @@ def by_layer(values: dict) -> pd.DataFrame:
 
 
 def show_map(scores: Scores, module: str, ordered: bool) -> None:
-    mine = scores.channels if module == "MLP" else scores.head_channels
+    of_module = scores.channels if module == "MLP" else scores.head_channels
     show(
-        charts.channel_map(mine.numpy(), ordered, module, height=420),
+        charts.channel_map(of_module.numpy(), ordered, module, height=420),
         "channels",
-        "the sooner a row turns dark from the left, the longer the tail of weak channels."
+        "the earlier a row turns dark from the left, the more weak channels the layer has."
         if ordered
-        else "dark channels are those that a cut takes first.",
+        else "dark channels are those that a cut removes first.",
         lambda: scores.to_frame(visit().cut.importance),
     )
 
@@ -42,10 +43,10 @@ def show_tail(bench: Bench, scores: Scores, module: str, in_order: bool) -> None
     plan = bench.plan(cut.mha_ratio, cut.mlp_ratio, cut.choices)
     kept = kept_channels(plan, shape)
     statistics = bench.statistics()
-    mine = (scores.channels if module == "MLP" else scores.head_channels).numpy()
+    of_module = (scores.channels if module == "MLP" else scores.head_channels).numpy()
     mask = kept[module.lower()].numpy()
     words, choice = st.columns([3, 1], vertical_alignment="bottom")
-    words.subheader("The tail that the cut removes")
+    words.subheader("What the cut removes")
     words.caption(
         f"At the Compress page's cut: MHA {cut.mha_ratio:.0%}, MLP {cut.mlp_ratio:.0%}, by "
         f"{cut.granularity} and {cut.importance}."
@@ -58,25 +59,32 @@ def show_tail(bench: Bench, scores: Scores, module: str, in_order: bool) -> None
     left, right = st.columns(2)
     with left:
         if in_order:
-            st.info("These scores are positions: every layer's curve is the same straight line.")
+            st.info(
+                "These scores are positions in an order of elimination, so the curve of every "
+                "layer is the same straight line."
+            )
         else:
             show(
-                charts.sorted_curves(mine, mask.mean() if module == "MLP" else None, module),
+                charts.sorted_curves(of_module, mask.mean() if module == "MLP" else None, module),
                 "sorted",
-                "a line that falls early is a layer that works through few channels; a flat one "
-                "has no tail to cut.",
+                "in a layer whose line falls early, few channels have most of the score; a layer "
+                "with a flat line has no weak channels.",
                 lambda: scores.to_frame(cut.importance),
                 narrow=True,
             )
     with right:
         show(
-            charts.layer_curve(mine[layer], mask[layer], layer, module),
+            charts.layer_curve(of_module[layer], mask[layer], layer, module),
             "layer-curve",
             "grey is what the cut removes. Whole heads take strong channels along with weak ones."
             if module == "MHA"
-            else "grey is the tail that the cut removes.",
+            else "grey is what the cut removes.",
             lambda: pd.DataFrame(
-                {"channel": range(len(mine[layer])), "score": mine[layer], "stays": mask[layer]}
+                {
+                    "channel": range(len(of_module[layer])),
+                    "score": of_module[layer],
+                    "stays": mask[layer],
+                }
             ),
             narrow=True,
         )
@@ -87,8 +95,8 @@ def show_tail(bench: Bench, scores: Scores, module: str, in_order: bool) -> None
     show(
         plan_charts.energy_kept(shares),
         "energy",
-        "the share of `Σ a²` over the calibration tokens that is in what stays; where a line dips, "
-        "the same width costs that layer more.",
+        "the share of `Σ a²` over the calibration tokens that is in the units that are kept. Where "
+        "a line dips, the same cut removes more of that layer's energy.",
         lambda: by_layer(shares),
     )
 
@@ -100,16 +108,18 @@ held = {module: channels_holding(getattr(statistics, module), SHARE).numpy() for
 show(
     charts.concentration(held, SHARE),
     "concentration",
-    "a short bar is a layer whose signal needs few of its channels.",
+    "in a layer with a short bar, few channels hold most of the energy.",
     lambda: by_layer(held),
 )
 left, right = st.columns([2, 3], vertical_alignment="bottom")
-# The Compress page's own choice: what is looked at here is cut by there.
+# This is the Compress page's choice of importance too: both pages show the same one.
 importance = left.selectbox(
     "Importance", list(IMPORTANCES), key="importance", bind="query-params", help=IMPORTANCE_HELP
 )
 visit().cut = replace(visit().cut, importance=importance)
-st.caption(f"`{importance}` measures {measures(importance)}. Low scores go first.")
+st.caption(
+    f"`{importance}` measures {measures(importance)}. Units with low scores are removed first."
+)
 if not require_prepared(bench, visit().cut.choices, "importance"):
     st.stop()
 scores = bench.scores(importance)
@@ -130,7 +140,7 @@ with right.container(horizontal=True, vertical_alignment="center"):
         key="ordered",
         persist_state="session",
         disabled=in_order,
-        help="These scores are positions: in that order all layers look the same."
+        help="These scores are positions in an order of elimination. Sorted, all layers look alike."
         if in_order
         else None,
     )

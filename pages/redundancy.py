@@ -1,4 +1,4 @@
-"""Which module is more redundant: the same share removed from each, the damage side by side."""
+"""The Redundancy page: what MHA and MLP lose when the same share of their width is removed."""
 
 from dataclasses import replace
 
@@ -27,23 +27,25 @@ from transact_core.planning.redundancy import lost_by
 from transact_core.pruning.plan import GRANULARITIES, PruningPlan
 
 SHARES = tuple(tenths / 10 for tenths in range(1, 10))
+"""Shares of a module's width whose removal is compared."""
 
 
 def plans_of(bench: Bench, choices: Choices) -> dict[str, list[PruningPlan]]:
-    """The different cuts of one module alone that the shares ask for."""
+    """Cuts of one module alone at each share; shares that give the same widths make one cut."""
     shape = bench.loaded.architecture
     plans: dict[str, list[PruningPlan]] = {"mha": [], "mlp": []}
-    for module, mine in plans.items():
+    for module, found in plans.items():
         for share in SHARES:
             pair = (share, 0.0) if module == "mha" else (0.0, share)
             plan = bench.plan(*pair, choices)
-            widths = [earlier.widths for earlier in mine]
+            widths = [earlier.widths for earlier in found]
             if plan.cuts_anything(shape) and plan.widths not in widths:
-                mine.append(plan)
+                found.append(plan)
     return plans
 
 
 def removed(bench: Bench, plan: PruningPlan, module: str) -> float:
+    """The share of the module's width that a plan removes."""
     shape = bench.loaded.architecture
     cut = plan.widths.applied_to(shape)
     if module == "mha":
@@ -54,9 +56,9 @@ def removed(bench: Bench, plan: PruningPlan, module: str) -> float:
 def lost_table(bench: Bench, plans: dict[str, list[PruningPlan]]) -> pd.DataFrame:
     written = bench.scores("activation-weight")
     rows = []
-    for module, mine in plans.items():
+    for module, of_module in plans.items():
         rows.append({"module": module, "removed": 0.0, "lost": 0.0, "least": 0.0, "most": 0.0})
-        for plan in mine:
+        for plan in of_module:
             lost = lost_by(plan, written, bench.loaded.architecture)[module]
             rows.append(
                 {
@@ -72,8 +74,8 @@ def lost_table(bench: Bench, plans: dict[str, list[PruningPlan]]) -> pd.DataFram
 
 def measured_table(bench: Bench, plans: dict[str, list[PruningPlan]]) -> pd.DataFrame:
     rows = []
-    for module, mine in plans.items():
-        for plan in mine:
+    for module, of_module in plans.items():
+        for plan in of_module:
             point = find_point(plan, "none")
             if point is not None:
                 half = np.nan_to_num(1.96 * point.delta_nll_se)
@@ -98,7 +100,7 @@ def show_measured(bench: Bench, plans: dict[str, list[PruningPlan]], dense: Eval
     show(
         exploring_charts.bare_perplexities(frame, dense.perplexity),
         "redundancy-measured",
-        "the lower line is the module that loses less at the same share removed; bars are 95 % "
+        "the module with the lower line loses less at the same share removed. Bars are 95 % "
         "intervals of the paired "
         f"difference from the dense model, over {bench.evaluation.tokens:,} tokens. The points "
         "are on the Perplexity page too.",
@@ -124,24 +126,25 @@ plans = plans_of(bench, choices)
 show(
     exploring_charts.lost_energy(table := lost_table(bench, plans)),
     "redundancy",
-    "the lower line is the module whose removed channels wrote less. Lines are means over layers, "
-    "bands the range of layers.",
+    "the removed channels of the module with the lower line wrote less. Lines are means over "
+    "layers; bands are the range over layers.",
     lambda: table,
 )
 st.caption(
-    "Written energy is `Σ a² · ‖W‖²` over the calibration tokens, of the removed channels as a "
-    "share of all: `a` is the channel's transitional activation, `W` its column of the output "
-    "projection. It would be the relative squared error of the bare cut's output if channels were "
-    "uncorrelated; it takes no account of the repair, nor of how later layers change the error."
-    + (" Of narrower heads it counts the values' dims alone." if granularity == "head-dims" else "")
+    "Written energy is `Σ a² · ‖W‖²` over the calibration tokens, where `a` is a channel's "
+    "transitional activation and `W` its column of the output projection. The chart shows the "
+    "removed channels' share of it. If channels were uncorrelated, this share would be the "
+    "relative squared error of the bare cut's output. It leaves out the repair, and how later "
+    "layers change the error."
+    + (" For narrower heads it counts the value dims only." if granularity == "head-dims" else "")
 )
 dense = show_dense("redundancy")
 if dense is not None:
     st.subheader("Measured")
     missing = [
         (plan.mha_ratio, plan.mlp_ratio)
-        for mine in plans.values()
-        for plan in mine
+        for of_module in plans.values()
+        for plan in of_module
         if find_point(plan, "none") is None
     ]
     if not show_job("curve", visit().request):

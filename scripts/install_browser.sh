@@ -6,7 +6,7 @@ python=${1:-python3}
 
 on_path() {
     for name in chromium chromium-browser google-chrome; do
-        # Ubuntu has a stub of this name that only says to install a snap: run it to know.
+        # Ubuntu has a stub of this name that only asks to install a snap, so it is run to find out.
         if "$name" --version >/dev/null 2>&1; then
             echo "Browser for the tests: $(command -v "$name")"
             return 0

@@ -1,6 +1,6 @@
-"""Writes docs/licences.md: every package that is locked, with the licence that it declares.
+"""Writes docs/licences.md: the licence that each locked package declares.
 
-Run by `make licences`, with a pip that reads metadata without fetching the packages.
+Run by `make licences`, with a version of pip that reads metadata without downloading packages.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "docs" / "licences.md"
+# By file: what its packages are for.
 PURPOSES = {
     "locks/app.txt": "the app",
     "locks/torch.txt": "the app",
@@ -22,6 +23,7 @@ PURPOSES = {
     "requirements-model.txt": "the built-in model",
     "benchmarks/requirements.txt": "`make benchmark`",
 }
+# Files of direct requirements. All other locked packages are needed by these.
 ASKED_FOR = (
     "requirements.txt",
     "requirements-dev.txt",
@@ -31,7 +33,7 @@ ASKED_FOR = (
     "benchmarks/requirements.txt",
 )
 MAX_LICENCE_LENGTH = 80
-"""Characters of a licence's name; what is longer is the licence's text."""
+"""Most characters of a licence's name. Longer metadata is the text of the licence."""
 HEAD = """# Licences
 
 What each package declares of itself in its metadata, written by `make licences`; versions are those
@@ -44,20 +46,20 @@ None of it is part of this repository, which is Apache-2.0.
 
 
 def pins(file: str) -> list[tuple[str, str]]:
-    """Name and version of each package in a lock or a requirements file."""
+    """Name and version of each package in a lock file or a requirements file."""
     lines = re.findall(r"^([\w.-]+)==([^\s;\\]+)", (ROOT / file).read_text(), re.MULTILINE)
     return [(canonical(name), version) for name, version in lines]
 
 
 def canonical(name: str) -> str:
-    """The one spelling of a package's name, as PyPI has it."""
+    """The normalised spelling of a package's name, as PyPI writes it."""
     return re.sub(r"[-_.]+", "-", name.lower())
 
 
 def declared(wanted: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """The licence by package and version, as pip reports it for this machine's builds.
+    """The licence of each package and version, as pip reports it for this machine's builds.
 
-    pip takes one version of a package at a time, so second versions are asked for separately.
+    pip accepts one version of a package at a time, so further versions are requested separately.
     """
     first = dict(reversed(wanted))
     later = [package for package in wanted if package not in first.items()]
@@ -68,7 +70,7 @@ def declared(wanted: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
         command += [f"{name}=={version}" for name, version in first.items()]
         subprocess.run(command, check=True)
         found = [package["metadata"] for package in json.loads(report.read_text())["install"]]
-    # A build that is not PyPI's has a longer version, as 2.13.0+cpu.
+    # Builds from other indexes than PyPI have a local version, such as 2.13.0+cpu.
     licences = {
         (canonical(metadata["name"]), metadata["version"].partition("+")[0]): licence(metadata)
         for metadata in found
@@ -77,6 +79,7 @@ def declared(wanted: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
 
 
 def licence(metadata: dict) -> str:
+    """The name of the declared licence: an SPDX expression if there is one, else older fields."""
     if expression := metadata.get("license_expression"):
         return expression
     names = [
@@ -84,7 +87,7 @@ def licence(metadata: dict) -> str:
         for classifier in metadata.get("classifier", ())
         if classifier.startswith("License ::")
     ]
-    # Older packages put the whole text of the licence here.
+    # Older packages have the name of the licence here, or its whole text.
     text = metadata.get("license", "").strip()
     if text and "\n" not in text and len(text) <= MAX_LICENCE_LENGTH and not names:
         return text

@@ -1,11 +1,11 @@
-"""Writes locks/: every package that is installed, with its version and the hashes of its files.
+"""Writes locks/: every installed package, with its version and the hashes of its files.
 
-Run by `make lock`, with the uv that it installs. torch and what only its CUDA build needs have
-locks of their own: another build of torch, from another index, has other hashes and other needs.
+Run by `make lock`, which also installs uv. torch and the packages that only its CUDA build needs
+have separate lock files, because builds of torch from other indexes have other hashes and needs.
 
-The runtimes that exported models are tried in have locks of their own too, of only those packages
-that differ from the app's and the tests': each is installed into a folder that is put before
-.venv's packages, so a package that both need in the same version is not installed twice.
+The runtimes that exported models are tested in have separate lock files too. Each is installed into
+a folder that comes before .venv's packages in the search path, so its lock file has only the
+packages whose versions differ from the app's and the tests'.
 """
 
 import re
@@ -17,28 +17,28 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LOCKS = ROOT / "locks"
 OLDEST_PYTHON = "3.11"
-"""The locks hold for this version of Python and all later ones."""
+"""The locks are valid for this version of Python and later ones."""
 CUDA_PACKAGE = re.compile(r"(nvidia|cuda|triton)(-|$)")
 """Names of packages that only the CUDA build of torch needs."""
 OTHER_PLATFORM = re.compile(r"\S+ ; .*sys_platform == '(win32|emscripten)'")
-"""Packages for platforms that the app is not installed on."""
+"""Entries of packages that are only needed on platforms that the app does not support."""
 ENTRY = r"^[^\s#].*(?:\n +.*)*"
-"""An entry of a lock: the package, its version and marker, and its hashes on lines of their own."""
+"""An entry of a lock file: package, version and marker, followed by one line for each hash."""
 EXTRA_TORCH_HASHES = (
-    # CPython 3.11, Linux x86-64, CPU, which is not on PyPI.
+    # CPU build for CPython 3.11 on Linux x86-64, which is not on PyPI.
     "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",
 )
-"""SHA-256 of builds of the locked torch that are accepted besides those of PyPI."""
+"""SHA-256 of builds of the locked torch version that are accepted in addition to PyPI's."""
 
 
 def compile_lock(requirements: list[str], preferred: str) -> list[str]:
     """Resolves requirements files together, for Linux and macOS.
 
-    `preferred` is the text of locks: their versions are kept where the requirements allow it.
-    Returns one entry for each package: its name, version, marker and hashes.
+    `preferred` is the text of lock files, whose versions are kept where the requirements allow it.
+    Returns one entry per package: its name, version, marker and hashes.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # uv keeps the versions of an output file that is already there.
+        # uv keeps the versions that an existing output file has.
         output = Path(folder) / "lock.txt"
         output.write_text(preferred)
         command = ["uv", "pip", "compile", "--universal", "--generate-hashes", "--no-header"]
@@ -54,12 +54,12 @@ def package_name(package: str) -> str:
 
 
 def pin(package: str) -> str:
-    """`name==version` of an entry."""
+    """`name==version` from an entry."""
     return package.split()[0]
 
 
 def without(packages: list[str], others: list[str]) -> list[str]:
-    """The entries of packages that the others do not have in the same version."""
+    """The entries of packages that `others` do not contain in the same version."""
     known = {pin(package) for package in others}
     return [package for package in packages if pin(package) not in known]
 
@@ -70,7 +70,7 @@ def write_lock(name: str, about: str, packages: list[str]) -> None:
 
 
 def main() -> None:
-    # Versions stay as they are locked unless an upgrade is asked for.
+    # Locked versions are kept unless an upgrade is requested.
     locked = {path.name: path.read_text() for path in sorted(LOCKS.glob("*.txt"))}
     if "--upgrade" in sys.argv:
         locked = {}

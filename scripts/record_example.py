@@ -1,9 +1,9 @@
-"""Records the start page's worked example: real cuts of the built-in model, measured here.
+"""Records the worked example of the first page: cuts of the built-in model, measured here.
 
-Run from the repository root, on a machine that does nothing else: python -m scripts.record_example
+Run from the repository root, on a machine without other load: python -m scripts.record_example
 
-Model, texts, token counts and threads are those that the app begins with, the example's cut is the
-one that its sliders begin at. Nothing that was measured before is used.
+Model, texts, token counts and threads are the app's defaults, and the cut is the one that its
+sliders start at. The cache is empty, so everything is measured anew.
 """
 
 import os
@@ -35,8 +35,9 @@ from transact_core.pruning.plan import Decision, head_counts
 
 COMMAND = "python -m scripts.record_example"
 SHARE = 0.9
-"""Of the energy, for the chart of concentration."""
+"""Share of the activation energy, for the chart of concentration."""
 MLP_RATIOS = (0.15, 0.3, 0.45, 0.6)
+"""MLP ratios of the recorded curve."""
 
 
 def progress(stage: str, done: int, total: int) -> None:
@@ -57,7 +58,7 @@ def open_bench(request: Request) -> Bench:
 
 
 def curves(bench: Bench, cut: Cut) -> tuple[list[Pair], list[Pair]]:
-    """Cuts of one module, MHA at every number of heads; and cuts of both, the given one first."""
+    """Ratios of cuts of one module (MHA at every number of heads), and of both, `cut` first."""
     shape = bench.loaded.architecture
     counts = head_counts(shape, cut.granularity)
     heads = [round(1 - count / shape.num_attention_heads, 2) for count in counts]
@@ -75,7 +76,7 @@ def measure(bench: Bench, ratios: Pair, choices: Choices) -> Point:
 
 
 def predict(bench: Bench, cut: Cut, left: Architecture, points: Iterable[Point]) -> Ratio:
-    """Of a cut, from what each layer would lose and from points measured before."""
+    """The prediction for a cut, from the damage to each layer and from points measured before."""
     bench.damage(cut.choices, progress)
     known = [prediction.Point.of(point, cut.choices) for point in points]
     widths = [left.mha_width], [left.intermediate_size]

@@ -1,4 +1,4 @@
-"""Takes the README's picture of the running app: a real cut of the built-in model, measured.
+"""Takes the README's screenshot of the running app, with a measured cut of the built-in model.
 
 Run from the repository root: python -m scripts.screenshots
 """
@@ -19,10 +19,11 @@ from tests.browser.driving import (
 
 PICTURE = ROOT / "assets" / "compress.png"
 WIDTH = 1440
+"""Width of the browser window in CSS pixels."""
 CUT_MS = 600_000
-"""A whole cut with its repair, computed beside the browser."""
+"""Longest wait for a cut with its repair, in milliseconds."""
 SETTLING_MS = 1500
-"""The page settles for a moment after its last figure is there."""
+"""Wait in milliseconds after the last chart is drawn, until the layout is stable."""
 
 
 def take(address: str, picture: Path) -> None:
@@ -36,7 +37,7 @@ def take(address: str, picture: Path) -> None:
         page.get_by_test_id("stSidebarNav").get_by_text("Compress", exact=True).click()
         page.get_by_role("button", name="Prune and measure perplexity").click()
         expect(metric(page, "Perplexity, measured")).to_be_visible(timeout=CUT_MS)
-        # What each layer loses is measured in the background, for the predictions.
+        # The damage to each layer is measured in the background, for the predictions.
         expect(button(page, "Cancel")).to_have_count(0, timeout=CUT_MS)
         expect(page.locator(".live[data-shown]")).to_be_visible()
         inside = page.get_by_test_id("stMainBlockContainer").bounding_box()

@@ -1,1 +1,1 @@
-"""From data to figures. Nothing here imports Streamlit."""
+"""Functions from data to Plotly figures. Nothing here imports Streamlit."""

@@ -1,4 +1,4 @@
-"""Figures of how large activations are, from `ActivationStatistics.to_frame()`."""
+"""Charts of activation magnitudes, from `ActivationStatistics.to_frame()`."""
 
 from collections.abc import Iterator
 
@@ -14,6 +14,7 @@ def _sites(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def _lines(frame: pd.DataFrame, column: str, words: str) -> go.Figure:
+    """One column of the frame against the layer index, one line per site."""
     figure = go.Figure()
     for site, rows in _sites(frame):
         figure.add_scatter(
@@ -28,7 +29,7 @@ def _lines(frame: pd.DataFrame, column: str, words: str) -> go.Figure:
 
 
 def magnitude(frame: pd.DataFrame) -> go.Figure:
-    """Root mean square over tokens and channels, by layer and site."""
+    """Root mean square (RMS) over tokens and channels, by layer and site."""
     figure = _lines(frame, "rms", "RMS").update_yaxes(
         title="RMS over tokens and channels", type="log", dtick=1, exponentformat="none"
     )
@@ -42,7 +43,7 @@ def magnitude(frame: pd.DataFrame) -> go.Figure:
 
 
 def spread(frame: pd.DataFrame) -> go.Figure:
-    """How the channels of a layer differ in their root mean square, a panel a site."""
+    """How the RMS differs between the channels of a layer; one panel per site."""
     sites = list(_sites(frame))
     figure = make_subplots(
         cols=len(sites),
@@ -81,7 +82,7 @@ def spread(frame: pd.DataFrame) -> go.Figure:
 
 
 def outliers(frame: pd.DataFrame) -> go.Figure:
-    """The largest value of any token over the layer's root mean square, by layer and site."""
+    """The largest value of any token divided by the layer's RMS, by layer and site."""
     figure = _lines(frame, "outlier", "largest value over RMS").update_yaxes(
         title="largest value over the layer's RMS", type="log", dtick=1, exponentformat="none"
     )

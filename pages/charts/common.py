@@ -1,6 +1,8 @@
-"""Figures from numbers; nothing here computes more than a title needs.
+"""Colours, axes and layout that all charts share, and the charts of importance scores.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart, and cividis for magnitudes.
+Functions turn arrays into Plotly figures and compute no more than a chart and its title need.
+Categories have the colours of Okabe and Ito, which colour-blind readers can tell apart; magnitudes
+have the cividis scale.
 """
 
 from __future__ import annotations
@@ -22,14 +24,15 @@ COLOURS = {"mha": MHA, "mlp": MLP, "residual": RESIDUAL}
 NAMES = {"mha": "MHA", "mlp": "MLP", "residual": "residual stream"}
 MAGNITUDE = "cividis"
 BEST = "share of the<br>layer's best"
+"""Label of scores that are divided by the largest score of their layer."""
 MAX_COLUMNS = 512
-"""More columns than this are more than a screen can show."""
+"""Most columns of a heatmap. A screen shows no more, so wider layers are binned."""
 MAX_POINTS = 400
-"""Of a sorted curve, for the same reason."""
+"""Most points of one sorted curve. A screen shows no more."""
 
 
 def layer_axis(count: int, downwards: bool = False) -> dict:
-    """An axis of layers without a tick where there is no layer."""
+    """Settings of an axis of layer indices, with ticks only where there is a layer."""
     ends = [-0.5, count - 0.5]
     step = next(step for step in (1, 5, 10, 20, 50) if count <= 10 * step or step == 50)
     return {
@@ -41,6 +44,7 @@ def layer_axis(count: int, downwards: bool = False) -> dict:
 
 
 def laid_out(figure: go.Figure, title: str, height: int = 380) -> go.Figure:
+    """The figure with a title and with the margins and the legend that all charts have."""
     return figure.update_layout(
         title={
             "text": title,
@@ -61,7 +65,7 @@ def laid_out(figure: go.Figure, title: str, height: int = 380) -> go.Figure:
 
 
 def _shaded(share: np.ndarray, logarithmic: bool, label: str = BEST, **ticks: object) -> dict:
-    """The colours of a heatmap of shares."""
+    """Values and colours of a heatmap of shares; a logarithmic scale ends at a thousandth."""
     if logarithmic:
         ticks = {"tickvals": [0, -1, -2, -3], "ticktext": ["1", "0.1", "0.01", "≤ 0.001"]}
     return {
@@ -74,7 +78,7 @@ def _shaded(share: np.ndarray, logarithmic: bool, label: str = BEST, **ticks: ob
 
 
 def head_differences(scores: np.ndarray) -> str:
-    """A title for a map of heads."""
+    """A title for a map of heads: the layer whose heads differ most."""
     weakest = relative(scores).min(axis=1)
     if weakest.min() > 1 - 1e-9 or not scores.any():
         return "All heads of a layer score alike"
@@ -84,10 +88,10 @@ def head_differences(scores: np.ndarray) -> str:
 def head_map(
     scores: np.ndarray, plan: PruningPlan | None = None, title: str = "", height: int = 520
 ) -> go.Figure:
-    """Layer × head; removed heads are crossed out where a plan is given.
+    """Heatmap of layer × head. The heads that `plan` removes are crossed out.
 
-    `scores` has shape (layers, heads); shown as a share of the layer's best head, on a logarithmic
-    scale where most are far below it.
+    `scores` has shape (layers, heads). Each score is shown as a share of the layer's best head, on
+    a logarithmic scale where the median share is below a tenth.
     """
     share = relative(scores)
     heads = scores.shape[1]
@@ -135,10 +139,11 @@ def head_map(
 def channel_map(
     scores: np.ndarray, ordered: bool, module: str = "MLP", height: int = 520
 ) -> go.Figure:
-    """Layer × channel, by index or from the best to the worst of each layer.
+    """Heatmap of layer × channel, by channel index or sorted from the best to the worst.
 
-    `scores` has shape (layers, width); wide layers are shown by the largest score in each bin. The
-    scale is logarithmic where most channels are far below their layer's best.
+    `scores` has shape (layers, width). Layers of more than `MAX_COLUMNS` channels are binned, and a
+    bin shows its largest score. The scale is logarithmic where the median channel is below 30 % of
+    its layer's best.
     """
     share = relative(scores)
     width = scores.shape[1]
@@ -149,12 +154,12 @@ def channel_map(
         shades = _shaded(
             shown,
             False,
-            "place in the<br>elimination",
+            "position in the<br>order of elimination",
             tickvals=[0, 1],
-            ticktext=["first out", "last"],
+            ticktext=["first removed", "last"],
         )
-        hover = "after %{customdata:.1%} of the others"
-        title = f"{module} channels by their place in each layer's order of elimination"
+        hover = "removed after %{customdata:.1%} of the others"
+        title = f"{module} channels by their position in each layer's order of elimination"
     elif median < 0.3:
         shades = _shaded(shown, True)
         title = f"{below:.0%} of {module} channels score under a tenth of their layer's best"
@@ -177,13 +182,14 @@ def channel_map(
 
 
 def _binned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The largest value of each bin of neighbouring columns, and each bin's first column."""
     width = values.shape[1]
     starts = np.unique(np.linspace(0, width, min(width, MAX_COLUMNS), endpoint=False).astype(int))
     return np.maximum.reduceat(values, starts, axis=1), starts
 
 
 def concentration(shares: dict[str, np.ndarray], share: float) -> go.Figure:
-    """For each layer, the share of channels that holds `share` of the energy."""
+    """For each layer, how small a share of its channels holds `share` of the energy."""
     figure = go.Figure()
     for module, values in shares.items():
         figure.add_bar(
@@ -197,19 +203,19 @@ def concentration(shares: dict[str, np.ndarray], share: float) -> go.Figure:
         title=f"channels that hold {share:.0%} of the energy", tickformat=".0%", range=[0, 1]
     )
     means = {NAMES[module]: values.mean() for module, values in shares.items()}
-    wasteful = min(means, key=means.get)
+    concentrated = min(means, key=means.get)
     words = " and ".join(f"{mean:.0%} of {name} channels" for name, mean in means.items())
     return laid_out(
         figure,
-        f"On average {words} hold {share:.0%} of the energy: {wasteful} is more concentrated",
+        f"On average {words} hold {share:.0%} of the energy: {concentrated} is more concentrated",
     )
 
 
 def sorted_curves(scores: np.ndarray, kept: float | None, module: str) -> go.Figure:
-    """Each layer's scores from the best to the worst, as shares of the best, a line a layer.
+    """Scores of each layer from the best to the worst, as shares of the best; one line per layer.
 
-    `scores` has shape (layers, width); of wide layers `MAX_POINTS` ranks are drawn. `kept` is the
-    share of channels that stay where those are the best ones; the rest is shaded.
+    `scores` has shape (layers, width). At most `MAX_POINTS` ranks of a layer are drawn. `kept` is
+    the share of channels that a cut keeps, for cuts that keep the best ones; the rest is shaded.
     """
     layers, width = scores.shape
     ranks = np.unique(np.linspace(0, width - 1, min(width, MAX_POINTS)).astype(int))
@@ -268,7 +274,7 @@ def sorted_curves(scores: np.ndarray, kept: float | None, module: str) -> go.Fig
 
 
 def layer_curve(scores: np.ndarray, kept: np.ndarray, layer: int, module: str) -> go.Figure:
-    """One layer's scores from the best to the worst, every channel: what stays and what goes.
+    """Every score of one layer, from the best to the worst, coloured by whether it is kept.
 
     `scores` and `kept` have shape (width,).
     """
@@ -276,11 +282,14 @@ def layer_curve(scores: np.ndarray, kept: np.ndarray, layer: int, module: str) -
     ordered, stays = scores[order], kept[order]
     ranks = np.arange(1, len(order) + 1)
     figure = go.Figure()
-    for name, mine, colour in (("stays", stays, COLOURS[module.lower()]), ("goes", ~stays, DENSE)):
-        if mine.any():
+    for name, shown, colour in (
+        ("kept", stays, COLOURS[module.lower()]),
+        ("removed", ~stays, DENSE),
+    ):
+        if shown.any():
             figure.add_scatter(
                 x=ranks,
-                y=np.where(mine, ordered, 0).astype(np.float32),
+                y=np.where(shown, ordered, 0).astype(np.float32),
                 name=name,
                 mode="lines",
                 line={"width": 0, "color": colour, "shape": "hvh"},

@@ -1,4 +1,4 @@
-"""Perplexity against ratio, a point for each cut that was measured."""
+"""Perplexity against the share of width removed, one point per measured cut."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ RECOVERIES = {
     "bias": ("bias", "dash", "-open-dot"),
     "none": ("bare cut", "dot", "-open"),
 }
-"""Name, dash and filling of the markers."""
+"""For each recovery: its name, the dash of its line, and the suffix of its marker symbol."""
 SHAPES = ("circle", "square", "triangle-up", "star", "hexagon", "cross", "triangle-down")
-"""Of the markers, one for each importance and granularity that is told apart."""
+"""Marker symbols, one for each combination of importance and granularity in the chart."""
 PALETTE = (MHA, MLP, BOTH, "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
-"""For choices other than what was cut."""
+"""Colours for the values of choices other than what is cut."""
 TOLERATED = 1.2
-"""Times the dense perplexity that titles take for a small loss."""
+"""Titles call the loss small up to this multiple of the dense perplexity."""
 
 COLOURED_BY = {
     "what is cut": lambda kind, point: kind,
@@ -36,11 +36,11 @@ COLOURED_BY = {
     "importance": lambda kind, point: point.plan.importance,
     "recovery": lambda kind, point: point.recovery,
 }
-"""What colours may stand for."""
+"""What colours can stand for, and how its value is read from a point."""
 
 
 def removed_shares(point: Measurement, widths: tuple[int, int]) -> tuple[float, float]:
-    """Shares of the MHA and of the MLP width that were really removed, not those asked for."""
+    """Shares of the MHA and MLP width that were removed; widths are rounded, ratios are not."""
     return (
         1 - point.footprint.mha_width / widths[0],
         1 - point.footprint.mlp_width / widths[1],
@@ -48,7 +48,7 @@ def removed_shares(point: Measurement, widths: tuple[int, int]) -> tuple[float, 
 
 
 def what_is_cut(point: Measurement, widths: tuple[int, int]) -> str | None:
-    """One of `KINDS`, or None where nothing is."""
+    """One of `KINDS`, or None where nothing is removed."""
     removed = removed_shares(point, widths)
     if not any(removed):
         return None
@@ -56,7 +56,7 @@ def what_is_cut(point: Measurement, widths: tuple[int, int]) -> str | None:
 
 
 def interval(point: Measurement) -> tuple[float, float]:
-    """How far perplexity's 95 % interval reaches up and down; NaN where one window was measured."""
+    """How far the 95 % interval of perplexity reaches up and down; NaN for a single window."""
     return (
         point.perplexity * np.expm1(1.96 * point.delta_nll_se),
         -point.perplexity * np.expm1(-1.96 * point.delta_nll_se),
@@ -64,7 +64,7 @@ def interval(point: Measurement) -> tuple[float, float]:
 
 
 def points_table(points: Sequence[Measurement]) -> pd.DataFrame:
-    """A row for each point: its choices, then the fields of `points.csv`."""
+    """One row per point: its choices, then the fields of `points.csv`."""
     import pandas as pd
 
     return pd.DataFrame(
@@ -87,7 +87,7 @@ def perplexity_curve(
     logarithmic: bool = False,
     coloured_by: str = "what is cut",
 ) -> go.Figure:
-    """Perplexity against the share of width that was really removed.
+    """Perplexity against the share of width that was removed.
 
     `widths` are the dense model's MHA and MLP widths. Bars are 95 % intervals of the paired
     difference from the dense model. `coloured_by` is one of `COLOURED_BY`.
@@ -99,7 +99,7 @@ def perplexity_curve(
     for (kind, recovery, variant), members in series.items():
         members.sort(key=lambda member: member[0])
         measured = [point for _, point in members]
-        # Cuts of both modules that share the larger ratio are no steps along one line.
+        # Cuts of both modules can share an x value; a line through them would mean nothing.
         line = len({removed for removed, _ in members}) == len(members)
         error, lower = zip(*map(interval, measured), strict=True)
         name, dash, filling = RECOVERIES[recovery]
@@ -152,10 +152,10 @@ def perplexity_curve(
 def _series(
     points: Sequence[Measurement], widths: tuple[int, int]
 ) -> dict[tuple[str, str, tuple[str, ...]], list[tuple[float, Measurement]]]:
-    """Points that a line may join, by what was cut, the recovery, and the choices to tell apart.
+    """Groups the points that one line may join: same modules, recovery and other choices.
 
-    Granularity and importance are told apart where there is more than one; granularity is nothing
-    to a cut that leaves the heads whole.
+    Granularity and importance are part of a group's key where points differ in them. Granularity
+    does not matter to a cut that leaves the attention whole.
     """
     importances = {point.plan.importance for point in points}
     granularities = {
@@ -186,7 +186,7 @@ def _colours(series: dict, coloured_by: str) -> dict[str, str]:
             for _, point in members
         }
     )
-    return {value: PALETTE[number % len(PALETTE)] for number, value in enumerate(values)}
+    return {value: PALETTE[index % len(PALETTE)] for index, value in enumerate(values)}
 
 
 def _curve_title(points: Sequence[Measurement], dense: Evaluation | None) -> str:

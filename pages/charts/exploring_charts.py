@@ -1,4 +1,4 @@
-"""Figures of experiments on a model before it is cut: disturbances, single heads, redundancy."""
+"""Charts of experiments on the dense model: disturbances, single heads, redundancy."""
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -15,11 +15,11 @@ from transact_core.forward.waists import MODULES, SITES
 WAISTS = {"mha": "MHA waist", "mlp": "MLP waist", "residual": "residual stream"}
 SYMBOLS = {"mha": "circle", "mlp": "square", "residual": "diamond"}
 LARGEST = 1e12
-"""Perplexities beyond this are drawn here; the hover tells them."""
+"""Larger perplexities are drawn at this value; the hover text has the measured one."""
 
 
 def _add_level(figure: go.Figure, value: float, words: str) -> None:
-    """A dotted line across a logarithmic chart, whose annotations Plotly places by exponents."""
+    """A dotted line across a logarithmic chart. Plotly places annotations there by exponents."""
     figure.add_hline(value, line={"color": DENSE, "dash": "dot"})
     figure.add_annotation(
         text=words,
@@ -33,7 +33,7 @@ def _add_level(figure: go.Figure, value: float, words: str) -> None:
 
 
 def _perplexity_axis(figure: go.Figure) -> go.Figure:
-    """A logarithmic axis; where it is long, the powers of ten alone are told."""
+    """A logarithmic axis; where it spans two decades or more, with ticks at powers of ten only."""
     drawn = [value for trace in figure.data for value in trace.y]
     return figure.update_yaxes(
         title="perplexity",
@@ -49,7 +49,7 @@ def _perplexity_axis(figure: go.Figure) -> go.Figure:
 def _perplexities(
     points: Sequence[Disturbed], across: str, undisturbed: float, names: dict[str, str]
 ) -> go.Figure:
-    """Perplexity of each point against one of its attributes, a line a site."""
+    """Perplexity of each point against one of its attributes, one line per site."""
     figure = go.Figure()
     ordered = sorted(points, key=lambda point: (SITES.index(point.site), getattr(point, across)))
     for site, members in groupby(ordered, key=lambda point: point.site):
@@ -79,14 +79,15 @@ def _perplexities(
 
 
 def _costs(points: Iterable[Disturbed]) -> dict[str, float]:
-    """The site's mean added loss in nats, of sites that have points."""
+    """Mean added loss of each site that has points, in nats per token."""
     losses: dict[str, list[float]] = {}
     for point in points:
         losses.setdefault(point.site, []).append(point.delta_nll)
-    return {site: float(np.mean(each)) for site, each in losses.items()}
+    return {site: float(np.mean(added)) for site, added in losses.items()}
 
 
 def _verdict(points: Iterable[Disturbed], where: str) -> str:
+    """A title that ranks the sites by their mean added loss."""
     costs = _costs(points)
     if set(costs) != set(SITES):
         return f"Disturbed {where}"
@@ -111,8 +112,8 @@ def strengths(points: Sequence[Disturbed], undisturbed: float) -> go.Figure:
         default=0,
         key=lambda strength: (sum(point.strength == strength for point in points), strength),
     )
-    there = [point for point in points if point.strength == strongest]
-    return laid_out(figure, _verdict(there, f"by {strongest:.0%} in all layers"), 440)
+    compared = [point for point in points if point.strength == strongest]
+    return laid_out(figure, _verdict(compared, f"by {strongest:.0%} in all layers"), 440)
 
 
 def layers(points: Sequence[Disturbed], undisturbed: float, count: int) -> go.Figure:
@@ -126,9 +127,10 @@ def layers(points: Sequence[Disturbed], undisturbed: float, count: int) -> go.Fi
 
 
 def clickable_heads(scores: np.ndarray, chosen: tuple[int, int], title: str) -> go.Figure:
-    """The map of heads under invisible squares that can be clicked, the chosen one framed.
+    """The map of heads with a clickable invisible square on each head; the chosen head is framed.
 
-    Streamlit reports no clicks on a heatmap. A point's x is its head, its y its layer.
+    Streamlit reports clicks on points but not on heatmaps. A point's x is its head index, its y is
+    its layer index.
     """
     count = len(scores)
     height = max(420, min(900, 22 * count + 110))
@@ -181,7 +183,7 @@ def head_channels(scores: np.ndarray, layer: int, head: int) -> go.Figure:
 
 def attention(pattern: np.ndarray, tokens: Sequence[str], layer: int, head: int) -> go.Figure:
     """Attention weights of one head, shape (queries, keys); `tokens` are their labels."""
-    numbers = np.arange(len(tokens))
+    positions = np.arange(len(tokens))
     shown = [plain_in_chart(token.replace("\n", "⏎").replace("\t", "⇥")) for token in tokens]
     seen = np.tril(np.ones_like(pattern, dtype=bool))
     names = np.array(shown, dtype=object)
@@ -195,14 +197,14 @@ def attention(pattern: np.ndarray, tokens: Sequence[str], layer: int, head: int)
                 [np.repeat(names[:, None], len(names), 1), np.repeat(names[None], len(names), 0)]
             ),
             colorbar={"title": {"text": "attention", "side": "right"}},
-            hovertemplate="%{customdata[0]} (%{y}) looks at %{customdata[1]} (%{x}): %{z:.1%}"
+            hovertemplate="%{customdata[0]} (%{y}) attends to %{customdata[1]} (%{x}): %{z:.1%}"
             "<extra></extra>",
             hoverongaps=False,
         )
     )
-    axis = {"tickvals": numbers, "ticktext": shown, "tickfont": {"size": 10}, "showgrid": False}
-    figure.update_xaxes(**axis, title="key: the token looked at", tickangle=-60)
-    figure.update_yaxes(**axis, title="query: the token that looks", autorange="reversed")
+    axis = {"tickvals": positions, "ticktext": shown, "tickfont": {"size": 10}, "showgrid": False}
+    figure.update_xaxes(**axis, title="key: the token attended to", tickangle=-60)
+    figure.update_yaxes(**axis, title="query: the token that attends", autorange="reversed")
     first = float(pattern[1:, 0].mean()) if len(tokens) > 1 else 1.0
     own = float(np.diagonal(pattern)[1:].mean()) if len(tokens) > 1 else 1.0
     before = float(np.diagonal(pattern, -1).mean()) if len(tokens) > 1 else 0.0
@@ -248,7 +250,7 @@ def lost_energy(frame: pd.DataFrame) -> go.Figure:
 
 
 def _compared(frame: pd.DataFrame) -> str:
-    """The two modules at the largest share up to a half at which both were asked."""
+    """A title that compares both modules at the computed share of MHA that is nearest to half."""
     at = {
         module: {
             round(row.removed, 2): row.lost
@@ -257,9 +259,9 @@ def _compared(frame: pd.DataFrame) -> str:
         }
         for module in MODULES
     }
-    share = min((each for each in at["mha"]), key=lambda each: abs(each - 0.5), default=None)
+    share = min(at["mha"], key=lambda removed: abs(removed - 0.5), default=None)
     if share is None:
-        return "No narrower MHA is to be had here"
+        return "MHA cannot be narrower with these choices"
     lost = np.interp(share, list(at["mlp"]), list(at["mlp"].values()))
     return (
         f"Without {share:.0%} of its width MHA loses {at['mha'][share]:.0%} of what it writes, "
@@ -292,7 +294,8 @@ def bare_perplexities(frame: pd.DataFrame, dense: float) -> go.Figure:
     _perplexity_axis(figure)
     title = "Measured: perplexity of bare cuts of one module"
     if set(frame["module"]) == set(MODULES):
-        share = min(frame[frame["module"] == "mha"]["removed"], key=lambda each: abs(each - 0.5))
+        shares = frame[frame["module"] == "mha"]["removed"]
+        share = min(shares, key=lambda removed: abs(removed - 0.5))
         near = {
             module: min(
                 frame[frame["module"] == module].itertuples(),

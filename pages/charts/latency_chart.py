@@ -17,7 +17,7 @@ PHASES = {
 
 
 def latency_chart(points: Sequence[LatencyPoint]) -> go.Figure:
-    """Milliseconds against tokens of prompt; medians, with the middle half of the repeats."""
+    """Milliseconds against prompt tokens: medians, with the interquartile range of the repeats."""
     figure = make_subplots(cols=2, subplot_titles=list(PHASES.values()), horizontal_spacing=0.1)
     for column, phase in enumerate(PHASES, start=1):
         for model, (colour, dash, symbol) in STYLES.items():
@@ -64,7 +64,7 @@ def latency_chart(points: Sequence[LatencyPoint]) -> go.Figure:
 
 
 def latency_title(points: Sequence[LatencyPoint]) -> str:
-    """The ratio at the longest prompt that both models have."""
+    """A title with the ratio of times at the longest prompt that was timed on both models."""
     by_model = {
         model: {point.length: point for point in points if point.model == model} for model in STYLES
     }
@@ -80,14 +80,14 @@ def latency_title(points: Sequence[LatencyPoint]) -> str:
 
 
 def _times(pruned: Timing, dense: Timing) -> str:
-    """The ratio of the medians; where the middle halves overlap it is said to be no difference."""
+    """The ratio of the medians, marked where the interquartile ranges overlap."""
     (low, high), (dense_low, dense_high) = pruned.quartiles, dense.quartiles
     unclear = " (within the spread)" if low <= dense_high and dense_low <= high else ""
     return f"{pruned.median / dense.median:.2f} ×{unclear}"
 
 
 def latency_table(points: Sequence[LatencyPoint]) -> pd.DataFrame:
-    """A row for each model and length; times in milliseconds."""
+    """One row per model and prompt length; times in milliseconds."""
     rows = []
     for point in points:
         row = {"prompt_tokens": point.length, "model": point.model}
@@ -95,7 +95,7 @@ def latency_table(points: Sequence[LatencyPoint]) -> pd.DataFrame:
             timing = getattr(point, phase)
             row[f"{phase}_ms"] = 1e3 * timing.median
             row[f"{phase}_ms_lower"], row[f"{phase}_ms_upper"] = (
-                1e3 * each for each in timing.quartiles
+                1e3 * seconds for seconds in timing.quartiles
             )
             row[f"{phase}_tokens_per_s"] = getattr(point, f"{phase}_tokens_per_second")
         rows.append(row | {"working_bytes": point.working_bytes})

@@ -1,4 +1,4 @@
-"""What a plan keeps, and what its repair did."""
+"""Charts of what a plan keeps, and of what its repair achieved."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from transact_core.pruning.plan import PruningPlan
 
 
 def energy_kept(shares: dict[str, np.ndarray]) -> go.Figure:
-    """Share of each layer's activation energy in what a plan keeps."""
+    """Share of each layer's activation energy that is in the units that a plan keeps."""
     figure = go.Figure()
     for module, values in shares.items():
         figure.add_scatter(
@@ -36,7 +36,7 @@ def energy_kept(shares: dict[str, np.ndarray]) -> go.Figure:
 
 
 def kept_channels(plan: PruningPlan, width: int, height: int = 320) -> go.Figure:
-    """Layer × channel by index: the share of each bin of channels that a plan keeps."""
+    """Heatmap of layer × channel index: the share of each bin of channels that a plan keeps."""
     kept = np.zeros((len(plan.layers), width), dtype=np.float32)
     for row, layer in zip(kept, plan.layers, strict=True):
         row[list(layer.kept_channels)] = 1
@@ -65,10 +65,11 @@ def kept_channels(plan: PruningPlan, width: int, height: int = 320) -> go.Figure
 def pair_map(
     effects: np.ndarray, plan: PruningPlan, inv_freq: np.ndarray, height: int = 660
 ) -> go.Figure:
-    """Layer and key-value head × rotary pair: its share of what all the head's pairs do.
+    """Heatmap of layer and KV head × rotary pair: the pair's share of its head's effect.
 
-    `effects` has shape (layers, groups, pairs) and `inv_freq`, radians a token, (pairs,). Cells of
-    pairs that go are small and pale; triangles mark the slots, whose frequencies all heads share.
+    `effects` has shape (layers, groups, pairs). `inv_freq` has shape (pairs,), in radians per
+    token. Removed pairs have small, pale cells. Triangles mark the slots: the frequencies that all
+    heads of the pruned model share.
     """
     layers, groups, pairs = effects.shape
     total = effects.sum(axis=2, keepdims=True)
@@ -91,10 +92,10 @@ def pair_map(
     for stays, what, gaps in (
         (
             True,
-            "stays, in the slot of pair %{customdata[3]}",
+            "kept, in the slot of pair %{customdata[3]}",
             {"xgap": 1, "ygap": min(1, room / 8)},
         ),
-        (False, "goes", {"xgap": 5, "ygap": room / 2.5, "opacity": 0.6}),
+        (False, "removed", {"xgap": 5, "ygap": room / 2.5, "opacity": 0.6}),
     ):
         figure.add_heatmap(
             z=np.where(kept == stays, np.log10(np.maximum(share, 1e-6)), np.nan)
@@ -137,9 +138,9 @@ def pair_map(
     figure.update_yaxes(**layer_axis(layers, downwards=True), showgrid=False, zeroline=False)
     figure.update_yaxes(range=[layers - 0.5, above - layers / 60])
     figure.update_yaxes(title="layer" if groups == 1 else "layer, and in it the KV heads")
-    each = (share * kept).sum(axis=2)
+    kept_share = (share * kept).sum(axis=2)
     title = (
-        f"{len(slots)} of {pairs} rotary pairs hold {each.mean():.1%} of a head's effect"
+        f"{len(slots)} of {pairs} rotary pairs hold {kept_share.mean():.1%} of a head's effect"
         if plan.head_dim
         else f"All {pairs} rotary pairs stay"
     )
@@ -147,9 +148,9 @@ def pair_map(
 
 
 def pairs_table(effects: np.ndarray, plan: PruningPlan) -> pd.DataFrame:
-    """A row for each pair of dims: its effect, and the slot it goes into, none where it goes."""
+    """One row per rotary pair: its effect and the slot it is moved into, empty if removed."""
     slot = _slots_of_pairs(plan, effects.shape)
-    layer, head, pair = (each.ravel() for each in np.indices(effects.shape))
+    layer, head, pair = (index.ravel() for index in np.indices(effects.shape))
     return pd.DataFrame(
         {
             "layer": layer,
@@ -162,7 +163,7 @@ def pairs_table(effects: np.ndarray, plan: PruningPlan) -> pd.DataFrame:
 
 
 def _slots_of_pairs(plan: PruningPlan, shape: tuple[int, int, int]) -> np.ndarray:
-    """The slot that each pair goes into, by its pair's number; -1 for those that go."""
+    """For each pair the slot it is moved into, by the slot's own pair index; -1 if removed."""
     if not plan.head_dim:
         return np.broadcast_to(np.arange(shape[2]), shape)
     slot = np.full(shape, -1)
@@ -175,16 +176,16 @@ REPAIRS = {"least-squares": "Least squares lowers", "bias": "A bias lowers"}
 
 
 def layer_fits(fits: Sequence[LayerFit], recovery: str) -> go.Figure:
-    """Error of each repaired module's output on held-out windows, bare and repaired."""
+    """Error of each module's output on held-out windows, for the bare cut and after the repair."""
     figure = go.Figure()
     for module in ("mha", "mlp"):
-        mine = [fit for fit in fits if fit.module == module]
-        if not mine:
+        of_module = [fit for fit in fits if fit.module == module]
+        if not of_module:
             continue
-        layers = [fit.layer for fit in mine]
+        layers = [fit.layer for fit in of_module]
         for name, dash, values in (
-            ("bare cut", "dot", [fit.bare_error for fit in mine]),
-            ("repaired", "solid", [fit.recovered_error for fit in mine]),
+            ("bare cut", "dot", [fit.bare_error for fit in of_module]),
+            ("repaired", "solid", [fit.recovered_error for fit in of_module]),
         ):
             figure.add_scatter(
                 x=layers,

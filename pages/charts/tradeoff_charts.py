@@ -1,4 +1,4 @@
-"""What perplexity is paid for what is saved: the frontier, and the map over both ratios."""
+"""Perplexity against what is saved: the Pareto frontier, and a map over both ratios."""
 
 import math
 from collections.abc import Sequence
@@ -25,14 +25,15 @@ COSTS = {
     "parameters": ("parameters (M)", 1e6, "M parameters", "parameters"),
     "kv_bytes_per_token": ("KV cache per token (kB)", 1e3, "kB KV/token", "KV cache"),
 }
-"""By the field of a footprint: the axis, its scale, the unit in words, what is saved."""
+"""For each field of a footprint: axis title, divisor of the axis, unit, and what is saved."""
 MAP_TICKS = (1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100)
+"""Ticks of the map's colour bar, as multiples of the dense perplexity."""
 
 
 def frontier_table(
     points: Sequence[Measurement], dense: tuple[Footprint, Evaluation], field: str
 ) -> pd.DataFrame:
-    """The points, the dense model last, with `on_frontier`: whether none is better in both."""
+    """One row per point and a last one for the dense model; `on_frontier` marks the best ones."""
     cost, evaluation = dense
     best = frontier(
         [getattr(point.footprint, field) for point in points] + [getattr(cost, field)],
@@ -52,7 +53,7 @@ def frontier_table(
         ]
     )
     table = pd.concat([table, whole], ignore_index=True)
-    return table.assign(on_frontier=[number in best for number in range(len(table))])
+    return table.assign(on_frontier=[row in best for row in range(len(table))])
 
 
 def frontier_chart(
@@ -62,9 +63,9 @@ def frontier_chart(
     field: str,
     logarithmic: bool = False,
 ) -> go.Figure:
-    """Perplexity against a field of the footprint; the points that no other beats are joined.
+    """Perplexity against a field of the footprint; a line joins the Pareto-optimal points.
 
-    `dense` are the dense model's footprint and losses; it is one of the points.
+    `dense` is the dense model's footprint and evaluation; the dense model is one of the points.
     """
     axis, scale, unit, _ = COSTS[field]
     table = frontier_table(points, dense, field)
@@ -144,7 +145,7 @@ def _frontier_title(table: pd.DataFrame, field: str) -> str:
 def best_at_each_pair(
     points: Sequence[Measurement], widths: tuple[int, int]
 ) -> list[tuple[tuple[float, float], Measurement]]:
-    """For each pair of widths measured, the shares removed and the point of least perplexity."""
+    """For each measured pair of widths, the shares removed and the point of lowest perplexity."""
     best: dict[tuple[float, float], Measurement] = {}
     for point in points:
         removed = removed_shares(point, widths)
@@ -154,7 +155,7 @@ def best_at_each_pair(
 
 
 def ratio_map(points: Sequence[Measurement], widths: tuple[int, int]) -> go.Figure:
-    """MHA × MLP share removed: perplexity over the dense model's, where it was measured."""
+    """Map of MHA × MLP share removed: measured perplexity as a multiple of the dense model's."""
     best = best_at_each_pair(points, widths)
     times = np.exp([point.delta_nll for _, point in best])
     shade = np.log(np.clip(times, 1, None))
@@ -165,10 +166,10 @@ def ratio_map(points: Sequence[Measurement], widths: tuple[int, int]) -> go.Figu
             x=[mha for (mha, _), _ in best],
             y=[mlp for (_, mlp), _ in best],
             mode="markers+text",
-            text=[_times_in_few_digits(each) for each in times],
+            text=[_times_in_few_digits(ratio) for ratio in times],
             textfont={
                 "size": 11,
-                "color": ["#000000" if each < 0.55 * top else "#ffffff" for each in shade],
+                "color": ["#000000" if depth < 0.55 * top else "#ffffff" for depth in shade],
             },
             marker={
                 "symbol": "square",
@@ -215,4 +216,5 @@ def _times_in_few_digits(times: float) -> str:
 
 
 def _around(best: list[tuple[tuple[float, float], Measurement]], axis: int) -> list[float]:
+    """Range of an axis around the measured shares, with room for the markers."""
     return [-0.06, max([shares[axis] for shares, _ in best] + [0.3]) + 0.08]

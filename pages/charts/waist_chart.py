@@ -1,4 +1,7 @@
-"""A section through one layer: what its modules read, the waists they pass, what they write."""
+"""A section through one layer, to scale: its modules, their inner widths and the residual stream.
+
+The inner width of a module is its waist: the input width of `o_proj` or of `down_proj`.
+"""
 
 import plotly.graph_objects as go
 
@@ -6,18 +9,19 @@ from pages.charts.common import COLOURS, DENSE, NAMES, RESIDUAL, laid_out
 from transact_core.models.architecture import Architecture
 
 SPANS = {"mha": (1.0, 4.4), "mlp": (5.6, 9.0)}
-"""From where a module reads the stream to where it writes, along a section of `LENGTH`."""
+"""Where each module reads the residual stream and where it writes to it, on an axis of `LENGTH`."""
 LENGTH = 10.0
+"""Length of the x axis, in units of the drawing."""
 READERS = {"mha": "Q, K, V", "mlp": "gate, up"}
 WRITERS = {"mha": "O", "mlp": "down"}
 ON = {"mha": "#ffffff", "mlp": "#000000"}
-"""Words on a module's colour."""
+"""Colour of text that is drawn on a module's colour."""
 
 
 def section(dense: Architecture, left: Architecture, title: str, height: int = 360) -> go.Figure:
-    """One layer from left to right, all widths to scale; what a cut leaves lies on what was there.
+    """One layer from left to right, widths to scale, the pruned modules drawn over the dense ones.
 
-    `left` is what the cut leaves of `dense`.
+    `left` is the architecture that the cut leaves of `dense`.
     """
     stream = dense.hidden_size
     before = {"mha": dense.mha_width, "mlp": dense.intermediate_size}
@@ -86,7 +90,7 @@ def section(dense: Architecture, left: Architecture, title: str, height: int = 3
 def _hourglass(
     start: float, end: float, middle: float, outer: float, waist: float
 ) -> tuple[list[float], list[float]]:
-    """From the stream's width to the waist and back, as a closed outline."""
+    """Outline of a module: from the residual stream's width to the waist and back."""
     centre = (start + end) / 2
     return (
         [start, centre, end, end, centre, start],

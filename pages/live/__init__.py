@@ -1,9 +1,9 @@
 """The live view of the Compress page: two sliders, and pictures and figures that follow them.
 
-The page sends its tables once; while a slider is dragged the browser asks nothing of Python. On
-release the position is sent back and the rest of the page is drawn for it. The JavaScript files
-are one module, joined here, because Streamlit serves a component's files only from an installed
-package.
+The page sends tables for all slider positions once, so the browser needs nothing from Python while
+a slider is dragged. When the slider rests, the browser sends its position back, and Python draws
+the rest of the page for it. The JavaScript files are joined here into one module, because Streamlit
+serves the files of a component only from an installed package.
 """
 
 import base64
@@ -25,12 +25,13 @@ from transact_core.pruning.plan import Granularity, Widths, head_counts
 
 HERE = Path(__file__).parent
 SCRIPTS = ("figures.js", "pictures.js", "live.js")
+"""Joined in this order into one module."""
 KEY = "live"
-"""Key of the component's state in the session."""
+"""Key of the component's state in Streamlit's session state."""
 LONGEST_CONTEXT = 1 << 20
-"""The most tokens of context that the page computes costs for."""
+"""Longest context that the page computes costs for, in tokens."""
 MOST_LISTED = 10
-"""More numbers of heads than this are described, not listed."""
+"""Up to this many possible numbers of heads are listed; more are described in words."""
 PRESETS = (
     {"name": "Gentle 20 / 20", "mha": 20, "mlp": 20},
     {"name": "The first picture's 33 / 30", "mha": 33, "mlp": 30},
@@ -49,7 +50,7 @@ _mount = st.components.v2.component(
 
 @dataclass(frozen=True)
 class Position:
-    """Where the sliders are, in per cent removed, and the context length in tokens."""
+    """The sliders' positions in per cent of the width removed, and the context length in tokens."""
 
     mha: int = 33
     mlp: int = 30
@@ -57,7 +58,7 @@ class Position:
 
     @classmethod
     def read(cls, given: dict[str, Any], otherwise: "Position") -> "Position":
-        """From an address or a browser; invalid or missing values are taken from `otherwise`."""
+        """From an address or from the browser; `otherwise` replaces missing or invalid values."""
 
         def number(name: str, least: int, most: int) -> int:
             try:
@@ -74,15 +75,15 @@ class Position:
 
 @dataclass(frozen=True)
 class Measured:
-    """A measured point at the widths of two options."""
+    """A measured point, at the indices of the MHA and the MLP option that have its widths."""
 
     mha: int
     mlp: int
     ratio: float
-    """Its perplexity as a multiple of the dense model's."""
+    """Perplexity as a multiple of the dense model's."""
     low: float | None = None
     high: float | None = None
-    """Ends of the ratio's 95 % interval; None where there is none."""
+    """Ends of the ratio's 95 % interval; None for a single evaluation window."""
 
 
 def tables(
@@ -92,9 +93,10 @@ def tables(
     energy: EnergyKept | None,
     save_dtype: str,
 ) -> dict[str, Any]:
-    """The data that change only with the choices, not with the position.
+    """The data that depend on the choices but not on the position.
 
-    There are several structures where `auto` has not chosen; maps and energy are of the first.
+    With `auto` there is one structure for each granularity that it may take; maps and energy belong
+    to the first.
     """
     first = structures[0]
     return {
@@ -103,15 +105,15 @@ def tables(
         "heads": architecture.num_attention_heads,
         "layer_parameters": architecture.layer_parameters(0),
         "dense": asdict(first.dense),
-        "mha": [_mha(each, architecture) for each in structures],
+        "mha": [_mha(table, architecture) for table in structures],
         "mlp": _mlp(first, architecture),
         "saved_bytes": DTYPE_BYTES[save_dtype],
-        "serving": f"Memory to serve is weights and KV cache in {save_dtype}, as a cut is saved. "
-        "It leaves out activations and what a runtime itself takes.",
-        "undecided": "auto decides among these when the cut is measured.",
-        "heads_caption": "Heads: all stay, each is narrower"
+        "serving": f"Memory to serve is weights plus KV cache in {save_dtype}, the dtype that a "
+        "cut is saved in. It leaves out activations and what the runtime itself needs.",
+        "undecided": "auto takes one of these when the cut is measured.",
+        "heads_caption": "Heads: all are kept, each is narrower"
         if first.granularity == "head-dims" and len(structures) == 1
-        else "Heads, by index: thin ones go"
+        else "Heads, by index: thin ones are removed"
         if len(structures) == 1
         else "Heads: auto has not decided",
         "maps": _maps(maps, energy),
@@ -129,8 +131,8 @@ def tables(
 def _options(side: Side, words: Sequence[str]) -> dict[str, Any]:
     return {
         "options": [
-            {"width": option.width, "saving": asdict(option.saving), "words": each}
-            for option, each in zip(side.options, words, strict=True)
+            {"width": option.width, "saving": asdict(option.saving), "words": sentence}
+            for option, sentence in zip(side.options, words, strict=True)
         ],
         "option_at": side.option_at,
     }
@@ -153,7 +155,7 @@ def _mha(table: Structure, architecture: Architecture) -> dict[str, Any]:
 
 
 def _possible_heads(counts: Sequence[int]) -> str:
-    """The numbers of query heads that can be kept, in words; they are multiples of the first."""
+    """The possible numbers of query heads in words; all are multiples of the first."""
     if len(counts) <= MOST_LISTED:
         return f"Possible here: {', '.join(map(str, counts))}."
     if counts[0] == 1:
@@ -167,7 +169,7 @@ def _mlp(table: Structure, architecture: Architecture) -> dict[str, Any]:
     def words(option: Option) -> str:
         return f"{option.width:,} of {dense:,} channels stay in each layer."
 
-    return {"possible": "", **_options(table.mlp, [words(each) for each in table.mlp.options])}
+    return {"possible": "", **_options(table.mlp, [words(option) for option in table.mlp.options])}
 
 
 def heads_in_words(widths: Widths, granularity: Granularity, architecture: Architecture) -> str:
@@ -199,6 +201,7 @@ def _maps(maps: Maps | None, energy: EnergyKept | None) -> dict[str, Any] | None
 
 
 def _two_bytes(shares: np.ndarray) -> str:
+    """Shares from 0 to 1 as base64 of 16-bit integers; figures.js reads them."""
     return _text(np.round(shares * 65535).astype("<u2").tobytes())
 
 
@@ -207,13 +210,13 @@ def _text(content: bytes) -> str:
 
 
 def predicted(table: Structure, prediction: Prediction) -> dict[str, list[list[float | None]]]:
-    """A prediction by option of MHA and of MLP, None where there is no prediction."""
+    """Predicted ratios by MHA option (rows) and MLP option, None where nothing is predicted."""
     rows = [
         [prediction.get((mha.width, mlp.width)) for mlp in table.mlp.options]
         for mha in table.mha.options
     ]
     return {
-        name: [[each and round(getattr(each, name), 4) for each in row] for row in rows]
+        name: [[ratio and round(getattr(ratio, name), 4) for ratio in row] for row in rows]
         for name in ("low", "mid", "high")
     }
 
@@ -230,10 +233,10 @@ def live(
     unpredicted: str = "not predicted yet: measure a point",
     on_change: Any = None,
 ) -> Position:
-    """Draws the view and returns the position of its sliders.
+    """Draws the live view and returns the position of its sliders.
 
-    The sliders are moved to `start` when `revision` is new, and otherwise stay where they are. All
-    arguments are sent to the browser again when one changes, so they should change seldom.
+    A new `revision` moves the sliders to `start`; otherwise they stay where they are. When one
+    argument changes, all are sent to the browser again, so they should change seldom.
     """
     result = _mount(
         key=KEY,
@@ -244,7 +247,7 @@ def live(
             "dense_perplexity": dense_perplexity,
             "prediction": prediction,
             "interval": "in 9 of 10 cases",
-            "measured": [asdict(each) for each in measured],
+            "measured": [asdict(point) for point in measured],
             "waiting": waiting,
             "unpredicted": unpredicted,
         },
@@ -254,7 +257,7 @@ def live(
 
 
 def position_of(view: Any, start: Position, revision: int) -> Position:
-    """The position that the browser last sent, or `start` where it was for another revision."""
+    """The position that the browser last sent, or `start` if that was for another revision."""
     if not isinstance(view, dict) or view.get("revision") != revision:
         return start
     return Position.read(view, start)

@@ -1,10 +1,10 @@
-// Numbers at a position, from the tables that Python made: sums of whole numbers, and words.
+// The figures at a slider position, computed from the tables that Python sent, and their texts.
 
 const PERCENT = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
 
 const COSTS = ["parameters", "flops", "flops_per_context", "kv_values"];
 
-// Every granularity that is possible here has a table of its own; `auto` has several.
+// The cost of the cut at this position for each possible granularity: one, or several with `auto`.
 function costsAt(data, view) {
   const mlp = data.mlp.options[data.mlp.option_at[view.mlp]];
   return data.mha.map((side) => {
@@ -69,7 +69,7 @@ function bytesOf(text) {
   return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 }
 
-// Tables of shares come as two bytes a value.
+// Shares are sent as 16-bit integers, 65535 for 1.
 function sharesOf(text) {
   return new Uint16Array(bytesOf(text).buffer);
 }

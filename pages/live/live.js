@@ -1,6 +1,8 @@
-// The view that follows the thumb. Python hears of a position when the thumb rests.
+// The live view. It follows a slider while it is dragged and sends Python the position when it rests.
 
+// A slider rests when it has not moved for this many milliseconds.
 const REST_MS = 250;
+// Key of the undo history in the tab's session storage.
 const HISTORY = "transact-positions";
 
 class LiveView {
@@ -52,7 +54,7 @@ class LiveView {
     this.resized.disconnect();
   }
 
-  // --- what was given ---------------------------------------------------------------------
+  // --- data from Python -------------------------------------------------------------------
 
   readTheme() {
     const live = this.find(".live");
@@ -63,7 +65,7 @@ class LiveView {
     const value = (name) => style.getPropertyValue(name).trim();
     const text = value("--st-text-color"), paper = value("--st-background-color");
     const mixed = (share) => `color-mix(in srgb, ${text} ${share}%, transparent)`;
-    const rgb = colours.ramp.map((each) => each.match(/\w\w/g).map((pair) => parseInt(pair, 16)));
+    const rgb = colours.ramp.map((colour) => colour.match(/\w\w/g).map((pair) => parseInt(pair, 16)));
     this.ink = {
       ...colours, text, paper, rgb, quiet: mixed(65), line: mixed(18), stream: mixed(14), through: mixed(45),
       gone: mixed(22), goneStrong: mixed(35), mark: mixed(10), veil: `color-mix(in srgb, ${paper} 78%, transparent)`,
@@ -94,7 +96,7 @@ class LiveView {
     }));
   }
 
-  // --- what the visitor does --------------------------------------------------------------
+  // --- input of the visitor ---------------------------------------------------------------
 
   moved(name, input) {
     const value = Math.round(Number(input.value));
@@ -148,7 +150,7 @@ class LiveView {
     return { ...this.view, choices: this.data.choices };
   }
 
-  // A visit to another page ends this view; its history is found again in the tab's own storage.
+  // Leaving the page ends this view, so the history is kept in the session storage of the tab.
   resume() {
     let kept = null;
     try { kept = JSON.parse(sessionStorage.getItem(HISTORY)); } catch { /* no storage: a new history */ }
@@ -178,7 +180,7 @@ class LiveView {
     this.step += by;
     const { choices, ...view } = aim;
     this.view = view;
-    // Choices are the page's own controls: it is asked to set them.
+    // The choices are controls of the page, so Python is asked to set them.
     this.asked = JSON.stringify(choices) === JSON.stringify(this.data.choices) ? null : choices;
     this.keepHistory();
     this.show();
@@ -187,9 +189,9 @@ class LiveView {
   }
 
   tell(choices) {
-    const told = JSON.stringify([this.view, this.revision]);
-    if (told === this.told && !choices) return;
-    this.told = told;
+    const message = JSON.stringify([this.view, this.revision]);
+    if (message === this.lastSent && !choices) return;
+    this.lastSent = message;
     this.serial += 1;
     this.send("view", { ...this.view, revision: this.revision, ...(choices ? { choices, serial: this.serial } : {}) });
   }
@@ -209,7 +211,7 @@ class LiveView {
     }
   }
 
-  // --- what is shown ----------------------------------------------------------------------
+  // --- drawing ----------------------------------------------------------------------------
 
   show() {
     if (this.frame) return;
@@ -235,8 +237,8 @@ class LiveView {
       if (Number(input.value) !== view[side]) input.value = view[side];
       input.style.setProperty("--at", `calc(8px + (100% - 16px) * ${view[side] / 95})`);
       box.querySelector("output").textContent = `${view[side]} %`;
-      const words = side === "mlp" ? mlp.words : data.mha.map((each, number) =>
-        (data.mha.length > 1 ? `${each.granularity}: ` : "") + mha[number].words).join(" ");
+      const words = side === "mlp" ? mlp.words : data.mha.map((table, index) =>
+        (data.mha.length > 1 ? `${table.granularity}: ` : "") + mha[index].words).join(" ");
       input.setAttribute("aria-valuetext", `${view[side]} percent. ${words}`);
       box.querySelector(".words").textContent = `${words} ${side === "mlp" ? data.mlp.possible : data.mha.length > 1 ? data.undecided : data.mha[0].possible}`;
     }
@@ -244,10 +246,10 @@ class LiveView {
     const every = costsAt(data, view).map((cost) => figuresOf(data, cost, view.context));
     const whole = figuresOf(data, data.dense, view.context);
     for (const name of Object.keys(whole)) {
-      const values = every.map((each) => each[name]), value = this.find(`[data-figure="${name}"]`);
+      const values = every.map((figures) => figures[name]), value = this.find(`[data-figure="${name}"]`);
       value.value = Math.min(...values);
       value.textContent = rangeInWords(values, UNITS[name]);
-      value.title = values.map((each) => each.toLocaleString("en")).join(" or ") + ` of the dense model's ${whole[name].toLocaleString("en")}`;
+      value.title = values.map((amount) => amount.toLocaleString("en")).join(" or ") + ` of the dense model's ${whole[name].toLocaleString("en")}`;
       this.find(`[data-note="${name}"]`).textContent = changeInWords(values, whole[name]);
     }
     this.writePrediction();
@@ -290,14 +292,14 @@ class LiveView {
     input.max = data.layers - 1;
     if (this.root.activeElement !== input) input.value = layer;
     const rows = [
-      ["MHA width", `${mha.map((each) => each.width.toLocaleString("en")).filter(unique).join(" or ")} of ${data.mha[0].options[0].width.toLocaleString("en")}`],
+      ["MHA width", `${mha.map((option) => option.width.toLocaleString("en")).filter(unique).join(" or ")} of ${data.mha[0].options[0].width.toLocaleString("en")}`],
       ["MLP width", `${mlp.width.toLocaleString("en")} of ${data.mlp.options[0].width.toLocaleString("en")}`],
-      ["Parameters", mha.map((each) => (data.layer_parameters - (each.saving.parameters + mlp.saving.parameters) / data.layers).toLocaleString("en")).filter(unique).join(" or ")],
+      ["Parameters", mha.map((option) => (data.layer_parameters - (option.saving.parameters + mlp.saving.parameters) / data.layers).toLocaleString("en")).filter(unique).join(" or ")],
     ];
     if (tables && data.mha.length === 1) {
       const option = data.mha[0].option_at[this.view.mha];
       const gone = Array.from({ length: data.heads }, (_, head) => head).filter((head) => tables.staysUntil[layer * data.heads + head] < option);
-      rows.push(["Heads out", gone.length ? `${gone.length}: ${gone.join(", ")}` : "none"]);
+      rows.push(["Heads removed", gone.length ? `${gone.length}: ${gone.join(", ")}` : "none"]);
       rows.push(["MHA energy", PERCENT.format(this.energy("mha")[layer])]);
     }
     if (tables) rows.push(["MLP energy", PERCENT.format(this.energy("mlp")[layer])]);
@@ -313,7 +315,7 @@ class LiveView {
     const width = data.mlp.options[0].width, removed = width - mlp.width;
     this.find('[data-caption="heads"]').textContent = data.heads_caption;
     this.find('[data-caption="channels"]').textContent = removed
-      ? `MLP channels, best first: the last ${removed.toLocaleString("en")} go` : "MLP channels, best first: all stay";
+      ? `MLP channels, best first: the last ${removed.toLocaleString("en")} are removed` : "MLP channels, best first: all are kept";
     this.find(".curve-title").textContent = data.maps ? `Channel scores of layer ${this.layer}` : "";
     if (this.legendsFor === this.mapsRead) return;
     this.legendsFor = this.mapsRead;
@@ -323,14 +325,14 @@ class LiveView {
     anatomy.innerHTML = `${keys}, grey: the stream, and what is removed`;
     energy.innerHTML = `${keys}, from 0 to 100 %`;
     for (const [legend, scale] of [[heads, data.maps?.heads_scale], [channels, data.maps?.channels_scale]])
-      legend.innerHTML = scale ? { linear: `0 ${ramp} layer's best`, log: `≤ 0.001 ${ramp} layer's best`, order: `first out ${ramp} last` }[scale] : "";
+      legend.innerHTML = scale ? { linear: `0 ${ramp} layer's best`, log: `≤ 0.001 ${ramp} layer's best`, order: `first removed ${ramp} last` }[scale] : "";
   }
 
   energy(side) {
     const { data, tables, view } = this;
     const option = (side === "mha" ? data.mha[0] : data.mlp).option_at[view[side]];
     const shares = tables.energy[side].subarray(option * data.layers, (option + 1) * data.layers);
-    return Array.from(shares, (each) => each / 65535);
+    return Array.from(shares, (share) => share / 65535);
   }
 
   draw() {
@@ -338,7 +340,7 @@ class LiveView {
     const { data, tables, ink, layer, view } = this;
     const { mha, mlp } = this.optionsAt();
     const decided = data.mha.length === 1, kept = mlp.width / data.mlp.options[0].width;
-    const waists = { mha: Math.max(...mha.map((each) => each.width)), mlp: mlp.width };
+    const waists = { mha: Math.max(...mha.map((option) => option.width)), mlp: mlp.width };
     for (const side of ["mha", "mlp"]) drawStrip(this.find(`.slider[data-side="${side}"] .strip`), data, side, view, ink);
     drawLayer(this.find("canvas.layer"), data, waists, ink);
     drawAnatomy(this.find("canvas.anatomy"), data, waists, ink, layer);
@@ -381,7 +383,7 @@ export default function (component) {
   root.live ??= new LiveView(root);
   root.live.update(component);
   return () => {
-    // Streamlit also calls this for a rerun that overtook another: then the view stays.
+    // Streamlit also calls this when one rerun overtakes another; the view must then stay.
     if (root.host?.isConnected) return;
     root.live?.close();
     delete root.live;

@@ -1,4 +1,4 @@
-// Pictures on canvases. Each function draws one from scratch: at these sizes that takes a few ms.
+// Pictures on canvases. Each function draws a whole picture, which takes a few milliseconds.
 
 function prepared(canvas, height) {
   const width = canvas.clientWidth, sharp = window.devicePixelRatio || 1;
@@ -14,6 +14,7 @@ function prepared(canvas, height) {
   return { pen, width, height: tall };
 }
 
+// Width of the axis of layer indices, in CSS pixels.
 const AXIS = 22;
 
 function rowHeight(layers) {
@@ -27,7 +28,7 @@ function layerNumbers(pen, layers, row, ink) {
   for (let layer = 0; layer < layers; layer += every) pen.fillText(layer, AXIS - 5, (layer + 0.5) * row);
 }
 
-// From the residual stream to the waist and back: two trapezoids around it.
+// A module: two trapezoids, from the width of the residual stream to the waist and back.
 function module(pen, middle, top, height, outer, waist, colour) {
   const centre = top + height / 2;
   pen.fillStyle = colour;
@@ -60,7 +61,7 @@ function drawAnatomy(canvas, data, waists, ink, chosen) {
       module(pen, middle, at, tall, stream, waist * scale, place ? ink.mlp : ink.mha);
     });
   }
-  // The stream runs on through the modules: what they write is added to it.
+  // A line for the residual stream through the modules, since their output is added to it.
   pen.fillStyle = ink.through;
   pen.fillRect(middle - 1.5, 0, 3, height);
   layerNumbers(pen, data.layers, row, ink);
@@ -114,7 +115,7 @@ function drawHeads(canvas, data, tables, option, ink, chosen) {
   }
 }
 
-// The map itself changes with the scores only; the thumb moves what lies over it.
+// The map of scores is drawn once; the slider only moves the veil over the removed channels.
 function channelImage(data, tables, ink) {
   const image = new ImageData(tables.ranks, data.layers);
   for (let place = 0; place < tables.channels.length; place++) {
@@ -186,7 +187,7 @@ function drawCurve(canvas, tables, layer, kept, ink) {
   pen.fillRect(x(kept) - 0.5, 0, 1, height);
 }
 
-// Predicted perplexity along one slider, the other where it stands.
+// Perplexity along one slider, with the other slider at its present position.
 function drawStrip(canvas, data, side, view, ink) {
   const { pen, width, height } = prepared(canvas);
   const at = (place) => 8 + place / 95 * (width - 16);
@@ -196,9 +197,9 @@ function drawStrip(canvas, data, side, view, ink) {
     const point = measuredAt(data, { ...view, [side]: place });
     if (point) places.set(point, [...(places.get(point) ?? []), place]);
   }
-  // A point stands for all places of its width: where the thumb is, or in their middle.
+  // Several positions give the width of a point: it is drawn at the slider, or in their middle.
   const dots = [...places].map(([point, all]) => [all.includes(view[side]) ? view[side] : all[all.length >> 1], point]);
-  if (along.every((each) => !each) && !dots.length) {
+  if (along.every((ratio) => !ratio) && !dots.length) {
     pen.fillStyle = ink.quiet;
     pen.fillText(data.mha.length > 1 ? "" : "Perplexity along this slider: nothing is measured or predicted yet", 0, height / 2, width);
     return;
@@ -209,11 +210,11 @@ function drawStrip(canvas, data, side, view, ink) {
   levels.forEach(([ratio]) => {
     pen.beginPath(); pen.moveTo(8, y(ratio)); pen.lineTo(width - 44, y(ratio)); pen.stroke();
   });
-  const known = along.map((each, place) => [place, each]).filter(([, each]) => each);
+  const known = along.map((ratio, place) => [place, ratio]).filter(([, ratio]) => ratio);
   if (known.length) {
     pen.beginPath();
-    known.forEach(([place, each]) => pen.lineTo(at(place), y(each.high)));
-    known.toReversed().forEach(([place, each]) => pen.lineTo(at(place), y(each.low)));
+    known.forEach(([place, ratio]) => pen.lineTo(at(place), y(ratio.high)));
+    known.toReversed().forEach(([place, ratio]) => pen.lineTo(at(place), y(ratio.low)));
     pen.closePath();
     pen.globalAlpha = 0.22;
     pen.fillStyle = ink[side];
@@ -222,7 +223,7 @@ function drawStrip(canvas, data, side, view, ink) {
     pen.strokeStyle = ink[side];
     pen.lineWidth = 2;
     pen.beginPath();
-    known.forEach(([place, each]) => pen.lineTo(at(place), y(each.mid)));
+    known.forEach(([place, ratio]) => pen.lineTo(at(place), y(ratio.mid)));
     pen.stroke();
     pen.lineWidth = 1;
   }
@@ -233,7 +234,7 @@ function drawStrip(canvas, data, side, view, ink) {
   const here = along[view[side]];
   if (here) dot(view[side], here.mid, ink[side]);
   dots.forEach(([place, point]) => dot(place, point.ratio, ink.paper));
-  // Last, and on paper of their own: the band may run through them.
+  // Labels are drawn last, with an outline in the background colour, over the band.
   pen.save();
   Object.assign(pen, { textAlign: "right", font: pen.font.replace("11px", "10px"), strokeStyle: ink.paper, fillStyle: ink.quiet, lineWidth: 3 });
   levels.forEach(([ratio, name]) => {

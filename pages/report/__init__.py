@@ -1,6 +1,7 @@
-"""One page that explains a cut to a colleague: HTML that needs no network, its charts alive.
+"""The report: one HTML file that explains a cut to a colleague, with interactive charts.
 
-The template escapes whatever it is given; only figures and plotly's own script are markup.
+The file needs no network. The template escapes everything that it is given, except the figures and
+Plotly's own script, which are passed as markup.
 """
 
 import base64
@@ -34,13 +35,14 @@ from transact_core.export.compression import (
 from transact_core.pruning.plan import Decision, PruningPlan
 
 LIMITS = (
-    "Perplexity is of one text, named above; it says nothing about other texts, other languages, "
-    "tasks, instructions or safety.",
-    "The interval covers which windows of that text happened to be scored, not other texts.",
-    "Curves and frontiers hold what was measured in one session; a cut that was not tried may be "
+    "Perplexity was measured on the one text named above. It says nothing about other texts, other "
+    "languages, tasks, instructions or safety.",
+    "The interval covers the choice of windows within that text, not the choice of the text.",
+    "Curves and frontiers show what was measured in one session. A cut that was not tried may be "
     "better.",
-    "Sizes are exact. Times, where there are any, are of one machine and one batch size.",
+    "Sizes are exact. Times, where there are any, are from one machine and one batch size.",
 )
+"""What the figures of the report do not show."""
 
 
 def make_report(
@@ -52,11 +54,11 @@ def make_report(
     latency: LatencyRun | None,
     made: datetime,
 ) -> str:
-    """The whole page.
+    """Returns the report as HTML.
 
-    `point` is the cut's own measurement, or None where it is not measured; `points` are all that
-    were measured on the bench, whose dense model must be measured where there are any. `latency`
-    are times of this very cut, if any.
+    `point` is the measurement of this cut, or None if it is not measured. `points` are all
+    measurements on the bench; if there are any, the dense model must be measured too. `latency` has
+    times of this cut, if any.
     """
     plan, compression = decision.plan, describe_compression(bench, decision, recovery)
     template = Environment(
@@ -96,10 +98,11 @@ def _plotly_js() -> str:
 
 
 Figure = tuple[go.Figure, str]
-"""With the sentence on how to read it."""
+"""A figure and the sentence on how to read it."""
 
 
 def _drawn(figures: list[Figure]) -> list[tuple[Markup, str]]:
+    """The figures as HTML, with their captions."""
     drawn = []
     for figure, caption in figures:
         figure.update_layout(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")
@@ -124,7 +127,7 @@ def _verdict(bench: Bench, plan: PruningPlan, recovery: str, point: Measurement 
         f"{pruned.kv_bytes_per_token / dense.kv_bytes_per_token:.0%} of the KV cache stay."
     )
     if point is None:
-        return f"{sizes} What that costs is not measured yet: only the sizes below are known."
+        return f"{sizes} The perplexity of this cut is not measured yet; only its sizes are known."
     return (
         f"{sizes} Perplexity is {point.perplexity:.2f}, {times_dense(point)} the dense model's "
         f"{bench.dense().perplexity:.2f}."
@@ -138,7 +141,7 @@ def _sizes(
     rows = []
     for label, field, scale, digits in SIZES:
         before, after = getattr(dense, field), getattr(pruned, field)
-        values = (f"{each / scale:,.{digits}f}" for each in (before, after))
+        values = (f"{size / scale:,.{digits}f}" for size in (before, after))
         rows.append((label, *values, f"{after / before:.1%}"))
     if point is None:
         return [*rows, ("Perplexity", "–", "not measured", "–")]
@@ -152,7 +155,7 @@ def _perplexity_note(bench: Bench, point: Measurement | None) -> str:
     if point is None:
         return flops + "This cut's perplexity is not measured yet."
     interval = (
-        "a single window, so without an interval"
+        "a single window, so there is no interval"
         if math.isnan(point.delta_nll_se)
         else f"difference of the loss from the dense model's {point.delta_nll:+.4f} ± "
         f"{point.delta_nll_se:.4f} nats a token (standard error over windows, paired)"
@@ -187,7 +190,7 @@ def _cut_figures(bench: Bench, plan: PruningPlan) -> list[Figure]:
         figures.append(
             (
                 plan_charts.pair_map(pairs.effects.numpy(), plan, pairs.inv_freq.numpy(), 560),
-                "full cells are rotary pairs of dims that stay, small pale ones go.",
+                "large cells are rotary pairs that are kept; small, pale cells are removed.",
             )
         )
     elif plan.cuts_mha(shape):
@@ -197,16 +200,16 @@ def _cut_figures(bench: Bench, plan: PruningPlan) -> list[Figure]:
                 charts.head_map(
                     bench.scores(plan.importance).heads.numpy(),
                     plan,
-                    f"{removed} of {shape.num_attention_heads} heads go in each layer (×)",
+                    f"{removed} of {shape.num_attention_heads} heads are removed in each layer (×)",
                 ),
-                f"dark heads score low by {plan.importance}; those crossed out are removed.",
+                f"dark heads have low {plan.importance} scores; crossed-out heads are removed.",
             )
         )
     if plan.cuts_mlp(shape):
         figures.append(
             (
                 plan_charts.kept_channels(plan, shape.intermediate_size),
-                "dark is where most of the neighbouring channels go.",
+                "in dark areas most of the neighbouring channels are removed.",
             )
         )
     return figures
@@ -221,9 +224,9 @@ def _standing(point: Measurement | None, points: Sequence[Measurement]) -> str:
     sentences = []
     for field, (*_, saved) in tradeoff_charts.COSTS.items():
         better = sum(
-            getattr(each.footprint, field) <= getattr(point.footprint, field)
-            and each.perplexity < point.perplexity
-            for each in points
+            getattr(other.footprint, field) <= getattr(point.footprint, field)
+            and other.perplexity < point.perplexity
+            for other in points
         )
         sentences.append(
             f"{better or 'None'} of them ha{'ve' if better > 1 else 's'} no more {saved} and a "
@@ -249,11 +252,14 @@ def _standing_figures(
         )
         if point is not None:
             _mark(figure, getattr(point.footprint, field) / scale, point.perplexity)
-        figures.append((figure, "full marks on the line are the best measured for their size."))
+        figures.append(
+            (figure, "filled markers on the line are the best cuts measured for their size.")
+        )
     return figures
 
 
 def _mark(figure: go.Figure, x: float, y: float) -> None:
+    """Puts a ring around the reported cut."""
     figure.add_scatter(
         x=[x],
         y=[y],
@@ -270,8 +276,8 @@ def _repair_figures(point: Measurement | None) -> list[Figure]:
     return [
         (
             plan_charts.layer_fits(point.fits, point.recovery),
-            "the lower the line, the nearer a module's output is to the dense one's, on windows "
-            "that the repair was not fitted on.",
+            "the lower the line, the closer a module's output is to the dense module's. The error "
+            "is measured on held-out windows, which the repair was not fitted on.",
         )
     ]
 
@@ -282,7 +288,7 @@ def _latency_figures(bench: Bench, run: LatencyRun | None) -> list[Figure]:
     return [
         (
             latency_chart(run.points),
-            f"medians of {run.repeats} repeats, bars their middle half; "
+            f"medians of {run.repeats} repeats; bars are the interquartile range; "
             f"{str(bench.loaded.dtype)[6:]} on {bench.loaded.device.type}, "
             f"{counted(run.threads, 'thread')}, batch 1.",
         )

@@ -1,4 +1,4 @@
-"""The app in a server of its own and a real Chromium to drive it."""
+"""Fixtures: a running app and a page of a real Chromium."""
 
 import os
 from pathlib import Path
@@ -31,7 +31,7 @@ def address(tmp_path_factory, converted_builtin):
 
 @pytest.fixture
 def page(browser: Browser, tmp_path: Path):
-    # High enough for the whole sidebar: a menu whose box is scrolled half out of sight stays shut.
+    # High enough for the whole sidebar: a menu does not open if its box is partly out of view.
     context = browser.new_context(viewport={"width": 1440, "height": 1400}, accept_downloads=True)
     page: Page = context.new_page()
     page.set_default_timeout(TIMEOUT_MS)

@@ -1,4 +1,4 @@
-"""A server of the app and a Chromium, for the browser tests and for the README's pictures."""
+"""Starts the app and Chromium, and operates pages: for browser tests and for the screenshots."""
 
 import os
 import shutil
@@ -16,10 +16,12 @@ from playwright.sync_api import Browser, Locator, Page, Playwright, expect
 from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
 ROOT = Path(__file__).parents[2]
-# Loading and measuring take minutes on a busy machine with two cores.
 TIMEOUT_MS = 300_000
+"""Longest wait in milliseconds. Loading and measuring take minutes on a busy two-core machine."""
 MENU_MS = 5_000
+"""Wait for an open menu in milliseconds, before it is opened again."""
 CHART = ".js-plotly-plot"
+"""CSS selector of a chart."""
 CHROMIUM_FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -31,7 +33,7 @@ CHROMIUM_FLAGS = [
 
 
 def start_chromium(playwright: Playwright) -> Browser:
-    """The system's Chromium, or Playwright's own where there is none."""
+    """Starts the system's Chromium or Chrome, or else the one that Playwright installs."""
     names = ("chromium", "chromium-browser", "google-chrome")
     installed = next((path for name in names if (path := shutil.which(name))), None)
     return playwright.chromium.launch(executable_path=installed, args=CHROMIUM_FLAGS)
@@ -39,13 +41,13 @@ def start_chromium(playwright: Playwright) -> Browser:
 
 @contextmanager
 def running_app(log: Path, script: str = "app.py", **environment: str) -> Iterator[str]:
-    """Address of an app started on a free port, with settings of its own; it ends with the block."""
+    """Runs the app on a free port, with its own settings, for the block; gives its address."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "streamlit", "run", script]
     options = ["--server.port", str(port), "--server.headless", "true"]
-    # What the tests read and write lies in pytest's folder.
+    # The app may read and write only in these folders; pytest's temporary folders are in this one.
     folder = tempfile.gettempdir()
     opened = {"TRANSACT_READ_FOLDERS": folder, "TRANSACT_WRITE_FOLDERS": folder}
     with log.open("w") as output:
@@ -83,9 +85,9 @@ def open_with_few_tokens(
     evaluation_tokens: int = 512,
     sequence_length: int = 128,
 ) -> None:
-    """Opens a page so that it measures in seconds what a user measures in minutes.
+    """Opens a page with so few tokens that measurements take seconds instead of minutes.
 
-    With the checkpoint in that folder, or with the built-in model.
+    The model is the checkpoint in `folder`, or the built-in model.
     """
     ask_to_open(page, address, folder, evaluation_tokens, sequence_length)
     shown = "134.5 M parameters" if folder is None else folder.name
@@ -96,13 +98,13 @@ def open_with_few_tokens(
 def ask_to_open(
     page: Page, address: str, folder: Path | None, evaluation_tokens: int, sequence_length: int
 ) -> None:
-    """Presses Load and does not wait for what comes of it."""
-    # The first visit of a server always begins at the first page.
+    """Fills in the sidebar and presses Load, without waiting for the model to open."""
+    # The first visit to a server is always shown the first page.
     page.goto(address.rsplit("/", 1)[0] if address.count("/") > 2 else address)
     expect(button(page, "Load")).to_be_visible()
     page.goto(address)
-    # The opening with the app's own numbers is called off, or was by an earlier visitor; a quick
-    # machine may be done with it.
+    # The app starts to open its default model. That is cancelled here, unless an earlier visitor
+    # cancelled it or it has already finished.
     cancel, opened = button(page, "Cancel").first, sidebar(page).get_by_text("M parameters")
     ended = button(page, "Try again").or_(opened)
     expect(cancel.or_(ended).first).to_be_visible()
@@ -124,11 +126,12 @@ def ask_to_open(
 
 
 def settle(page: Page) -> None:
-    """Waits until the script has run; a menu opened before that closes again."""
+    """Waits until the page's script has ended; a menu that is opened earlier closes again."""
     expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning")
 
 
 def choose(page: Page, label: str, option: str) -> None:
+    """Chooses an option of a menu."""
     box = page.get_by_role("combobox", name=label)
     offered = page.get_by_role("option", name=option, exact=True)
     deadline = time.monotonic() + TIMEOUT_MS / 1000
@@ -141,13 +144,13 @@ def choose(page: Page, label: str, option: str) -> None:
             expect(box).to_have_value(option, timeout=MENU_MS)
             break
         except (PlaywrightTimeoutError, AssertionError):
-            # A menu closes again when its page is drawn anew at that moment.
+            # The menu closes if the page is drawn again at that moment.
             if time.monotonic() > deadline:
                 raise
 
 
 def measure_mlp_curve(page: Page, points: int, recovery: str = "none") -> None:
-    """Asks the Perplexity page for cuts of the MLP alone, up to 70 %."""
+    """Starts a curve of MLP cuts up to 70 % on the Perplexity page."""
     choose(page, "Cut", "MLP only")
     choose(page, "Recovery", recovery)
     set_number(page, "Points", points)
@@ -175,10 +178,10 @@ def set_number(page: Page, label: str, value: int) -> None:
 
 
 def slider(page: Page, side: str) -> Locator:
-    """MHA's or MLP's."""
+    """The slider of `side`, which is MHA or MLP."""
     return page.get_by_role("slider", name=f"{side} ratio")
 
 
 def at(page: Page, mha: int, mlp: int, context: int = 1024) -> None:
-    """Waits until the live view has drawn that position."""
+    """Waits until the live view has drawn this position."""
     expect(page.locator(".live")).to_have_attribute("data-shown", f"{mha},{mlp},{context}")

@@ -1,6 +1,7 @@
-"""The live view alone, on random scores of a model of any shape: for its tests and its timing.
+"""A page with only the live view, on random scores, for its tests and its benchmark.
 
-The address gives the shape: ?shape=small or ?shape=large, and ?predicted=1 for a prediction.
+The address says which model shape (`?shape=small`, `large` or `largest`) and whether there is a
+prediction (`?predicted=1`).
 """
 
 from dataclasses import asdict, replace
@@ -39,7 +40,7 @@ def made(shape: str, granularity: Granularity) -> tuple:
         random(architecture.intermediate_size),
     )
     sums = [random(width), random(architecture.intermediate_size)]
-    mha, mlp = (ModuleStatistics(each, each, each, 1) for each in sums)
+    mha, mlp = (ModuleStatistics(values, values, values, 1) for values in sums)
     statistics = ActivationStatistics(mha, mlp, residual=mha)
     table = structure(architecture, granularity)
     energy = energy_kept(table, scores, statistics, architecture)

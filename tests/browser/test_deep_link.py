@@ -1,4 +1,4 @@
-"""The first visit to a server, by the bare address or by a page's own."""
+"""The first visit to a server, at its plain address or at the address of a page."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_a_first_visit_is_shown_an_example_while_the_model_is_opened(
         page.close()
 
 
-# Streamlit would run it alone.
+# Without the app's redirect, Streamlit would run such a page alone.
 @pytest.mark.parametrize(
     ("name", "address_then"),
     [
@@ -55,7 +55,7 @@ def test_a_page_is_never_drawn_without_the_app_around_it(
 
 def test_the_first_page_has_its_name_as_an_address_too(browser: Browser, tmp_path: Path):
     with running_app(tmp_path / "log.txt") as address:
-        # The second visitor of a server: the first is led there another way, as tried above.
+        # Twice, because the first visitor of a server is redirected in another way (see above).
         for _ in range(2):
             page = browser.new_page()
             page.goto(f"{address}/start?mha=60")

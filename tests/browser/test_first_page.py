@@ -1,4 +1,4 @@
-"""What a server's first visitor sees, with torch held back for as long as the test looks."""
+"""What the first visitor sees before torch is imported; the test holds the import back."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.browser.driving import CHART, TIMEOUT_MS, button, running_app, sideba
 
 pytestmark = pytest.mark.browser
 
-# Python imports a module of this name at its start.
+# Written to sitecustomize.py, which Python imports when it starts.
 HOLDING_TORCH_BACK = """
 import importlib.abc, pathlib, sys, time
 
@@ -52,6 +52,6 @@ def test_the_first_page_is_there_before_torch(browser: Browser, tmp_path: Path):
         expect(page.get_by_test_id("stException")).to_have_count(0)
         seen = page.evaluate("[...window.linksSeen]")
         page.close()
-    # Streamlit's own list has the names of the files.
+    # Streamlit's default navigation would list the names of the files.
     assert "Compress" in seen
     assert not {"app", "compress", "start"} & set(seen)

@@ -1,4 +1,4 @@
-"""Clicking a head on the map, and choosing one by the menus instead."""
+"""A head is chosen by a click on the map or in the menus."""
 
 import re
 
@@ -10,11 +10,13 @@ from tests.browser.driving import CHART, open_with_few_tokens, settle
 pytestmark = [pytest.mark.browser, pytest.mark.builtin]
 
 LAYERS, HEADS = 30, 9
+"""Of the built-in model."""
 TRIES = 5
+"""Clicks on a head, each with a wait of 15 seconds."""
 
 
 def click_head(page: Page, layer: int, head: int) -> None:
-    """Clicks until it is taken: a chart that is just being drawn again takes none."""
+    """Clicks until the click is registered; a chart ignores clicks while it is redrawn."""
     taken = page.get_by_text(f"Layer {layer}, head {head}: channel")
     for _ in range(TRIES):
         _click_square(page, layer, head)
@@ -53,7 +55,7 @@ def test_a_head_is_chosen_by_a_click_and_by_the_keyboard(page: Page, address: st
     menu.press("ArrowDown")
     menu.press("Enter")
     expect(page.get_by_text("Layer 12, head 5: channel")).to_have_count(0)
-    # The map has forgotten the click, so the same one counts again.
+    # The earlier click on this head must not keep the new one from being noticed.
     click_head(page, 12, 5)
     expect_head(page, 12, 5)
     expect(page.get_by_test_id("stException")).to_have_count(0)

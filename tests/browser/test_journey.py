@@ -1,4 +1,4 @@
-"""The main journey on the built-in model: look, move sliders, cut, see the point, take it away."""
+"""The main journey on the built-in model: move the sliders, cut, see the point, export it."""
 
 import hashlib
 import json
@@ -110,7 +110,7 @@ def test_journey(page: Page, address: str, tmp_path: Path):
 def test_cancel_keeps_the_page_usable(page: Page, address: str):
     open_with_few_tokens(page, f"{address}/compress?mha=60&mlp=50")
     at(page, 60, 50)
-    # On an ordinary screen what the button begins is in view, and nothing moves to make room.
+    # On a common screen size, the progress of the cut is in view and the page does not move.
     page.set_viewport_size({"width": 1440, "height": 900})
     prune = page.get_by_role("button", name="Prune and measure perplexity")
     expect(prune).to_be_enabled()
@@ -118,7 +118,7 @@ def test_cancel_keeps_the_page_usable(page: Page, address: str):
     before = slider(page, "MHA").bounding_box()
     prune.click()
     progress = page.get_by_test_id("stMain").get_by_text("Cut of MHA 60%")
-    # What each layer loses may still be measured in the background, with a button of its own.
+    # A second Cancel button may belong to the damage measurement in the background.
     cancel = button(page, "Cancel").last
     expect(progress).to_be_in_viewport()
     expect(cancel).to_be_in_viewport()
@@ -159,7 +159,7 @@ def test_a_link_reopens_its_view_and_another_page_keeps_it(page: Page, address: 
     expect(page.get_by_role("combobox", name="Granularity")).to_have_value("kv-groups")
     expect(page.locator(".words").first).to_contain_text("3 of 9 query heads stay, over 1 of 3")
 
-    # A link of the first page says what it opens, whatever was chosen before.
+    # A link on the first page opens its own choices, whatever was chosen before.
     go_to(page, "Start here")
     page.get_by_role("link", name="Open this very cut").click()
     at(page, 33, 30, 4096)

@@ -1,4 +1,4 @@
-"""The live view in a real browser: what it shows at a position, and what brings it there."""
+"""The live view in a real browser: what it shows at a position, and how positions are set."""
 
 import itertools
 import re
@@ -32,21 +32,22 @@ def view(page: Page, live_address: str) -> Page:
 
 
 def rests(page: Page, mha: int, mlp: int, context: int = 1024) -> None:
-    """Waits until Python has heard of that position."""
+    """Waits until Python has received this position."""
     expect(
         page.get_by_text(f"rests at {{'mha': {mha}, 'mlp': {mlp}, 'context': {context}}}")
     ).to_be_visible()
 
 
 def figures(page: Page) -> dict[str, float]:
+    """The exact figures that the live view shows, by name."""
     values = page.locator("[data-figure]").evaluate_all(
-        "all => all.map(each => [each.dataset.figure, Number(each.value)])"
+        "all => all.map(figure => [figure.dataset.figure, Number(figure.value)])"
     )
     return dict(values)
 
 
 def move(page: Page, side: str, value: int) -> None:
-    """What a drag does at each of its steps."""
+    """Moves a slider as one step of a drag does, without releasing it."""
     slider(page, side).evaluate(
         "(input, value) => { input.value = value;"
         " input.dispatchEvent(new Event('input', { bubbles: true })); }",

@@ -1,4 +1,4 @@
-"""Many visitors at once, in small; `python -m benchmarks.load` is the whole of it, with figures."""
+"""Many visitors at once: a small version of `python -m benchmarks.load`, without its figures."""
 
 from pathlib import Path
 
@@ -11,14 +11,15 @@ from pages.server.jobs import job_threads
 from tests.browser.driving import TIMEOUT_MS
 
 pytestmark = [pytest.mark.browser, pytest.mark.builtin]
-"""A server's first page begins to open the built-in model."""
+"""They need the built-in model, because the first page of a server begins to open it."""
 
 MODELS = {
-    # A point of its curve takes seconds, even on a quick machine.
+    # Large enough that a point of its curve takes seconds, also on a fast machine.
     "long": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 16},
     **{f"small-{layers}": {"num_hidden_layers": layers} for layers in (2, 3, 4)},
 }
 TEXTS = 8_000, 128
+"""Evaluation tokens and sequence length."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The report in a real browser that has no network."""
+"""The report, opened in a real browser without a network."""
 
 from datetime import UTC, datetime
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Jobs and their visitors in a real browser: a reload in the middle of a sweep, two at once.
+"""Jobs of several visitors in a real browser: a reload during a sweep, and two visitors at once.
 
-The model is a tiny one and the text long, so that a point takes a moment and the opening does not.
+The model is small, so that it opens quickly. The text is long, so that a point takes a moment.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.browser.driving import (
 from tests.conftest import make_model
 
 pytestmark = [pytest.mark.browser, pytest.mark.builtin]
-"""A server's first page begins to open the built-in model."""
+"""They need the built-in model, because the first page of a server begins to open it."""
 
 CURVE = "Curve up to MHA 0%, MLP 70%"
 DONE = f"{CURVE} · done"
@@ -35,7 +35,7 @@ def model_folder(tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def another_page(browser: Browser):
-    """Another visitor's."""
+    """A page of another visitor, in a browser context of its own."""
     context = browser.new_context(viewport={"width": 1440, "height": 1400})
     page = context.new_page()
     page.set_default_timeout(TIMEOUT_MS)
@@ -49,7 +49,7 @@ def open_tiny_model(page: Page, address: str, folder: Path, evaluation_tokens: i
 
 
 def wait_for_points(page: Page, condition: str) -> None:
-    """Waits until the number of cuts on the chart, `points`, fulfils the condition."""
+    """Waits until a JavaScript condition holds for `points`, the number of cuts on the chart."""
     page.wait_for_function(
         """condition => {
             const chart = document.querySelector('.js-plotly-plot');
@@ -79,7 +79,7 @@ def test_a_reload_in_the_middle_of_a_sweep(page: Page, address: str, model_folde
     assert "?" not in tab.url
     tab.close()
 
-    # The reloaded page goes on following it, and can stop it.
+    # The reloaded page still follows the job, and can cancel it.
     wait_for_points(page, "points >= 2")
     sidebar(page).get_by_role("button", name="close").click()
     expect(sidebar(page).get_by_text(f"{CURVE} · cancelled")).to_be_visible()
@@ -88,27 +88,27 @@ def test_a_reload_in_the_middle_of_a_sweep(page: Page, address: str, model_folde
 
 
 def test_two_visitors_at_once(page: Page, another_page: Page, address: str, model_folder: Path):
-    # Of another length than above, so that no point is known.
+    # Another number of tokens than in the test above, so that no point is kept from there.
     open_tiny_model(page, address, model_folder, 60_000)
     open_tiny_model(another_page, address, model_folder, 60_000)
     measure_mlp_curve(page, 20)
     expect(sidebar(page).get_by_text(CURVE)).to_be_visible()
 
-    # The other one sees nothing of it, and gets a turn before it has ended.
+    # The second visitor does not see the first one's job, and gets a turn before it ends.
     another_page.reload()
     expect(button(another_page, "Measure the curve")).to_be_visible()
     settle(another_page)
     expect(sidebar(another_page).get_by_text("Curve")).to_have_count(0)
-    # Not among the first one's, or it would be known.
+    # A cut that the first visitor does not measure; otherwise its result would be kept already.
     measure_mlp_curve(another_page, 1, "bias")
     expect(sidebar(another_page).get_by_text(DONE)).to_be_visible()
     expect(sidebar(page).get_by_text(DONE)).to_have_count(0)
     wait_for_points(another_page, "points === 1")
 
-    # The first cancels its own; both keep what they have.
+    # The first visitor cancels; both keep their points.
     sidebar(page).get_by_role("button", name="close").click()
     expect(sidebar(page).get_by_text(f"{CURVE} · cancelled")).to_be_visible()
     wait_for_points(page, "points >= 1")
     expect(sidebar(another_page).get_by_text(DONE)).to_be_visible()
-    for each in (page, another_page):
-        expect(each.get_by_test_id("stException")).to_have_count(0)
+    for visitor in (page, another_page):
+        expect(visitor.get_by_test_id("stException")).to_have_count(0)

@@ -1,10 +1,10 @@
-"""Files that claim absurd sizes or try to leave their place, read with bounded memory.
+"""Files that claim absurd sizes or point outside of their folder, read with bounded memory.
 
     python -m tests.trust.absurd
 
 Each case must be refused by a TransActError of one line, within `SECONDS` and with `ROOM` bytes of
-address space beyond what the imports took. Prints one JSON object a case, and how much memory the
-process took at its peak while it read them.
+address space on top of what the imports use. A case that is read but changes nothing raises the
+TransActError "harmless". Prints one JSON object per case, and the peak memory of the process.
 """
 
 import json
@@ -34,16 +34,22 @@ from transact_core.export.compression import read_compression
 from transact_core.models.load import load_model
 
 SECONDS = 20
+"""Time limit of a case. The slowest takes a few seconds on a quiet machine."""
 ROOM = 1_500_000_000
+"""Bytes of address space for reading a file. Files that claim sizes mostly claim far more."""
 TERABYTE = 2**40
+"""In bytes. Files of this size are sparse and take no space on the disk."""
 Case = tuple[str, Callable[[], object]]
+"""The name of a case and the call that must raise a TransActError."""
 
 
 def edited(path: Path, **changes: object) -> None:
+    """Changes some keys of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def copied(model: Path, name: str) -> Path:
+    """A copy of the checkpoint folder, to be damaged."""
     folder = model.parent / name.replace("/", "-").replace(" ", "-")
     shutil.copytree(model, folder)
     return folder
@@ -108,7 +114,7 @@ CONFIGURATIONS: dict[str, dict[str, object]] = {
     "labels of text": {"num_labels": "x"},
     "labels by the million": {"num_labels": 10**9},
 }
-"""Each is refused, or harmless: then it loads and computes the same as without it."""
+"""Changes to `config.json`. Each must be refused, or be harmless: the model gives numbers."""
 
 
 def configuration_cases(model: Path) -> Iterator[Case]:
@@ -133,17 +139,20 @@ def configuration_cases(model: Path) -> Iterator[Case]:
 
 
 def same_numbers(folder: Path, model: Path) -> None:
-    """Loads what may load; raises where it then computes something else without a word."""
+    """Raises ArithmeticError if the folder loads without an error but its logits are not finite."""
     loaded, plain = load_model(str(folder)), load_model(str(model))
     ids = torch.arange(40)[None] % 300
     with torch.inference_mode():
-        here, there = (each.model(ids, use_cache=False).logits for each in (loaded, plain))
-    if not torch.equal(here, there) and not here.isfinite().all():
-        raise ArithmeticError("it computes no numbers, and that was not said")
+        changed, expected = (
+            source.model(ids, use_cache=False).logits for source in (loaded, plain)
+        )
+    if not torch.equal(changed, expected) and not changed.isfinite().all():
+        raise ArithmeticError("the logits are not finite, and no error was raised")
     raise TransActError("harmless")
 
 
 def safetensors_header(claim: int | None, header: object, body: bytes = b"") -> bytes:
+    """A safetensors file; `claim` replaces the true length of its header in bytes."""
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text) if claim is None else claim) + text + body
 
@@ -432,7 +441,7 @@ def gguf_cases(folder: Path, tokenizer) -> Iterator[Case]:
 
 
 def make_bombs(folder: Path) -> None:
-    """Small files that unpack to gigabytes, made in a process of their own for the memory's sake."""
+    """Small files that decompress to gigabytes; another process makes them, for its memory peak."""
     pid = os.fork()
     if pid:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
@@ -496,6 +505,7 @@ def text_cases(folder: Path) -> Iterator[Case]:
 
 
 def harmless(_: object) -> None:
+    """Marks a case that may be read, as it was within the limits."""
     raise TransActError("harmless")
 
 
@@ -522,7 +532,7 @@ def compression_cases(folder: Path) -> Iterator[Case]:
 
 
 def tried(case: Callable[[], object]) -> tuple[str, bool]:
-    """What became of a case, and whether that is as it should be."""
+    """Runs a case; returns its message and whether that is a refusal in one line."""
 
     def too_long(*_: object) -> None:
         raise TimeoutError
@@ -531,7 +541,7 @@ def tried(case: Callable[[], object]) -> tuple[str, bool]:
     signal.alarm(SECONDS)
     try:
         case()
-        return "accepted without a word", False
+        return "accepted without an error", False
     except TransActError as error:
         return str(error), "\n" not in str(error)
     except BaseException as error:
@@ -567,7 +577,7 @@ def main() -> int:
         load_model(str(model))
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, resource.RLIM_INFINITY))
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present use
         before = peak_mb()
         wanted = sys.argv[1] if len(sys.argv) > 1 else ""
         right = True

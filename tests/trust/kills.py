@@ -1,20 +1,21 @@
-"""Kills the command line at random moments and takes its disk away, and looks at what is left.
+"""Kills the command line at random moments, makes its disk fail, and checks the files left behind.
 
     python -m tests.trust.kills --trials 100 --disks 60
 
-Each trial runs one command on a small random model in a folder of its own and stops it on the way:
+Each trial runs one command on a small random model in a folder of its own and stops it before its
+end:
 
     time        SIGKILL at a random moment of the run
-    before      SIGKILL right before one of its operations on files, chosen at random
-    after       SIGKILL up to 10 ms after one of them, in the middle of a write
-    file-limit  no file can grow past a random size
-    full        a disk of a random size too small (root only)
-    read-only   a disk that cannot be written (root only)
+    before      SIGKILL directly before one of its file operations, chosen at random
+    after       SIGKILL up to 10 ms after one of them, possibly in the middle of a write
+    file-limit  no file can grow beyond a random size
+    full        the disk has a random size that may be too small (root only)
+    read-only   the disk cannot be written (root only)
 
-Whatever is then visible must be, byte for byte, what an undisturbed run makes: a checkpoint under
-its final name is whole or absent. The same command must then succeed, make what the undisturbed run
-made, and leave nothing half-written behind. A sweep goes on in its file: a point that was there when
-the process was killed is not measured again, but comes with the seconds it took then.
+Every file that is then visible must be byte for byte the file that an undisturbed run makes; a
+checkpoint under its final name is complete or absent. The same command must then succeed, make the
+same files as the undisturbed run, and leave no partial file. A killed sweep continues in its file:
+points that were there are not measured again and keep their first `seconds`.
 """
 
 import argparse
@@ -39,18 +40,21 @@ from pathlib import Path
 KILLS = ("time", "before", "after")
 DISKS = ("file-limit", "full", "read-only")
 SECONDS_AT_MOST = 120
+"""Time limit of one run. A run takes a few seconds; one that hangs is killed after this."""
 AUDITED = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree"}
+"""Python's audit events that count as file operations, besides opening a file for writing."""
 HALF_WRITTEN = (".transact-partial", ".incomplete", ".tmp")
+"""Endings of the names of partial files: ours, the hub library's, and other libraries'."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A command, as it is run in a trial's folder."""
+    """A command of the command line, for a trial's folder."""
 
     name: str
     arguments: Callable[[Path], list[str]]
     results: str | None
-    """The checkpoint folder in a trial's folder that the command is run for, where it is one."""
+    """The checkpoint that the command writes into the trial's folder; None if it writes none."""
 
 
 @dataclass
@@ -63,12 +67,14 @@ class Ending:
     err: str
     seconds: float
     peak_mb: float
+    """Peak resident memory in MB."""
     events: int
+    """Number of file operations, or 0 if the run was killed."""
 
 
 @dataclass
 class Reference:
-    """What an undisturbed run makes."""
+    """How an undisturbed run ended, and the files that it made."""
 
     ending: Ending
     files: dict[str, bytes] = field(repr=False)
@@ -78,21 +84,22 @@ class Reference:
 
 
 def _writes(event: str, arguments: tuple) -> bool:
+    """Whether an audit event is an operation that changes files."""
     if event == "open":
         _, mode, flags = arguments
         return bool(set(mode or "") & set("wax+")) or bool((flags or 0) & os.O_CREAT)
     return event in AUDITED
 
 
-def _child(work: Work, folder: Path, stop: tuple[str, float], wires: dict[str, int]) -> None:
-    """Runs the command in this forked process; never returns."""
+def _child(work: Work, folder: Path, stop: tuple[str, float], pipes: dict[str, int]) -> None:
+    """Runs the command in this forked process, which ends with it. `pipes` are the write ends."""
     import torch
     from huggingface_hub import constants
 
     from transact_core.cli import main
 
-    os.dup2(wires["out"], 1)
-    os.dup2(wires["err"], 2)
+    os.dup2(pipes["out"], 1)
+    os.dup2(pipes["err"], 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     os.environ["TRANSACT_CACHE"] = str(folder / "cache")
     constants.HF_HUB_CACHE = str(folder / "hub")
@@ -108,7 +115,7 @@ def _child(work: Work, folder: Path, stop: tuple[str, float], wires: dict[str, i
         if seen == amount and kind == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         if seen == amount and kind == "after":
-            os.write(wires["told"], b"now")
+            os.write(pipes["events"], b"now")
 
     sys.addaudithook(watch)
     if kind == "file-limit":
@@ -121,17 +128,18 @@ def _child(work: Work, folder: Path, stop: tuple[str, float], wires: dict[str, i
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
-    os.write(wires["told"], f"events {seen}".encode())
+    os.write(pipes["events"], f"events {seen}".encode())
     os._exit(status)
 
 
 def run(work: Work, folder: Path, stop: tuple[str, float] = ("", 0), pause: float = 0) -> Ending:
     """One run of the command, stopped as `stop` says.
 
-    `stop` is a kind and its amount: seconds for `time`, the number of the operation for `before`
-    and `after`, bytes for `file-limit`. `pause` is how long after the operation `after` kills.
+    `stop` is a kind and its amount: seconds for `time`, the count of the file operation for
+    `before` and `after`, bytes for `file-limit`. `pause` is how many seconds `after` waits before
+    it kills.
     """
-    pipes = {name: os.pipe() for name in ("out", "err", "told")}
+    pipes = {name: os.pipe() for name in ("out", "err", "events")}
     began = time.monotonic()
     pid = os.fork()
     if pid == 0:
@@ -144,7 +152,7 @@ def run(work: Work, folder: Path, stop: tuple[str, float] = ("", 0), pause: floa
         collected = b""
         while piece := os.read(pipes[name][0], 65536):
             collected += piece
-            if name == "told" and piece.startswith(b"now"):
+            if name == "events" and piece.startswith(b"now"):
                 time.sleep(pause)
                 os.kill(pid, signal.SIGKILL)
         read[name] = collected
@@ -160,25 +168,25 @@ def run(work: Work, folder: Path, stop: tuple[str, float] = ("", 0), pause: floa
         thread.join()
     timer.cancel()
     _, status, usage = os.wait4(pid, 0)
-    told = read["told"].decode()
+    counted = read["events"].decode()
     return Ending(
         status=os.waitstatus_to_exitcode(status),
         out=read["out"].decode(),
         err=read["err"].decode(),
         seconds=time.monotonic() - began,
         peak_mb=usage.ru_maxrss / 1024,
-        events=int(told.split()[1]) if told.startswith("events") else 0,
+        events=int(counted.split()[1]) if counted.startswith("events") else 0,
     )
 
 
-# --- what is there ---------------------------------------------------------------------------
+# --- the files left behind -------------------------------------------------------------------
 
 
 def hidden(path: Path) -> bool:
-    """Half-written by its name, or a library's own; `path` is relative to a trial's folder.
+    """Whether a file, relative to a trial's folder, is not compared: partial, or a library's own.
 
-    The hub library's cache fills file by file: there each file is whole or absent, not the folder.
-    SQLite's files are looked at through the points that come out of them.
+    The hub library fills its cache file by file, so each file must be complete, but not the folder.
+    SQLite's files are checked through the points that are read from them.
     """
     own = {".locks", "CACHEDIR.TAG"}
     return any(
@@ -188,13 +196,13 @@ def hidden(path: Path) -> bool:
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """Contents of the files in a trial's folder by relative path, half-written ones left out."""
+    """Contents of the visible files in a trial's folder, by relative path."""
     found = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path): (folder / path).read_bytes() for path in found if not hidden(path)}
 
 
 def comparable(name: str, content: bytes) -> object:
-    """What must be the same twice: all of a file, but for the seconds that a point took."""
+    """The part of a file that two runs must agree on: all of it, except the seconds of points."""
     if not name.endswith(".csv"):
         return content
     rows = [line.split(",") for line in content.decode().splitlines()]
@@ -203,12 +211,13 @@ def comparable(name: str, content: bytes) -> object:
 
 
 def check_visible(folder: Path, reference: Reference, results: str | None) -> None:
-    """Raises AssertionError where something is visible that no undisturbed run makes."""
+    """Raises AssertionError if a visible file is not one that an undisturbed run makes."""
     there = files_in(folder)
     for name, content in there.items():
         assert name in reference.files, f"{name} is there and should not be"
         found, whole = comparable(name, content), comparable(name, reference.files[name])
-        # A sweep's points come most informative first, in their own places: fewer rows, all whole.
+        # A sweep measures the most informative points first and writes whole rows, so an unfinished
+        # file has fewer rows.
         whole_so_far = name.endswith(".csv") and all(row in whole for row in found)
         assert found == whole or whole_so_far, f"{name} is half-written"
     converted = [str(path.relative_to(folder)) for path in folder.glob("cache/models/[!.]*")]
@@ -221,9 +230,9 @@ def check_visible(folder: Path, reference: Reference, results: str | None) -> No
 def check_again(
     folder: Path, reference: Reference, work: Work, keeps_points: bool = False
 ) -> Ending:
-    """The next start works, makes the same and leaves nothing half-written."""
-    # What is there under its final name was checked. A checkpoint is never written over; a sweep
-    # goes on in its file, unless the disk could not keep the points that the file was made of.
+    """Runs the command again: it must succeed, make the same files and leave no partial file."""
+    # A checkpoint is never overwritten, so the one that is there, already checked, is removed. A
+    # sweep continues in its file, unless the disk could not keep the points of the file.
     points = folder / "points.csv"
     if not keeps_points:
         points.unlink(missing_ok=True)
@@ -248,7 +257,7 @@ def check_again(
 
 
 def check_refusal(ending: Ending) -> None:
-    """What a disk does not hold is said in one line."""
+    """A run whose disk failed must have succeeded or ended with a single error line."""
     lines = [line for line in ending.err.splitlines() if line.startswith("Error:")]
     assert ending.status in (0, 2), f"exit status {ending.status}: {ending.err[-2000:]}"
     assert len(lines) == (1 if ending.status else 0), ending.err[-2000:]
@@ -260,7 +269,7 @@ def check_refusal(ending: Ending) -> None:
 
 @contextmanager
 def disk(folder: Path, kilobytes: int) -> Iterator[None]:
-    """A file system of its own under a folder."""
+    """Mounts a file system of a given size at a folder."""
     subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], check=True
     )
@@ -289,11 +298,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-# --- what is run -----------------------------------------------------------------------------
+# --- the commands ----------------------------------------------------------------------------
 
 
 def make_inputs(folder: Path) -> None:
-    """A GGUF file, a checkpoint, a text and a compression.json, made in a process of their own."""
+    """Makes a GGUF file, a checkpoint, a text and a compression.json, in a separate process."""
     pid = os.fork()
     if pid:
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "the inputs were not made"
@@ -317,13 +326,13 @@ def make_inputs(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "model")
     (folder / "text.txt").write_text(read_corpus("builtin").text[:20_000])
     (folder / "made").mkdir()
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
         status = main(works(folder)["export"].arguments(folder / "made"))
     os._exit(status)
 
 
 def works(inputs: Path) -> dict[str, Work]:
-    """The commands that are stopped, by what they are about."""
+    """The commands that are stopped, by what they exercise."""
     model, text = str(inputs / "model"), str(inputs / "text.txt")
     length = ["--sequence-length", "32"]
     evaluation = ["--evaluation", text, "--evaluation-tokens", "128", *length]
@@ -398,7 +407,7 @@ def works(inputs: Path) -> dict[str, Work]:
 
 
 def stock_loads(folder: Path) -> None:
-    """Raises AssertionError where stock transformers does not load this checkpoint as it is."""
+    """Raises AssertionError if stock transformers does not load every tensor of a checkpoint."""
     pid = os.fork()
     if pid == 0:
         from transformers import AutoModelForCausalLM
@@ -421,7 +430,7 @@ def make_reference(work: Work, folder: Path) -> Reference:
 
 
 def trial(work: Work, kind: str, folder: Path, reference: Reference, chance: random.Random) -> str:
-    """One trial; gives how the stopped run ended: killed, refused or finished."""
+    """Runs one trial; returns how the stopped run ended: killed, refused or finished."""
     folder.mkdir()
     amounts = {
         "time": chance.uniform(0, reference.ending.seconds),
@@ -456,7 +465,7 @@ def trial(work: Work, kind: str, folder: Path, reference: Reference, chance: ran
 def campaign(
     names: list[str], trials: int, disks: int, seed: int, folder: Path
 ) -> dict[str, object]:
-    """All trials; gives counts, and the failures with all that is needed to make them again."""
+    """Runs all trials; returns counts, and failures with the options that reproduce them."""
     from tests.trust.hub import hub_of
 
     inputs = folder / "inputs"
@@ -477,15 +486,15 @@ def campaign(
         ]
         counts: Counter[str] = Counter()
         failures = []
-        for number, (work, kind) in enumerate(plan):
+        for index, (work, kind) in enumerate(plan):
             place = folder / "trial"
             try:
-                how = trial(work, kind, place, references[work.name], random.Random(seed + number))
+                how = trial(work, kind, place, references[work.name], random.Random(seed + index))
                 counts[f"{work.name}, {kind}: {how}"] += 1
             except AssertionError as problem:
-                failures.append(f"{work.name}, {kind}, --seed {seed + number}: {problem}")
+                failures.append(f"{work.name}, {kind}, --seed {seed + index}: {problem}")
                 shutil.rmtree(place, ignore_errors=True)
-            print(f"{number + 1} of {len(plan)}", end="\r", file=sys.stderr, flush=True)
+            print(f"{index + 1} of {len(plan)}", end="\r", file=sys.stderr, flush=True)
     finally:
         os.kill(served, signal.SIGKILL)
         os.waitpid(served, 0)
@@ -509,13 +518,13 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Before anything is imported that starts threads: the trials are forks of this process.
+    # Set before any import that starts threads, because the trials are forks of this process.
     os.environ |= {
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "0",
         "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}",
     }
-    import transact_core.cli  # noqa: F401 - so that the forks need not
+    import transact_core.cli  # noqa: F401 - imported once for all forks
 
     sys.exit(main())

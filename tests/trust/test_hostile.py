@@ -1,6 +1,7 @@
-"""Damaged and hostile files: each is read or refused in one sentence.
+"""Damaged and hostile files: each is read, or refused in one line.
 
-`TRANSACT_FUZZ=1000 python -m pytest tests/trust/test_hostile.py` looks further than CI does.
+CI tries ten random inputs for each kind of file; more are tried with
+`TRANSACT_FUZZ=1000 python -m pytest tests/trust/test_hostile.py`.
 """
 
 import json
@@ -47,7 +48,7 @@ JSON = st.recursive(
 DAMAGE = st.lists(
     st.tuples(st.integers(0, 2**20), st.binary(min_size=1, max_size=12)), min_size=1, max_size=4
 )
-"""Pieces of bytes and where they are written."""
+"""Bytes that overwrite a file, and their offsets, which are taken modulo the file's size."""
 
 
 def test_absurd_sizes_and_paths_that_leave_their_place_are_refused_within_bounded_memory():
@@ -66,7 +67,7 @@ def test_absurd_sizes_and_paths_that_leave_their_place_are_refused_within_bounde
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A whole file of each kind; none is ever changed."""
+    """A valid file of each kind. Tests damage copies of them."""
     folder = tmp_path_factory.mktemp("whole")
     tokenizer = make_tokenizer()
     model = make_model(num_key_value_heads=3)
@@ -92,7 +93,7 @@ def sources(tmp_path_factory):
 
 
 def damaged(content: bytes, damage, within: int | None = None) -> bytes:
-    """`within` keeps the damage to the first bytes, where headers are."""
+    """Overwrites parts of a file; `within` limits them to its first bytes, where the header is."""
     changed = bytearray(content)
     for place, piece in damage:
         start = place % (within or len(changed))
@@ -101,12 +102,13 @@ def damaged(content: bytes, damage, within: int | None = None) -> bytes:
 
 
 def read_or_refused(read) -> None:
-    said = ""
+    """Fails if reading raises anything other than a TransActError of one line."""
+    message = ""
     try:
         read()
     except TransActError as error:
-        said = str(error)
-    assert "\n" not in said
+        message = str(error)
+    assert "\n" not in message
 
 
 def load_and_tokenise(folder) -> None:
@@ -116,7 +118,7 @@ def load_and_tokenise(folder) -> None:
 
 
 def linked(sources, folder, but: str) -> None:
-    """A checkpoint folder of hard links, all but one file's."""
+    """Makes a checkpoint folder of hard links to every file except one."""
     folder.mkdir()
     for path in (sources / "model").iterdir():
         if path.name != but:
@@ -178,7 +180,7 @@ def test_damaged_gguf_files(sources, tmp_path_factory, damage):
 @pytest.mark.parametrize("name", ["text.txt", "text.jsonl", "text.parquet"])
 @fuzzed
 @given(damage=DAMAGE)
-@example(damage=[(24, b"\x80")])  # Parquet's strings need not be UTF-8.
+@example(damage=[(24, b"\x80")])  # invalid UTF-8 in a string of the Parquet file
 def test_damaged_texts(sources, tmp_path_factory, name, damage):
     path = tmp_path_factory.mktemp("damaged") / name
     path.write_bytes(damaged((sources / name).read_bytes(), damage))
@@ -208,7 +210,7 @@ def test_a_damaged_compression(sources, tmp_path_factory, damage):
 @fuzzed
 @given(data=st.data())
 def test_odd_values_in_a_compression_never_pass_for_a_plan(sources, data):
-    """What is accepted as a compression fits the model or is refused before anything is cut."""
+    """An accepted file has a plan that fits the model; all others are refused before any cut."""
     stored = json.loads((sources / "compression.json").read_text())
     place = data.draw(st.sampled_from([stored, stored["plan"], stored["plan"]["layers"][0]]))
     place[data.draw(st.sampled_from(sorted(place)))] = data.draw(JSON)

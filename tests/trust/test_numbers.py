@@ -1,4 +1,4 @@
-"""Models that compute no numbers, or odd ones: a named error or warning, never a silent wrong one."""
+"""NaN, infinite and degenerate models: a clear error or finite results, never silent NaN."""
 
 import json
 import math
@@ -19,7 +19,7 @@ TEXTS = ["--calibration-tokens", "512", "--evaluation-tokens", "128", "--sequenc
 
 @pytest.fixture
 def run(text_file, tmp_path, capsys):
-    """Runs a command on a checkpoint; gives the exit status, stdout and the error line."""
+    """Runs a command on a checkpoint; returns the exit status, stdout and the error line."""
 
     def run(command, folder, *options):
         texts = ["--evaluation", str(text_file), *TEXTS[2:]]
@@ -64,6 +64,7 @@ def changed(folder, name, change):
 
 
 def all_numbers(values) -> bool:
+    """Whether every float in nested dictionaries is finite."""
     if isinstance(values, dict):
         return all(map(all_numbers, values.values()))
     return not isinstance(values, float) or math.isfinite(values)
@@ -86,7 +87,7 @@ def test_weights_that_are_no_numbers(checkpoint, prune, value, module, importanc
 @pytest.mark.parametrize("granularity", ["query-heads", "kv-groups", "head-dims"])
 @pytest.mark.parametrize("recovery", RECOVERIES)
 def test_a_layer_that_writes_nothing(checkpoint, prune, granularity, recovery):
-    """All of its channels are zero: nothing can be solved, and nothing need be."""
+    """All its activations are zero, so the repair's equations are singular."""
     for module in ("self_attn.v_proj", "mlp.up_proj"):
         changed(checkpoint, f"model.layers.1.{module}.weight", torch.Tensor.zero_)
     status, out, _, folder = prune(

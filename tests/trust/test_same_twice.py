@@ -1,4 +1,4 @@
-"""The same inputs give the same bits; elsewhere the same plan and nearly the same perplexity."""
+"""Reproducibility: the same bits on one machine, the same plan and perplexity on another."""
 
 import json
 import math
@@ -21,10 +21,14 @@ ROOT = Path(__file__).parents[2]
 STORED = Path(__file__).parent / "stored"
 TEXTS = ["--calibration-tokens", "1024", "--evaluation-tokens", "256", "--sequence-length", "32"]
 NEARLY = 2e-2
-"""Random weights teach nothing, so the errors of a layer's best two ridges may be within 1e-3 of
-each other. Tipping one of these by hand moved the perplexity by up to 7e-3; without that it is 1e-5.
+"""Tolerated relative difference of the perplexity on another machine, which is usually 1e-5.
+
+With random weights the two best ridges of a layer can have held-out errors within 1e-3 of each
+other, and rounding then decides between them. Changing one such choice by hand moved the perplexity
+by up to 7e-3.
 """
 FILES = ("model.safetensors", "compression.json", "report.json", "config.json", "README.md")
+"""Files of a checkpoint folder that must be the same byte for byte."""
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +37,13 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("same")
     make_model(num_key_value_heads=3).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
-    topics = "\n\n".join(
-        f"The topic {number} is about {number % 7} things." for number in range(900)
-    )
+    topics = "\n\n".join(f"The topic {topic} is about {topic % 7} things." for topic in range(900))
     (folder / "text.txt").write_text(topics)
     return folder
 
 
 def command_line(place, *words, **environment) -> None:
-    """The command line in a new process, with a cache of its own."""
+    """Runs the command line in a new process, with its own cache."""
     environment = {"OMP_NUM_THREADS": "1", "TRANSACT_CACHE": str(place / "cache"), **environment}
     done = subprocess.run(
         [sys.executable, "-m", "transact_core", *map(str, words)],
@@ -86,11 +88,12 @@ def test_a_new_process_gives_the_same_bytes_and_another_machine_the_same_plan(pl
 
     stored = json.loads((first / "compression.json").read_text())
     perplexity = json.loads((first / "report.json").read_text())["pruned"]["perplexity"]
-    for number, (threads, capability) in enumerate([(2, "default"), (1, "default"), (2, "avx2")]):
-        elsewhere = place / f"{number}.json"
+    machines = [(2, "default"), (1, "default"), (2, "avx2")]  # threads, instruction set
+    for machine, (threads, capability) in enumerate(machines):
+        elsewhere = place / f"{machine}.json"
         environment = {**stored["environment"], "threads": threads}
         elsewhere.write_text(json.dumps(stored | {"environment": environment}))
-        made = place / f"elsewhere-{number}"
+        made = place / f"elsewhere-{machine}"
         command_line(
             place,
             "apply",
@@ -99,7 +102,7 @@ def test_a_new_process_gives_the_same_bytes_and_another_machine_the_same_plan(pl
             made,
             ATEN_CPU_CAPABILITY=capability,
             MKL_ENABLE_INSTRUCTIONS="SSE4_2",
-            TRANSACT_CACHE=str(place / f"cache-{number}"),
+            TRANSACT_CACHE=str(place / f"cache-{machine}"),
         )
         kept = json.loads((made / "compression.json").read_text())
         assert kept["plan"] == stored["plan"]
@@ -108,15 +111,15 @@ def test_a_new_process_gives_the_same_bytes_and_another_machine_the_same_plan(pl
 
 
 def test_another_order_of_calls_gives_the_same_bits(tokenizer, tmp_path, monkeypatch):
-    """Three cuts of one bench in every order, each order with nothing kept from before."""
+    """Three cuts of one bench in every order, each order with an empty cache."""
     cuts = {
         "query-heads": ("activation", "least-squares"),
         "kv-groups": ("reconstruction", "bias"),
         "head-dims": ("taylor", "least-squares"),
     }
     first: dict[str, tuple] = {}
-    for number, order in enumerate(permutations(cuts)):
-        monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / str(number)))
+    for run, order in enumerate(permutations(cuts)):
+        monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / str(run)))
         bench = bench_of(make_model(num_key_value_heads=3), tokenizer, windows_for(tokenizer))
         for granularity in order:
             importance, recovery = cuts[granularity]
@@ -132,9 +135,9 @@ def test_another_order_of_calls_gives_the_same_bits(tokenizer, tmp_path, monkeyp
 
 
 def selected(tensors: dict[str, torch.Tensor], plan: dict) -> dict[str, torch.Tensor]:
-    """What a stored plan leaves of the dense tensors without a recovery, worked out anew.
+    """The tensors that a stored plan leaves without a recovery, computed without the engine.
 
-    Of six query heads of 8 dims over three key-value heads.
+    The dense model has six query heads of 8 dims over three key-value heads.
     """
     left = dict(tensors)
     for index, layer in enumerate(plan["layers"]):
@@ -165,9 +168,9 @@ def selected(tensors: dict[str, torch.Tensor], plan: dict) -> dict[str, torch.Te
     return left
 
 
-@pytest.mark.parametrize("path", sorted(STORED.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(STORED.glob("version-*.json")), ids=lambda path: path.stem)
 def test_stored_compressions_of_each_schema_are_still_read_and_carried_out(path, tokenizer):
-    """They were made of `make_model`'s model; its text may differ, so the repair is of today's."""
+    """The files describe cuts of `make_model`'s model. The repair is made on today's test text."""
     compression = parse_compression(path.read_text())
     stored = json.loads(path.read_text())["plan"]
     assert compression.plan.model_dump(mode="json") == {"head_dim_multiple_of": 1} | stored
@@ -191,12 +194,14 @@ def test_stored_compressions_of_each_schema_are_still_read_and_carried_out(path,
 def test_there_is_a_stored_compression_of_the_present_schema():
     from transact_core.export.compression import SCHEMA_VERSION
 
-    stored = {json.loads(path.read_text())["schema_version"] for path in STORED.glob("*.json")}
+    stored = {
+        json.loads(path.read_text())["schema_version"] for path in STORED.glob("version-*.json")
+    }
     assert stored == set(range(1, SCHEMA_VERSION + 1))
 
 
 def test_a_stored_compression_is_applied_from_the_command_line(place, tmp_path):
-    """Version 1 with the fingerprints of this test's own model and text put in their places."""
+    """A schema 1 file, with the fingerprints of this test's model and text in place of its own."""
     loaded = load_model(str(place / "model"))
     from transact_core.data.corpus import read_corpus
 

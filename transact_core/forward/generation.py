@@ -1,4 +1,4 @@
-"""A prompt continued token by token, each with the time it took, and tokens back to text."""
+"""Text generation with a KV cache, token by token and timed, and decoding of tokens to text."""
 
 import time
 from collections.abc import Hashable, Iterator, Mapping
@@ -12,25 +12,25 @@ from transact_core.base.errors import TransActError, first_line
 from transact_core.data.token_ids import encode
 
 UNFINISHED = "\ufffd"
-"""What a tokenizer writes for the bytes of a character whose other bytes are yet to come."""
+"""The replacement character, which a tokenizer writes for an incomplete UTF-8 sequence."""
 MOST_BYTES = 4
-"""Of a character in UTF-8: a token more cannot complete it."""
+"""Longest UTF-8 sequence of a character, in bytes. More tokens than this cannot complete one."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is taken."""
+    """How the next token is sampled."""
 
     temperature: float = 0.0
-    """0 takes the likeliest."""
+    """Divisor of the logits; 0 takes the most likely token."""
     top_p: float = 1.0
-    """Draws among the likeliest tokens that hold this much probability."""
+    """Nucleus sampling: draws among the most likely tokens with this total probability."""
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token; `seconds` of the first are those of the whole prompt."""
+    """A generated token and its time. The time of the first includes the pass over the prompt."""
 
     id: int
     seconds: float
@@ -39,7 +39,7 @@ class Token:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, vocab_size: int
 ) -> list[int]:
-    """Token ids of a prompt, as the user's turn of a conversation where `chat` is asked for.
+    """Token ids of a prompt; with `chat`, of the prompt as a user's turn in the chat template.
 
     Raises:
         TransActError: the prompt is empty, the tokenizer's chat template cannot be applied, or
@@ -62,7 +62,7 @@ def encode_prompt(
 
 
 def end_tokens(model: LlamaForCausalLM) -> frozenset[int]:
-    """The tokens after which the model has nothing more to say."""
+    """The ids of the model's end-of-sequence tokens, which may be none."""
     ends = model.generation_config.eos_token_id
     if ends is None:
         return frozenset()
@@ -70,7 +70,7 @@ def end_tokens(model: LlamaForCausalLM) -> frozenset[int]:
 
 
 def require_prompt_fits(model: LlamaForCausalLM, prompt: list[int]) -> None:
-    """Refuses a prompt that leaves no room in the model's context for a token."""
+    """Raises a TransActError if the model's context has no room for a token after the prompt."""
     longest = model.config.max_position_embeddings
     if len(prompt) >= longest:
         raise TransActError(
@@ -87,10 +87,10 @@ def generate(
     sampling: Sampling | None = None,
     ends: frozenset[int] = frozenset(),
 ) -> Iterator[Token]:
-    """Continues a prompt with a KV cache, a token at a time as they are asked for.
+    """Continues a prompt with a KV cache; each token is computed when the iterator is advanced.
 
-    It ends after a token of `ends`, which is given too, or where the context is full. The tokens
-    are those of transformers' own `generate` with the same settings.
+    It ends after yielding a token of `ends`, or when the context is full. The tokens are those of
+    transformers' own `generate` with the same settings.
 
     Raises:
         TransActError: the prompt does not fit the model's context.
@@ -105,7 +105,7 @@ def generate(
         start = time.perf_counter()
         logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         ids = _next(logits.float(), sampling, draw)
-        token = int(ids)  # waits for the device, so the time is that of the work
+        token = int(ids)  # waits for the device, so that its work is timed
         yield Token(token, time.perf_counter() - start)
         if token in ends:
             return
@@ -122,7 +122,7 @@ def _next(logits: torch.Tensor, sampling: Sampling, draw: torch.Generator) -> to
 
 
 def in_turns(streams: Mapping[Hashable, Iterator[Token]]) -> Iterator[tuple[Hashable, Token]]:
-    """A token of each stream in turn, with the stream's name, until all have ended."""
+    """Takes one token of each stream in turn, with the stream's name, until all have ended."""
     running = dict(streams)
     while running:
         for name, stream in list(running.items()):
@@ -134,24 +134,24 @@ def in_turns(streams: Mapping[Hashable, Iterator[Token]]) -> Iterator[tuple[Hash
 
 
 def tokens_per_second(tokens: list[Token]) -> float | None:
-    """Of decoding, without the first token, which took the prompt's pass; None without others."""
+    """Decoding speed, without the first token, whose time is the prompt's; None if it is alone."""
     seconds = sum(token.seconds for token in tokens[1:])
     return (len(tokens) - 1) / seconds if seconds else None
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int], special: bool = False) -> str:
-    """Text of token ids; with `special`, special tokens are written out."""
+    """Text of token ids; special tokens are left out unless `special` is set."""
     return tokenizer.decode(
         ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
     )
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[tuple[str, int]]:
-    """Text of each token with 1, or of several that only together make a character with their
-    number; joined, the texts are that of all ids.
+    """The text of each token, and how many tokens it is made of; joined, the text of all ids.
 
-    Each is decoded after the piece before it, since some tokenizers write a word's space only
-    where something precedes it.
+    A piece has several tokens where only together they make a character. Each piece is decoded
+    together with the piece before it, because some tokenizers write the space before a word only
+    if something precedes it.
     """
     found: list[tuple[str, int]] = []
     before = start = 0

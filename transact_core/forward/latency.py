@@ -1,8 +1,7 @@
-"""How long a prompt and each token after it take, for two or more models in turns.
+"""Prefill and decode latency of several models, measured in alternation.
 
-Every repeat measures all models, the order turned round from one repeat to the next, so that what
-else the machine does falls on all of them alike. Weights stay in the dtype and on the device they
-were loaded in.
+Every repeat measures all models, in an order that is reversed from one repeat to the next, so that
+other load on the machine affects all of them alike. Weights keep their dtype and device.
 """
 
 import time
@@ -16,12 +15,12 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transact_core.base.errors import Progress, TransActError, silent
 
 WARM_UP = 1
-"""Repeats that are run and not counted: first calls allocate and choose kernels."""
+"""Repeats that are run first and not counted, since they allocate memory and choose kernels."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the same work, repeated."""
+    """Times of repeated runs of the same work, in seconds."""
 
     seconds: tuple[float, ...]
 
@@ -31,7 +30,7 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The middle half of the repeats; both the one there is where there is but one."""
+        """Lower and upper quartile of the repeats; a single repeat is both."""
         if len(self.seconds) == 1:
             return self.seconds * 2
         lower, _, upper = quantiles(self.seconds, n=4, method="inclusive")
@@ -40,17 +39,17 @@ class Timing:
 
 @dataclass(frozen=True)
 class LatencyPoint:
-    """One model at one length of prompt."""
+    """The latency of one model at one prompt length."""
 
     model: str
     length: int
-    """Tokens of the prompt."""
+    """Length of the prompt in tokens."""
     prefill: Timing
-    """Of the whole prompt, in one pass."""
+    """Time of one forward pass over the whole prompt."""
     decode: Timing
-    """Of one token after it, the mean of each repeat's tokens."""
+    """Time per token after the prompt: for each repeat, the mean over its decoded tokens."""
     working_bytes: int | None
-    """Most memory taken beside the weights; None where the device does not tell, as a CPU."""
+    """Peak memory on top of the weights, in bytes; None on devices that do not report it (CPUs)."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -62,7 +61,7 @@ class LatencyPoint:
 
 
 def require_lengths_fit(model: LlamaForCausalLM, lengths: Sequence[int], decode: int) -> None:
-    """Refuses lengths that leave no room in the model's context for the tokens to decode."""
+    """Raises a TransActError if a prompt and the tokens to decode do not fit the context."""
     longest = model.config.max_position_embeddings - decode
     if max(lengths, default=0) > longest:
         raise TransActError(
@@ -81,10 +80,10 @@ def measure_latency(
     repeats: int = 5,
     progress: Progress = silent,
 ) -> Iterator[LatencyPoint]:
-    """Times every model at every length, all models at one length before the next.
+    """Times every model at every length; all models at one length before the next length.
 
-    The prompts are the beginnings of `text`, ids of shape (tokens,), repeated where it is short.
-    The `decode` tokens after a prompt are its likeliest ones.
+    A prompt is the beginning of `text`, which has shape (tokens,) and is repeated if it is too
+    short. After each prompt, `decode` tokens are decoded greedily.
 
     Raises:
         TransActError: a length does not fit the models' context.
@@ -100,10 +99,10 @@ def measure_latency(
             for name in reversed(models) if repeat % 2 else models:
                 progress(f"Timing prompts of {length:,} tokens", done, total)
                 done += 1
-                *seconds, taken = _run(models[name], prompt, decode)
+                *seconds, working_bytes = _run(models[name], prompt, decode)
                 if repeat >= WARM_UP:
                     runs[name].append(tuple(seconds))
-                    memory[name] = taken
+                    memory[name] = working_bytes
         for name in models:
             prefill, per_token = zip(*runs[name], strict=True)
             yield LatencyPoint(name, length, Timing(prefill), Timing(per_token), memory[name])
@@ -113,7 +112,7 @@ def measure_latency(
 def _run(
     model: LlamaForCausalLM, prompt: torch.Tensor, decode: int
 ) -> tuple[float, float, int | None]:
-    """Seconds of the prompt, seconds of a token after it, bytes taken beside what was there."""
+    """Seconds of the prompt, seconds per token after it, and peak bytes on top of those before."""
     device = model.device
     ids, cache = prompt.to(device), DynamicCache(config=model.config)
     before = None
@@ -131,7 +130,7 @@ def _run(
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """The clock in seconds, read after the device has finished its queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
