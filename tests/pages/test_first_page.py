@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
-from tests.pages.conftest import ROOT
+from streamlit.testing.v1 import AppTest
+
+from pages.server import libraries
+from tests.pages.conftest import ROOT, WAIT
 
 BEFORE_THE_IMPORTS = """
 import sys
@@ -70,3 +73,16 @@ def test_the_first_page_needs_neither_torch_nor_transformers():
 def test_a_failed_import_is_told_on_the_page_and_tried_again():
     ran = run_alone(FAILING)
     assert ran.stdout == "told\n", ran.stderr
+
+
+def test_imports_may_end_while_the_first_page_is_being_drawn(opened, app_ran_before, monkeypatch):
+    answers = [False]
+    monkeypatch.setattr(libraries, "loaded", lambda: answers.pop() if answers else True)
+    page = AppTest.from_file(ROOT / "app.py", default_timeout=WAIT).run()
+    assert not answers
+    assert not page.exception, page.exception
+    assert page.title[0].value == "Start here"
+    assert len(page.get("plotly_chart")) == 3
+    page.run()
+    assert not page.exception, page.exception
+    assert "visit" in page.session_state
