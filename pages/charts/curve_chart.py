@@ -22,7 +22,9 @@ RECOVERIES = {
     "bias": ("bias", "dash", "-open-dot"),
     "none": ("bare cut", "dot", "-open"),
 }
-"""Name, dash and filling of the markers."""
+"""Name, dash and filling of the markers. A recovery that is not here is drawn as `OTHER`."""
+OTHER = ("dashdot", "-dot")
+"""Dash and filling of the markers of a recovery that is not in `RECOVERIES`."""
 SHAPES = ("circle", "square", "triangle-up", "star", "hexagon", "cross", "triangle-down")
 """Of the markers, one for each importance and granularity that is told apart."""
 PALETTE = (MHA, MLP, BOTH, "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
@@ -102,7 +104,7 @@ def perplexity_curve(
         # Cuts of both modules that share the larger ratio are no steps along one line.
         line = len({removed for removed, _ in members}) == len(members)
         error, lower = zip(*map(interval, measured), strict=True)
-        name, dash, filling = RECOVERIES[recovery]
+        name, dash, filling = RECOVERIES.get(recovery, (recovery, *OTHER))
         shape = SHAPES[variants.index(variant) % len(SHAPES)]
         figure.add_scatter(
             x=[removed for removed, _ in members],
