@@ -1,6 +1,5 @@
 """The Export page: the configuration of a cut, its checkpoint, and commands that reproduce it."""
 
-from dataclasses import astuple
 from datetime import datetime
 from pathlib import Path
 
@@ -13,12 +12,12 @@ from pages.report import make_report
 from pages.server.estimates import cuts_seconds
 from pages.server.jobs import DONE
 from pages.server.points import find_cut, find_point, plan_at
-from pages.server.request import Cut, identity
+from pages.server.request import Cut, choices_in_name, identity
 from pages.server.settings import settings
 from pages.server.side_by_side import last_latency
 from pages.server.start_jobs import start_export
 from pages.server.visits import points, visit
-from transact_core.experiments.bench import Bench, Choices
+from transact_core.experiments.bench import Bench
 from transact_core.export.compression import apply_command, describe_compression, reproduce_command
 from transact_core.export.folder import model_class_of
 from transact_core.export.runtimes import block_advice, readings_of_cut
@@ -130,8 +129,7 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
     show_other_runtimes(bench, cut, decision)
     show_blocks(bench, cut, decision)
     name = f"{bench.loaded.name}-mha{cut.mha_ratio * 100:.0f}-mlp{cut.mlp_ratio * 100:.0f}"
-    usual = astuple(Choices())
-    name += "".join(f"-{choice}" for choice in astuple(cut.choices) if choice not in usual)
+    name += choices_in_name(cut.choices)
     folder = st.text_input(
         "Folder on the machine that runs this app",
         str(settings().export_folder / name),

@@ -18,8 +18,7 @@ from pages.parts.example import Concentration, Example, example
 from pages.parts.figure import show
 from pages.parts.navigation import link
 from pages.parts.sizes import SIZES, times_dense
-from pages.server import libraries
-from pages.server.visits import points, require_entered, visit
+from pages.server.visits import points, require_entered, visit, visit_has_begun
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +124,7 @@ def show_cost(recorded: Example) -> None:
 
 def own_measurement(recorded: Example) -> Measurement | None:
     """This visitor's measurement of the example's cut, on the same model and texts."""
-    if not libraries.loaded():
+    if not visit_has_begun():
         return None
     from pages.server.points import asked_by
     from pages.server.request import Cut, Request
@@ -193,7 +192,7 @@ def show_turn() -> None:
         "Choose your model and your texts in the sidebar; all pages then show them, computed on "
         "this machine.",
     )
-    if libraries.loaded():
+    if visit_has_begun():
         from pages.parts.progress import show_opening
 
         show_opening()

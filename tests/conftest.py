@@ -51,7 +51,8 @@ def made_once(place: Path, make: Callable[[Path], None]) -> Path:
     with FileLock(f"{place}.lock"):
         done = place / ".done"
         if not done.exists():
-            place.mkdir()
+            # There already where an earlier attempt to make it failed.
+            place.mkdir(exist_ok=True)
             make(place)
             done.touch()
     return place

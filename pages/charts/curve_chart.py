@@ -22,7 +22,10 @@ RECOVERIES = {
     "bias": ("bias", "dash", "-open-dot"),
     "none": ("bare cut", "dot", "-open"),
 }
-"""For each recovery: its name, the dash of its line, and the suffix of its marker symbol."""
+"""For each recovery: its name, the dash of its line, and the suffix of its marker symbol. One that
+is not here is drawn as `OTHER`."""
+OTHER = ("dashdot", "-dot")
+"""Dash and marker suffix of a recovery that is not in `RECOVERIES`."""
 SHAPES = ("circle", "square", "triangle-up", "star", "hexagon", "cross", "triangle-down")
 """Marker symbols, one for each combination of importance and granularity in the chart."""
 PALETTE = (MHA, MLP, BOTH, "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
@@ -102,7 +105,7 @@ def perplexity_curve(
         # Cuts of both modules can share an x value; a line through them would mean nothing.
         line = len({removed for removed, _ in members}) == len(members)
         error, lower = zip(*map(interval, measured), strict=True)
-        name, dash, filling = RECOVERIES[recovery]
+        name, dash, filling = RECOVERIES.get(recovery, (recovery, *OTHER))
         shape = SHAPES[variants.index(variant) % len(SHAPES)]
         figure.add_scatter(
             x=[removed for removed, _ in members],

@@ -201,7 +201,8 @@ def layer_fits(fits: Sequence[LayerFit], recovery: str) -> go.Figure:
     )
     kept = sum(fit.is_bare for fit in fits)
     better = len(fits) - kept
-    title = f"{REPAIRS[recovery]} the error of {better} of {len(fits)} cut modules"
+    repair = REPAIRS.get(recovery, f"The recovery {recovery} lowers")
+    title = f"{repair} the error of {better} of {len(fits)} cut modules"
     if not better:
         title = f"No repair did better than the bare cut in any of {len(fits)} modules"
     elif kept:

@@ -32,8 +32,12 @@ def show_loading(page: StreamlitPage) -> None:
     if failure := libraries.failure():
         st.error(
             f"PyTorch and transformers could not be imported ({failure}). Install them "
-            "anew, with `make setup` in a clone or with pip, and start the app again.",
+            "anew, with `make setup` in a clone or with pip, and try again; if it fails once more, "
+            "start the app again.",
             icon=":material/error:",
+        )
+        st.button(
+            "Try again", key="import again", icon=":material/refresh:", on_click=libraries.start
         )
         return
     _await_libraries()
@@ -41,6 +45,9 @@ def show_loading(page: StreamlitPage) -> None:
 
 @st.fragment(run_every=SECONDS_BETWEEN_LOOKS)
 def _await_libraries() -> None:
+    # Looked at before anything is begun: imports that failed are not tried again by themselves.
+    if libraries.loaded() or libraries.failure():
+        st.rerun()
     # The browser asks for the second run once it has drawn the first. Begun before, the imports
     # would hold up the scripts that it fetches to draw charts.
     if DRAWN in st.session_state:
@@ -49,5 +56,3 @@ def _await_libraries() -> None:
     # Streamlit collects garbage after each run of a fragment. To look through all that was imported
     # so far would take longer each time, and the imports would wait for it.
     gc.freeze()
-    if libraries.loaded() or libraries.failure():
-        st.rerun()

@@ -62,7 +62,7 @@ def pace_in_words(request: Request) -> str:
         return "Not estimated: the dense model has not been timed yet."
     return (
         f"Estimated from the work's FLOPs at the {pace / 1e9:,.0f} GFLOP/s at which this machine "
-        "ran the dense model; right within a factor of two or so."
+        "ran the dense model; an order of magnitude: seconds, minutes or hours."
     )
 
 

@@ -11,13 +11,14 @@ import threading
 _lock = threading.Lock()
 _thread: threading.Thread | None = None
 _error: str | None = None
+_done = False
 
 
 def start() -> None:
     """Begins the imports, unless they have begun or are done. After a failure it tries again."""
     global _thread, _error
     with _lock:
-        if _thread is None or (_error is not None and not _thread.is_alive()):
+        if _thread is None or _error is not None:
             _error = None
             _thread = threading.Thread(target=_import, name="imports", daemon=True)
             _thread.start()
@@ -25,7 +26,7 @@ def start() -> None:
 
 def loaded() -> bool:
     """Whether the imports are done, so that a session may import any module of the app."""
-    return _thread is not None and not _thread.is_alive() and _error is None
+    return _done
 
 
 def failure() -> str | None:
@@ -40,7 +41,7 @@ def wait() -> None:
 
 
 def _import() -> None:
-    global _error
+    global _done, _error
     try:
         from transformers import LlamaForCausalLM  # noqa: F401
 
@@ -51,3 +52,5 @@ def _import() -> None:
     except BaseException as error:
         logging.getLogger(__name__).exception("The libraries could not be imported")
         _error = f"{type(error).__name__}: {error}"
+    else:
+        _done = True

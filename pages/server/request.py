@@ -71,6 +71,21 @@ class Cut:
         )
 
 
+def choices_in_name(choices: Choices) -> str:
+    """The choices other than the usual ones, for a folder's name, as `-kv-groups-steps-8`."""
+    parts = []
+    for field in fields(Choices):
+        value = getattr(choices, field.name)
+        if value == field.default:
+            continue
+        words = field.name.replace("_", "-")
+        if isinstance(value, str):
+            parts.append(value)
+        else:
+            parts.append(words if value is True else f"{words}-{value}")
+    return "".join(f"-{part}" for part in parts)
+
+
 def first_look(choices: Choices) -> Choices:
     """The choices that a plan is drawn with until `auto`, steps or sequential choices are decided:
     query heads, scored once."""

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from streamlit import config
 from streamlit.runtime.pages_manager import PagesManager
 from streamlit.web import cli
 
@@ -10,6 +11,8 @@ from pages.server.settings import check
 
 def serve(app: Path, address: str, port: int) -> int:
     """Serves app.py until it is stopped; returns the exit status, 2 where a setting is wrong."""
+    # As `streamlit run` does, so that the check reads the secrets beside app.py too.
+    config._main_script_path = str(app.resolve())
     if status := check(address):
         return status
     # app.py calls st.navigation. Until its first run, Streamlit would take the folder pages/ for

@@ -48,7 +48,7 @@ def require_entered() -> None:
     A server's first visitor who comes by a page's own address gets that page run alone: until
     `st.navigation` was called once, Streamlit takes `pages/` for its older kind of app.
     """
-    if ENTERED not in st.session_state and "visit" not in st.session_state:
+    if ENTERED not in st.session_state and not visit_has_begun():
         _lead_to_app()
 
 
@@ -59,16 +59,25 @@ def _lead_to_app() -> None:
 
 def begin_visit(user: str | None = None) -> None:
     """Called by app.py once the libraries are imported; a user is one visitor in any browser."""
-    if "visit" not in st.session_state:
+    if not visit_has_begun():
         from pages.server.open_models import workbench
         from pages.server.visitors import Visit
 
         st.session_state["visit"] = Visit(workbench().visitor(user or visitor_id()))
 
 
+def visit_has_begun() -> bool:
+    """Whether app.py called `begin_visit` before the page in view.
+
+    The first page asks this and not whether the libraries are imported: the imports may end while
+    it is being drawn.
+    """
+    return "visit" in st.session_state
+
+
 def visit() -> Visit:
     """The visit of this tab; for pages drawn after `begin_visit`."""
-    if "visit" not in st.session_state:
+    if not visit_has_begun():
         _lead_to_app()
     return st.session_state["visit"]
 

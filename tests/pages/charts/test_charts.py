@@ -146,6 +146,9 @@ def test_a_repair_is_called_by_its_name():
     assert title(plan_charts.layer_fits(fits(0.0, None), "bias")) == (
         "A bias lowers the error of 1 of 2 cut modules; 1 keep the bare cut"
     )
+    assert title(plan_charts.layer_fits(fits(0.1), "a-new-one")) == (
+        "The recovery a-new-one lowers the error of 1 of 1 cut modules"
+    )
     assert title(plan_charts.layer_fits(fits(None), "bias")) == (
         "No repair did better than the bare cut in any of 1 modules"
     )
@@ -156,6 +159,11 @@ def test_series_are_told_apart_by_no_more_than_differs():
     assert names([point(recovery="bias"), point(recovery="none")]) == [
         "both, bias",
         "both, bare cut",
+        "dense",
+    ]
+    assert names([point(recovery="a-new-one"), point()]) == [
+        "both, a-new-one",
+        "both, least-squares",
         "dense",
     ]
     assert names([point("taylor"), point()]) == [

@@ -1,0 +1,39 @@
+"""What a page asks for, and how it is named."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+from pages.server.request import choices_in_name
+from transact_core.experiments.bench import Choices
+
+CHANGED = {
+    "granularity": "head-dims",
+    "importance": "taylor",
+    "recovery": "bias",
+    "multiple_of": 8,
+    "head_dim_multiple_of": 8,
+    "steps": 8,
+    "sequential": True,
+}
+"""A value other than the usual one for each of the choices."""
+
+
+def test_choices_that_differ_have_names_that_differ():
+    assert set(CHANGED) == {field.name for field in fields(Choices)}
+    named = [choices_in_name(replace(Choices(), **{name: CHANGED[name]})) for name in CHANGED]
+    assert len({"", *named}) == len(CHANGED) + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, ""),
+        ({"sequential": True}, "-sequential"),
+        ({"steps": 8}, "-steps-8"),
+        ({"multiple_of": 8}, "-multiple-of-8"),
+        ({"granularity": "head-dims", "recovery": "none"}, "-head-dims-none"),
+    ],
+)
+def test_a_name_says_what_is_unusual(changes, name):
+    assert choices_in_name(replace(Choices(), **changes)) == name
