@@ -44,7 +44,7 @@ def test_journey(page: Page, address: str, tmp_path: Path):
     expect(page.get_by_role("heading", level=1)).to_contain_text("Start here")
 
     go_to(page, "Activations")
-    expect(page.get_by_text("Measured over 1,024 calibration tokens")).to_be_visible()
+    expect(page.get_by_text("over 1,024 calibration tokens")).to_be_visible()
 
     go_to(page, "Importance")
     expect(page.locator(CHART)).to_have_count(5)
