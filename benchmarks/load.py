@@ -231,9 +231,10 @@ def ask_for_cuts(seen: Seen, address: str, turn: int) -> None:
 
 
 def charted(page: Page) -> list[float]:
-    """The perplexities of the cuts in the chart."""
+    """The perplexities of the cuts in the chart; none where it is the recorded curve."""
     return page.locator(".js-plotly-plot").first.evaluate(
-        "chart => chart.data.filter(each => each.name !== 'dense').flatMap(each => [...each.y])"
+        """chart => chart.layout.title.text.startsWith('Recorded') ? [] : chart.data
+            .filter(trace => trace.name !== 'dense').flatMap(trace => [...trace.y])"""
     )
 
 

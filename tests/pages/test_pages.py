@@ -322,10 +322,10 @@ def test_the_perplexity_page_has_a_picture_while_the_model_is_opened(open_app, m
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
-def test_scores_of_every_importance_are_shown(open_page, importance):
+def test_scores_of_every_importance_are_shown(opened, open_page, importance):
     page = open_page("importance", importance=importance)
     # On a busy machine the page is drawn before they are worked out.
-    for job in page.session_state["visit"].visitor.jobs:
+    for job in list(opened.open(Request()).preparations.values()):
         ended(job)
     page.run()
     assert not page.exception
