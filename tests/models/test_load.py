@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import gguf
@@ -10,7 +11,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MistralForCausalLM
 
 from tests.conftest import KINDS, make_model, same_weights, snapshot
 from transact_core.base.errors import TransActError
@@ -18,7 +19,9 @@ from transact_core.base.files import sha256_of_file
 from transact_core.models import checkpoint_folder
 from transact_core.models import gguf as gguf_files
 from transact_core.models import load as models
+from transact_core.models.architecture import Architecture
 from transact_core.models.load import load_model
+from transact_core.models.stock_class import config_for
 
 
 def refuse(source, complaint, **options):
@@ -494,6 +497,21 @@ def test_a_gguf_file_loads_as_the_model_it_was(wide_model, tokenizer, tmp_path):
     assert loaded.weight_files == {"tiny.gguf": sha256_of_file(path)}
     text = "one fish, two fish"
     assert loaded.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_a_converted_configuration_has_no_fields_of_our_own(wide_model, tokenizer, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer)
+    written = json.loads((load_model(str(path)).folder / "config.json").read_text())
+    assert written["num_key_value_heads"] == 2
+    assert "layer_widths" not in written
+
+
+def test_heads_of_a_gguf_file_that_do_not_divide_hidden_size_are_refused(tokenizer, tmp_path):
+    dense = make_model(hidden_size=64, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
+    shape = Architecture.from_config(dense.config)
+    config = config_for(dense.config, replace(shape, num_attention_heads=6, num_key_value_heads=6))
+    path = write_gguf(tmp_path / "odd.gguf", MistralForCausalLM(config), tokenizer)
+    refuse(path, "6 attention heads, which do not divide its hidden_size of 64.*checkpoint folder")
 
 
 WIDE = {
