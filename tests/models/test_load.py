@@ -1,6 +1,7 @@
 """What is loaded, and what is refused in one sentence."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
 from tests.conftest import KINDS, make_model, same_weights, snapshot
+from transact_core.base.cache import evict
 from transact_core.base.errors import TransActError
 from transact_core.base.files import sha256_of_file
 from transact_core.models import checkpoint_folder
@@ -617,6 +619,15 @@ def test_a_gguf_file_is_converted_once(wide_model, tokenizer, tmp_path, monkeypa
     first = load_model(str(path))
     monkeypatch.setattr(models, "convert_gguf", None)
     assert same_weights(load_model(str(path)).model, snapshot(first.model))
+
+
+def test_a_converted_model_in_use_is_not_evicted(wide_model, tokenizer, tmp_path, monkeypatch):
+    """An export reads its tokenizer's files from there, whenever it comes."""
+    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
+    folder = load_model(str(write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer))).folder
+    os.utime(folder, (0, 0))
+    evict(1)
+    assert folder.is_dir()
 
 
 def test_a_damaged_conversion_is_made_again(wide_model, tokenizer, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from transact_core.base.cache import evict, mark_used
+from transact_core.base.cache import evict, mark_in_use
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.base.files import sha256_of_file
 from transact_core.models.architecture import Architecture
@@ -128,7 +128,7 @@ def load_model(
         require_plausible_size(path, target)
         # A GGUF file is converted once to a checkpoint folder, which then loads in a second.
         folder = converted_folder(path)
-        mark_used(folder)
+        mark_in_use(folder)
         found = inspect_converted(folder, path) or inspect_gguf(path)
     elif path.suffix in PICKLE_SUFFIXES:
         raise TransActError(pickle_refusal(path.name))
