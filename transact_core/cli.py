@@ -7,6 +7,7 @@ line on stderr and exit status 2.
 import argparse
 import dataclasses
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -602,7 +603,7 @@ def _lines_of_sweep(path: Path, pairs: Sequence[Pair]) -> list[str]:
         TransActError: the file is not a sweep's, or holds a point that this sweep is not asked for
             and that would be lost.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         _require_new_file(path)
         return []
     try:
@@ -633,7 +634,15 @@ def _without_seconds(lines: Sequence[str]) -> set[str]:
 
 
 def _require_new_file(path: Path) -> None:
-    if path.exists():
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise TransActError(
+            f"The output {path} cannot be written: {disk_trouble(error) or error.strerror}."
+        ) from None
+    else:
         raise TransActError(f"The output {path} exists; name a new file.")
     if not path.absolute().parent.is_dir():
         raise TransActError(f"The folder of {path} does not exist.")

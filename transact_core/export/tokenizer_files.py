@@ -41,8 +41,8 @@ def save_tokenizer(
     """
     if source is not None and not source.is_dir():
         raise TransActError(
-            f"The folder {source}, from which the model was loaded, was removed meanwhile, and with "
-            "it the files of its tokenizer; load the model again."
+            f"The folder {source}, from which the model was loaded, was removed meanwhile, and "
+            "with it the files of its tokenizer; load the model again."
         )
     tokenizer.save_pretrained(folder)
     if not tokenizer.is_fast:

@@ -138,7 +138,8 @@ def inspect_gguf(path: Path) -> Inspection:
         # The reader knows no names of MistralForCausalLM's tensors, which could hold such a model.
         raise TransActError(
             f"{path} holds {heads} attention heads, which do not divide its hidden_size of "
-            f"{hidden}; transformers cannot read such a GGUF file, so use the model's checkpoint folder."
+            f"{hidden}; transformers cannot read such a GGUF file, so use the model's checkpoint "
+            "folder."
         )
     left_over = require_tensors(
         path, architecture, _huggingface_shapes(tensors, architecture), "its metadata"
