@@ -120,12 +120,14 @@ def difference_from_llama(raw: Mapping[str, Any]) -> str | None:
     return None
 
 
-def explanation(model_class: str) -> str | None:
-    """Why a model is saved as another class than `LlamaForCausalLM`; None where it is not.
+def explanation(model_class: str, source_type: str = "llama") -> str | None:
+    """Why a model is saved as another class than its source's, whose `model_type` is given.
+
+    None where it is the same class, or `LlamaForCausalLM`.
 
     One sentence without a subject, to follow the name of the class.
     """
-    if model_class == LlamaForCausalLM.__name__:
+    if model_class in (LlamaForCausalLM.__name__, MODEL_CLASSES[source_type].__name__):
         return None
     return (
         "which computes the same, because LlamaConfig requires the number of attention heads to "
