@@ -27,6 +27,7 @@ from transact_core.data.conversations import (
     find_conversation_columns,
     has_chat_template,
 )
+from transact_core.models.hub import access_refusal
 
 BUILTIN_TEXT = "builtin"
 MAX_CHARACTERS = 16_000_000
@@ -324,10 +325,11 @@ def _hub_rows(source: str) -> Iterator[Piece]:
     except TransActError:
         raise
     except Exception as error:
-        raise TransActError(
+        message = access_refusal(name, error, "dataset") or (
             f"The dataset {name} could not be read from the hub ({first_line(error)}); "
             "check its name, config and split and the network, or name a text file."
-        ) from None
+        )
+        raise TransActError(message) from None
 
 
 def _columns(names: Iterable[str], column: str | None, where: str) -> tuple[str, ...]:
