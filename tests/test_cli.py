@@ -8,6 +8,7 @@ import weakref
 
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model
@@ -330,6 +331,20 @@ def test_wrong_options_are_refused_in_one_line(prune, capsys, options, complaint
     assert status == 2
     refused(capsys, complaint)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "mps"])
+def test_apply_falls_back_to_the_cpu_where_the_device_is_not_here(prune, tmp_path, capsys, device):
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this device is here")
+    _, made = prune()
+    path = made / "compression.json"
+    stored = json.loads(path.read_text())
+    stored["environment"]["device"] = device
+    path.write_text(json.dumps(stored))
+    capsys.readouterr()
+    assert main(["apply", str(path), "--output", str(tmp_path / "again")]) == 0
+    assert f"made on the device {device}, which is not here" in capsys.readouterr().err
 
 
 LONG = "x" * 300

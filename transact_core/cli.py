@@ -46,7 +46,7 @@ from transact_core.export.folder import compress_to_folder, evaluation_report, r
 from transact_core.export.model_card import kept_bare
 from transact_core.forward.perplexity import evaluate
 from transact_core.importance.scores import IMPORTANCES, Evidence, score
-from transact_core.models.devices import dtype_name
+from transact_core.models.devices import dtype_name, resolve_device
 from transact_core.models.footprint import footprint
 from transact_core.models.load import LoadedModel, load_model
 from transact_core.pruning.closed_form import RECOVERIES
@@ -416,8 +416,13 @@ def _recorded_bench(
     """The bench that a compression was made on, its model and texts checked by their SHA-256."""
     environment = compression.environment
     device = environment.device
-    if device == "cuda" and not torch.cuda.is_available():
-        _warn("this compression was made on a GPU and none is here; the last bits will differ.")
+    try:
+        resolve_device(device)
+    except TransActError:
+        _warn(
+            f"this compression was made on the device {device}, which is not here; the last bits "
+            "will differ."
+        )
         device = "cpu"
     spec = WindowSpec(
         chosen.calibration or compression.calibration.source,
