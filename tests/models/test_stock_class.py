@@ -180,6 +180,18 @@ def test_every_field_is_written_out(tmp_path, biases):
             assert written[name] == before[name]
 
 
+@pytest.mark.parametrize("heads", [8, 12])
+def test_code_beside_the_source_is_not_named(heads):
+    """A copy of the configuration has no such code beside it; 12 heads make it a Mistral."""
+    dense = made("gqa")
+    dense.config.auto_map = {"AutoConfig": "code.Config"}
+    shape = dataclasses.replace(Architecture.from_config(dense.config), num_attention_heads=heads)
+    cut = config_for(dense.config, shape)
+    assert cut.model_type == ("llama" if heads == 8 else "mistral")
+    assert "auto_map" not in cut.to_dict()
+    assert dense.config.auto_map
+
+
 def test_only_another_class_than_the_sources_is_explained():
     assert "LlamaConfig requires" in explanation("MistralForCausalLM")
     assert "LlamaConfig requires" in explanation("SmolLM3ForCausalLM", "mistral")

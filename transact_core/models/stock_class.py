@@ -31,7 +31,13 @@ MODEL_CLASSES: dict[str, type[StockModel]] = {
 }
 """By `model_type`, in the order in which they are preferred."""
 
-CLASS_FIELDS = ("model_type", "architectures", "transformers_version", "pretraining_tp")
+CLASS_FIELDS = (
+    "model_type",
+    "architectures",
+    "transformers_version",
+    "pretraining_tp",
+    "auto_map",
+)
 """Fields of a configuration that belong to its class or its file, not to the model."""
 WINDOW_FIELDS = ("sliding_window", "use_sliding_window", "no_rope_layers", "layer_types")
 
@@ -70,6 +76,8 @@ def config_for(config: StockConfig, architecture: Architecture) -> StockConfig:
     model_type = model_type_for(architecture, config.model_type)
     if model_type == config.model_type:
         cut = copy.deepcopy(config)
+        # It names code that lies beside the source's weights and not beside those of the cut.
+        vars(cut).pop("auto_map", None)
         for name, value in values.items():
             if hasattr(cut, name):
                 setattr(cut, name, value)
