@@ -97,7 +97,7 @@ def show_other_runtimes(bench: Bench, cut: Cut, decision: Decision | None) -> No
     loaded, plan = bench.loaded, plan_at(bench, cut, decision)
     biases = cut.recovery == "bias"
     model_class = model_class_of(bench, plan, cut.recovery)
-    if reason := explanation(model_class):
+    if reason := explanation(model_class, loaded.model.config.model_type):
         st.caption(f"Saved as a stock `{model_class}`, {reason}.")
     for reading in readings_of_cut(plan, loaded.architecture, loaded.model.config, biases):
         match reading.outcome:

@@ -8,6 +8,7 @@ import weakref
 
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model
@@ -330,6 +331,60 @@ def test_wrong_options_are_refused_in_one_line(prune, capsys, options, complaint
     assert status == 2
     refused(capsys, complaint)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "mps"])
+def test_apply_falls_back_to_the_cpu_where_the_device_is_not_here(prune, tmp_path, capsys, device):
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this device is here")
+    _, made = prune()
+    path = made / "compression.json"
+    stored = json.loads(path.read_text())
+    stored["environment"]["device"] = device
+    path.write_text(json.dumps(stored))
+    capsys.readouterr()
+    assert main(["apply", str(path), "--output", str(tmp_path / "again")]) == 0
+    assert f"made on the device {device}, which is not here" in capsys.readouterr().err
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["evaluate", "--model", "~nosuchuser/model"], "There is no model at"),
+        (["evaluate", "--model", LONG], "There is no model at"),
+        (["evaluate", "--model", "builtin", "--evaluation", LONG], "There is no text at"),
+        (["analyze", "--model", "builtin", "--output", LONG], "its name is too long"),
+        (
+            ["sweep", "--model", "m", "--mha-ratio", "0", "--mlp-ratio", "0", "--output", LONG],
+            "its name is too long",
+        ),
+        (["apply", LONG, "--output", "out"], "cannot be read"),
+    ],
+)
+def test_paths_that_cannot_be_are_refused_in_one_line(capsys, arguments, complaint):
+    assert main(arguments) == 2
+    refused(capsys, complaint)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "analyze"])
+def test_folders_that_cannot_be_entered_are_refused_in_one_line(capsys, monkeypatch, command):
+    """The system is asked for a file in such a folder; root may enter every folder."""
+    stat = os.stat
+
+    def denied(path, *given, **named):
+        if "closed" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *given, **named)
+
+    monkeypatch.setattr(os, "stat", denied)
+    source = ["--model", "closed/model"] if command == "evaluate" else ["--model", "builtin"]
+    output = ["--output", "closed/x.parquet"] if command == "analyze" else []
+    monkeypatch.setattr("transact_core.models.load._is_hub_id", lambda source: False)
+    assert main([command, *source, *output]) == 2
+    refused(capsys, "There is no model at" if command == "evaluate" else "permission was denied")
 
 
 def test_a_model_that_computes_no_numbers_is_refused(prune, checkpoint, text_file, capsys):

@@ -7,6 +7,7 @@ line on stderr and exit status 2.
 import argparse
 import dataclasses
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -45,7 +46,7 @@ from transact_core.export.folder import compress_to_folder, evaluation_report, r
 from transact_core.export.model_card import kept_bare
 from transact_core.forward.perplexity import evaluate
 from transact_core.importance.scores import IMPORTANCES, Evidence, score
-from transact_core.models.devices import dtype_name
+from transact_core.models.devices import dtype_name, resolve_device
 from transact_core.models.footprint import footprint
 from transact_core.models.load import LoadedModel, load_model
 from transact_core.pruning.closed_form import RECOVERIES
@@ -415,8 +416,13 @@ def _recorded_bench(
     """The bench that a compression was made on, its model and texts checked by their SHA-256."""
     environment = compression.environment
     device = environment.device
-    if device == "cuda" and not torch.cuda.is_available():
-        _warn("this compression was made on a GPU and none is here; the last bits will differ.")
+    try:
+        resolve_device(device)
+    except TransActError:
+        _warn(
+            f"this compression was made on the device {device}, which is not here; the last bits "
+            "will differ."
+        )
         device = "cpu"
     spec = WindowSpec(
         chosen.calibration or compression.calibration.source,
@@ -602,7 +608,7 @@ def _lines_of_sweep(path: Path, pairs: Sequence[Pair]) -> list[str]:
         TransActError: the file is not a sweep's, or holds a point that this sweep is not asked for
             and that would be lost.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         _require_new_file(path)
         return []
     try:
@@ -633,7 +639,15 @@ def _without_seconds(lines: Sequence[str]) -> set[str]:
 
 
 def _require_new_file(path: Path) -> None:
-    if path.exists():
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise TransActError(
+            f"The output {path} cannot be written: {disk_trouble(error) or error.strerror}."
+        ) from None
+    else:
         raise TransActError(f"The output {path} exists; name a new file.")
     if not path.absolute().parent.is_dir():
         raise TransActError(f"The folder of {path} does not exist.")

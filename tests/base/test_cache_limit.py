@@ -111,6 +111,33 @@ def test_a_model_that_may_still_be_read_stays_above_the_limit(folder):
     assert loading.exists()
 
 
+def test_a_model_that_this_process_opened_stays_however_long_ago(folder, monkeypatch):
+    monkeypatch.setattr(cache, "_folders_in_use", set())
+    opened = entry(folder, "models/opened")
+    other = entry(folder, "models/other", unused=2 * MODEL_IN_USE_SECONDS)
+    cache.mark_in_use(opened)
+    for unused in (2 * MODEL_IN_USE_SECONDS, 2 * UNUSED_SECONDS):
+        os.utime(opened, (time.time() - unused,) * 2)
+        evict(1)
+        assert opened.exists()
+    assert not other.exists()
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_models_that_stay_do_not_count_towards_the_limit(folder, monkeypatch, opened):
+    """A model larger than the limit would otherwise make every measured file go."""
+    monkeypatch.setattr(cache, "_folders_in_use", set())
+    model = entry(folder, "models/large", unused=10, kilobytes=500)
+    if opened:
+        cache.mark_in_use(model)
+        os.utime(model, (time.time() - 2 * MODEL_IN_USE_SECONDS,) * 2)
+    old, new = (entry(folder, f"measured/{age}.safetensors", age) for age in (300, 100))
+    evict(200 * KB)
+    assert [path.exists() for path in (model, old, new)] == [True, True, True]
+    evict(150 * KB)
+    assert [path.exists() for path in (model, old, new)] == [True, False, True]
+
+
 def test_other_files_are_left_alone(folder):
     others = [
         entry(folder, "uploads/text.txt", unused=2 * UNUSED_SECONDS),

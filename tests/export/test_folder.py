@@ -350,8 +350,20 @@ def test_advice_on_llama_3(ratios, choices, words):
     assert all(word in advice for word in words) if words else advice is None
 
 
-def test_advice_on_narrower_heads(gqa_bench):
-    plan = gqa_bench.plan(0.25, 0, Choices(granularity="head-dims"))
-    advice = block_advice(plan, gqa_bench.loaded.architecture)
-    assert "attention width 36 is no multiple of 32" in advice
+def test_advice_on_narrower_heads(tokenizer, windows):
+    bench = bench_of(make_model(head_dim=32), tokenizer, windows)
+    plan = bench.plan(0.4, 0, Choices(granularity="head-dims"))
+    advice = block_advice(plan, bench.loaded.architecture)
+    assert "attention width 120 is no multiple of 32" in advice
     assert "`--head-dim-multiple-of 16`" in advice
+
+
+def test_no_multiple_is_advised_at_which_nothing_is_cut(tokenizer, windows):
+    """At a multiple of 32 the heads keep all 8 dimensions, and the MLP all 64 channels."""
+    dense = make_model(num_attention_heads=3, num_key_value_heads=3, intermediate_size=64)
+    bench = bench_of(dense, tokenizer, windows)
+    plan = bench.plan(0.25, 0.1, Choices(granularity="head-dims"))
+    advice = block_advice(plan, bench.loaded.architecture)
+    assert "attention width 18 is no multiple of 32" in advice
+    assert "MLP width 58 is no multiple of 32" in advice
+    assert "Choose" not in advice

@@ -9,6 +9,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 from tests.conftest import make_model, make_tokenizer
+from transact_core.base.errors import TransActError
 from transact_core.export.tokenizer_files import save_tokenizer
 from transact_core.models.load import load_model
 
@@ -168,3 +169,9 @@ def test_files_outside_the_source_are_not_copied(sentencepiece_source, tmp_path)
     (folder / "LICENSE").symlink_to(sentencepiece_source / "tokenizer.model")
     (folder / "NOTICE").write_text("ours")
     assert own_files(folder, folder.iterdir()) == [folder / "NOTICE"]
+
+
+def test_a_source_that_was_removed_meanwhile_is_an_error(chatty, tmp_path):
+    """Without its tokenizer.model, llama.cpp would tokenise texts differently."""
+    with pytest.raises(TransActError, match=r"was removed meanwhile.*load the model again"):
+        save_tokenizer(chatty, tmp_path, tmp_path / "gone")

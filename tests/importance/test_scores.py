@@ -9,6 +9,7 @@ from transact_core.base.errors import Cancelled, TransActError
 from transact_core.data.windows import Windows
 from transact_core.experiments.bench import Bench
 from transact_core.forward.statistics import collect
+from transact_core.importance.gradients import collect_saliences
 from transact_core.importance.scores import (
     IMPORTANCES,
     Evidence,
@@ -358,6 +359,22 @@ def test_a_gradient_pass_never_shows_in_the_model(gqa_model, few):
     score("taylor", Evidence(gqa_model, few, shape, progress=look))
     assert len(seen) == 2 * shape.num_hidden_layers + 1
     assert all(seen)
+
+
+def test_the_logits_of_a_long_window_are_made_in_pieces(gqa_model, few, monkeypatch):
+    shape = Architecture.from_config(gqa_model.config)
+    rows = []
+    gqa_model.lm_head.register_forward_hook(lambda *given: rows.append(given[-1].shape[-2]))
+    whole = collect_saliences(gqa_model, few, shape)
+    assert set(rows) == {few.sequence_length}
+    rows.clear()
+    logits = 5 * shape.vocab_size + 1
+    monkeypatch.setattr("transact_core.importance.gradients.LOGITS_AT_ONCE", logits)
+    pieces = collect_saliences(gqa_model, few, shape)
+    assert max(rows) == 5
+    assert sum(rows) == len(few) * few.sequence_length
+    for module, saliences in whole.items():
+        torch.testing.assert_close(pieces[module], saliences, rtol=1e-4, atol=1e-6)
 
 
 def test_progress_can_stop_every_measurement(gqa_model, few):

@@ -2,6 +2,7 @@ import dataclasses
 import math
 
 import pytest
+from torch import nn
 
 from transact_core.models.architecture import Architecture, LayerWidths
 from transact_core.models.footprint import footprint
@@ -28,6 +29,18 @@ def test_layers_alike_are_no_special_case(gqa_model):
     assert shape.uniform
     assert shape.with_layers(shape.layers) == shape
     assert shape.layers == (shape.widths_of(0),) * 3
+
+
+def test_layers_whose_widest_counts_make_no_layer_are_read_from_a_model(gqa_model):
+    """The widest layers have 3 heads and 2 groups, which cannot share evenly."""
+    counts = [(2, 2), (3, 1), (2, 1)]
+    for layer, (heads, groups) in zip(gqa_model.model.layers, counts, strict=True):
+        layer.self_attn.q_proj = nn.Linear(48, heads * 8, bias=False)
+        layer.self_attn.k_proj = nn.Linear(48, groups * 8, bias=False)
+    gqa_model.config.num_attention_heads, gqa_model.config.num_key_value_heads = 3, 2
+    shape = Architecture.from_model(gqa_model)
+    assert shape.layers == tuple(LayerWidths(*pair, 40) for pair in counts)
+    assert (shape.num_attention_heads, shape.num_key_value_heads) == (3, 2)
 
 
 def test_sums_over_layers_of_different_widths_are_exact(gqa_model):

@@ -19,6 +19,7 @@ from transact_core.models.gguf_tokenizer import (
     TokenType,
     pre_tokenizer_notice,
     tokenizer_from_metadata,
+    write_sentencepiece_model,
 )
 from transact_core.models.load import load_model
 
@@ -228,6 +229,16 @@ def test_a_converted_file_has_a_sentencepiece_model_that_an_export_keeps(
     expected = pieces_of_sentencepiece.Encode(text)
     assert kept.Encode(text) == expected
     assert AutoTokenizer.from_pretrained(output)(text)["input_ids"] == [1, *expected]
+
+
+def test_tokens_of_an_undefined_type_are_written_as_normal(pieces_of_sentencepiece, tmp_path):
+    metadata = metadata_of(pieces_of_sentencepiece)
+    types = metadata["tokenizer.ggml.token_type"]
+    types[-1], types[-2] = 0, 9
+    write_sentencepiece_model(metadata, tmp_path / "tokenizer.model")
+    written = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    text = " two  fish 123"
+    assert written.Encode(text) == pieces_of_sentencepiece.Encode(text)
 
 
 def test_every_rule_is_one_that_the_tokenizers_library_can_carry_out(tokenizer):

@@ -1,12 +1,15 @@
 """Models of the hub that not everybody may read."""
 
 import threading
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import GatedRepoError
 
 from tests.trust.hub import hub_of
 from transact_core.base.errors import TransActError
+from transact_core.data.corpus import read_corpus
 from transact_core.models.hub import download
 from transact_core.models.load import load_model
 
@@ -80,3 +83,20 @@ def test_the_token_of_the_environment_or_of_the_login_is_used(hub, monkeypatch, 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "another"))
     (tmp_path / "token").write_text(TOKEN)
     assert load_model("tiny/model").weight_files
+
+
+def test_a_dataset_that_is_private_or_gated_says_what_to_do(hub, monkeypatch):
+    address = hub(token=TOKEN)
+    with pytest.raises(TransActError, match=r"no public dataset tiny/texts.*hf auth login"):
+        read_corpus("hub:tiny/texts")
+
+    def gated(*given, **named):
+        """As `datasets` does it, whose own error hides the hub's answer."""
+        answer = SimpleNamespace(status_code=401, headers={}, request=None)
+        raise FileNotFoundError("no such dataset") from GatedRepoError("gated", response=answer)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr("datasets.load_dataset", gated)
+    page = f"{address}/datasets/tiny/texts"
+    with pytest.raises(TransActError, match=f"tiny/texts is gated: accept its licence at {page}"):
+        read_corpus("hub:tiny/texts")

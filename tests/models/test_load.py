@@ -1,7 +1,9 @@
 """What is loaded, and what is refused in one sentence."""
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import gguf
@@ -10,15 +12,18 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MistralForCausalLM
 
 from tests.conftest import KINDS, make_model, same_weights, snapshot
+from transact_core.base.cache import evict
 from transact_core.base.errors import TransActError
 from transact_core.base.files import sha256_of_file
 from transact_core.models import checkpoint_folder
 from transact_core.models import gguf as gguf_files
 from transact_core.models import load as models
+from transact_core.models.architecture import Architecture
 from transact_core.models.load import load_model
+from transact_core.models.stock_class import config_for
 
 
 def refuse(source, complaint, **options):
@@ -496,6 +501,21 @@ def test_a_gguf_file_loads_as_the_model_it_was(wide_model, tokenizer, tmp_path):
     assert loaded.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
+def test_a_converted_configuration_has_no_fields_of_our_own(wide_model, tokenizer, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer)
+    written = json.loads((load_model(str(path)).folder / "config.json").read_text())
+    assert written["num_key_value_heads"] == 2
+    assert "layer_widths" not in written
+
+
+def test_heads_of_a_gguf_file_that_do_not_divide_hidden_size_are_refused(tokenizer, tmp_path):
+    dense = make_model(hidden_size=64, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
+    shape = Architecture.from_config(dense.config)
+    config = config_for(dense.config, replace(shape, num_attention_heads=6, num_key_value_heads=6))
+    path = write_gguf(tmp_path / "odd.gguf", MistralForCausalLM(config), tokenizer)
+    refuse(path, "6 attention heads, which do not divide its hidden_size of 64.*checkpoint folder")
+
+
 WIDE = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -599,6 +619,15 @@ def test_a_gguf_file_is_converted_once(wide_model, tokenizer, tmp_path, monkeypa
     first = load_model(str(path))
     monkeypatch.setattr(models, "convert_gguf", None)
     assert same_weights(load_model(str(path)).model, snapshot(first.model))
+
+
+def test_a_converted_model_in_use_is_not_evicted(wide_model, tokenizer, tmp_path, monkeypatch):
+    """An export reads its tokenizer's files from there, whenever it comes."""
+    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
+    folder = load_model(str(write_gguf(tmp_path / "tiny.gguf", wide_model, tokenizer))).folder
+    os.utime(folder, (0, 0))
+    evict(1)
+    assert folder.is_dir()
 
 
 def test_a_damaged_conversion_is_made_again(wide_model, tokenizer, tmp_path, monkeypatch):

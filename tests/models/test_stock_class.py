@@ -17,7 +17,13 @@ from transact_core.export.compression import describe_compression
 from transact_core.export.folder import compress_to_folder
 from transact_core.models.architecture import Architecture
 from transact_core.models.load import load_model
-from transact_core.models.stock_class import config_for, difference_from_llama, model_type_for
+from transact_core.models.stock_class import (
+    MODEL_CLASSES,
+    config_for,
+    difference_from_llama,
+    explanation,
+    model_type_for,
+)
 from transact_core.pruning.plan import Decision, head_counts
 from transact_core.pruning.surgery import cast, prune
 
@@ -100,6 +106,9 @@ def test_the_folder_of_such_a_cut_is_stock_and_can_be_cut_again(
     compression = describe_compression(second, Decision(plan), recovery)
     assert compress_to_folder(tmp_path / "second", second, compression).perplexity > 1
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "second")).__name__ == name
+    card = " ".join((tmp_path / "second" / "README.md").read_text().split())
+    assert f"stock `{name}`: " in card
+    assert "LlamaConfig requires" not in card
 
 
 @pytest.mark.parametrize("rope", ["default", "llama3"])
@@ -169,6 +178,26 @@ def test_every_field_is_written_out(tmp_path, biases):
         assert written["use_sliding_window"] is False
         for name in ("attention_bias", "mlp_bias"):
             assert written[name] == before[name]
+
+
+@pytest.mark.parametrize("heads", [8, 12])
+def test_code_beside_the_source_is_not_named(heads):
+    """A copy of the configuration has no such code beside it; 12 heads make it a Mistral."""
+    dense = made("gqa")
+    dense.config.auto_map = {"AutoConfig": "code.Config"}
+    shape = dataclasses.replace(Architecture.from_config(dense.config), num_attention_heads=heads)
+    cut = config_for(dense.config, shape)
+    assert cut.model_type == ("llama" if heads == 8 else "mistral")
+    assert "auto_map" not in cut.to_dict()
+    assert dense.config.auto_map
+
+
+def test_only_another_class_than_the_sources_is_explained():
+    assert "LlamaConfig requires" in explanation("MistralForCausalLM")
+    assert "LlamaConfig requires" in explanation("SmolLM3ForCausalLM", "mistral")
+    for source_type, model_class in MODEL_CLASSES.items():
+        assert explanation(model_class.__name__, source_type) is None
+        assert explanation("LlamaForCausalLM", source_type) is None
 
 
 def test_a_model_stays_of_the_class_it_came_in():

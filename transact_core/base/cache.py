@@ -41,6 +41,8 @@ UNUSED_SECONDS = 90 * 24 * 3600
 MODEL_IN_USE_SECONDS = 3600
 """A model read within this time is kept even above the limit: another process may still be loading
 its files one by one. A measured file needs no such time, as it is opened once."""
+_folders_in_use: set[Path] = set()
+"""Models' folders that this process has opened: an export reads further files from them."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -130,10 +132,17 @@ def mark_used(path: Path) -> None:
         os.utime(path)
 
 
+def mark_in_use(folder: Path) -> None:
+    """Notes that this process reads a model's folder: `evict` in this process never removes it."""
+    _folders_in_use.add(folder.absolute())
+    mark_used(folder)
+
+
 def evict(limit: int | None = None) -> None:
     """Removes entries unused for `UNUSED_SECONDS`, then the least recently used above the limit.
 
-    `limit` is in bytes, by default that of the environment. Any number of processes may do this at
+    `limit` is in bytes, by default that of the environment. Models that are in use, or were within
+    `MODEL_IN_USE_SECONDS`, stay and do not count towards it. Any number of processes may do this at
     the same time, while others read: a file that is open stays readable until it is closed, and
     whoever finds an entry gone computes it again.
 
@@ -142,12 +151,15 @@ def evict(limit: int | None = None) -> None:
     """
     limit = cache_limit_bytes() if limit is None else limit
     now = time.time()
-    entries = sorted(_entries(), key=lambda entry: entry[1])
-    total = sum(size for _, _, size in entries)
-    for path, last_used, size in entries:
-        unused = now - last_used
-        is_recent_model = path.is_dir() and unused < MODEL_IN_USE_SECONDS
-        if unused > UNUSED_SECONDS or (total > limit and not is_recent_model):
+    removable = [
+        (path, last_used, size)
+        for path, last_used, size in sorted(_entries(), key=lambda entry: entry[1])
+        if path.absolute() not in _folders_in_use
+        and not (path.is_dir() and now - last_used < MODEL_IN_USE_SECONDS)
+    ]
+    total = sum(size for _, _, size in removable)
+    for path, last_used, size in removable:
+        if now - last_used > UNUSED_SECONDS or total > limit:
             remove_whole(path)
             total -= size
 

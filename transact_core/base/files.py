@@ -59,6 +59,14 @@ def cache_limit_bytes(environment: Mapping[str, str] = os.environ) -> int:
     return round(float(value) * 10**9)
 
 
+def expanded(path: str) -> Path:
+    """The path with `~` as the user's home, where there is such a user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def read_text(path: Path) -> str:
     """The text of a regular UTF-8 file of at most `MAX_TEXT_BYTES`.
 

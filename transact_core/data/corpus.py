@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
 from transact_core.base.errors import TransActError, first_line
-from transact_core.base.files import sha256_of_text
+from transact_core.base.files import expanded, sha256_of_text
 from transact_core.data.conversations import (
     Conversation,
     Message,
@@ -27,6 +27,7 @@ from transact_core.data.conversations import (
     find_conversation_columns,
     has_chat_template,
 )
+from transact_core.models.hub import access_refusal
 
 BUILTIN_TEXT = "builtin"
 MAX_CHARACTERS = 16_000_000
@@ -157,26 +158,18 @@ def file_and_column(source: str) -> tuple[Path, str | None]:
 
     Paths may hold colons themselves (as `C:\\texts` does): what exists as a whole is a path.
     """
-    path = _expanded(source)
+    path = expanded(source)
     if os.path.lexists(path):
         return path, None
     head = source
     while ":" in head:
         head = head.rpartition(":")[0]
         column = source[len(head) + 1 :]
-        file = _expanded(head)
+        file = expanded(head)
         # No column is a way out of a folder that a server allows to be read.
         if column and not set(column) & set("/\\") and os.path.isfile(file):
             return file, column
     return path, None
-
-
-def _expanded(path: str) -> Path:
-    """The path with `~` as the user's home, where there is such a user."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
 
 
 def with_newlines(text: str) -> str:
@@ -332,10 +325,11 @@ def _hub_rows(source: str) -> Iterator[Piece]:
     except TransActError:
         raise
     except Exception as error:
-        raise TransActError(
+        message = access_refusal(name, error, "dataset") or (
             f"The dataset {name} could not be read from the hub ({first_line(error)}); "
             "check its name, config and split and the network, or name a text file."
-        ) from None
+        )
+        raise TransActError(message) from None
 
 
 def _columns(names: Iterable[str], column: str | None, where: str) -> tuple[str, ...]:

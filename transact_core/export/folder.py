@@ -126,6 +126,7 @@ def _write_beside(
         kept_bare(measurement.fits),
         block_advice(compression.plan, loaded.architecture),
         loaded.licence,
+        loaded.model.config.model_type,
     )
     keep_licence(loaded.licence, folder, loaded.folder)
     (folder / "README.md").write_text(card)

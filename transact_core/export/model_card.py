@@ -31,11 +31,12 @@ def model_card(
     unrepaired: str | None,
     blocks: str | None = None,
     licence: Licence | None = None,
+    source_type: str = "llama",
 ) -> str:
     """The output folder's README.md.
 
     `others` is how other runtimes read the model, `unrepaired` what `kept_bare` says of it, and
-    `blocks` what `block_advice` does.
+    `blocks` what `block_advice` does. `source_type` is the dense model's `model_type`.
     """
     dense, pruned = result["dense"], result["pruned"]
 
@@ -48,7 +49,7 @@ def model_card(
     plan, evaluation = compression.plan, result["evaluation"]
     repairs = f" {unrepaired}" if unrepaired else ""
     model_class = pruned["model_class"]
-    reason = explanation(model_class)
+    reason = explanation(model_class, source_type)
     why = f",\n{reason}" if reason else ""
     sentences = [reading.sentence for reading in others] + ([blocks] if blocks else [])
     read = "\n".join(f"- {sentence}" for sentence in sentences)

@@ -67,7 +67,8 @@ SUPER_BLOCK = 256
 def block_advice(plan: PruningPlan, dense: Architecture) -> str | None:
     """Which widths of a cut no block quantisation of llama.cpp takes, and which multiple to choose.
 
-    None where all cut widths are multiples of `BLOCK`. A tensor whose rows are not is left in 16
+    None where all cut widths are multiples of `BLOCK`; multiples at which nothing would be cut are
+    not named. A tensor whose rows are not is left in 16
     bits there: `down_proj` has rows as long as the MLP's width, `o_proj` as the attention's.
     """
     cut = plan.applied_to(dense)
@@ -77,6 +78,7 @@ def block_advice(plan: PruningPlan, dense: Architecture) -> str | None:
             f"`--multiple-of {multiple}` ({width:,} channels{kinds})"
             for multiple, kinds in ((BLOCK, ""), (SUPER_BLOCK, ", for the K-quants too"))
             if (width := _rounded_mlp(plan, dense, multiple)) % multiple == 0
+            and width < dense.intermediate_size
         )
         advice.append(
             _refusal("MLP", cut.intermediate_size, "down_proj")
@@ -86,7 +88,11 @@ def block_advice(plan: PruningPlan, dense: Architecture) -> str | None:
         sentence = _refusal("attention", cut.mha_width, "o_proj")
         if plan.head_dim:
             multiple = math.lcm(2, BLOCK // math.gcd(BLOCK, cut.num_attention_heads))
-            sentence += f" Choose `--head-dim-multiple-of {multiple}`."
+            narrower = widths(
+                dense, plan.mha_ratio, 0.0, plan.granularity, head_dim_multiple_of=multiple
+            ).head_dim
+            if narrower is not None:
+                sentence += f" Choose `--head-dim-multiple-of {multiple}`."
         advice.append(sentence)
     return " ".join(advice) or None
 

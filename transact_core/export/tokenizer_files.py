@@ -15,6 +15,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizerBase
 
+from transact_core.base.errors import TransActError
 from transact_core.base.files import read_text
 from transact_core.models.checkpoint_folder import own_files
 
@@ -34,7 +35,15 @@ def save_tokenizer(
 
     `source` is the folder that the tokenizer was loaded from. What transformers writes has
     precedence over what lies there.
+
+    Raises:
+        TransActError: `source` is not there any more.
     """
+    if source is not None and not source.is_dir():
+        raise TransActError(
+            f"The folder {source}, from which the model was loaded, was removed meanwhile, and "
+            "with it the files of its tokenizer; load the model again."
+        )
     tokenizer.save_pretrained(folder)
     if not tokenizer.is_fast:
         return

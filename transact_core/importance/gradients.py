@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
 from transact_core.forward.layers import Arguments, layers_of
+from transact_core.forward.perplexity import LOGITS_AT_ONCE
 from transact_core.forward.statistics import collect
 from transact_core.forward.stream import Stream, run_attention, run_mlp
 from transact_core.forward.waists import MODULES
@@ -110,14 +111,25 @@ def collect_saliences(
 
 
 def _of_hidden(model: LlamaForCausalLM, hidden: torch.Tensor, windows: Windows) -> torch.Tensor:
-    """The gradient of the loss by the last residual stream, of the stream's shape and dtype."""
+    """The gradient of the loss by the last residual stream, of the stream's shape and dtype.
+
+    At most `LOGITS_AT_ONCE` logits are held at a time, one token's at least.
+    """
+    tokens_at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     gradients = []
     for states, window in zip(hidden, windows.ids.to(hidden.device), strict=True):
-        with torch.enable_grad():
-            states = states.detach().requires_grad_()
-            logits = model.lm_head(model.model.norm(states))[:-1].float()
-            loss = functional.cross_entropy(logits, window[1:], reduction="sum")
-            gradients += torch.autograd.grad(loss, [states])
+        pieces: list[torch.Tensor] = []
+        # Each token's loss depends on its own state alone, so the pieces have nothing in common.
+        for start in range(0, len(window), tokens_at_once):
+            end = start + tokens_at_once
+            # The window's last token has a state and nothing to predict.
+            targets = window[start + 1 : end + 1]
+            with torch.enable_grad():
+                piece = states[start:end].detach().requires_grad_()
+                logits = model.lm_head(model.model.norm(piece))[: len(targets)].float()
+                loss = functional.cross_entropy(logits, targets, reduction="sum")
+                pieces += torch.autograd.grad(loss, [piece])
+        gradients.append(torch.cat(pieces))
     return torch.stack(gradients)
 
 

@@ -71,29 +71,23 @@ class Architecture:
     @classmethod
     def from_config(cls, config: "StockConfig") -> "Architecture":
         """Of a model whose layers are as its configuration says, all alike."""
-        values = {name: getattr(config, name, None) for name in CONFIG_FIELDS}
-        if values["head_dim"] is None:
-            values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
-        if config.model_type == "mistral":
-            # The class makes no biases, whatever its configuration says.
-            values["attention_bias"] = values["mlp_bias"] = False
-        return cls(**values)
+        return cls(**_values_of(config))
 
     @classmethod
     def from_model(cls, model: "StockModel") -> "Architecture":
         """Of a model in memory, whose layers may have widths of their own."""
-        uniform = cls.from_config(model.config)
-        head_dim = uniform.head_dim
-        return uniform.with_layers(
-            [
-                LayerWidths(
-                    num_attention_heads=_rows(layer.self_attn.q_proj) // head_dim,
-                    num_key_value_heads=_rows(layer.self_attn.k_proj) // head_dim,
-                    intermediate_size=_rows(layer.mlp.up_proj),
-                )
-                for layer in model.model.layers
-            ]
-        )
+        values = _values_of(model.config)
+        head_dim = values["head_dim"]
+        layers = [
+            LayerWidths(
+                num_attention_heads=_rows(layer.self_attn.q_proj) // head_dim,
+                num_key_value_heads=_rows(layer.self_attn.k_proj) // head_dim,
+                intermediate_size=_rows(layer.mlp.up_proj),
+            )
+            for layer in model.model.layers
+        ]
+        # The configuration has the largest widths of any layer, which need not make a layer.
+        return cls(**values | vars(layers[0])).with_layers(layers)
 
     def with_layers(self, layers: Sequence[LayerWidths]) -> "Architecture":
         """The same with these widths of its layers, one entry a layer."""
@@ -207,6 +201,17 @@ class Architecture:
 
 CONFIG_FIELDS = tuple(name for name in Architecture.__dataclass_fields__ if name != "layer_widths")
 """The fields of an architecture that a configuration of transformers has too."""
+
+
+def _values_of(config: "StockConfig") -> dict[str, int | bool]:
+    """The fields of an architecture as a configuration has them, by name."""
+    values = {name: getattr(config, name, None) for name in CONFIG_FIELDS}
+    if values["head_dim"] is None:
+        values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+    if config.model_type == "mistral":
+        # The class makes no biases, whatever its configuration says.
+        values["attention_bias"] = values["mlp_bias"] = False
+    return values
 
 
 def _require_positive(values: dict[str, int | bool]) -> None:

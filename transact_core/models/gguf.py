@@ -39,6 +39,7 @@ from transact_core.models.gguf_tokenizer import (
     tokenizer_from_metadata,
     write_sentencepiece_model,
 )
+from transact_core.models.stock_class import model_type_for
 
 REQUIRED_METADATA = (
     "llama.block_count",
@@ -58,7 +59,7 @@ VOCABULARY_METADATA = {
 """Further keys that each kind of tokenizer needs, by the value of `tokenizer.ggml.model`."""
 MOST_ITEMS = 10_000_000
 """Largest accepted array of a GGUF file's metadata; vocabularies have some 100,000 items."""
-CONVERSION = 3
+CONVERSION = 4
 """Version of what `convert_gguf` makes of a file, raised whenever that changes. Folders that an
 older version made are not used."""
 LICENCE_PARTS = ("", ".name", ".link")
@@ -132,6 +133,13 @@ def inspect_gguf(path: Path) -> Inspection:
         raise TransActError(
             f"{path} rotates {rotated} of the {head_dim} dimensions of each head; only models that "
             "rotate all of them can be pruned."
+        )
+    if model_type_for(architecture) != "llama":
+        # The reader knows no names of MistralForCausalLM's tensors, which could hold such a model.
+        raise TransActError(
+            f"{path} holds {heads} attention heads, which do not divide its hidden_size of "
+            f"{hidden}; transformers cannot read such a GGUF file, so use the model's checkpoint "
+            "folder."
         )
     left_over = require_tensors(
         path, architecture, _huggingface_shapes(tensors, architecture), "its metadata"
@@ -255,7 +263,7 @@ def convert_gguf(path: Path, found: Inspection, folder: Path) -> None:
     try:
         config = LlamaConfig.from_pretrained(path.parent, gguf_file=path.name)
         # The reader knows of no biases, and takes its vocabulary's size from the tokenizer.
-        for name, value in vars(found.architecture).items():
+        for name, value in found.architecture.config_values().items():
             setattr(config, name, value)
         model, loading = LlamaForCausalLM.from_pretrained(
             path.parent,

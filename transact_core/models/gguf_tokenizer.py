@@ -290,7 +290,9 @@ def write_sentencepiece_model(metadata: Mapping[str, Any], path: Path) -> None:
     model = sentencepiece_model_pb2.ModelProto()
     scores = metadata["tokenizer.ggml.scores"]
     for token, score, token_type in zip(tokens, scores, types, strict=False):
-        model.pieces.add(piece=token, score=score, type=int(token_type))
+        # Type 0, undefined, and types of the future are none of SentencePiece's.
+        kind = token_type if token_type in list(TokenType) else TokenType.NORMAL
+        model.pieces.add(piece=token, score=score, type=int(kind))
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     trainer.model_type = trainer.BPE
     trainer.vocab_size = len(tokens)

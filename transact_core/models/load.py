@@ -4,6 +4,7 @@ A source is inspected before it is loaded: configuration, tensor names and shape
 cannot become a dense `LlamaForCausalLM` is refused in one sentence before any weight is loaded.
 """
 
+import os
 import re
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, distribution
@@ -12,9 +13,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from transact_core.base.cache import evict, mark_used
+from transact_core.base.cache import evict, mark_in_use
 from transact_core.base.errors import Progress, TransActError, silent
-from transact_core.base.files import sha256_of_file
+from transact_core.base.files import expanded, sha256_of_file
 from transact_core.models.architecture import Architecture
 from transact_core.models.checkpoint_folder import (
     PICKLE_SUFFIXES,
@@ -111,7 +112,8 @@ def load_model(
     progress("Finding the model", 0, 3)
     if source == BUILTIN:
         path = builtin_gguf()
-    elif source and (path := Path(source).expanduser()).exists():
+    # Unlike Path.exists, this is False where the name is too long or the folder cannot be read.
+    elif source and os.path.exists(path := expanded(source)):
         pass
     elif _is_hub_id(source):
         path = download(source)
@@ -128,7 +130,7 @@ def load_model(
         require_plausible_size(path, target)
         # A GGUF file is converted once to a checkpoint folder, which then loads in a second.
         folder = converted_folder(path)
-        mark_used(folder)
+        mark_in_use(folder)
         found = inspect_converted(folder, path) or inspect_gguf(path)
     elif path.suffix in PICKLE_SUFFIXES:
         raise TransActError(pickle_refusal(path.name))

@@ -31,7 +31,13 @@ MODEL_CLASSES: dict[str, type[StockModel]] = {
 }
 """By `model_type`, in the order in which they are preferred."""
 
-CLASS_FIELDS = ("model_type", "architectures", "transformers_version", "pretraining_tp")
+CLASS_FIELDS = (
+    "model_type",
+    "architectures",
+    "transformers_version",
+    "pretraining_tp",
+    "auto_map",
+)
 """Fields of a configuration that belong to its class or its file, not to the model."""
 WINDOW_FIELDS = ("sliding_window", "use_sliding_window", "no_rope_layers", "layer_types")
 
@@ -70,6 +76,8 @@ def config_for(config: StockConfig, architecture: Architecture) -> StockConfig:
     model_type = model_type_for(architecture, config.model_type)
     if model_type == config.model_type:
         cut = copy.deepcopy(config)
+        # It names code that lies beside the source's weights and not beside those of the cut.
+        vars(cut).pop("auto_map", None)
         for name, value in values.items():
             if hasattr(cut, name):
                 setattr(cut, name, value)
@@ -120,12 +128,14 @@ def difference_from_llama(raw: Mapping[str, Any]) -> str | None:
     return None
 
 
-def explanation(model_class: str) -> str | None:
-    """Why a model is saved as another class than `LlamaForCausalLM`; None where it is not.
+def explanation(model_class: str, source_type: str = "llama") -> str | None:
+    """Why a model is saved as another class than its source's, whose `model_type` is given.
+
+    None where it is the same class, or `LlamaForCausalLM`.
 
     One sentence without a subject, to follow the name of the class.
     """
-    if model_class == LlamaForCausalLM.__name__:
+    if model_class in (LlamaForCausalLM.__name__, MODEL_CLASSES[source_type].__name__):
         return None
     return (
         "which computes the same, because LlamaConfig requires the number of attention heads to "
