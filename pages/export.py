@@ -1,7 +1,6 @@
 """The Export page: the configuration of a cut, its checkpoint, and commands that reproduce it."""
 
 from datetime import datetime
-from pathlib import Path
 
 import streamlit as st
 
@@ -17,6 +16,7 @@ from pages.server.settings import settings
 from pages.server.side_by_side import last_latency
 from pages.server.start_jobs import start_export
 from pages.server.visits import points, visit
+from transact_core.base.files import expanded
 from transact_core.experiments.bench import Bench
 from transact_core.export.compression import apply_command, describe_compression, reproduce_command
 from transact_core.export.folder import model_class_of
@@ -147,7 +147,7 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
             language="python",
         )
     if not busy and st.button("Write the checkpoint", type="primary", disabled=not folder.strip()):
-        start_export(cut, Path(folder.strip()).expanduser())
+        start_export(cut, expanded(folder.strip()))
         st.rerun()
     if not busy and (decision is None or find_point(decision.plan, cut.recovery) is None):
         seconds = cuts_seconds(bench, visit().request, [cut.ratios], cut.choices)
