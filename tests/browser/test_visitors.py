@@ -69,6 +69,8 @@ def wait_for_points(page: Page, condition: str) -> None:
 def test_a_reload_in_the_middle_of_a_sweep(page: Page, address: str, model_folder: Path):
     open_tiny_model(page, address, model_folder, 64_000)
     measure_mlp_curve(page, 20)
+    # A reload before the click has reached the server would lose it.
+    expect(sidebar(page).get_by_text(CURVE)).to_be_visible()
     wait_for_points(page, "points >= 1")
 
     page.reload()
