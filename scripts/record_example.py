@@ -18,18 +18,17 @@ import torch
 from benchmarks.table import processor
 from pages.parts.example import FILE, Concentration, Dense, Example, Point
 from pages.server.jobs import job_threads
-from pages.server.request import Cut, Request
+from pages.server.request import Cut
 from transact_core.data.corpus import describe
-from transact_core.data.windows import make_windows, read_texts
 from transact_core.experiments import prediction
 from transact_core.experiments.bench import Bench, Choices, compress
+from transact_core.experiments.cut_spec import BenchSpec, open_bench
 from transact_core.experiments.prediction import predict_grid
 from transact_core.experiments.sweep import Pair
 from transact_core.export.compression import describe_compression
 from transact_core.forward.statistics import channels_holding
 from transact_core.forward.waists import MODULES
 from transact_core.models.architecture import Architecture
-from transact_core.models.load import load_model
 from transact_core.planning.law import Ratio
 from transact_core.pruning.plan import Decision, head_counts
 
@@ -42,19 +41,6 @@ MLP_RATIOS = (0.15, 0.3, 0.45, 0.6)
 
 def progress(stage: str, done: int, total: int) -> None:
     print(f"\r{stage}: {done} of {total}\033[K", end="", file=sys.stderr, flush=True)
-
-
-def open_bench(request: Request) -> Bench:
-    texts = read_texts(request.windows)
-    loaded = load_model(request.model, request.device, request.dtype, progress)
-    windows = make_windows(
-        request.windows,
-        loaded.tokenizer,
-        loaded.architecture.vocab_size,
-        texts=texts,
-        progress=progress,
-    )
-    return Bench(loaded, *windows)
 
 
 def curves(bench: Bench, cut: Cut) -> tuple[list[Pair], list[Pair]]:
@@ -128,6 +114,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRANSACT_CACHE"] = folder
         torch.set_num_threads(job_threads())
-        recorded = record(open_bench(Request()), Cut())
+        recorded = record(open_bench(BenchSpec(), progress), Cut())
     FILE.write_text(recorded.model_dump_json(indent=1) + "\n")
     print(f"{FILE}: {FILE.stat().st_size / 1e3:,.0f} kB")

@@ -28,11 +28,16 @@ from transact_core.data.windows import (
     WindowSpec,
     context_length_of,
     evaluation_windows,
-    make_windows,
     read_texts,
 )
 from transact_core.experiments.bench import Bench, Choices, model_report
-from transact_core.experiments.cut_spec import BenchSpec, CutSpec, decide_spec, open_bench
+from transact_core.experiments.cut_spec import (
+    BenchSpec,
+    CutSpec,
+    bench_with,
+    decide_spec,
+    open_bench,
+)
 from transact_core.experiments.sweep import Pair, known_points, sweep
 from transact_core.export.compression import (
     Compression,
@@ -436,17 +441,9 @@ def _recorded_bench(
     loaded = load_model(model, device, environment.dtype, progress)
     require_same_model(compression, loaded)
     compression.plan.check(loaded.architecture)
-    calibration, evaluation = make_windows(
-        spec,
-        loaded.tokenizer,
-        loaded.architecture.vocab_size,
-        context_length_of(loaded.model.config),
-        texts,
-        progress,
-    )
-    require_same_text("calibration", compression.calibration, calibration)
-    require_same_text("evaluation", compression.evaluation, evaluation)
-    bench = Bench(loaded, calibration, evaluation, compression.save_dtype, compression.seed)
+    bench = bench_with(loaded, spec, texts, compression.save_dtype, compression.seed, progress)
+    require_same_text("calibration", compression.calibration, bench.calibration)
+    require_same_text("evaluation", compression.evaluation, bench.evaluation)
     _warn_all(bench.notices)
     return bench
 

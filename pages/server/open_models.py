@@ -16,8 +16,9 @@ from pages.server.request import Cut, Request, first_look, identity, what_to_lea
 from pages.server.settings import require_readable_source, settings
 from pages.server.visitors import Visitor, size_of
 from transact_core.base.errors import Progress, TransActError, silent
-from transact_core.data.windows import context_length_of, make_windows, read_texts
+from transact_core.data.windows import read_texts
 from transact_core.experiments.bench import Bench, Choices, Measurement, carry_out, compress
+from transact_core.experiments.cut_spec import bench_with
 from transact_core.experiments.results import decided, measured
 from transact_core.forward.perplexity import token_losses
 from transact_core.models.load import LoadedModel, load_model
@@ -267,15 +268,7 @@ class Workbench:
             require_readable_source(source, settings())
         texts = read_texts(request.windows)
         loaded = self._model(request, report)
-        windows = make_windows(
-            request.windows,
-            loaded.tokenizer,
-            loaded.architecture.vocab_size,
-            context_length_of(loaded.model.config),
-            texts,
-            report,
-        )
-        bench = Bench(loaded, *windows)
+        bench = bench_with(loaded, request.windows, texts, progress=report)
         bench.statistics(report)
         bench.scores(Choices().importance)
         return bench

@@ -9,11 +9,17 @@ from dataclasses import dataclass, field
 import torch
 
 from transact_core.base.errors import Progress, silent
-from transact_core.data.windows import WindowSpec, context_length_of, make_windows, read_texts
+from transact_core.data.windows import (
+    Texts,
+    WindowSpec,
+    context_length_of,
+    make_windows,
+    read_texts,
+)
 from transact_core.experiments.bench import Bench, Choices, Measurement
 from transact_core.experiments.results import decided, measured
 from transact_core.experiments.sweep import Pair
-from transact_core.models.load import BUILTIN, load_model
+from transact_core.models.load import BUILTIN, LoadedModel, load_model
 from transact_core.pruning.plan import Decision
 
 
@@ -54,15 +60,31 @@ def open_bench(spec: BenchSpec, progress: Progress = silent) -> Bench:
     # Texts are read first: a wrong name is found before a large model is loaded.
     texts = read_texts(spec.windows)
     loaded = load_model(spec.model, spec.device, spec.dtype, progress)
+    return bench_with(loaded, spec.windows, texts, spec.save_dtype, spec.seed, progress)
+
+
+def bench_with(
+    loaded: LoadedModel,
+    spec: WindowSpec,
+    texts: Texts,
+    save_dtype: str | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Bench:
+    """The bench of a model and texts that are read already; nothing is measured.
+
+    Raises:
+        TransActError: a text cannot be tokenised for this model, or is too short.
+    """
     windows = make_windows(
-        spec.windows,
+        spec,
         loaded.tokenizer,
         loaded.architecture.vocab_size,
         context_length_of(loaded.model.config),
         texts,
         progress,
     )
-    return Bench(loaded, *windows, save_dtype=spec.save_dtype, seed=spec.seed)
+    return Bench(loaded, *windows, save_dtype=save_dtype, seed=seed)
 
 
 def decide_spec(bench: Bench, spec: CutSpec, progress: Progress = silent) -> Decision:
