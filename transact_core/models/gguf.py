@@ -25,7 +25,7 @@ from gguf import (
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from transact_core.base.errors import INTERRUPTIONS, TransActError, first_line
-from transact_core.base.files import cache_folder, read_text, sha256_of_file, staged_folder
+from transact_core.base.files import cache_folder, read_text, staged_folder
 from transact_core.models.architecture import Architecture
 from transact_core.models.checkpoint_folder import (
     ATTENTION,
@@ -227,13 +227,12 @@ def _read_gguf(path: Path) -> GGUFReader:
     return reader
 
 
-def converted_folder(path: Path) -> Path:
-    """Where the checkpoint folder made of a GGUF file is kept.
+def converted_folder(fingerprint: str) -> Path:
+    """Where the checkpoint folder made of the GGUF file with this SHA-256 is kept.
 
     Folders that an older version of the conversion made of the same file are removed.
     """
     models = cache_folder() / "models"
-    fingerprint = sha256_of_file(path)
     folder = models / f"{fingerprint}-{CONVERSION}"
     for older in models.glob(f"{fingerprint}*"):
         if older != folder:

@@ -123,13 +123,14 @@ def load_model(
             f"a hub id such as owner/name, or {BUILTIN!r}."
         )
 
-    folder = path
+    folder, fingerprints = path, {}
     if path.is_dir():
         found = inspect_folder(path)
     elif path.suffix.lower() == ".gguf":
         require_plausible_size(path, target)
         # A GGUF file is converted once to a checkpoint folder, which then loads in a second.
-        folder = converted_folder(path)
+        fingerprints[path] = sha256_of_file(path)
+        folder = converted_folder(fingerprints[path])
         mark_in_use(folder)
         found = inspect_converted(folder, path) or inspect_gguf(path)
     elif path.suffix in PICKLE_SUFFIXES:
@@ -140,7 +141,9 @@ def load_model(
     converts = not folder.is_dir()
     tight = estimate_memory(found.architecture, compute_dtype, target, gguf=converts).verdict()
     progress("Fingerprinting the weights", 1, 3)
-    weight_files = {file.name: sha256_of_file(file) for file in found.files}
+    weight_files = {
+        file.name: fingerprints.get(file) or sha256_of_file(file) for file in found.files
+    }
     progress("Loading the weights", 2, 3)
     if converts:
         convert_gguf(path, found, folder)
