@@ -50,7 +50,9 @@ def test_sums_over_layers_of_different_widths_are_exact(gqa_model):
     assert (uneven.num_attention_heads, uneven.num_key_value_heads) == (6, 4)
     assert uneven.parameters == sum(math.prod(size) for _, size in uneven.tensors())
     # What a layer costs is what it costs in a model of such layers alone.
-    alone = [footprint(uneven.of_layer(index), "float16", 7) for index in range(3)]
+    alone = [
+        footprint(uneven.with_layers([uneven.widths_of(index)]), "float16", 7) for index in range(3)
+    ]
     none = footprint(dataclasses.replace(shape, num_hidden_layers=1), "float16", 7)
     outer = footprint(dataclasses.replace(shape, num_hidden_layers=2), "float16", 7)
     together = footprint(uneven, "float16", 7)

@@ -116,10 +116,6 @@ class Architecture:
             self.num_attention_heads, self.num_key_value_heads, self.intermediate_size
         )
 
-    def of_layer(self, layer_index: int) -> "Architecture":
-        """A uniform architecture whose layers are all as wide as this one's layer."""
-        return self.with_layers([self.widths_of(layer_index)])
-
     @property
     def mha_width(self) -> int:
         """Width of the attention's transitional activation, the input of `o_proj`.
@@ -127,11 +123,6 @@ class Architecture:
         Where layers differ, of the widest one.
         """
         return self.num_attention_heads * self.head_dim
-
-    @property
-    def key_value_width(self) -> int:
-        """Width of a layer's keys, and of its values; where layers differ, of the widest one."""
-        return self.num_key_value_heads * self.head_dim
 
     @property
     def queries_per_group(self) -> int:
