@@ -5,11 +5,9 @@ elsewhere.
 """
 
 import json
-import os
 import socket
 import sys
 import urllib.request
-from pathlib import Path
 
 import gguf
 import pytest
@@ -18,20 +16,16 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import make_model
 from tests.models.test_load import WIDE, write_gguf
+from tests.trust.installed import runtime_folder
 from transact_core.data.corpus import read_corpus
 from transact_core.models.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_from_metadata
 from transact_core.models.load import builtin_gguf
 
 # Last on the path, and for this import alone: the folder holds packages of other versions too.
-sys.path.append(str(Path(sys.prefix) / "runtimes"))
-try:
-    import xllamacpp
-except ModuleNotFoundError:
-    if os.environ.get("CI"):
-        raise
-    pytest.skip("llama.cpp is not there; `make runtimes` installs it", allow_module_level=True)
-finally:
-    sys.path.pop()
+sys.path.append(str(runtime_folder("llama_cpp")))
+import xllamacpp
+
+sys.path.pop()
 
 NASTY = (
     "Hello\n 1 22 333 4444 55555 666666 7777777 ½ ² Ⅻ ٣٤٥ don't DON'T I'LL we've it's Größe naïve "

@@ -21,6 +21,7 @@ import sentencepiece
 from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer
 
 from tests.conftest import bench_of, make_model, make_tokenizer, windows_for
+from tests.trust.installed import runtime_folder
 from tests.trust.runtimes.in_transformers import answer as answer_of_stock
 from transact_core.cli import main
 from transact_core.data.corpus import read_corpus
@@ -32,12 +33,6 @@ from transact_core.models.architecture import Architecture
 from transact_core.pruning.plan import Decision
 
 SCRIPTS = Path(__file__).parent / "runtimes"
-FOLDERS = {
-    "llama_cpp": "runtimes",
-    "ctranslate2": "runtimes",
-    "transformers": "transformers-4",
-}
-"""Where `make test` installs what a script needs, in .venv."""
 WORDS = (
     "The assignment statement is used to bind names to values and to modify attributes or items "
     "of mutable objects. An attribute reference is a primary followed by a period and a name"
@@ -122,12 +117,7 @@ def stock(exported) -> dict[str, dict]:
 
 def ask(runtime: str, requests: dict[str, dict], place: Path) -> dict[str, dict]:
     """The answers of a runtime in a process of its own, by the name of the request."""
-    folder = Path(sys.prefix) / FOLDERS[runtime]
-    if not (folder / ".setup").exists():
-        missing = f"{folder} is not there; `make runtimes` installs it"
-        if os.environ.get("CI"):
-            pytest.fail(missing)
-        pytest.skip(missing)
+    folder = runtime_folder(runtime)
     place.mkdir()
     asked, answered = place / "requests.json", place / "answers.json"
     asked.write_text(json.dumps(requests))

@@ -1,19 +1,15 @@
 """What CTranslate2 makes of checkpoints.
 
-    python in_ctranslate2.py REQUESTS.json ANSWERS.json
-
 A request has a folder and the tokens of a prompt; the answer holds the log-probabilities of the
 next token after each of them, or the error with which the checkpoint is refused.
 """
 
-import json
-import sys
 import tempfile
-from pathlib import Path
 
 import ctranslate2
 import numpy as np
 import torch
+from answering import run
 
 
 def answer(folder: str, tokens: list[str]) -> dict:
@@ -25,16 +21,5 @@ def answer(folder: str, tokens: list[str]) -> dict:
     return {"log_probabilities": torch.from_numpy(logits).log_softmax(-1).tolist()}
 
 
-def main() -> None:
-    requests = json.loads(Path(sys.argv[1]).read_text())
-    answers = {}
-    for name, request in requests.items():
-        try:
-            answers[name] = answer(**request)
-        except (ValueError, NotImplementedError, RuntimeError) as error:
-            answers[name] = {"error": str(error)}
-    Path(sys.argv[2]).write_text(json.dumps(answers))
-
-
 if __name__ == "__main__":
-    main()
+    run(answer, (ValueError, NotImplementedError, RuntimeError))

