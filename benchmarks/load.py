@@ -231,9 +231,10 @@ def ask_for_cuts(seen: Seen, address: str, turn: int) -> None:
 
 
 def charted(page: Page) -> list[float]:
-    """The perplexities of the cuts in the chart; none where it is the recorded curve."""
-    return page.locator(".js-plotly-plot").first.evaluate(
-        """chart => chart.layout.title.text.startsWith('Recorded') ? [] : chart.data
+    """The perplexities of the cuts in the chart of measured cuts."""
+    # By its key: the page has several charts, and which of them is drawn first differs.
+    return page.locator(".st-key-curve-chart .js-plotly-plot").evaluate(
+        """chart => chart.data
             .filter(trace => trace.name !== 'dense').flatMap(trace => [...trace.y])"""
     )
 

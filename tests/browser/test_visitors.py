@@ -51,14 +51,13 @@ def open_tiny_model(page: Page, address: str, folder: Path, evaluation_tokens: i
 def wait_for_points(page: Page, condition: str) -> None:
     """Waits until a JavaScript condition holds for `points`, the number of cuts on the chart.
 
-    The recorded curve that stands there until there is a point does not count.
+    The recorded curve that stands there until there is a point does not count, and neither does
+    another chart that is drawn before it.
     """
     page.wait_for_function(
         """condition => {
-            const chart = document.querySelector('.js-plotly-plot');
-            const recorded = chart?.layout?.title?.text?.startsWith('Recorded');
-            const traces = recorded
-                ? [] : chart?.data?.filter(trace => trace.name !== 'dense') ?? [];
+            const chart = document.querySelector('.st-key-curve-chart .js-plotly-plot');
+            const traces = chart?.data?.filter(trace => trace.name !== 'dense') ?? [];
             const points = traces.reduce((sum, trace) => sum + trace.x.length, 0);
             return new Function('points', `return ${condition}`)(points);
         }""",
