@@ -60,6 +60,29 @@ class Choices:
         return self.granularity != "auto" and self.steps == 1 and not self.sequential
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What was measured on a bench: small, without models, to be handed to another process."""
+
+    measured: dict[str, Tensors] = field(default_factory=dict)
+    """By what was measured, as `statistics`."""
+    scores: dict[str, Scores] = field(default_factory=dict)
+    """By importance."""
+    dense: Evaluation | None = None
+    """The dense model's losses."""
+
+    def beyond(self, known: "Findings") -> "Findings":
+        """Those that are not among what is known."""
+        return Findings(
+            {name: found for name, found in self.measured.items() if name not in known.measured},
+            {name: found for name, found in self.scores.items() if name not in known.scores},
+            self.dense if known.dense is None else None,
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.measured or self.scores or self.dense is not None)
+
+
 class Bench:
     """One model on one pair of texts, with what all cuts of it have in common.
 
@@ -224,8 +247,27 @@ class Bench:
         return list(plans.values())
 
     def release_model(self) -> None:
-        """Lets go of the dense weights: what was measured stays, and no more can be measured."""
+        """Lets go of the dense weights and of the tokenizer: what was measured stays, and no more
+        can be measured."""
         self.loaded = self.loaded.release()
+
+    def findings(self) -> Findings:
+        """All that was measured by now."""
+        return Findings(dict(self._measured), dict(self._scores), self._dense)
+
+    def learn(self, findings: Findings) -> None:
+        """Adds what was measured on the same bench in another process."""
+        self._measured.update(findings.measured)
+        self._scores.update(findings.scores)
+        self._dense = self._dense or findings.dense
+
+    def without_model(self) -> "Bench":
+        """A copy with what was measured by now, whose model is released; it can be pickled."""
+        copied = Bench(
+            self.loaded.release(), self.calibration, self.evaluation, self.save_dtype, self.seed
+        )
+        copied.learn(self.findings())
+        return copied
 
     def prepared(self, choices: Choices) -> bool:
         """Whether a plan with these choices needs no measuring any more."""
@@ -271,6 +313,11 @@ class Bench:
         return footprint(cut, self.save_dtype)
 
 
+def identity(plan: PruningPlan, recovery: str) -> tuple:
+    """What makes two cuts of one bench the same, whatever ratio asked for them."""
+    return plan.layers, plan.slots, plan.importance, recovery
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One measured cut: what was removed, what is left, what it costs in perplexity."""
@@ -290,6 +337,11 @@ class Measurement:
     @property
     def plan(self) -> PruningPlan:
         return self.decision.plan
+
+    @property
+    def identity(self) -> tuple:
+        """As `identity` of its plan and recovery."""
+        return identity(self.plan, self.recovery)
 
     @property
     def perplexity(self) -> float:
