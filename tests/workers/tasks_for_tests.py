@@ -61,9 +61,5 @@ def crash(models, report):
     ctypes.string_at(0)
 
 
-def leave(models, report):
-    os._exit(7)
-
-
 def sleep(models, report, seconds):
     time.sleep(seconds)
