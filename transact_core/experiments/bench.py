@@ -14,13 +14,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from transact_core.base.cache import Tensors, remembered, sha256_of_tokens
-from transact_core.base.errors import Progress, silent
+from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
 from transact_core.forward.perplexity import Evaluation, evaluate, paired_difference
 from transact_core.forward.statistics import ActivationStatistics
 from transact_core.importance.rotary_pairs import PairEffects, measure_pairs
 from transact_core.importance.scores import Evidence, Scores, score
-from transact_core.models.devices import dtype_name, resolve_dtype
+from transact_core.models.devices import dtype_name, free_memory, resolve_dtype
 from transact_core.models.footprint import Footprint, footprint
 from transact_core.models.load import LoadedModel
 from transact_core.planning.damage import (
@@ -32,6 +32,7 @@ from transact_core.planning.damage import (
     measure_curves,
     narrow_heads,
 )
+from transact_core.planning.memory_needed import cut_bytes
 from transact_core.pruning.closed_form import LayerFit, recover, require_recovery
 from transact_core.pruning.plan import Decision, Granularity, PruningPlan, make_plan
 from transact_core.pruning.rope import require_exact_rope
@@ -382,14 +383,42 @@ def compress(
 def carry_out(
     bench: Bench, plan: PruningPlan, recovery: str, progress: Progress = silent
 ) -> tuple[LlamaForCausalLM, tuple[LayerFit, ...]]:
-    """Cuts, repairs, and rounds the weights to the dtype they are saved in; measures nothing."""
+    """Cuts, repairs, and rounds the weights to the dtype they are saved in; measures nothing.
+
+    Raises:
+        TransActError: it is estimated to take more memory than there is.
+    """
     dense = bench.loaded.model
+    require_memory(bench, plan, recovery)
     model = prune(dense, plan, with_biases=recovery == "bias")
     fits: tuple[LayerFit, ...] = ()
     if recovery != "none" and plan.cuts_anything(bench.loaded.architecture):
         fits = recover(dense, model, plan, bench.calibration, recovery, progress).fits
     round_weights(model, resolve_dtype(bench.save_dtype, bench.loaded.device))
     return model, fits
+
+
+def require_memory(bench: Bench, plan: PruningPlan, recovery: str) -> None:
+    """Refuses a cut whose peak memory is estimated to be more than is free.
+
+    Raises:
+        TransActError: it is; the sentence says how much.
+    """
+    loaded = bench.loaded
+    needed = cut_bytes(
+        loaded.architecture,
+        plan.applied_to(loaded.architecture, with_biases=recovery == "bias"),
+        recovery,
+        bench.calibration.tokens,
+        loaded.dtype.itemsize,
+    )
+    free = free_memory(loaded.device)
+    if needed > free:
+        raise TransActError(
+            f"This cut takes about {needed / 1e9:.1f} GB of memory on {loaded.device} beside the "
+            f"dense model, where {free / 1e9:.1f} GB are free; free some memory, or choose fewer "
+            "calibration tokens or a smaller model."
+        )
 
 
 def measure(
