@@ -14,9 +14,9 @@ from transact_core.pruning.closed_form import FOLDS
 STREAMS = 4
 """Tensors as large as the residual stream that a repair holds at once: the stream itself, the
 module's output, what of it is missing, and what a repair leaves of that."""
-MOMENTS = 4
+MOMENTS = 2
 """Square matrices as wide as the features, in float32, that a repair by least squares holds at
-once beside those of the folds."""
+once beside what it keeps of the folds."""
 
 
 def cut_bytes(
@@ -44,7 +44,9 @@ def cut_bytes(
     hidden, width = dense.hidden_size, max(widths)
     needed += calibration_tokens * (STREAMS * hidden + width) * itemsize
     if recovery == "least-squares":
-        needed += 4 * (MOMENTS * width**2 + FOLDS * width * (width + hidden))
+        # Of each fold its second moments, or its rows where they are fewer.
+        of_folds = min(FOLDS * width, calibration_tokens) * (width + hidden)
+        needed += 4 * (MOMENTS * width**2 + of_folds)
     return needed
 
 
