@@ -108,7 +108,7 @@ def test_a_prompt_with_a_token_that_has_no_embedding_is_refused_in_a_sentence(op
     ended(page.session_state["visit"].visitor.jobs[-1])
     page.run()
     assert not page.exception
-    assert "'<extra>' with the id 320" in page.error[0].value
+    assert "'\\<extra\\>' with the id 320" in page.error[0].value
 
 
 def test_a_prompt_that_does_not_fit_is_refused_in_a_sentence(open_page):
