@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from transact_core.base.cache import Tensors, remembered, sha256_of_tokens
 from transact_core.base.errors import Progress, silent
@@ -34,7 +34,7 @@ from transact_core.planning.damage import (
 )
 from transact_core.pruning.closed_form import LayerFit, recover, require_recovery
 from transact_core.pruning.plan import Decision, Granularity, PruningPlan, make_plan
-from transact_core.pruning.rope import require_exact_rope
+from transact_core.pruning.rope import require_narrowable
 from transact_core.pruning.surgery import prune, round_weights
 
 
@@ -161,7 +161,7 @@ class Bench:
 
     def pairs(self, progress: Progress = silent) -> PairEffects:
         """The rotary pairs' effects on attention; measured at the first call."""
-        require_exact_rope(self.loaded.model.config)
+        require_narrowable(self.loaded.model.config, self.calibration.sequence_length)
         tensors = self._remember(
             "rotary pairs",
             lambda: measure_pairs(self.loaded.model, self.calibration, progress).to_tensors(),
@@ -314,7 +314,7 @@ def model_report(cost: Footprint, perplexity: float) -> dict[str, float]:
 
 def compress(
     bench: Bench, plan: PruningPlan, recovery: str, progress: Progress = silent
-) -> tuple[LlamaForCausalLM, Measurement]:
+) -> tuple[PreTrainedModel, Measurement]:
     """Cuts, repairs and measures; perplexity is that of the weights as they would be saved.
 
     Raises:
@@ -329,7 +329,7 @@ def compress(
 
 def carry_out(
     bench: Bench, plan: PruningPlan, recovery: str, progress: Progress = silent
-) -> tuple[LlamaForCausalLM, tuple[LayerFit, ...]]:
+) -> tuple[PreTrainedModel, tuple[LayerFit, ...]]:
     """Cuts, repairs, and rounds the weights to the dtype they are saved in; measures nothing."""
     dense = bench.loaded.model
     model = prune(dense, plan, with_biases=recovery == "bias")
@@ -342,7 +342,7 @@ def carry_out(
 
 def measure(
     bench: Bench,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     plan: PruningPlan,
     recovery: str,
     fits: tuple[LayerFit, ...],

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from fractions import Fraction
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
@@ -22,6 +22,7 @@ from transact_core.forward.waists import head_rows
 from transact_core.importance.elimination import eliminate_module
 from transact_core.importance.scores import Evidence, Scores, score
 from transact_core.models.architecture import Architecture
+from transact_core.models.stock_class import require_biases
 from transact_core.pruning.closed_form import recover, require_recovery
 from transact_core.pruning.plan import (
     GRANULARITIES,
@@ -34,7 +35,7 @@ from transact_core.pruning.plan import (
     head_counts,
     widths,
 )
-from transact_core.pruning.rope import require_exact_rope
+from transact_core.pruning.rope import require_narrowable
 from transact_core.pruning.surgery import Cut, prune
 
 
@@ -51,6 +52,8 @@ def decide(
         TransActError: a choice is not known, or the granularity cannot be had for this model.
     """
     require_recovery(choices.recovery)
+    if choices.recovery == "bias":
+        require_biases(bench.loaded.model.config, mha_ratio > 0, mlp_ratio > 0)
     if choices.sequential:
         require_sequential(choices)
     losses: dict[Granularity, float] = {}
@@ -77,7 +80,7 @@ def granularities_of(bench: Bench) -> tuple[Granularity, ...]:
     if bench.loaded.architecture.queries_per_group == 1:
         names.remove("query-heads")
     try:
-        require_exact_rope(bench.loaded.model.config)
+        require_narrowable(bench.loaded.model.config, bench.calibration.sequence_length)
     except TransActError:
         names.remove("head-dims")
     return tuple(names)
@@ -114,7 +117,7 @@ def granularity_losses(
 
 @torch.no_grad()
 def held_out_loss(
-    dense: LlamaForCausalLM,
+    dense: PreTrainedModel,
     plan: PruningPlan,
     windows: Windows,
     recovery: str,

@@ -22,7 +22,7 @@ from transact_core.export.writer import CheckpointWriter
 from transact_core.forward.perplexity import Evaluation
 from transact_core.models.checkpoint_folder import read_checkpoint
 from transact_core.models.footprint import Footprint
-from transact_core.models.stock_class import MODEL_CLASSES, StockModel, model_type_for
+from transact_core.models.stock_class import StockModel, family_for
 from transact_core.pruning.closed_form import LayerFit, recover
 from transact_core.pruning.plan import PruningPlan
 from transact_core.pruning.surgery import Cut
@@ -47,7 +47,7 @@ def model_class_of(bench: Bench, plan: PruningPlan, recovery: str) -> str:
     """The name of the stock class that a cut is saved as."""
     loaded = bench.loaded
     cut = plan.applied_to(loaded.architecture, with_biases=recovery == "bias")
-    return MODEL_CLASSES[model_type_for(cut, loaded.model.config.model_type)].__name__
+    return family_for(cut, loaded.model.config).class_name
 
 
 def evaluation_report(windows: Windows, evaluation: Evaluation) -> dict[str, str | int]:

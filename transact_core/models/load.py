@@ -1,7 +1,7 @@
-"""From the source that the user names to a LLaMA-family model, its tokenizer and its identity.
+"""From the source that the user names to a model, its tokenizer and its identity.
 
 A source is inspected before it is loaded: configuration, tensor names and shapes, memory. Whatever
-cannot become a dense `LlamaForCausalLM` is refused in one sentence before any weight is loaded.
+cannot become a dense model of a known family is refused in one sentence before weights are loaded.
 """
 
 import os
@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from transact_core.base.cache import evict, mark_in_use
 from transact_core.base.errors import Progress, TransActError, silent
@@ -47,7 +47,7 @@ BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 class LoadedModel:
     """A dense model ready to be measured. Nothing in the program changes its weights."""
 
-    model: "LlamaForCausalLM | ReleasedModel"
+    model: "PreTrainedModel | ReleasedModel"
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
     source: str
@@ -92,7 +92,7 @@ class LoadedModel:
 class ReleasedModel:
     """What is still known of a model whose weights were released."""
 
-    config: LlamaConfig
+    config: PreTrainedConfig
     device: torch.device
     dtype: torch.dtype
 

@@ -1,0 +1,11 @@
+"""Granite: a LLaMA with factors of its own at embeddings, logits, attention and residual stream."""
+
+from transact_core.models.families.description import Family
+
+FAMILY = Family(
+    model_type="granite",
+    title="Granite",
+    class_name="GraniteForCausalLM",
+    residual_multiplier="residual_multiplier",
+    attention_multiplier="attention_multiplier",
+)
