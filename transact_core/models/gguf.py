@@ -189,7 +189,8 @@ def _huggingface_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors by transformers' names, or by their own where those have none.
 
-    A bias that is not stored beside others of its module is zero, so it counts as there. Rotary
+    A bias that is not stored beside others of its module is zero, so it counts as there, unless
+    the family always has it. Rotary
     frequencies, which follow from the metadata, are left out.
     """
     # A damaged file may claim any number of layers; not many more are looked up than it can have.
@@ -203,7 +204,12 @@ def _huggingface_shapes(
         for name, tensor in tensors.items()
         if not name.startswith("rope_freqs") and ".attn_rot_embd" not in name
     }
-    zeros = {name: shape for name, shape in expected.items() if name.endswith(".bias")}
+    required = architecture.family.always_biased
+    zeros = {
+        name: shape
+        for name, shape in expected.items()
+        if name.endswith(".bias") and name.split(".")[-2] not in required
+    }
     return zeros | shapes
 
 
@@ -285,6 +291,8 @@ def convert_gguf(path: Path, found: Inspection, folder: Path) -> None:
     try:
         model_class = found.architecture.family.model_class
         config = model_class.config_class.from_pretrained(path.parent, gguf_file=path.name)
+        # Of a file that calls itself "mistral" the reader makes another type than its own classes.
+        config.model_type = found.architecture.model_type
         # The reader knows of no biases nor head_dim, and takes its vocabulary's size from the
         # tokenizer.
         for name, value in written_values(found.architecture).items():
