@@ -117,6 +117,7 @@ def _write_beside(
         loaded.architecture,
         loaded.model.config,
         with_biases=compression.recovery == "bias",
+        unknown_token=loaded.tokenizer.unk_token is not None,
     )
     card = model_card(
         loaded.name,

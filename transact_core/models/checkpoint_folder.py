@@ -158,10 +158,6 @@ def _read_architecture(folder: Path, raw: dict) -> Architecture:
             raise ValueError("return_dict is off")
         config = family_of(raw.get("model_type", "llama")).read_config(raw)
         architecture = Architecture.from_config(config)
-        if architecture.head_dim % 2:
-            raise ValueError(
-                f"head_dim is {architecture.head_dim}, and rotary embeddings turn dims in pairs"
-            )
         rotary = (config.rope_parameters or {}).get("rope_type", "default")
         if rotary != "default" and rotary not in ROPE_INIT_FUNCTIONS:
             raise ValueError(f"the rope_type {rotary!r} is not one that transformers knows")

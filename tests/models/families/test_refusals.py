@@ -28,7 +28,7 @@ def edit(folder, **changes):
 
 def test_an_odd_head_dim_is_refused(folder):
     edit(folder, head_dim=7)
-    with pytest.raises(TransActError, match="head_dim is 7, and rotary embeddings turn dims"):
+    with pytest.raises(TransActError, match="RoPE requires an even rotary dimension"):
         load_model(str(folder))
 
 

@@ -28,6 +28,31 @@ class Norms:
 
 
 @dataclass(frozen=True)
+class InLlamaCpp:
+    """What llama.cpp, with its own converter, makes of a family. The defaults are LLaMA's."""
+
+    biases: bool = True
+    """Whether it reads a model with biases on all projections of a module."""
+    any_attention_width: bool = True
+    """Whether it reads heads that together are not as wide as the residual stream."""
+    unrotated: int | None = None
+    """It takes every layer of this number to be one that does not rotate; None for none."""
+
+
+@dataclass(frozen=True)
+class InCTranslate2:
+    """What CTranslate2's converter makes of a family. The defaults are LLaMA's."""
+
+    any_attention_width: bool = False
+    """Whether it reads heads that together are not as wide as the residual stream."""
+    needs_unknown_token: bool = False
+    """Whether it refuses a tokenizer without an unknown token."""
+    refuses_longer_texts: bool = False
+    """Whether it refuses a text that is longer than the sliding window, in place of forgetting
+    the window."""
+
+
+@dataclass(frozen=True)
 class Family:
     """One family. The defaults are LLaMA's."""
 
@@ -79,6 +104,10 @@ class Family:
     as_llama: Callable[[int], dict[str, object]] | None = None
     """Takes a number of layers and gives the fields with which the class computes what a LLaMA
     does, from the same tensors; None where it cannot."""
+
+    llama_cpp: InLlamaCpp = InLlamaCpp()
+    ctranslate2: InCTranslate2 | None = InCTranslate2()
+    """None where it has no converter for the family."""
 
     @property
     def projections(self) -> dict[str, tuple[str, ...]]:

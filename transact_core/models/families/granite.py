@@ -1,6 +1,6 @@
 """Granite: a LLaMA with factors of its own at embeddings, logits, attention and residual stream."""
 
-from transact_core.models.families.description import Family
+from transact_core.models.families.description import Family, InLlamaCpp
 
 FAMILY = Family(
     model_type="granite",
@@ -8,4 +8,6 @@ FAMILY = Family(
     class_name="GraniteForCausalLM",
     residual_multiplier="residual_multiplier",
     attention_multiplier="attention_multiplier",
+    llama_cpp=InLlamaCpp(any_attention_width=False),
+    ctranslate2=None,
 )

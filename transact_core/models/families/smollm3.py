@@ -1,6 +1,6 @@
 """SmolLM3: a LLaMA of which some layers, every fourth by default, rotate nothing."""
 
-from transact_core.models.families.description import Family
+from transact_core.models.families.description import Family, InLlamaCpp
 
 FAMILY = Family(
     model_type="smollm3",
@@ -14,4 +14,6 @@ FAMILY = Family(
         "no_rope_layers": [1] * layers,
         "layer_types": ["full_attention"] * layers,
     },
+    llama_cpp=InLlamaCpp(biases=False, unrotated=4),
+    ctranslate2=None,
 )
