@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transact_core.base.cache import Tensors, remembered, sha256_of_tokens
-from transact_core.base.errors import Progress, silent
+from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
 from transact_core.forward.perplexity import Evaluation, evaluate, paired_difference
 from transact_core.forward.statistics import ActivationStatistics
@@ -23,6 +23,7 @@ from transact_core.importance.scores import Evidence, Scores, score
 from transact_core.models.devices import dtype_name, resolve_dtype
 from transact_core.models.footprint import Footprint, footprint
 from transact_core.models.load import LoadedModel
+from transact_core.models.stock_class import require_biases
 from transact_core.planning.damage import (
     NARROW_RATIOS,
     RIDGES,
@@ -227,13 +228,31 @@ class Bench:
         """Lets go of the dense weights: what was measured stays, and no more can be measured."""
         self.loaded = self.loaded.release()
 
+    def require_recovery_of_class(self, recovery: str) -> None:
+        """Refuses a recovery that the model's class has no tensors for.
+
+        Raises:
+            TransActError: the recovery is `bias`, and the class has not all the biases it writes.
+        """
+        if recovery == "bias":
+            require_biases(self.loaded.model.config, attention=True, mlp=True)
+
     def prepared(self, choices: Choices) -> bool:
         """Whether a plan with these choices needs no measuring any more."""
+        try:
+            self.require_recovery_of_class(choices.recovery)
+        except TransActError:
+            return False  # `prepare` says why
         pairs_known = choices.granularity != "head-dims" or "rotary pairs" in self._measured
         return choices.importance in self._scores and pairs_known
 
     def prepare(self, choices: Choices, progress: Progress = silent) -> None:
-        """Measures what every plan with these choices needs."""
+        """Measures what every plan with these choices needs.
+
+        Raises:
+            TransActError: as `plan` and `require_recovery_of_class` do.
+        """
+        self.require_recovery_of_class(choices.recovery)
         self.plan(0.0, 0.0, choices, progress)
 
     def plan(

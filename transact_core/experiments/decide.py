@@ -22,7 +22,6 @@ from transact_core.forward.waists import head_rows
 from transact_core.importance.elimination import eliminate_module
 from transact_core.importance.scores import Evidence, Scores, score
 from transact_core.models.architecture import Architecture
-from transact_core.models.stock_class import require_biases
 from transact_core.pruning.closed_form import recover, require_recovery
 from transact_core.pruning.plan import (
     GRANULARITIES,
@@ -52,8 +51,7 @@ def decide(
         TransActError: a choice is not known, or the granularity cannot be had for this model.
     """
     require_recovery(choices.recovery)
-    if choices.recovery == "bias":
-        require_biases(bench.loaded.model.config, mha_ratio > 0, mlp_ratio > 0)
+    bench.require_recovery_of_class(choices.recovery)
     if choices.sequential:
         require_sequential(choices)
     losses: dict[Granularity, float] = {}

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from transact_core.base.errors import INTERRUPTIONS, TransActError, first_line
+from transact_core.base.errors import INTERRUPTIONS, TransActError, first_line, last_line
 from transact_core.base.files import MAX_NAME_BYTES, MAX_TEXT_BYTES, read_text
 from transact_core.models.architecture import Architecture
 from transact_core.models.families.refusals import require_known_family
@@ -169,7 +169,7 @@ def _read_architecture(folder: Path, raw: dict) -> Architecture:
         if not 0 < theta < math.inf:
             raise ValueError(f"rope_theta is {theta}")
     except Exception as error:
-        reason = _last_line(error)
+        reason = last_line(error)
         raise TransActError(
             f"{folder / 'config.json'} is not a valid configuration: {reason}."
         ) from None
@@ -506,7 +506,3 @@ def _require_modest_tokenizer(path: Path) -> None:
                 f"{path} replaces characters by up to {growth:,} others, which no tokenizer of a "
                 "language model does; it may be made to use up the memory."
             )
-
-
-def _last_line(error: Exception) -> str:
-    return [type(error).__name__, *str(error).strip().rstrip(".").splitlines()][-1].strip()

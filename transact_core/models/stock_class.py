@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from transact_core.base.errors import TransActError
+from transact_core.base.errors import TransActError, last_line
 from transact_core.models.architecture import Architecture
 from transact_core.models.families.description import Family
 from transact_core.models.families.table import FAMILIES, family_of
@@ -94,6 +94,7 @@ def config_for(config: StockConfig, architecture: Architecture) -> StockConfig:
         vars(cut).pop("auto_map", None)
         for name, value in values.items():
             setattr(cut, name, value)
+        _require_readable(cut, family)
         return cut
     left_out = {*CLASS_FIELDS, *WINDOW_FIELDS, *architecture.config_values()}
     raw = {name: value for name, value in config.to_dict().items() if name not in left_out}
@@ -101,6 +102,21 @@ def config_for(config: StockConfig, architecture: Architecture) -> StockConfig:
     cut = family.read_config(raw | own | values)
     cut._attn_implementation = config._attn_implementation
     return cut
+
+
+def _require_readable(config: StockConfig, family: Family) -> None:
+    """Refuses a configuration that the class would write and not read again.
+
+    Raises:
+        TransActError: the class refuses it; the sentence says why.
+    """
+    try:
+        family.read_config(config.to_dict())
+    except Exception as error:
+        raise TransActError(
+            f"{family.class_name} cannot have these widths ({last_line(error)}); choose a ratio of "
+            "0 for the attention."
+        ) from None
 
 
 def written_values(architecture: Architecture) -> dict[str, int | bool]:

@@ -1,5 +1,10 @@
-"""Small random models of every family, made by transformers itself."""
+"""Small random models of every family, made by transformers itself.
 
+`TRANSACT_TEST_CHECKPOINT` names a real checkpoint (a folder or a hub id) that takes their place in
+`test_honest.py`.
+"""
+
+import os
 from itertools import product
 
 import torch
@@ -7,6 +12,7 @@ from transformers import PreTrainedModel
 
 from tests.conftest import VOCAB_SIZE
 from transact_core.models.families.table import family_of
+from transact_core.models.load import load_model
 
 SIZES = {
     "vocab_size": VOCAB_SIZE,
@@ -46,6 +52,7 @@ MEMBERS: dict[str, tuple[str, dict]] = {
             "attention_multiplier": 0.2,
         },
     ),
+    "phi3": ("phi3", {"sliding_window": None}),
 }
 """`model_type` and what is particular of its configuration, by a name for the test."""
 KINDS = {
@@ -53,12 +60,17 @@ KINDS = {
     for member, grouped, tied in product(MEMBERS, (False, True), (False, True))
 }
 """Every member with heads of their own keys and in groups, untied and tied."""
+CHECKPOINT = os.environ.get("TRANSACT_TEST_CHECKPOINT")
+if CHECKPOINT:
+    KINDS = {CHECKPOINT: (CHECKPOINT,)}
 
 
 def make_member(
     member: str, grouped: bool = True, tied: bool = False, **changes
 ) -> PreTrainedModel:
     """A model of that member, with random norms and biases too, ready to be read."""
+    if member == CHECKPOINT:
+        return load_model(member, device="cpu", dtype="float32").model
     torch.manual_seed(0)
     model_type, own = MEMBERS[member]
     family = family_of(model_type)

@@ -136,7 +136,7 @@ def test_narrower_heads_are_exact_or_refused_by_name(dense, bench):
         for layer in plan.layers
     )
     plan = plan.model_copy(update={"layers": layers})
-    silenced, head_dim = copy.deepcopy(dense), 8
+    silenced, head_dim = copy.deepcopy(dense), bench.loaded.architecture.head_dim
     turning = torch.tensor([*plan.slots, *(pair + head_dim // 2 for pair in plan.slots)])
     for decoder, layer in zip(silenced.model.layers, plan.layers, strict=True):
         attention, silent = decoder.self_attn, torch.ones(head_dim, dtype=torch.bool)
@@ -175,7 +175,7 @@ def test_statistics_are_those_of_hooks_on_the_stock_model(dense, bench):
         hook.remove()
     found = collect(dense, windows)
     for site in (*MODULES, "residual"):
-        for layer_index in range(3):
+        for layer_index in range(len(dense.model.layers)):
             rows = torch.cat(seen[site, layer_index])
             statistics = getattr(found, site)
             torch.testing.assert_close(
@@ -216,14 +216,16 @@ def test_perplexity_is_that_of_a_plain_loop(dense, bench):
 def test_least_squares_lowers_the_held_out_error(dense, bench):
     plan = bench.plan(0.34, 0.4, Choices(granularity="kv-groups"))
     model, measurement = compress(bench, plan, "least-squares")
-    assert len(measurement.fits) == 6
+    assert len(measurement.fits) == 2 * len(dense.model.layers)
     assert all(fit.recovered_error <= fit.bare_error for fit in measurement.fits)
-    assert sum(fit.recovered_error < 0.98 * fit.bare_error for fit in measurement.fits) >= 3
-    bare = prune(dense, plan)
-    for layer, cut in zip(model.model.layers, bare.model.layers, strict=True):
-        assert layer.mlp.down_proj.weight.shape == cut.mlp.down_proj.weight.shape
-    # The repair is in the very place: the last layer's waist, read by it, comes nearer.
-    assert measurement.perplexity == pytest.approx(evaluate(model, bench.evaluation).perplexity)
+    lower = [fit for fit in measurement.fits if fit.recovered_error < 0.98 * fit.bare_error]
+    assert len(lower) >= len(measurement.fits) // 2
+    # What is written into the model is nearer to the dense one on other text, too.
+    errors = [
+        (model_cut(IDS).logits - dense(IDS).logits).square().mean().item()
+        for model_cut in (prune(dense, plan), model)
+    ]
+    assert errors[1] < errors[0]
 
 
 def test_a_bias_is_written_or_refused_by_name(dense, bench):
@@ -263,7 +265,7 @@ def test_attention_patterns_are_those_of_the_stock_model(dense, bench):
     eager = copy.deepcopy(dense)
     eager.set_attn_implementation("eager")
     stock = eager(windows.ids[:1], output_attentions=True).attentions
-    for layer_index in range(3):
+    for layer_index in range(len(dense.model.layers)):
         found = attention_pattern(dense, windows, layer_index)
         torch.testing.assert_close(found, stock[layer_index][0], rtol=1e-4, atol=1e-5)
 
