@@ -2,8 +2,11 @@
 
 import pytest
 
+from pages.server.request import Request
 from tests.conftest import bench_of
 from tests.models.families.made import make_member
+from tests.pages.conftest import ended
+from transact_core.experiments.bench import Choices
 
 PAGES = (
     "activations",
@@ -31,13 +34,14 @@ def test_every_page_is_drawn(open_page, gqa_bench):
         assert not page.error, (name, page.error)
 
 
-def test_what_a_family_does_not_allow_is_said_on_the_pages(open_page, gqa_bench):
-    narrow = gqa_bench.loaded.model.config.model_type in ("qwen2", "granite")
-    page = open_page("compress", granularity="head-dims")
-    assert not page.exception
-    said = "\n".join(each.value for each in (*page.error, *page.warning, *page.info))
-    assert ("granularity head-dims cannot be had here" in said) != narrow
-    page = open_page("compress", recovery="bias")
-    assert not page.exception
-    said = [each.value for each in page.error]
-    assert bool(said) == (not narrow or "qwen2" in gqa_bench.loaded.model.config.model_type)
+@pytest.mark.parametrize("gqa_bench", ["qwen3"], indirect=True)
+def test_what_a_family_does_not_allow_is_said_on_the_pages(opened, open_page, gqa_bench):
+    for choice, complaint in (
+        ({"granularity": "head-dims"}, "The granularity head-dims cannot be had here"),
+        ({"recovery": "bias"}, "Qwen3ForCausalLM has no bias for each of its projections"),
+    ):
+        page = open_page("compress", **choice)
+        ended(opened.prepare(Request(), Choices(**choice)))
+        page.run()
+        assert not page.exception
+        assert complaint in "\n".join(each.value for each in page.error)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.base.files import require_disk_space, require_free_output, staged_folder
@@ -100,15 +101,19 @@ def write_checkpoint(
             if name != "lm_head.weight" or not model.config.tie_word_embeddings:
                 writer.add(name, tensor)
         writer.finish(model)
-        _write_beside(folder, bench, measurement, compression)
+        _write_beside(folder, bench, measurement, compression, bench.loaded.tokenizer)
 
 
 def _write_beside(
-    folder: Path, bench: Bench, measurement: Measurement, compression: Compression
+    folder: Path,
+    bench: Bench,
+    measurement: Measurement,
+    compression: Compression,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Writes everything but weights and configurations into an output folder."""
     result = report(bench, measurement)
-    save_tokenizer(bench.loaded.tokenizer, folder, bench.loaded.folder)
+    save_tokenizer(tokenizer, folder, bench.loaded.folder)
     (folder / "compression.json").write_text(compression.to_json())
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     loaded = bench.loaded
@@ -117,7 +122,7 @@ def _write_beside(
         loaded.architecture,
         loaded.model.config,
         with_biases=compression.recovery == "bias",
-        unknown_token=loaded.tokenizer.unk_token is not None,
+        unknown_token=tokenizer.unk_token is not None,
     )
     card = model_card(
         loaded.name,
@@ -152,13 +157,15 @@ def compress_to_folder(
     bench.dense(progress)
     start = time.perf_counter()
     device, dtype = bench.loaded.device, bench.loaded.dtype
+    # It is written last, when the model and with it the bench's tokenizer are released.
+    tokenizer = bench.loaded.tokenizer
     with staged_folder(output) as folder:
         fits = _write_layers(folder, bench, compression, progress)
         bench.release_model()
         model = read_checkpoint(folder, dtype).to(device)
         model.eval().requires_grad_(False)
         measurement = measure(bench, model, plan, recovery, fits, start, progress)
-        _write_beside(folder, bench, measurement, compression)
+        _write_beside(folder, bench, measurement, compression, tokenizer)
     return measurement
 
 
