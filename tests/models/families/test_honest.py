@@ -29,6 +29,7 @@ from transact_core.models.architecture import Architecture
 from transact_core.models.families.table import FAMILIES
 from transact_core.models.footprint import footprint
 from transact_core.models.load import load_model
+from transact_core.pruning.closed_form import recover
 from transact_core.pruning.plan import GRANULARITIES, Decision
 from transact_core.pruning.surgery import prune
 
@@ -272,3 +273,17 @@ def test_attention_patterns_are_those_of_the_stock_model(dense, bench):
 
 def test_every_granularity_is_had_or_refused(bench):
     assert set(granularities_of(bench)) <= set(GRANULARITIES)
+
+
+def test_the_repaired_stream_is_that_of_the_pruned_model(dense, bench):
+    """With one window nothing is held out and the bare cut is kept: the stream must be its own."""
+    windows = bench.calibration
+    one = windows.__class__(windows.source, windows.sha256, windows.ids[:1])
+    plan = bench.plan(0.34, 0.4, Choices(importance="magnitude", granularity="kv-groups"))
+    pruned = prune(dense, plan)
+    found = recover(dense, pruned, plan, one, "least-squares")
+    assert all(fit.is_bare for fit in found.fits)
+    stream = Stream(pruned, one)
+    for layer_index in range(len(stream.layers)):
+        stream.pass_layer(layer_index)
+    torch.testing.assert_close(found.hidden, stream.hidden, rtol=1e-4, atol=1e-4)
