@@ -102,7 +102,7 @@ def show_other_runtimes(bench: Bench, cut: Cut, decision: Decision | None) -> No
         match reading.outcome:
             case "same":
                 st.caption(f":material/check: {reading.sentence}")
-            case "refused":
+            case "refused" | "unknown":
                 st.info(reading.sentence, icon=":material/block:")
             case "misread":
                 st.warning(reading.sentence, icon=":material/warning:")

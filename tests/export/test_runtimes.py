@@ -70,3 +70,9 @@ def test_sliding_windows_are_named():
     said = readings(make_member("mistral, sliding").config)
     assert [each.outcome for each in said] == ["misread", "refused"]
     assert all("texts of more than 5 tokens" in each.sentence for each in said)
+
+
+def test_what_was_not_tried_is_not_claimed():
+    said = readings(make_member("phi3").config)
+    assert [each.outcome for each in said] == ["unknown", "unknown"]
+    assert all("was not tried: no cut of a Phi-3 model" in each.sentence for each in said)

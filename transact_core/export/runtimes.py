@@ -26,13 +26,15 @@ class Reading:
     """How one runtime reads a model, and why where it does not compute what transformers does."""
 
     runtime: str
-    outcome: Literal["same", "misread", "refused"]
+    outcome: Literal["same", "misread", "refused", "unknown"]
     why: str = ""
 
     @property
     def sentence(self) -> str:
         if self.outcome == "same":
             return f"{self.runtime} gives the same next tokens."
+        if self.outcome == "unknown":
+            return f"{self.runtime} was not tried: {self.why}."
         verb = "misreads it without a word" if self.outcome == "misread" else "refuses it"
         return f"{self.runtime} {verb}: {self.why}."
 
@@ -124,8 +126,10 @@ def _rounded_mlp(plan: PruningPlan, dense: Architecture, multiple_of: int) -> in
 def _in_llama_cpp(config: StockConfig, rope_type: str) -> Reading:
     cut, family = Architecture.from_config(config), family_of(config.model_type)
     layers, window = range(cut.num_hidden_layers), sliding_window(config)
-    rotated = [family.rotates(config, layer) for layer in layers]
+    if family.llama_cpp is None:
+        return Reading(LLAMA_CPP, "unknown", f"no cut of a {family.title} model was given to it")
     every = family.llama_cpp.unrotated
+    rotated = [family.rotates(config, layer) for layer in layers]
     if (cut.attention_bias or cut.mlp_bias) and not family.llama_cpp.biases:
         return Reading(LLAMA_CPP, "refused", f"its {family.title} has no biases")
     if rotated != [every is None or (layer + 1) % every != 0 for layer in layers]:
@@ -155,6 +159,8 @@ def _in_ctranslate2(config: StockConfig, rope_type: str, unknown_token: bool) ->
     cut, family = Architecture.from_config(config), family_of(config.model_type)
     reader, window = family.ctranslate2, sliding_window(config)
     if reader is None:
+        return Reading(CTRANSLATE2, "unknown", f"no cut of a {family.title} model was given to it")
+    if not reader.has_converter:
         return Reading(CTRANSLATE2, "refused", f"it has no converter for {family.title}")
     if reader.needs_unknown_token and not unknown_token:
         return Reading(

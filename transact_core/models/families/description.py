@@ -43,6 +43,7 @@ class InLlamaCpp:
 class InCTranslate2:
     """What CTranslate2's converter makes of a family. The defaults are LLaMA's."""
 
+    has_converter: bool = True
     any_attention_width: bool = False
     """Whether it reads heads that together are not as wide as the residual stream."""
     needs_unknown_token: bool = False
@@ -105,9 +106,10 @@ class Family:
     """Takes a number of layers and gives the fields with which the class computes what a LLaMA
     does, from the same tensors; None where it cannot."""
 
-    llama_cpp: InLlamaCpp = InLlamaCpp()
+    llama_cpp: InLlamaCpp | None = InLlamaCpp()
+    """None where it was not tried."""
     ctranslate2: InCTranslate2 | None = InCTranslate2()
-    """None where it has no converter for the family."""
+    """None where it was not tried."""
 
     @property
     def projections(self) -> dict[str, tuple[str, ...]]:

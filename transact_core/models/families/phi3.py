@@ -9,4 +9,6 @@ FAMILY = Family(
     attention_inputs={"qkv_proj": ("queries", "keys", "values")},
     mlp_inputs={"gate_up_proj": ("channels", "channels")},
     bias_fields=(),
+    llama_cpp=None,
+    ctranslate2=None,
 )

@@ -1,6 +1,6 @@
 """SmolLM3: a LLaMA of which some layers, every fourth by default, rotate nothing."""
 
-from transact_core.models.families.description import Family, InLlamaCpp
+from transact_core.models.families.description import Family, InCTranslate2, InLlamaCpp
 
 FAMILY = Family(
     model_type="smollm3",
@@ -15,5 +15,5 @@ FAMILY = Family(
         "layer_types": ["full_attention"] * layers,
     },
     llama_cpp=InLlamaCpp(biases=False, unrotated=4),
-    ctranslate2=None,
+    ctranslate2=InCTranslate2(has_converter=False),
 )
