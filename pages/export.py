@@ -97,11 +97,12 @@ def show_other_runtimes(bench: Bench, cut: Cut, decision: Decision | None) -> No
     model_class = model_class_of(bench, plan, cut.recovery)
     if reason := explanation(model_class, loaded.model.config.model_type):
         st.caption(f"Saved as a stock `{model_class}`, {reason}.")
-    for reading in readings_of_cut(plan, loaded.architecture, loaded.model.config, biases):
+    unknown = loaded.tokenizer.unk_token is not None
+    for reading in readings_of_cut(plan, loaded.architecture, loaded.model.config, biases, unknown):
         match reading.outcome:
             case "same":
                 st.caption(f":material/check: {reading.sentence}")
-            case "refused":
+            case "refused" | "unknown":
                 st.info(reading.sentence, icon=":material/block:")
             case "misread":
                 st.warning(reading.sentence, icon=":material/warning:")

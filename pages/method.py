@@ -15,6 +15,8 @@ from pages.server.request import Request
 from pages.server.visits import visit
 from transact_core import ROOMS
 from transact_core.importance.scores import IMPORTANCES
+from transact_core.models.families.allowed import table
+from transact_core.models.families.table import FAMILIES
 from transact_core.pruning.closed_form import FOLDS, RIDGES
 
 PAPER = "2407.05690"
@@ -208,9 +210,22 @@ def show_differences() -> None:
         "from every group, or whole groups |\n"
         "| narrower heads | the best dims of each head; new rotary frequencies | whole "
         "rotary pairs, with the original frequencies |\n"
-        "| result | model classes of its own | a stock `LlamaForCausalLM`, or another stock "
+        "| result | model classes of its own | the model's own stock class, or another stock "
         "class that computes the same |"
     )
+
+
+def show_families() -> None:
+    st.subheader("Which models, and what each allows", anchor="families")
+    st.markdown(
+        "Whole query heads, whole key-value groups and channels of the MLP can be removed from a "
+        "model of any of these families, by every importance and with the recovery "
+        "`least-squares`; sliding windows, layers without rotary embedding, norms and factors stay "
+        "as they are. The rest is allowed where it is exact, and refused by name where it is not. "
+        "Narrower heads are fitted on whole windows of text, so they also need a sliding window "
+        "that is no shorter than those."
+    )
+    st.markdown(table(list(FAMILIES.values())))
 
 
 def rooms() -> dict[str, str]:
@@ -257,5 +272,6 @@ with st.container(width=LINE_WIDTH):
     show_repair()
     show_measuring()
     show_differences()
+    show_families()
     show_rooms()
     show_sources()

@@ -226,7 +226,7 @@ require_entered()
 recorded = example()
 st.title("Start here")
 st.write(
-    "This workbench removes width from a LLaMA-family model, repairs the remaining weights without "
+    "This workbench removes width from a language model, repairs the remaining weights without "
     "training, and shows what that costs. This page works through one cut of the built-in model "
     f"{recorded.name}."
 )

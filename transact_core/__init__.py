@@ -1,4 +1,4 @@
-"""Width pruning of LLaMA-family models guided by their transitional activations.
+"""Width pruning of language models guided by their transitional activations.
 
 Its sub-packages are listed in `ROOMS` in the order in which data flows through them; each imports
 only from those before it, and the command line `cli` from all. `docs/architecture.md` is the map.

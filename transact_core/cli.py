@@ -1,4 +1,4 @@
-"""Width pruning of LLaMA-family models, from the command line.
+"""Width pruning of language models, from the command line.
 
 Results go to stdout, progress and warnings to stderr. An error that the user can correct is one
 line on stderr and exit status 2.

@@ -12,6 +12,7 @@ from pages.charts.text import plain
 from pages.server.jobs import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job
 from pages.server.open_models import Opening, workbench
 from pages.server.visits import visit
+from transact_core.base.errors import TransActError
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.forward.perplexity import Evaluation
 
@@ -216,6 +217,11 @@ def require_prepared(bench: Bench, choices: Choices, key: str) -> bool:
     """Whether plans with these choices can be made; until then the progress in their place."""
     if bench.prepared(choices):
         return True
+    try:
+        bench.require_recovery_of_class(choices.recovery)
+    except TransActError as error:
+        st.error(plain(str(error)), icon=":material/error:")
+        return False
     job = workbench().prepare(visit().request, choices)
     if not job.wait(SOON):
         watch(f"{key}-prepare", job)

@@ -12,9 +12,11 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
 from tests.conftest import KINDS, make_model, same_weights, snapshot
+from tests.models.families.made import make_member
 from transact_core.base.cache import evict
 from transact_core.base.errors import TransActError
 from transact_core.base.files import sha256_of_file
@@ -69,8 +71,48 @@ def test_the_source_dtype_is_remembered(gqa_model, tokenizer, tmp_path, dtype):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "MistralForCausalLM"),
-        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "Qwen2ForCausalLM"),
+        (
+            {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"},
+            "a Gemma2ForCausalLM; on",
+        ),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "lack the .*q_proj.bias"),
+        (
+            {
+                "architectures": ["MixtralForCausalLM"],
+                "model_type": "mixtral",
+                "num_local_experts": 8,
+            },
+            "MixtralForCausalLM, which is a mixture of experts; only dense .* Mistral, Qwen2",
+        ),
+        (
+            {
+                "architectures": ["Qwen3NextForCausalLM"],
+                "model_type": "qwen3_next",
+                "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+                "num_experts": 512,
+            },
+            "which is a hybrid of attention with other layers",
+        ),
+        (
+            {"architectures": ["MambaForCausalLM"], "model_type": "mamba", "state_size": 16},
+            "or has no attention at all",
+        ),
+        (
+            {
+                "architectures": ["Qwen2VLForConditionalGeneration"],
+                "model_type": "qwen2_vl",
+                "vision_config": {"depth": 2},
+            },
+            "which is a multimodal model",
+        ),
+        (
+            {
+                "architectures": ["T5ForConditionalGeneration"],
+                "model_type": "t5",
+                "is_encoder_decoder": True,
+            },
+            "a model of an encoder and a decoder",
+        ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
         ({"num_hidden_layers": 4}, "lack the tensor model.layers.3"),
         ({"num_hidden_layers": 1_000_000}, "lack the tensor"),
@@ -400,6 +442,8 @@ GGUF_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -455,9 +499,9 @@ def write_gguf(
         parts = name.split(".")
         if name.startswith("model.layers."):
             inner = ".".join(parts[3:-1])
-            if inner.endswith("q_proj"):
+            if architecture == "llama" and inner.endswith("q_proj"):
                 values = permuted(values, config.num_attention_heads)
-            if inner.endswith("k_proj"):
+            if architecture == "llama" and inner.endswith("k_proj"):
                 values = permuted(values, config.num_key_value_heads)
             target = f"blk.{parts[2]}.{GGUF_NAMES[inner]}.{parts[-1]}"
             if target.split(".", 2)[2] in without:
@@ -653,8 +697,45 @@ def test_a_quantised_gguf_file_is_read_as_float16(wide_model, tokenizer, tmp_pat
 
 
 def test_gguf_files_of_other_models_are_refused(wide_model, tokenizer, tmp_path):
-    path = write_gguf(tmp_path / "other.gguf", wide_model, tokenizer, architecture="qwen2")
-    refuse(path, "holds a qwen2 model")
+    path = write_gguf(tmp_path / "other.gguf", wide_model, tokenizer, architecture="gemma")
+    refuse(path, "holds a gemma model; only the GGUF files of llama, qwen2, qwen3 models")
+    for name, metadata, complaint in (
+        ("qwen2moe", {"qwen2moe.expert_count": 4}, "holds a mixture of experts"),
+        ("jamba", {"jamba.ssm.state_size": 16}, "a jamba model, which has recurrent layers"),
+        # A Qwen2 has biases on its queries, keys and values, and nothing else is read as one.
+        ("qwen2", {}, "lack the tensor model.layers.0.self_attn.q_proj.bias"),
+    ):
+        path = write_gguf(
+            tmp_path / f"{name}.gguf", wide_model, tokenizer, architecture=name, metadata=metadata
+        )
+        refuse(path, complaint)
+
+
+@pytest.mark.parametrize("quantisation", [None, gguf.GGMLQuantizationType.Q8_0])
+@pytest.mark.parametrize("member", ["qwen2", "qwen3", "mistral"])
+def test_gguf_files_of_other_families_load_as_the_model_they_were(
+    tokenizer, tmp_path, member, quantisation
+):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    model = make_member(member, hidden_size=64, intermediate_size=96, **heads)
+    kept = "llama" if member == "mistral" else member
+    path = write_gguf(
+        tmp_path / "model.gguf",
+        model,
+        tokenizer,
+        quantisation,
+        architecture=kept,
+        metadata={f"{kept}.attention.key_length": 32, "general.name": member},
+    )
+    loaded = load_model(str(path), dtype="float32")
+    assert loaded.architecture.model_type == kept
+    ids = torch.arange(60)[None]
+    logits, expected = loaded.model(ids).logits, model(ids).logits
+    if quantisation is None:
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    else:
+        assert functional.cosine_similarity(logits, expected, dim=-1).mean() > 0.99
+    assert load_model(str(path)).architecture == loaded.architecture
 
 
 def test_a_gguf_file_with_scaled_rotary_frequencies_is_refused(wide_model, tokenizer, tmp_path):

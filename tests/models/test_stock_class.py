@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, SmolLM3Config
 
 from tests.conftest import bench_of, make_model, same_weights, snapshot, windows_for
 from tests.pruning.test_surgery import IDS, ROPES, zeroed
@@ -16,14 +16,9 @@ from transact_core.experiments.bench import Choices, compress
 from transact_core.export.compression import describe_compression
 from transact_core.export.folder import compress_to_folder
 from transact_core.models.architecture import Architecture
+from transact_core.models.families.table import FAMILIES
 from transact_core.models.load import load_model
-from transact_core.models.stock_class import (
-    MODEL_CLASSES,
-    config_for,
-    difference_from_llama,
-    explanation,
-    model_type_for,
-)
+from transact_core.models.stock_class import config_for, explanation, family_for
 from transact_core.pruning.plan import Decision, head_counts
 from transact_core.pruning.surgery import cast, prune
 
@@ -195,40 +190,26 @@ def test_code_beside_the_source_is_not_named(heads):
 def test_only_another_class_than_the_sources_is_explained():
     assert "LlamaConfig requires" in explanation("MistralForCausalLM")
     assert "LlamaConfig requires" in explanation("SmolLM3ForCausalLM", "mistral")
-    for source_type, model_class in MODEL_CLASSES.items():
-        assert explanation(model_class.__name__, source_type) is None
+    for source_type, family in FAMILIES.items():
+        assert explanation(family.class_name, source_type) is None
         assert explanation("LlamaForCausalLM", source_type) is None
 
 
 def test_a_model_stays_of_the_class_it_came_in():
-    shape = Architecture.from_config(made("gqa").config)
-    assert model_type_for(shape) == "llama"
-    assert model_type_for(shape, "mistral") == "mistral"
+    config = made("gqa").config
+    shape = Architecture.from_config(config)
+    assert family_for(shape, config).model_type == "llama"
+    config = MistralConfig(**SHAPES["gqa"], hidden_size=64, sliding_window=None)
+    assert family_for(Architecture.from_config(config), config).model_type == "mistral"
     biased = Architecture.from_config(made("gqa", mlp_bias=True).config)
-    assert model_type_for(biased, "mistral") == "llama"
+    assert family_for(biased, config).model_type == "llama"
 
 
-@pytest.mark.parametrize(
-    ("raw", "complaint"),
-    [
-        ({"model_type": "mistral"}, "the last 4096 only"),
-        ({"model_type": "mistral", "sliding_window": 128}, "the last 128 only"),
-        ({"model_type": "smollm3"}, "no rotary embedding"),
-        ({"model_type": "smollm3", "no_rope_layers": [1, 0, 1]}, "no rotary embedding"),
-        (
-            {
-                "model_type": "smollm3",
-                "no_rope_layers": [1, 1, 1],
-                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-            },
-            "do not attend to all tokens",
-        ),
-    ],
-)
-def test_models_that_only_look_alike_are_refused(checkpoint, raw, complaint):
-    assert complaint in difference_from_llama(raw)
-    config = json.loads((checkpoint / "config.json").read_text()) | raw
-    del config["architectures"]
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(TransActError, match=f"cannot be pruned here, because .*{complaint}"):
-        load_model(str(checkpoint))
+def test_only_what_computes_as_a_llama_does_may_change_its_class():
+    biased = Architecture.from_config(made("gqa", mlp_bias=True).config)
+    config = MistralConfig(**SHAPES["gqa"], hidden_size=64, sliding_window=8)
+    with pytest.raises(TransActError, match="MistralForCausalLM has no bias"):
+        family_for(biased, config)
+    config = SmolLM3Config(**SHAPES["gqa"], hidden_size=64)
+    assert not FAMILIES["smollm3"].computes_as_llama(config)
+    assert family_for(biased, config).model_type == "smollm3"

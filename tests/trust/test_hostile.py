@@ -164,7 +164,7 @@ def test_a_name_of_several_lines_does_not_break_the_sentence(sources, tmp_path, 
     stored = json.loads((sources / "model" / "config.json").read_text())
     stored |= {name: "a\nb"}
     (tmp_path / "model" / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(TransActError, match="only LlamaForCausalLM checkpoints"):
+    with pytest.raises(TransActError, match="only dense causal language models of the families"):
         load_model(str(tmp_path / "model"))
     read_or_refused(lambda: load_model(str(tmp_path / "model")))
 

@@ -19,6 +19,14 @@ def first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
+def last_line(error: Exception) -> str:
+    """The last line of a library's error without its full stop, or its type where it says nothing.
+
+    Errors of several lines about one field of a configuration end with what is wrong.
+    """
+    return [type(error).__name__, *str(error).strip().rstrip(".").splitlines()][-1].strip()
+
+
 Progress = Callable[[str, int, int], None]
 """Called as `progress(stage, done, total)`, where `stage` is a phrase for the user; may raise
 `Cancelled`."""

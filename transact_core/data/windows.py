@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
-from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from transact_core.base.errors import INTERRUPTIONS, Progress, TransActError, silent
 from transact_core.data.corpus import BUILTIN_TEXT, Corpus, for_model, read_corpus
@@ -116,7 +116,7 @@ def evaluation_windows(
     return _windows(corpus, ids, tokens, sequence_length, context_length)
 
 
-def context_length_of(config: LlamaConfig) -> int:
+def context_length_of(config: PreTrainedConfig) -> int:
     """How many tokens the model was trained, or stretched, to see at once.
 
     `max_position_embeddings`, which counts what `llama3`, `longrope` and most `yarn` models were

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from transact_core.base.cache import Tensors, remembered, sha256_of_tokens
 from transact_core.base.errors import Progress, TransActError, silent
@@ -23,6 +23,7 @@ from transact_core.importance.scores import Evidence, Scores, score
 from transact_core.models.devices import dtype_name, free_memory, resolve_dtype
 from transact_core.models.footprint import Footprint, footprint
 from transact_core.models.load import LoadedModel
+from transact_core.models.stock_class import require_biases
 from transact_core.planning.damage import (
     NARROW_RATIOS,
     RIDGES,
@@ -35,7 +36,7 @@ from transact_core.planning.damage import (
 from transact_core.planning.memory_needed import cut_bytes
 from transact_core.pruning.closed_form import LayerFit, recover, require_recovery
 from transact_core.pruning.plan import Decision, Granularity, PruningPlan, make_plan
-from transact_core.pruning.rope import require_exact_rope
+from transact_core.pruning.rope import require_narrowable
 from transact_core.pruning.surgery import prune, round_weights
 
 
@@ -185,7 +186,7 @@ class Bench:
 
     def pairs(self, progress: Progress = silent) -> PairEffects:
         """The rotary pairs' effects on attention; measured at the first call."""
-        require_exact_rope(self.loaded.model.config)
+        require_narrowable(self.loaded.model.config, self.calibration.sequence_length)
         tensors = self._remember(
             "rotary pairs",
             lambda: measure_pairs(self.loaded.model, self.calibration, progress).to_tensors(),
@@ -252,6 +253,15 @@ class Bench:
         can be measured."""
         self.loaded = self.loaded.release()
 
+    def require_recovery_of_class(self, recovery: str) -> None:
+        """Refuses a recovery that the model's class has no tensors for.
+
+        Raises:
+            TransActError: the recovery is `bias`, and the class has not all the biases it writes.
+        """
+        if recovery == "bias":
+            require_biases(self.loaded.model.config, attention=True, mlp=True)
+
     def findings(self) -> Findings:
         """All that was measured by now."""
         return Findings(dict(self._measured), dict(self._scores), self._dense)
@@ -272,11 +282,20 @@ class Bench:
 
     def prepared(self, choices: Choices) -> bool:
         """Whether a plan with these choices needs no measuring any more."""
+        try:
+            self.require_recovery_of_class(choices.recovery)
+        except TransActError:
+            return False  # `prepare` says why
         pairs_known = choices.granularity != "head-dims" or "rotary pairs" in self._measured
         return choices.importance in self._scores and pairs_known
 
     def prepare(self, choices: Choices, progress: Progress = silent) -> None:
-        """Measures what every plan with these choices needs."""
+        """Measures what every plan with these choices needs.
+
+        Raises:
+            TransActError: as `plan` and `require_recovery_of_class` do.
+        """
+        self.require_recovery_of_class(choices.recovery)
         self.plan(0.0, 0.0, choices, progress)
 
     def plan(
@@ -367,7 +386,7 @@ def model_report(cost: Footprint, perplexity: float) -> dict[str, float]:
 
 def compress(
     bench: Bench, plan: PruningPlan, recovery: str, progress: Progress = silent
-) -> tuple[LlamaForCausalLM, Measurement]:
+) -> tuple[PreTrainedModel, Measurement]:
     """Cuts, repairs and measures; perplexity is that of the weights as they would be saved.
 
     Raises:
@@ -382,7 +401,7 @@ def compress(
 
 def carry_out(
     bench: Bench, plan: PruningPlan, recovery: str, progress: Progress = silent
-) -> tuple[LlamaForCausalLM, tuple[LayerFit, ...]]:
+) -> tuple[PreTrainedModel, tuple[LayerFit, ...]]:
     """Cuts, repairs, and rounds the weights to the dtype they are saved in; measures nothing.
 
     Raises:
@@ -423,7 +442,7 @@ def require_memory(bench: Bench, plan: PruningPlan, recovery: str) -> None:
 
 def measure(
     bench: Bench,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     plan: PruningPlan,
     recovery: str,
     fits: tuple[LayerFit, ...],

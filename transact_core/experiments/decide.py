@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from fractions import Fraction
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
@@ -34,7 +34,7 @@ from transact_core.pruning.plan import (
     head_counts,
     widths,
 )
-from transact_core.pruning.rope import require_exact_rope
+from transact_core.pruning.rope import require_narrowable
 from transact_core.pruning.surgery import Cut, prune
 
 
@@ -51,6 +51,7 @@ def decide(
         TransActError: a choice is not known, or the granularity cannot be had for this model.
     """
     require_recovery(choices.recovery)
+    bench.require_recovery_of_class(choices.recovery)
     if choices.sequential:
         require_sequential(choices)
     losses: dict[Granularity, float] = {}
@@ -77,7 +78,7 @@ def granularities_of(bench: Bench) -> tuple[Granularity, ...]:
     if bench.loaded.architecture.queries_per_group == 1:
         names.remove("query-heads")
     try:
-        require_exact_rope(bench.loaded.model.config)
+        require_narrowable(bench.loaded.model.config, bench.calibration.sequence_length)
     except TransActError:
         names.remove("head-dims")
     return tuple(names)
@@ -114,7 +115,7 @@ def granularity_losses(
 
 @torch.no_grad()
 def held_out_loss(
-    dense: LlamaForCausalLM,
+    dense: PreTrainedModel,
     plan: PruningPlan,
     windows: Windows,
     recovery: str,

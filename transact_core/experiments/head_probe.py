@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, silent
 from transact_core.data.corpus import corpus_from_text
@@ -11,7 +11,7 @@ from transact_core.data.windows import Windows, tokenise
 from transact_core.experiments.bench import Bench
 from transact_core.forward.interventions import evaluate_changed
 from transact_core.forward.perplexity import Evaluation, paired_difference
-from transact_core.forward.stream import Stream, queries_and_keys
+from transact_core.forward.stream import Stream, hidden_keys, queries_and_keys
 
 
 def sample(bench: Bench, text: str, tokens: int) -> Windows:
@@ -31,13 +31,12 @@ def sample(bench: Bench, text: str, tokens: int) -> Windows:
 
 @torch.no_grad()
 def attention_pattern(
-    model: LlamaForCausalLM, windows: Windows, layer: int, progress: Progress = silent
+    model: PreTrainedModel, windows: Windows, layer: int, progress: Progress = silent
 ) -> torch.Tensor:
     """Attention weights of one layer on the first window: the softmax over keys of each query.
 
     Shape (num_attention_heads, sequence_length, sequence_length), [head, query, key], float32 on
-    the CPU. Layers after that one are not run. The attention is taken to be causal, without a
-    sliding window.
+    the CPU. Layers after that one are not run.
     """
     stream = Stream(model, windows)
     for layer_before in range(layer):
@@ -49,8 +48,8 @@ def attention_pattern(
     query, key = query[0].float(), key[0].float()
     key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
     logits = query @ key.transpose(1, 2) * scaling
-    later = torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device).triu(1)
-    return logits.masked_fill(later, -torch.inf).softmax(dim=-1).cpu()
+    unseen = hidden_keys(stream.arguments[layer], logits.shape[1], logits.device)
+    return logits.masked_fill(unseen, -torch.inf).softmax(dim=-1).cpu()
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import TypeAdapter
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from transact_core.base.cache import UNUSED_SECONDS, digest
 from transact_core.base.errors import Progress, silent
@@ -64,7 +64,7 @@ CREATE TABLE {table} (
 notices: list[str] = []
 """One sentence for each file of results that could not be used, for the page and the log."""
 
-Compress = Callable[[Bench, PruningPlan, str, Progress], tuple[LlamaForCausalLM, Measurement]]
+Compress = Callable[[Bench, PruningPlan, str, Progress], tuple[PreTrainedModel, Measurement]]
 
 
 def measured(

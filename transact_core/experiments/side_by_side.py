@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transact_core.base.errors import Progress
 from transact_core.forward.generation import (
@@ -74,7 +74,7 @@ def prompt_of(loaded: LoadedModel, text: str, chat: bool) -> Prompt:
 
 
 def compare(
-    models: Mapping[str, LlamaForCausalLM],
+    models: Mapping[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     max_new_tokens: int,

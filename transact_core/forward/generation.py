@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from transact_core.base.errors import TransActError, first_line
@@ -61,7 +61,7 @@ def encode_prompt(
     return encode(tokenizer, rendered, vocab_size, name, add_special_tokens=False)
 
 
-def end_tokens(model: LlamaForCausalLM) -> frozenset[int]:
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     """The ids of the model's end-of-sequence tokens, which may be none."""
     ends = model.generation_config.eos_token_id
     if ends is None:
@@ -69,7 +69,7 @@ def end_tokens(model: LlamaForCausalLM) -> frozenset[int]:
     return frozenset(ends if isinstance(ends, list) else [ends])
 
 
-def require_prompt_fits(model: LlamaForCausalLM, prompt: list[int]) -> None:
+def require_prompt_fits(model: PreTrainedModel, prompt: list[int]) -> None:
     """Raises a TransActError if the model's context has no room for a token after the prompt."""
     longest = model.config.max_position_embeddings
     if len(prompt) >= longest:
@@ -81,7 +81,7 @@ def require_prompt_fits(model: LlamaForCausalLM, prompt: list[int]) -> None:
 
 @torch.inference_mode()
 def generate(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     prompt: list[int],
     max_new_tokens: int,
     sampling: Sampling | None = None,

@@ -8,7 +8,7 @@ the residual stream as it enters a layer.
 from collections.abc import Callable
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from transact_core.data.windows import Windows
 from transact_core.forward.perplexity import Evaluation, losses_behind_layers, require_losses
@@ -17,7 +17,7 @@ from transact_core.forward.stream import Changes, Stream
 
 @torch.no_grad()
 def evaluate_changed(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     windows: Windows,
     changes: Changes,
     after_layer: Callable[[], None] = lambda: None,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 
 import torch
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError, silent
 
@@ -60,7 +60,7 @@ class LatencyPoint:
         return 1 / self.decode.median
 
 
-def require_lengths_fit(model: LlamaForCausalLM, lengths: Sequence[int], decode: int) -> None:
+def require_lengths_fit(model: PreTrainedModel, lengths: Sequence[int], decode: int) -> None:
     """Raises a TransActError if a prompt and the tokens to decode do not fit the context."""
     longest = model.config.max_position_embeddings - decode
     if max(lengths, default=0) > longest:
@@ -73,7 +73,7 @@ def require_lengths_fit(model: LlamaForCausalLM, lengths: Sequence[int], decode:
 
 @torch.inference_mode()
 def measure_latency(
-    models: Mapping[str, LlamaForCausalLM],
+    models: Mapping[str, PreTrainedModel],
     text: torch.Tensor,
     lengths: Sequence[int],
     decode: int = 16,
@@ -110,7 +110,7 @@ def measure_latency(
 
 
 def _run(
-    model: LlamaForCausalLM, prompt: torch.Tensor, decode: int
+    model: PreTrainedModel, prompt: torch.Tensor, decode: int
 ) -> tuple[float, float, int | None]:
     """Seconds of the prompt, seconds per token after it, and peak bytes on top of those before."""
     device = model.device

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 Arguments = Mapping[str, object]
 """What a decoder layer is called with beside the hidden states: `attention_mask`,
@@ -76,3 +77,25 @@ def before_layers(
     }
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state
     return hidden, tuple(recorder.arguments for recorder in recorders)
+
+
+class _Given(nn.Module):
+    """Stands where a model's body does and gives the states that were put into it."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, **_: object) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.states)
+
+
+def logits_of(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """The logits of states that have passed the last norm, by the model's own code.
+
+    `states` have shape (tokens, hidden_size), the logits (tokens, vocab_size). Some families scale
+    or bend what the LM head gives; all of that is the code's own.
+    """
+    head = copy.copy(model)
+    head._modules = {**model._modules, "model": _Given(states[None])}
+    return head(use_cache=False).logits[0]

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
+from transact_core.forward.layers import logits_of
 
 LOGITS_AT_ONCE = 1 << 25
 """Logits that are held at a time, in number: 128 MB in float32, and a softmax of the same size. The
@@ -49,7 +50,7 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     windows: Windows,
     progress: Progress = silent,
     stage: str = "Measuring perplexity",
@@ -82,7 +83,7 @@ def require_losses(nll: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def token_losses(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+def token_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """The negative log-likelihood of each token after the first, given those before it, in nats.
 
     `ids` has shape (tokens,) and lies on the model's device; the result has shape (tokens − 1,),
@@ -93,7 +94,7 @@ def token_losses(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 
 
 def losses_behind_layers(
-    model: LlamaForCausalLM, hidden: torch.Tensor, windows: Windows
+    model: PreTrainedModel, hidden: torch.Tensor, windows: Windows
 ) -> torch.Tensor:
     """What `evaluate` measures, from residual streams that have passed all layers already.
 
@@ -110,14 +111,14 @@ def losses_behind_layers(
 
 
 def _losses_of_states(
-    model: LlamaForCausalLM, states: torch.Tensor, ids: torch.Tensor
+    model: PreTrainedModel, states: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
     """The losses of one window, from what its LM head reads, shape (tokens, hidden_size)."""
     tokens_at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     losses = []
     for start in range(0, len(ids) - 1, tokens_at_once):
         targets = ids[1:][start : start + tokens_at_once]
-        logits = model.lm_head(states[start : start + len(targets)]).float()
+        logits = logits_of(model, states[start : start + len(targets)]).float()
         losses.append(functional.cross_entropy(logits, targets, reduction="none").cpu())
     return torch.cat(losses)
 

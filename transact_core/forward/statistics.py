@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, silent
 from transact_core.data.windows import Windows
@@ -110,7 +110,7 @@ def _spread(site: str, statistics: ModuleStatistics) -> pd.DataFrame:
 
 @torch.inference_mode()
 def collect(
-    model: LlamaForCausalLM, windows: Windows, progress: Progress = silent
+    model: PreTrainedModel, windows: Windows, progress: Progress = silent
 ) -> ActivationStatistics:
     """Runs the model without its LM head over the windows and sums up its activations.
 

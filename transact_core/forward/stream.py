@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transact_core.data.windows import Windows
 from transact_core.forward.layers import Arguments, before_layers, layers_of
 from transact_core.forward.waists import MODULES, require_finite, windows_a_batch
+from transact_core.models.families.table import family_of_layer
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the rotary embedding, each of shape (1, sequence_length, head_dim)."""
@@ -37,36 +38,6 @@ def unchanged(activation: torch.Tensor) -> torch.Tensor:
     return activation
 
 
-def run_attention(
-    layer: nn.Module, hidden: torch.Tensor, arguments: Arguments, change: Change = unchanged
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the attention of a decoder layer adds to the residual stream, and its waist.
-
-    `hidden` is the residual stream before the layer, shape (batch, sequence_length, hidden_size).
-    Gives (output, transitional): the output without the residual, shaped like `hidden`, and the
-    input of `o_proj`, shape (batch, sequence_length, num_attention_heads × head_dim), after
-    `change`.
-    """
-    attention, seen = _observed(layer.self_attn, "o_proj", change)
-    output = attention(hidden_states=layer.input_layernorm(hidden), **arguments)[0]
-    return output, seen.pop()
-
-
-def run_mlp(
-    layer: nn.Module, hidden: torch.Tensor, change: Change = unchanged
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the MLP of a decoder layer adds to the residual stream, and its waist.
-
-    `hidden` is the residual stream after the layer's attention, shape (batch, sequence_length,
-    hidden_size). Gives (output, transitional): the output without the residual, shaped like
-    `hidden`, and the input of `down_proj`, shape (batch, sequence_length, intermediate_size), after
-    `change`.
-    """
-    mlp, seen = _observed(layer.mlp, "down_proj", change)
-    output = mlp(layer.post_attention_layernorm(hidden))
-    return output, seen.pop()
-
-
 def run_module(
     layer: nn.Module,
     module: str,
@@ -74,10 +45,37 @@ def run_module(
     arguments: Arguments,
     change: Change = unchanged,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`run_attention` where `module` is "mha", `run_mlp` where it is "mlp"."""
+    """What the output projection of a layer's "mha" or "mlp" writes, and the module's waist.
+
+    `hidden` is the residual stream before the module, shape (batch, sequence_length, hidden_size).
+    Gives (written, transitional): the output of the projection, shaped like `hidden`, of which
+    `added` makes what enters the stream; and its input after `change`, shape (batch,
+    sequence_length, num_attention_heads × head_dim) or (batch, sequence_length, intermediate_size).
+    """
+    normed = module_input(layer, module, hidden)
     if module == "mha":
-        return run_attention(layer, hidden, arguments, change)
-    return run_mlp(layer, hidden, change)
+        attention, seen = _observed(layer.self_attn, "o_proj", change)
+        written = attention(hidden_states=normed, **arguments)[0]
+    else:
+        mlp, seen = _observed(layer.mlp, "down_proj", change)
+        written = mlp(normed)
+    return written, seen.pop()
+
+
+def module_input(layer: nn.Module, module: str, hidden: torch.Tensor) -> torch.Tensor:
+    """What a module reads: the residual stream, after the norm where the family has one there."""
+    norm = family_of_layer(layer).norms[module].before
+    return hidden if norm is None else layer.get_submodule(norm)(hidden)
+
+
+def added(layer: nn.Module, module: str, written: torch.Tensor) -> torch.Tensor:
+    """What is added to the residual stream where a module's output projection wrote `written`."""
+    family = family_of_layer(layer)
+    if norm := family.norms[module].after:
+        written = layer.get_submodule(norm)(written)
+    if family.residual_multiplier:
+        written = written * getattr(layer, family.residual_multiplier)
+    return written
 
 
 def _observed(
@@ -137,10 +135,22 @@ def queries_and_keys(
     attention.config = copy.copy(attention.config)
     attention.config._attn_implementation = _OBSERVED_ATTENTION
     query_and_key: list[torch.Tensor] = []
-    normed = layer.input_layernorm(hidden)
+    normed = module_input(layer, "mha", hidden)
     attention(hidden_states=normed, **arguments, observed_attention=query_and_key)
     query, key = query_and_key
     return query, key
+
+
+def hidden_keys(arguments: Arguments, length: int, device: torch.device) -> torch.Tensor:
+    """Which keys a layer's queries do not see, shape (queries, keys), bool.
+
+    Those after the query, and before its sliding window where the layer has one that is shorter
+    than the text. `arguments` are the layer's.
+    """
+    mask = arguments.get("attention_mask")
+    if mask is None:
+        return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+    return ~mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] < 0
 
 
 def attend(
@@ -203,9 +213,9 @@ class Stream:
         arguments = self.arguments[layer_index]
         with self.layers.borrow(layer_index) as layer:
             for hidden in self.batches():
-                output, transitional = run_module(layer, module, hidden, arguments, change)
+                written, transitional = run_module(layer, module, hidden, arguments, change)
                 require_finite(transitional, layer_index, module)
-                hidden += output
+                hidden += added(layer, module, written)
                 yield transitional, hidden
 
     def pass_layer(self, layer_index: int, changes: Changes = MappingProxyType({})) -> None:

@@ -9,56 +9,70 @@ others can use it at the same time.
 
 import copy
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
-from transact_core.forward.layers import Arguments, layers_of
+from transact_core.forward.layers import Arguments, layers_of, logits_of
 from transact_core.forward.perplexity import LOGITS_AT_ONCE
 from transact_core.forward.statistics import collect
-from transact_core.forward.stream import Stream, run_attention, run_mlp
+from transact_core.forward.stream import Stream, added, run_module
 from transact_core.forward.waists import MODULES
 from transact_core.models.architecture import Architecture
-
-PROJECTIONS = {
-    "mha": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    "mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-}
-"""The projections of each module that lose width: the last one columns, the others rows."""
+from transact_core.models.families.description import Block
+from transact_core.models.families.table import family_of_layer
 
 
-def channel_sums(matrices: tuple[torch.Tensor, ...], architecture: Architecture) -> torch.Tensor:
+def channel_sums(
+    scores: Mapping[str, torch.Tensor], module: str, architecture: Architecture
+) -> torch.Tensor:
     """Sums a score of each weight over the rows and columns that belong to a channel.
 
-    Takes a matrix for each of a module's `PROJECTIONS`, gives shape (width of its waist,), float64
-    on the CPU. Under grouped queries a row of K or V serves one channel of every query head of its
-    group, and each of these channels gets an equal share of it. So every weight is counted once,
-    the channels of a group add up to what is removed with the whole group, and the heads of a
-    group, none of which removes the row when it is removed alone, have the same share of it.
+    Takes a matrix for each projection of the module, "mha" or "mlp", by its name in the decoder
+    layer; gives shape (width of its waist,), float64 on the CPU. Under grouped queries a row of K
+    or V serves one channel of every query head of its group, and each of these channels gets an
+    equal share of it. So every weight is counted once, the channels of a group add up to what is
+    removed with the whole group, and the heads of a group, none of which removes the row when it is
+    removed alone, have the same share of it.
     """
-    *readers, writer = matrices
-    total = writer.sum(dim=0).cpu().double()
-    for matrix in readers:
-        rows = matrix.sum(dim=1).cpu().double()
-        sharing = len(total) // len(rows)
-        if sharing > 1:
-            heads = rows.unflatten(0, (-1, architecture.head_dim))
-            rows = heads.repeat_interleave(sharing, dim=0).flatten() / sharing
-        total += rows
+    family = architecture.family
+    *readers, writer = family.projections[module]
+    inputs = family.attention_inputs if module == "mha" else family.mlp_inputs
+    total = scores[writer].sum(dim=0).cpu().double()
+    for name, blocks in zip(readers, inputs.values(), strict=True):
+        rows = scores[name].sum(dim=1).cpu().double()
+        sizes = _block_sizes(blocks, len(rows), len(total))
+        for part in rows.split(sizes):
+            sharing = len(total) // len(part)
+            if sharing > 1:
+                heads = part.unflatten(0, (-1, architecture.head_dim))
+                part = heads.repeat_interleave(sharing, dim=0).flatten() / sharing
+            total += part
     return total
 
 
-def projection_weights(layer: nn.Module, module: str) -> list[torch.Tensor]:
-    """The weights of a module's `PROJECTIONS` in a decoder layer."""
-    return [layer.get_submodule(name).weight for name in PROJECTIONS[module]]
+def _block_sizes(blocks: Sequence[Block], rows: int, width: int) -> list[int]:
+    """Rows of each block of a projection; `width` is that of the module's waist."""
+    narrower = [block for block in blocks if block in ("keys", "values")]
+    wide = len(blocks) - len(narrower)
+    return [
+        (rows - wide * width) // len(narrower) if block in narrower else width for block in blocks
+    ]
+
+
+def projection_weights(layer: nn.Module, module: str) -> dict[str, torch.Tensor]:
+    """The weights of a module's projections in a decoder layer, by name."""
+    names = family_of_layer(layer).projections[module]
+    return {name: layer.get_submodule(name).weight for name in names}
 
 
 def collect_saliences(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     windows: Windows,
     architecture: Architecture,
     progress: Progress = silent,
@@ -110,7 +124,7 @@ def collect_saliences(
     return {module: torch.stack(saliences[::-1]) for module, saliences in rows.items()}
 
 
-def _of_hidden(model: LlamaForCausalLM, hidden: torch.Tensor, windows: Windows) -> torch.Tensor:
+def _of_hidden(model: PreTrainedModel, hidden: torch.Tensor, windows: Windows) -> torch.Tensor:
     """The gradient of the loss by the last residual stream, of the stream's shape and dtype.
 
     At most `LOGITS_AT_ONCE` logits are held at a time, one token's at least.
@@ -126,7 +140,7 @@ def _of_hidden(model: LlamaForCausalLM, hidden: torch.Tensor, windows: Windows) 
             targets = window[start + 1 : end + 1]
             with torch.enable_grad():
                 piece = states[start:end].detach().requires_grad_()
-                logits = model.lm_head(model.model.norm(piece))[: len(targets)].float()
+                logits = logits_of(model, model.model.norm(piece))[: len(targets)].float()
                 loss = functional.cross_entropy(logits, targets, reduction="sum")
                 pieces += torch.autograd.grad(loss, [piece])
         gradients.append(torch.cat(pieces))
@@ -147,17 +161,19 @@ def _through_layer(
     by the stream before the layer.
     """
     twin = copy.deepcopy(layer, {id(tensor): tensor for tensor in layer.parameters()})
-    leaves = {}
+    family, leaves = family_of_layer(layer), {}
     for module in MODULES:
-        for name in PROJECTIONS[module]:
+        for name in family.projections[module]:
             projection = twin.get_submodule(name)
             leaves[name] = projection.weight = nn.Parameter(projection.weight.detach())
     totals: dict[str, torch.Tensor] = {}
     for hidden, slot in zip(inputs.split(1), gradient.split(1), strict=True):
         with torch.enable_grad():
             hidden = hidden.detach().requires_grad_()
-            after = hidden + run_attention(twin, hidden, arguments)[0]
-            after = after + run_mlp(twin, after)[0]
+            after = hidden
+            for module in MODULES:
+                written, _ = run_module(twin, module, after, arguments)
+                after = after + added(twin, module, written)
             back, *found = torch.autograd.grad(after, [hidden, *leaves.values()], slot)
         slot.copy_(back)
         for name, slope in zip(leaves, found, strict=True):
@@ -165,7 +181,11 @@ def _through_layer(
     with torch.no_grad():
         return {
             module: channel_sums(
-                tuple(totals.pop(name).mul_(leaves[name]).abs_() for name in PROJECTIONS[module]),
+                {
+                    name: totals.pop(name).mul_(leaves[name]).abs_()
+                    for name in family.projections[module]
+                },
+                module,
                 architecture,
             )
             for module in MODULES

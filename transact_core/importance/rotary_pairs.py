@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, silent
 from transact_core.data.windows import Windows
@@ -59,7 +59,7 @@ class PairEffects:
 
 @torch.no_grad()
 def measure_pairs(
-    model: LlamaForCausalLM, windows: Windows, progress: Progress = silent
+    model: PreTrainedModel, windows: Windows, progress: Progress = silent
 ) -> PairEffects:
     """Measures each pair's effect on the attention distribution.
 

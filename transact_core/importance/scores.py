@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
@@ -75,7 +75,7 @@ class Evidence:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: PreTrainedModel,
         windows: Windows,
         architecture: Architecture,
         seed: int = 0,
@@ -260,9 +260,11 @@ def magnitude(evidence: Evidence) -> Scores:
     for layer_index in range(len(layers)):
         with layers.borrow(layer_index) as layer:
             for module in MODULES:
-                weights = projection_weights(layer, module)
-                squared = tuple(weight.detach().float().square() for weight in weights)
-                squares[module].append(channel_sums(squared, evidence.architecture))
+                squared = {
+                    name: weight.detach().float().square()
+                    for name, weight in projection_weights(layer, module).items()
+                }
+                squares[module].append(channel_sums(squared, module, evidence.architecture))
     mha, mlp = (torch.stack(squares[module]).sqrt() for module in MODULES)
     return _from_channels(evidence, mha, mlp)
 

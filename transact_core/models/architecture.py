@@ -1,4 +1,4 @@
-"""The widths of a LLaMA-family model: what decides its size, apart from any weights.
+"""The widths of a model: what decides its size, apart from any weights.
 
 Everything that can be said exactly before a tensor is read starts here: which tensors a checkpoint
 must hold, how wide the waists are, what a cut would leave. Widths belong to layers; a model whose
@@ -9,6 +9,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from transact_core.models.families.description import Block, Family
+from transact_core.models.families.table import family_of
 
 if TYPE_CHECKING:
     # Not imported with torch behind it: the first page needs the sizes and nothing else.
@@ -50,9 +53,13 @@ class Architecture:
     vocab_size: int
     tie_word_embeddings: bool
     attention_bias: bool
+    """Whether all projections of the attention have biases. Where a family gives some of them
+    biases in any case, these do not count."""
     mlp_bias: bool
     layer_widths: tuple[LayerWidths, ...] = ()
     """Empty where all layers have the same widths, those of the fields above."""
+    model_type: str = "llama"
+    """Of the family, which says which tensors there are beside the projections."""
 
     def __post_init__(self) -> None:
         _require_positive(self.config_values())
@@ -77,15 +84,7 @@ class Architecture:
     def from_model(cls, model: "StockModel") -> "Architecture":
         """Of a model in memory, whose layers may have widths of their own."""
         values = _values_of(model.config)
-        head_dim = values["head_dim"]
-        layers = [
-            LayerWidths(
-                num_attention_heads=_rows(layer.self_attn.q_proj) // head_dim,
-                num_key_value_heads=_rows(layer.self_attn.k_proj) // head_dim,
-                intermediate_size=_rows(layer.mlp.up_proj),
-            )
-            for layer in model.model.layers
-        ]
+        layers = [_widths_in(layer, values["head_dim"]) for layer in model.model.layers]
         # The configuration has the largest widths of any layer, which need not make a layer.
         return cls(**values | vars(layers[0])).with_layers(layers)
 
@@ -97,6 +96,11 @@ class Architecture:
     def config_values(self) -> dict[str, int | bool]:
         """The fields that a configuration of transformers has too, by name."""
         return {name: getattr(self, name) for name in CONFIG_FIELDS}
+
+    @property
+    def family(self) -> Family:
+        """What is known of the family."""
+        return family_of(self.model_type)
 
     @property
     def uniform(self) -> bool:
@@ -137,27 +141,40 @@ class Architecture:
 
     def layer_tensors(self, layer_index: int) -> dict[str, tuple[int, ...]]:
         """Shapes of one decoder layer's tensors, by their names inside the layer."""
-        hidden, widths = self.hidden_size, self.widths_of(layer_index)
-        mha = widths.num_attention_heads * self.head_dim
-        key_value = widths.num_key_value_heads * self.head_dim
-        mlp = widths.intermediate_size
-        linears = {
-            "self_attn.q_proj": (mha, hidden, self.attention_bias),
-            "self_attn.k_proj": (key_value, hidden, self.attention_bias),
-            "self_attn.v_proj": (key_value, hidden, self.attention_bias),
-            "self_attn.o_proj": (hidden, mha, self.attention_bias),
-            "mlp.gate_proj": (mlp, hidden, self.mlp_bias),
-            "mlp.up_proj": (mlp, hidden, self.mlp_bias),
-            "mlp.down_proj": (hidden, mlp, self.mlp_bias),
-        }
+        hidden, family = self.hidden_size, self.family
+        rows = self.block_rows(layer_index)
+        linears: dict[str, tuple[int, int]] = {}
+        for module, inputs, writer, width in (
+            ("self_attn", family.attention_inputs, "o_proj", rows["queries"]),
+            ("mlp", family.mlp_inputs, "down_proj", rows["channels"]),
+        ):
+            for name, blocks in inputs.items():
+                linears[f"{module}.{name}"] = (sum(rows[block] for block in blocks), hidden)
+            linears[f"{module}.{writer}"] = (hidden, width)
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, (rows, columns, bias) in linears.items():
-            shapes[f"{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{name}.bias"] = (rows,)
-        shapes["input_layernorm.weight"] = (hidden,)
-        shapes["post_attention_layernorm.weight"] = (hidden,)
+        for name, shape in linears.items():
+            module, projection = name.split(".")
+            shapes[f"{name}.weight"] = shape
+            biased = self.attention_bias if module == "self_attn" else self.mlp_bias
+            if biased or projection in family.always_biased:
+                shapes[f"{name}.bias"] = shape[:1]
+        for name in family.head_norms:
+            shapes[f"self_attn.{name}.weight"] = (self.head_dim,)
+        for norms in family.norms.values():
+            for name in filter(None, (norms.before, norms.after)):
+                shapes[f"{name}.weight"] = (hidden,)
         return shapes
+
+    def block_rows(self, layer_index: int) -> dict[Block, int]:
+        """How many rows each block of a layer's projections has."""
+        widths = self.widths_of(layer_index)
+        key_value = widths.num_key_value_heads * self.head_dim
+        return {
+            "queries": widths.num_attention_heads * self.head_dim,
+            "keys": key_value,
+            "values": key_value,
+            "channels": widths.intermediate_size,
+        }
 
     def outer_tensors(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors outside the decoder layers; a tied LM head is not a tensor."""
@@ -190,19 +207,36 @@ class Architecture:
         return outer + sum(map(self.layer_parameters, range(self.num_hidden_layers)))
 
 
-CONFIG_FIELDS = tuple(name for name in Architecture.__dataclass_fields__ if name != "layer_widths")
+CONFIG_FIELDS = tuple(
+    name for name in Architecture.__dataclass_fields__ if name not in ("layer_widths", "model_type")
+)
 """The fields of an architecture that a configuration of transformers has too."""
 
 
-def _values_of(config: "StockConfig") -> dict[str, int | bool]:
+def _values_of(config: "StockConfig") -> dict[str, int | bool | str]:
     """The fields of an architecture as a configuration has them, by name."""
+    family = family_of(config.model_type)
     values = {name: getattr(config, name, None) for name in CONFIG_FIELDS}
     if values["head_dim"] is None:
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
-    if config.model_type == "mistral":
-        # The class makes no biases, whatever its configuration says.
-        values["attention_bias"] = values["mlp_bias"] = False
-    return values
+    for name in ("attention_bias", "mlp_bias"):
+        if name not in family.bias_fields:
+            # The class makes no such biases, whatever its configuration says.
+            values[name] = False
+    return {**values, "model_type": config.model_type}
+
+
+def _widths_in(layer: "nn.Module", head_dim: int) -> LayerWidths:
+    """The widths of a decoder layer in memory."""
+    attention = layer.self_attn
+    width = attention.o_proj.in_features
+    inputs = family_of(attention.config.model_type).attention_inputs
+    rows = sum(attention.get_submodule(name).out_features for name in inputs)
+    return LayerWidths(
+        num_attention_heads=width // head_dim,
+        num_key_value_heads=(rows - width) // (2 * head_dim),
+        intermediate_size=layer.mlp.down_proj.in_features,
+    )
 
 
 def _require_positive(values: dict[str, int | bool]) -> None:
@@ -222,7 +256,3 @@ def _widest(layers: Sequence[LayerWidths]) -> dict[str, int]:
         name: max(getattr(layer, name) for layer in layers)
         for name in LayerWidths.__dataclass_fields__
     }
-
-
-def _rows(projection: "nn.Linear") -> int:
-    return projection.out_features

@@ -1,7 +1,7 @@
 """A checkpoint folder, inspected before it is loaded.
 
 Configuration, tensor names and shapes are checked from the headers of the weight files. Whatever
-cannot become a dense `LlamaForCausalLM` is refused in one sentence before weights are loaded.
+cannot become a dense model of a known family is refused in one sentence before weights are loaded.
 Weights come from safetensors files only; nothing is unpickled and no remote code is run.
 """
 
@@ -18,15 +18,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from transact_core.base.errors import INTERRUPTIONS, TransActError, first_line
+from transact_core.base.errors import INTERRUPTIONS, TransActError, first_line, last_line
 from transact_core.base.files import MAX_NAME_BYTES, MAX_TEXT_BYTES, read_text
 from transact_core.models.architecture import Architecture
-from transact_core.models.stock_class import (
-    MODEL_CLASSES,
-    StockModel,
-    difference_from_llama,
-    read_config,
-)
+from transact_core.models.families.refusals import require_known_family
+from transact_core.models.families.table import family_of
+from transact_core.models.stock_class import StockModel
 
 disable_progress_bar()  # progress is reported through our own callback
 set_verbosity_error()  # our errors and notices say what is wrong with a model
@@ -101,7 +98,8 @@ def require_tensors(
         return None
     more = f" and {len(left_over) - 1:,} more" if len(left_over) > 1 else ""
     return (
-        f"{where} holds tensors that a LlamaForCausalLM of its configuration does not have; they "
+        f"{where} holds tensors that a {architecture.family.class_name} of its configuration does "
+        "not have; they "
         f"are left out: {left_over[0]}{more}."
     )
 
@@ -123,11 +121,11 @@ def inspect_folder(folder: Path) -> Inspection:
     """Architecture and weight files of a checkpoint folder, with each tensor's shape checked.
 
     Raises:
-        TransActError: the folder does not hold a dense `LlamaForCausalLM`.
+        TransActError: the folder does not hold a dense model of a known family.
     """
     _require_own_files(folder)
     raw = _read_config(folder)
-    _require_llama(folder, raw)
+    require_known_family(folder, raw)
     architecture = _read_architecture(folder, raw)
     files = _safetensors_files(folder, raw.get("transformers_weights"))
     stored = _stored_tensors(files)
@@ -158,7 +156,7 @@ def _read_architecture(folder: Path, raw: dict) -> Architecture:
                 raise ValueError(f"{name} is on, which keeps every layer's in memory")
         if not raw.get("return_dict", True):
             raise ValueError("return_dict is off")
-        config = read_config(raw)
+        config = family_of(raw.get("model_type", "llama")).read_config(raw)
         architecture = Architecture.from_config(config)
         rotary = (config.rope_parameters or {}).get("rope_type", "default")
         if rotary != "default" and rotary not in ROPE_INIT_FUNCTIONS:
@@ -171,7 +169,7 @@ def _read_architecture(folder: Path, raw: dict) -> Architecture:
         if not 0 < theta < math.inf:
             raise ValueError(f"rope_theta is {theta}")
     except Exception as error:
-        reason = _last_line(error)
+        reason = last_line(error)
         raise TransActError(
             f"{folder / 'config.json'} is not a valid configuration: {reason}."
         ) from None
@@ -333,26 +331,6 @@ def _read_config(folder: Path) -> dict:
     return raw
 
 
-def _require_llama(folder: Path, raw: dict) -> None:
-    named = raw.get("architectures")
-    named = named[0] if isinstance(named, list) and named else named
-    kind = raw.get("model_type", "llama")
-    stock = MODEL_CLASSES.get(str(kind))
-    if not named and stock:
-        named = stock.__name__
-    elif not named or named == "LlamaForCausalLM":
-        named = "LlamaForCausalLM" if kind == "llama" else f"model of the type {kind}"
-    named = " ".join(str(named).split())
-    if stock is None or named != stock.__name__:
-        raise TransActError(
-            f"{folder} holds a {named}; only LlamaForCausalLM checkpoints can be pruned here."
-        )
-    if difference := difference_from_llama(raw):
-        raise TransActError(
-            f"{folder} holds a {named} that cannot be pruned here, because {difference}."
-        )
-
-
 def _named_quantisation(folder: Path, raw: dict) -> str | None:
     """The quantisation that the configuration or a file beside it names, None where none does."""
     if quantisation := raw.get("quantization_config"):
@@ -454,12 +432,14 @@ def read_checkpoint(folder: Path, dtype: torch.dtype, tied: bool | None = None) 
     `tied` replaces `tie_word_embeddings` where the configuration contradicts the weights. A
     `quantization_config` is dropped: quantised weights were refused before.
     """
-    config = read_config(json.loads(read_text(folder / "config.json")))
+    raw = json.loads(read_text(folder / "config.json"))
+    family = family_of(raw.get("model_type", "llama"))
+    config = family.read_config(raw)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if tied is not None:
         config.tie_word_embeddings = tied
-    return MODEL_CLASSES[config.model_type].from_pretrained(
+    return family.model_class.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -524,9 +504,5 @@ def _require_modest_tokenizer(path: Path) -> None:
         if growth > MOST_GROWTH:
             raise TransActError(
                 f"{path} replaces characters by up to {growth:,} others, which no tokenizer of a "
-                "llama model does; it may be made to use up the memory."
+                "language model does; it may be made to use up the memory."
             )
-
-
-def _last_line(error: Exception) -> str:
-    return [type(error).__name__, *str(error).strip().rstrip(".").splitlines()][-1].strip()

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import (
-    MODEL_ARCH,
+    MODEL_ARCH_NAMES,
     GGMLQuantizationType,
     GGUFReader,
     GGUFValueType,
     ReaderTensor,
     get_tensor_name_map,
 )
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from transact_core.base.errors import INTERRUPTIONS, TransActError, first_line
 from transact_core.base.files import cache_folder, read_text, staged_folder
@@ -34,24 +34,26 @@ from transact_core.models.checkpoint_folder import (
     require_tensors,
 )
 from transact_core.models.devices import MemoryEstimate, available_memory, dtype_name
+from transact_core.models.families.table import FAMILIES
 from transact_core.models.gguf_tokenizer import (
     pre_tokenizer_notice,
     tokenizer_from_metadata,
     write_sentencepiece_model,
 )
-from transact_core.models.stock_class import model_type_for
+from transact_core.models.stock_class import written_values
 
 REQUIRED_METADATA = (
-    "llama.block_count",
-    "llama.context_length",
-    "llama.embedding_length",
-    "llama.feed_forward_length",
-    "llama.attention.head_count",
-    "llama.attention.layer_norm_rms_epsilon",
-    "tokenizer.ggml.model",
-    "tokenizer.ggml.tokens",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
 )
-"""Keys that llama.cpp demands; without them transformers would take defaults of other models."""
+"""Keys under the architecture's name that llama.cpp demands; without them transformers would take
+defaults of other models."""
+REQUIRED_VOCABULARY = ("tokenizer.ggml.model", "tokenizer.ggml.tokens")
+"""Keys that it demands of every model."""
 VOCABULARY_METADATA = {
     "gpt2": ("tokenizer.ggml.merges",),
     "llama": ("tokenizer.ggml.scores",),
@@ -74,7 +76,8 @@ file has fewer than twice as many expected tensors as stored ones."""
 
 
 def inspect_gguf(path: Path) -> Inspection:
-    """Architecture of a GGUF file, after checking that it is a whole dense LLaMA model.
+    """Architecture of a GGUF file, after checking that it is a whole dense model of a family that
+    transformers reads from GGUF files.
 
     Raises:
         TransActError: another architecture, one part of a split file, a damaged file, or something
@@ -88,13 +91,24 @@ def inspect_gguf(path: Path) -> Inspection:
         return default if stored is None else stored.contents()
 
     named = value("general.architecture", "unknown")
-    if named != "llama":
-        raise TransActError(f"{path} holds a {named} model; only llama GGUF files can be pruned.")
-    if value("llama.expert_count", 0) or any("_exps." in name for name in tensors):
+
+    def own(key: str, default: object = None) -> object:
+        return value(f"{named}.{key}", default)
+
+    if own("expert_count", 0) or any("_exps." in name for name in tensors):
         raise TransActError(f"{path} holds a mixture of experts; only dense models can be pruned.")
+    families = {family.gguf: family for family in FAMILIES.values() if family.gguf}
+    if named not in families:
+        recurrent = any(key.startswith((f"{named}.ssm.", f"{named}.wkv.")) for key in reader.fields)
+        kind = ", which has recurrent layers" if recurrent else ""
+        raise TransActError(
+            f"{path} holds a {named} model{kind}; only the GGUF files of {', '.join(families)} "
+            "models can be pruned, so use the checkpoint folder of another family."
+        )
+    family = families[named]
     # llama.cpp scales linearly where a factor stands without a type.
-    factor = value("llama.rope.scaling.factor") or value("llama.rope.scale_linear") or 1.0
-    scaling = value("llama.rope.scaling.type", "none" if factor == 1.0 else "linear")
+    factor = own("rope.scaling.factor") or own("rope.scale_linear") or 1.0
+    scaling = own("rope.scaling.type", "none" if factor == 1.0 else "linear")
     frequencies = tensors.get("rope_freqs.weight")
     if scaling != "none" or (frequencies is not None and not (frequencies.data == 1).all()):
         raise TransActError(
@@ -102,39 +116,46 @@ def inspect_gguf(path: Path) -> Inspection:
             "file; use the model's safetensors checkpoint."
         )
     kind = value("tokenizer.ggml.model")
-    for key in (*REQUIRED_METADATA, *VOCABULARY_METADATA.get(kind, ())):
+    required = [f"{named}.{key}" for key in REQUIRED_METADATA]
+    for key in (*required, *REQUIRED_VOCABULARY, *VOCABULARY_METADATA.get(kind, ())):
         if not value(key):
-            raise TransActError(f"{path} does not say {key}, which a llama model needs.")
+            raise TransActError(f"{path} does not say {key}, which a {named} model needs.")
     if kind not in VOCABULARY_METADATA:
         raise TransActError(
             f"{path} holds a tokenizer of the kind {kind}; only gpt2 and llama, that is byte-level "
             "BPE and SentencePiece, can be read."
         )
     try:
-        heads = int(value("llama.attention.head_count"))
-        hidden = int(value("llama.embedding_length"))
-        rotated = value("llama.rope.dimension_count")
-        head_dim = int(value("llama.attention.key_length") or rotated or hidden // heads)
+        heads = int(own("attention.head_count"))
+        hidden = int(own("embedding_length"))
+        rotated = own("rope.dimension_count")
+        head_dim = int(own("attention.key_length") or rotated or hidden // heads)
+        biased = {
+            "attention_bias": any(name.endswith(ATTENTION_BIASES) for name in tensors),
+            "mlp_bias": any(name.endswith(MLP_BIASES) for name in tensors),
+        }
         architecture = Architecture(
             hidden_size=hidden,
-            intermediate_size=int(value("llama.feed_forward_length")),
-            num_hidden_layers=int(value("llama.block_count")),
+            intermediate_size=int(own("feed_forward_length")),
+            num_hidden_layers=int(own("block_count")),
             num_attention_heads=heads,
-            num_key_value_heads=int(value("llama.attention.head_count_kv", heads)),
+            num_key_value_heads=int(own("attention.head_count_kv", heads)),
             head_dim=head_dim,
             vocab_size=int(tensors["token_embd.weight"].shape[1]),
             tie_word_embeddings="output.weight" not in tensors,
-            attention_bias=any(name.endswith(ATTENTION_BIASES) for name in tensors),
-            mlp_bias=any(name.endswith(MLP_BIASES) for name in tensors),
+            model_type=family.model_type,
+            **{name: has and name in family.bias_fields for name, has in biased.items()},
         )
     except (TypeError, ValueError, KeyError, IndexError):
-        raise TransActError(f"{path} lacks what a llama model needs; it may be damaged.") from None
+        raise TransActError(
+            f"{path} lacks what a {named} model needs; it may be damaged."
+        ) from None
     if rotated not in (None, head_dim):
         raise TransActError(
             f"{path} rotates {rotated} of the {head_dim} dimensions of each head; only models that "
             "rotate all of them can be pruned."
         )
-    if model_type_for(architecture) != "llama":
+    if family.divides_hidden_size and hidden % heads:
         # The reader knows no names of MistralForCausalLM's tensors, which could hold such a model.
         raise TransActError(
             f"{path} holds {heads} attention heads, which do not divide its hidden_size of "
@@ -168,11 +189,14 @@ def _huggingface_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors by transformers' names, or by their own where those have none.
 
-    A bias that is not stored beside others of its module is zero, so it counts as there. Rotary
+    A bias that is not stored beside others of its module is zero, so it counts as there, unless
+    the family always has it. Rotary
     frequencies, which follow from the metadata, are left out.
     """
     # A damaged file may claim any number of layers; not many more are looked up than it can have.
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, min(architecture.num_hidden_layers, len(tensors)))
+    layers = min(architecture.num_hidden_layers, len(tensors))
+    kind = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture.family.gguf)
+    names = get_tensor_name_map(kind, layers)
     expected = dict(islice(architecture.tensors(), EXPECTED_PER_STORED * len(tensors)))
     known = {names.get_name(name, try_suffixes=(".weight", ".bias")): name for name in expected}
     shapes = {
@@ -180,7 +204,12 @@ def _huggingface_shapes(
         for name, tensor in tensors.items()
         if not name.startswith("rope_freqs") and ".attn_rot_embd" not in name
     }
-    zeros = {name: shape for name, shape in expected.items() if name.endswith(".bias")}
+    required = architecture.family.always_biased
+    zeros = {
+        name: shape
+        for name, shape in expected.items()
+        if name.endswith(".bias") and name.split(".")[-2] not in required
+    }
     return zeros | shapes
 
 
@@ -260,11 +289,15 @@ def convert_gguf(path: Path, found: Inspection, folder: Path) -> None:
     """
     tokenizer, metadata = _read_tokenizer(path)
     try:
-        config = LlamaConfig.from_pretrained(path.parent, gguf_file=path.name)
-        # The reader knows of no biases, and takes its vocabulary's size from the tokenizer.
-        for name, value in found.architecture.config_values().items():
+        model_class = found.architecture.family.model_class
+        config = model_class.config_class.from_pretrained(path.parent, gguf_file=path.name)
+        # Of a file that calls itself "mistral" the reader makes another type than its own classes.
+        config.model_type = found.architecture.model_type
+        # The reader knows of no biases nor head_dim, and takes its vocabulary's size from the
+        # tokenizer.
+        for name, value in written_values(found.architecture).items():
             setattr(config, name, value)
-        model, loading = LlamaForCausalLM.from_pretrained(
+        model, loading = model_class.from_pretrained(
             path.parent,
             config=config,
             gguf_file=path.name,
@@ -315,7 +348,7 @@ def _read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, dict[str, Any]
         ) from None
 
 
-def _set_special_token_ids(model: LlamaForCausalLM, path: Path) -> None:
+def _set_special_token_ids(model: PreTrainedModel, path: Path) -> None:
     """Gives the configurations the ids that the file names; the reader leaves LLaMA 1's there.
 
     Generation ends at each of the tokens at which llama.cpp ends it.

@@ -1,7 +1,7 @@
-"""From the source that the user names to a LLaMA-family model, its tokenizer and its identity.
+"""From the source that the user names to a model, its tokenizer and its identity.
 
 A source is inspected before it is loaded: configuration, tensor names and shapes, memory. Whatever
-cannot become a dense `LlamaForCausalLM` is refused in one sentence before any weight is loaded.
+cannot become a dense model of a known family is refused in one sentence before weights are loaded.
 """
 
 import os
@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from transact_core.base.cache import evict, mark_in_use
 from transact_core.base.errors import Progress, TransActError, silent
@@ -47,7 +47,7 @@ BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 class LoadedModel:
     """A dense model ready to be measured. Nothing in the program changes its weights."""
 
-    model: "LlamaForCausalLM | ReleasedModel"
+    model: "PreTrainedModel | ReleasedModel"
     tokenizer: "PreTrainedTokenizerBase | ReleasedTokenizer"
     architecture: Architecture
     source: str
@@ -85,7 +85,9 @@ class LoadedModel:
         if self.released:
             return self
         shell = ReleasedModel(self.model.config, self.model.device, self.model.dtype)
-        tokenizer = ReleasedTokenizer(getattr(self.tokenizer, "chat_template", None))
+        tokenizer = ReleasedTokenizer(
+            *(getattr(self.tokenizer, name, None) for name in ("chat_template", "unk_token"))
+        )
         return replace(self, model=shell, tokenizer=tokenizer)
 
 
@@ -93,7 +95,7 @@ class LoadedModel:
 class ReleasedModel:
     """What is still known of a model whose weights were released."""
 
-    config: LlamaConfig
+    config: PreTrainedConfig
     device: torch.device
     dtype: torch.dtype
 
@@ -103,6 +105,7 @@ class ReleasedTokenizer:
     """What is still known of the tokenizer of a released model."""
 
     chat_template: str | dict | None
+    unk_token: str | None
 
 
 def load_model(

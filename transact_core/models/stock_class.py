@@ -1,35 +1,26 @@
-"""Which stock class of transformers computes a LLaMA of given widths.
+"""Which stock class of transformers holds a cut.
 
-`LlamaConfig` refuses a `num_attention_heads` that does not divide `hidden_size`. Two other stock
-classes compute exactly the same with the same weights and have no such rule: `MistralForCausalLM`
-without a sliding window, which knows no biases, and `SmolLM3ForCausalLM` with rotary embeddings in
-every layer, which does. All three name their tensors alike.
+A cut stays of its source's class, so that the runtimes that know the source know it too. One case
+is different: `LlamaConfig` refuses a `num_attention_heads` that does not divide `hidden_size`. Some
+other classes compute exactly the same with the same weights and have no such rule:
+`MistralForCausalLM` without a sliding window, which knows no biases, and `SmolLM3ForCausalLM` with
+rotary embeddings in every layer, which does. All three name their tensors alike.
 """
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from transact_core.models.architecture import CONFIG_FIELDS, Architecture
+from transact_core.base.errors import TransActError, last_line
+from transact_core.models.architecture import Architecture
+from transact_core.models.families.description import Family
+from transact_core.models.families.table import FAMILIES, family_of
 
-StockModel = LlamaForCausalLM | MistralForCausalLM | SmolLM3ForCausalLM
-StockConfig = LlamaConfig | MistralConfig | SmolLM3Config
-
-MODEL_CLASSES: dict[str, type[StockModel]] = {
-    "llama": LlamaForCausalLM,
-    "mistral": MistralForCausalLM,
-    "smollm3": SmolLM3ForCausalLM,
-}
-"""By `model_type`, in the order in which they are preferred."""
+StockModel = PreTrainedModel
+"""A causal language model of one of the families."""
+StockConfig = PreTrainedConfig
+"""Its configuration."""
 
 CLASS_FIELDS = (
     "model_type",
@@ -42,27 +33,48 @@ CLASS_FIELDS = (
 WINDOW_FIELDS = ("sliding_window", "use_sliding_window", "no_rope_layers", "layer_types")
 
 
-def model_type_for(architecture: Architecture, source_type: str = "llama") -> str:
-    """The `model_type` of the class that holds this architecture.
+def family_for(architecture: Architecture, config: StockConfig) -> Family:
+    """The family whose class holds a cut of these widths; `config` is the dense model's.
 
-    A model stays of its source's class where that class can hold it, so that a LLaMA whose head
-    count divides `hidden_size` is saved as a LLaMA.
+    A model stays of its source's class where that class can hold it.
+
+    Raises:
+        TransActError: biases that neither the source's class nor one that computes the same has,
+            or a number of heads that the source's class refuses and no other can take its place.
     """
-    return next(
-        model_type
-        for model_type in (source_type, *MODEL_CLASSES)
-        if _holds(model_type, architecture)
+    require_biases(config, architecture.attention_bias, architecture.mlp_bias)
+    heads = {widths.num_attention_heads for widths in architecture.layer_widths}
+    heads.add(architecture.num_attention_heads)
+    biases = architecture.attention_bias, architecture.mlp_bias
+    for family in _candidates(config):
+        if family.holds(heads, architecture.hidden_size, *biases):
+            return family
+    raise TransActError(
+        f"{architecture.num_attention_heads} heads do not divide the hidden size of "
+        f"{architecture.hidden_size}, which {family_of(config.model_type).class_name} requires; "
+        "choose another ratio."
     )
 
 
-def _holds(model_type: str, architecture: Architecture) -> bool:
-    if model_type == "llama":
-        counts = {layer.num_attention_heads for layer in architecture.layer_widths}
-        counts.add(architecture.num_attention_heads)
-        return all(architecture.hidden_size % count == 0 for count in counts)
-    if model_type == "mistral":
-        return not (architecture.attention_bias or architecture.mlp_bias)
-    return True
+def require_biases(config: StockConfig, attention: bool, mlp: bool) -> None:
+    """Refuses biases of whole modules that no class which computes the same can have.
+
+    Raises:
+        TransActError: there is none; the sentence names the source's class.
+    """
+    if not any(family.holds(set(), 1, attention, mlp) for family in _candidates(config)):
+        raise TransActError(
+            f"{family_of(config.model_type).class_name} has no bias for each of its projections, "
+            "into which the recovery bias writes; choose the recovery least-squares or none."
+        )
+
+
+def _candidates(config: StockConfig) -> list[Family]:
+    """The source's family, and those whose classes compute the same with the same weights."""
+    source = family_of(config.model_type)
+    if not source.computes_as_llama(config):
+        return [source]
+    return [source, *(family for family in FAMILIES.values() if family.as_llama)]
 
 
 def config_for(config: StockConfig, architecture: Architecture) -> StockConfig:
@@ -70,62 +82,51 @@ def config_for(config: StockConfig, architecture: Architecture) -> StockConfig:
 
     Every field that the classes have different defaults for is set, so that no default of the
     other class takes the place of what the source says.
+
+    Raises:
+        TransActError: as `family_for` does.
     """
-    # head_dim is implied by the other widths where it is absent, so it is written out too.
-    values = architecture.config_values()
-    model_type = model_type_for(architecture, config.model_type)
-    if model_type == config.model_type:
+    family = family_for(architecture, config)
+    values = written_values(replace(architecture, model_type=family.model_type))
+    if family.model_type == config.model_type:
         cut = copy.deepcopy(config)
         # It names code that lies beside the source's weights and not beside those of the cut.
         vars(cut).pop("auto_map", None)
         for name, value in values.items():
-            if hasattr(cut, name):
-                setattr(cut, name, value)
+            setattr(cut, name, value)
+        _require_readable(cut, family)
         return cut
-    left_out = {*CLASS_FIELDS, *WINDOW_FIELDS}
+    left_out = {*CLASS_FIELDS, *WINDOW_FIELDS, *architecture.config_values()}
     raw = {name: value for name, value in config.to_dict().items() if name not in left_out}
-    if model_type == "mistral":
-        raw = {name: value for name, value in raw.items() if name not in CONFIG_FIELDS}
-        del values["attention_bias"], values["mlp_bias"]
-        values["sliding_window"] = None
-    elif model_type == "smollm3":
-        values |= {
-            "sliding_window": None,
-            "use_sliding_window": False,
-            "no_rope_layers": [1] * architecture.num_hidden_layers,
-            "layer_types": ["full_attention"] * architecture.num_hidden_layers,
-        }
-    cut = MODEL_CLASSES[model_type].config_class.from_dict(raw | values)
+    own = family.as_llama(architecture.num_hidden_layers)
+    cut = family.read_config(raw | own | values)
     cut._attn_implementation = config._attn_implementation
     return cut
 
 
-def read_config(raw: Mapping[str, Any]) -> StockConfig:
-    """The configuration that a `config.json` of one of the classes holds.
+def _require_readable(config: StockConfig, family: Family) -> None:
+    """Refuses a configuration that the class would write and not read again.
 
     Raises:
-        Exception: whatever the class raises where a field is of a wrong type or value.
+        TransActError: the class refuses it; the sentence says why.
     """
-    return MODEL_CLASSES[raw.get("model_type", "llama")].config_class.from_dict(dict(raw))
+    try:
+        family.read_config(config.to_dict())
+    except Exception as error:
+        raise TransActError(
+            f"{family.class_name} cannot have these widths ({last_line(error)}); choose a ratio of "
+            "0 for the attention."
+        ) from None
 
 
-def difference_from_llama(raw: Mapping[str, Any]) -> str | None:
-    """What a model of one of the classes computes that no LLaMA does; None where nothing.
+def written_values(architecture: Architecture) -> dict[str, int | bool]:
+    """The fields of a configuration that say the widths, those that the family's class reads.
 
-    `raw` is its `config.json`. The words follow "because".
+    `head_dim` is implied by the other widths where it is absent, so it is written out too.
     """
-    model_type = raw.get("model_type", "llama")
-    if model_type == "mistral":
-        window = raw.get("sliding_window", MistralConfig.sliding_window)
-        if window is not None:
-            return f"its tokens attend to the last {window} only (sliding_window)"
-    if model_type == "smollm3":
-        rotated, kinds = raw.get("no_rope_layers"), raw.get("layer_types")
-        if not isinstance(rotated, list) or not all(rotated):
-            return "some of its layers have no rotary embedding (no_rope_layers)"
-        if kinds is not None and set(map(str, kinds)) != {"full_attention"}:
-            return "some of its layers do not attend to all tokens (layer_types)"
-    return None
+    unread = {"attention_bias", "mlp_bias"} - set(architecture.family.bias_fields)
+    values = architecture.config_values()
+    return {name: value for name, value in values.items() if name not in unread}
 
 
 def explanation(model_class: str, source_type: str = "llama") -> str | None:
@@ -135,7 +136,7 @@ def explanation(model_class: str, source_type: str = "llama") -> str | None:
 
     One sentence without a subject, to follow the name of the class.
     """
-    if model_class in (LlamaForCausalLM.__name__, MODEL_CLASSES[source_type].__name__):
+    if model_class in (family_of("llama").class_name, family_of(source_type).class_name):
         return None
     return (
         "which computes the same, because LlamaConfig requires the number of attention heads to "

@@ -204,8 +204,9 @@ def narrow_heads(
         def report(stage: str, done: int, total: int, plan_number: int = plan_number) -> None:
             progress(f"Narrowing heads, {plan_number} of {len(plans)}", done, total)
 
-        cut = prune(model, plan, with_biases=carried_out == "bias")
-        fits = recover(model, cut, plan, windows, carried_out, report).fits
+        cut = prune(model, plan)
+        # Only the errors are used, and not every class has the biases that a repair would write.
+        fits = recover(model, cut, plan, windows, carried_out, report, judge_only=True).fits
         errors = [fit.bare_error if recovery == "none" else fit.recovered_error for fit in fits]
         found[plan.num_attention_heads * plan.head_dim] = torch.tensor(errors, dtype=torch.float64)
     widths = sorted(found)

@@ -25,7 +25,7 @@ from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.base.linalg import inverse_rms
 from transact_core.data.windows import Windows
 from transact_core.forward.layers import Arguments, before_layers, layers_of
-from transact_core.forward.stream import Stream, run_module
+from transact_core.forward.stream import Stream, added, module_input, run_module
 from transact_core.forward.waists import (
     MODULES,
     head_rows,
@@ -201,7 +201,7 @@ class _Repair:
         if cut and self.recovery != "none":
             return self._repair(module)
         for batch, written, _ in self._batches(self.pruned, module):
-            self.hidden[batch] += written
+            self.hidden[batch] += added(self.pruned.layer, module, written)
         return None
 
     def _repair(self, module: str) -> LayerFit:
@@ -219,7 +219,7 @@ class _Repair:
         # perplexity on other text (docs/engine.md).
         weights = torch.stack(
             [
-                inverse_rms(before + change, self.eps).squeeze(-1)
+                inverse_rms(before + added(self.dense.layer, module, change), self.eps).squeeze(-1)
                 for before, change in zip(self.hidden, wanted, strict=True)
             ]
         )
@@ -251,17 +251,18 @@ class _Repair:
             if chosen.error < min(fitted.energy, bare_error):
                 self.last_ridge = self.ridges.index(chosen.ridge)
                 for fold, correction in fitted.corrections(chosen):
-                    self.hidden[fold] += projection(inputs[fold]) + correction.to(inputs.dtype)
+                    written = projection(inputs[fold]) + correction.to(inputs.dtype)
+                    self.hidden[fold] += added(self.pruned.layer, module, written)
                 if not self.judge_only:
                     _change(projection, fitted.solve(chosen.ridge), self.recovery)
                 return fit(chosen.error, chosen.ridge)
             if fitted.energy < bare_error:
-                self._add_output(projection, inputs)
+                self._add_output(module, inputs)
                 return fit(fitted.energy, None)
         if narrowed:
             _put_back(narrowed)
             inputs = self._run(self.pruned, module)[1]
-        self._add_output(projection, inputs)
+        self._add_output(module, inputs)
         return fit(bare_error, None)
 
     def _kept(self, module: str) -> torch.Tensor:
@@ -274,12 +275,13 @@ class _Repair:
         )
         return kept.to(self.hidden.device)
 
-    def _add_output(self, projection: nn.Linear, inputs: torch.Tensor) -> None:
-        """Adds the projection of the inputs to the stream."""
+    def _add_output(self, module: str, inputs: torch.Tensor) -> None:
+        """Adds to the stream what the pruned module makes of its waist."""
+        projection = output_projections(self.pruned.layer)[module]
         for hidden, batch in zip(
             self.hidden.split(self.at_once), inputs.split(self.at_once), strict=True
         ):
-            hidden += projection(batch)
+            hidden += added(self.pruned.layer, module, projection(batch))
 
     def _narrow(self, weights: torch.Tensor) -> tuple[dict[nn.Linear, tuple], torch.Tensor | None]:
         """Fits narrower heads; gives the projections of the bare cut, to restore, and the waist.
@@ -295,7 +297,7 @@ class _Repair:
                 self.dense.layer.self_attn,
                 attention,
                 self.plans[self.layer_index],
-                self.dense.layer.input_layernorm(self.hidden),
+                module_input(self.dense.layer, "mha", self.hidden),
                 weights,
                 rotary,
                 self.judge_only,
@@ -310,7 +312,7 @@ class _Repair:
     def _run(
         self, side: _Side, module: str, kept: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A module's output on the stream, and its transitional activation.
+        """What a module's output projection writes, and its transitional activation.
 
         Of the latter all channels, or those at the positions `kept`.
         """
@@ -326,8 +328,8 @@ class _Repair:
     def _batches(
         self, side: _Side, module: str
     ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """A few windows at a time: which, the module's output there, and its transitional
-        activation."""
+        """A few windows at a time: which, what the module's output projection writes there, and its
+        transitional activation."""
         for start in range(0, len(self.hidden), self.at_once):
             batch = slice(start, start + self.at_once)
             written, transitional = run_module(

@@ -119,8 +119,8 @@ def _fit_queries_and_keys(
             for head, sample in zip(heads, samples, strict=True):
                 query_maps[head] = _fit_query(query_maps[head], key_maps[group], sample)
             key_maps[group] = _fit_key(key_maps[group], query_maps[list(heads)], samples)
-    # Attention divides logits by the root of head_dim, which is smaller now.
-    _map_rows(dense.q_proj, pruned.q_proj, query_maps * (width / dense.head_dim) ** 0.5)
+    # Most attentions divide logits by the root of head_dim, which is smaller now.
+    _map_rows(dense.q_proj, pruned.q_proj, query_maps * (dense.scaling / pruned.scaling))
     _map_rows(dense.k_proj, pruned.k_proj, key_maps)
 
 

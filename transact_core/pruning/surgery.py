@@ -7,15 +7,18 @@ with the dense model, which is never written to.
 
 import copy
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from transact_core.forward.waists import head_rows
 from transact_core.models.architecture import Architecture
-from transact_core.models.stock_class import MODEL_CLASSES, StockModel, config_for
+from transact_core.models.families.description import Block
+from transact_core.models.families.table import family_of
+from transact_core.models.stock_class import StockModel, config_for
 from transact_core.pruning.plan import LayerPlan, PruningPlan, kept_groups
-from transact_core.pruning.rope import narrowed_rope, require_exact_rope
+from transact_core.pruning.rope import narrowed_rope, require_narrowable
 
 
 @torch.no_grad()
@@ -82,7 +85,8 @@ class Cut:
             parts = _under(tensors, "self_attn.")
             tensors |= _prefixed("self_attn.", cut_heads(parts, layer, self.architecture))
         if plan.cuts_module(layer_index, "mlp", self.architecture):
-            tensors |= _prefixed("mlp.", cut_mlp(_under(tensors, "mlp."), layer))
+            parts = _under(tensors, "mlp.")
+            tensors |= _prefixed("mlp.", cut_mlp(parts, layer, self.architecture))
         for name, shape in self.left.layer_tensors(layer_index).items():
             if name.endswith(".bias") and name not in tensors:
                 weight = tensors[name.removesuffix("bias") + "weight"]
@@ -115,16 +119,20 @@ def _empty_like(
     config = config_for(model.config, architecture)
     rotary = model.model.rotary_emb
     if slots:
-        require_exact_rope(config)
+        require_narrowable(config)
         frequencies = rotary.inv_freq[list(slots)]
         config.rope_parameters = narrowed_rope(config, frequencies, rotary.attention_scaling)
         rotary = type(rotary)(config).to(rotary.inv_freq.device)
     with torch.device("meta"):
-        pruned = MODEL_CLASSES[config.model_type](config)
+        pruned = family_of(config.model_type).model_class(config)
         if not architecture.uniform:
             _narrow_layers(pruned, architecture)
-    # Its buffers are no part of the state dict, so it comes from outside the meta device.
+    # Buffers are no part of the state dict, so they come from outside the meta device.
     pruned.model.rotary_emb = rotary
+    for name, buffer in list(pruned.named_buffers()):
+        if buffer.is_meta:
+            place, _, own_name = name.rpartition(".")
+            pruned.get_submodule(place)._buffers[own_name] = model.get_buffer(name)
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned
 
@@ -159,14 +167,11 @@ def cut_attention(
     tensors: dict[str, torch.Tensor], layer: LayerPlan, architecture: Architecture
 ) -> dict[str, torch.Tensor]:
     """Keeps the rows of Q, K, V and the columns of O that belong to the kept heads."""
-    device = tensors["q_proj.weight"].device
-    queries = head_rows(layer.kept_heads, architecture.head_dim).to(device)
-    groups = kept_groups(layer.kept_heads, architecture)
-    keys = head_rows(groups, architecture.head_dim).to(device)
-    cut = {"o_proj.weight": tensors["o_proj.weight"][:, queries]}
-    for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-        cut |= _select_rows(tensors, name, rows)
-    return cut
+    queries = head_rows(layer.kept_heads, architecture.head_dim)
+    keys = head_rows(kept_groups(layer.kept_heads, architecture), architecture.head_dim)
+    kept: dict[Block, torch.Tensor] = {"queries": queries, "keys": keys, "values": keys}
+    cut = _select_rows(tensors, architecture.family.attention_inputs, kept, architecture)
+    return {**cut, "o_proj.weight": _select_columns(tensors["o_proj.weight"], queries)}
 
 
 def narrow_attention(
@@ -174,45 +179,68 @@ def narrow_attention(
 ) -> dict[str, torch.Tensor]:
     """Keeps, in every head, the rotary pairs of Q and K in their slots and the dims of V and O.
 
-    Attention divides scores by sqrt(head_dim), so queries are scaled by
+    Most families' attention divides scores by sqrt(head_dim), so queries are scaled by
     sqrt(narrow head_dim / dense head_dim) to keep the scores' scale.
     """
     queries_per_group = architecture.queries_per_group
     pairs = torch.tensor(layer.slot_pairs)
     rotated = torch.cat([pairs, pairs + architecture.head_dim // 2], dim=1)
     values = torch.tensor(layer.value_dims)
-    scale = math.sqrt(rotated.shape[1] / architecture.head_dim)
+    family = architecture.family
 
     def rows(dims: torch.Tensor, repeats: int = 1) -> torch.Tensor:
         """Row indices of these dims in every head; `dims` has a row for each key-value head."""
         dims = dims.repeat_interleave(repeats, dim=0)
         starts = torch.arange(len(dims))[:, None] * architecture.head_dim
-        return (starts + dims).flatten().to(tensors["q_proj.weight"].device)
+        return (starts + dims).flatten()
 
-    columns = rows(values, queries_per_group)
-    queries = _select_rows(tensors, "q_proj", rows(rotated, queries_per_group))
-    return {
-        "o_proj.weight": tensors["o_proj.weight"][:, columns],
-        **{name: tensor * scale for name, tensor in queries.items()},
-        **_select_rows(tensors, "k_proj", rows(rotated)),
-        **_select_rows(tensors, "v_proj", rows(values)),
+    kept: dict[Block, torch.Tensor] = {
+        "queries": rows(rotated, queries_per_group),
+        "keys": rows(rotated),
+        "values": rows(values),
     }
+    cut = _select_rows(tensors, family.attention_inputs, kept, architecture)
+    if family.attention_multiplier is None:
+        scale = math.sqrt(rotated.shape[1] / architecture.head_dim)
+        queries = {
+            name: tensor * scale for name, tensor in cut.items() if name.startswith("q_proj")
+        }
+        cut |= queries
+    columns = rows(values, queries_per_group)
+    return {**cut, "o_proj.weight": _select_columns(tensors["o_proj.weight"], columns)}
 
 
-def cut_mlp(tensors: dict[str, torch.Tensor], layer: LayerPlan) -> dict[str, torch.Tensor]:
+def cut_mlp(
+    tensors: dict[str, torch.Tensor], layer: LayerPlan, architecture: Architecture
+) -> dict[str, torch.Tensor]:
     """Keeps the rows of gate and up and the columns of down that belong to the kept channels."""
-    kept = torch.tensor(layer.kept_channels, device=tensors["down_proj.weight"].device)
-    cut = {"down_proj.weight": tensors["down_proj.weight"][:, kept]}
-    for name in ("gate_proj", "up_proj"):
-        cut |= _select_rows(tensors, name, kept)
-    return cut
+    kept = torch.tensor(layer.kept_channels)
+    cut = _select_rows(tensors, architecture.family.mlp_inputs, {"channels": kept}, architecture)
+    return {**cut, "down_proj.weight": _select_columns(tensors["down_proj.weight"], kept)}
 
 
 def _select_rows(
-    tensors: dict[str, torch.Tensor], name: str, rows: torch.Tensor
+    tensors: dict[str, torch.Tensor],
+    projections: Mapping[str, tuple[Block, ...]],
+    kept: Mapping[Block, torch.Tensor],
+    dense: Architecture,
 ) -> dict[str, torch.Tensor]:
-    both = (f"{name}.weight", f"{name}.bias")
-    return {key: tensors[key][rows] for key in both if key in tensors}
+    """The kept rows of projections, and of their biases; `kept` counts in each block from 0."""
+    sizes, cut = dense.block_rows(0), {}
+    for projection, blocks in projections.items():
+        start, rows = 0, []
+        for block in blocks:
+            rows.append(kept[block] + start)
+            start += sizes[block]
+        chosen = torch.cat(rows).to(tensors[f"{projection}.weight"].device)
+        for name in (f"{projection}.weight", f"{projection}.bias"):
+            if name in tensors:
+                cut[name] = tensors[name][chosen]
+    return cut
+
+
+def _select_columns(matrix: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    return matrix[:, kept.to(matrix.device)]
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError
 from transact_core.data.windows import read_texts
@@ -28,7 +28,7 @@ class OpenModels:
         self._in_use: list[set[ModelKey]] = []
         """For each task under way, the innermost last, the models that it has asked for."""
         self._closed: set[BenchSpec] = set()
-        self._last_cut: tuple[BenchSpec, tuple, LlamaForCausalLM] | None = None
+        self._last_cut: tuple[BenchSpec, tuple, PreTrainedModel] | None = None
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -97,7 +97,7 @@ class OpenModels:
 
     # --- the last cut ------------------------------------------------------------------------
 
-    def hold(self, spec: BenchSpec, point: Measurement, model: LlamaForCausalLM) -> None:
+    def hold(self, spec: BenchSpec, point: Measurement, model: PreTrainedModel) -> None:
         """Keeps the pruned model of a point until the next one, for an export or a comparison."""
         self._last_cut = (spec, point.identity, model)
 
@@ -105,7 +105,7 @@ class OpenModels:
         """Drops the last pruned model, before the next one is made."""
         self._last_cut = None
 
-    def pruned(self, spec: BenchSpec, point: Measurement, report: Progress) -> LlamaForCausalLM:
+    def pruned(self, spec: BenchSpec, point: Measurement, report: Progress) -> PreTrainedModel:
         """The pruned model of a point: that of the last cut where it is the same, or made anew."""
         asked = (spec, point.identity)
         if self._last_cut is None or self._last_cut[:2] != asked:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress
 from transact_core.base.files import require_free_output
@@ -136,7 +136,7 @@ def cut(
 
     def compress_and_hold(
         bench: Bench, plan: PruningPlan, recovery: str, progress: Progress
-    ) -> tuple[LlamaForCausalLM, Measurement]:
+    ) -> tuple[PreTrainedModel, Measurement]:
         models.let_go()
         model, point = compress(bench, plan, recovery, progress)
         models.hold(spec, point, model)
@@ -216,7 +216,7 @@ def time_both(
 
 def _both_models(
     models: OpenModels, report: Progress, spec: BenchSpec, point: Measurement
-) -> dict[str, LlamaForCausalLM]:
+) -> dict[str, PreTrainedModel]:
     pruned = models.pruned(spec, point, report)
     return {DENSE: models.bench(spec, report).loaded.model, PRUNED: pruned}
 

@@ -1,0 +1,13 @@
+"""Qwen2 and Qwen2.5: a LLaMA with biases on queries, keys and values, and none elsewhere."""
+
+from transact_core.models.families.description import Family, InLlamaCpp
+
+FAMILY = Family(
+    model_type="qwen2",
+    title="Qwen2",
+    class_name="Qwen2ForCausalLM",
+    bias_fields=(),
+    always_biased=("q_proj", "k_proj", "v_proj"),
+    gguf="qwen2",
+    llama_cpp=InLlamaCpp(any_attention_width=False),
+)
