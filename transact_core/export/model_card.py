@@ -2,7 +2,11 @@
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from transact_core.base.errors import TransActError
+from transact_core.base.files import disk_trouble, staged_file
 from transact_core.data.corpus import describe
 from transact_core.export.compression import Compression, apply_command
 from transact_core.export.licence import front_matter_lines, licence_lines, name_under_licence
@@ -10,6 +14,9 @@ from transact_core.export.runtimes import Reading
 from transact_core.models.licence import Licence
 from transact_core.models.stock_class import explanation
 from transact_core.pruning.closed_form import LayerFit
+
+if TYPE_CHECKING:
+    from transact_core.export.gguf import WrittenFile
 
 
 def kept_bare(fits: Sequence[LayerFit]) -> str | None:
@@ -103,3 +110,49 @@ Transitional Activations*, Findings of ACL 2024, arXiv 2407.05690.
 
 {licence_lines(licence)}
 """
+
+
+GGUF_HEADING = "## GGUF files"
+
+
+def gguf_section(files: Sequence[tuple["WrittenFile", float]], runtime: str) -> str:
+    """The model card's section about GGUF files, each with its perplexity in llama.cpp."""
+    rows = "\n".join(
+        f"| `{escape(file.path.name, quote=False)}` | {file.quantization} | "
+        f"{file.bytes / 1e6:,.1f} | {perplexity:,.2f} |"
+        for file, perplexity in files
+    )
+    texts = {file.imatrix for file, _ in files if file.imatrix}
+    said = (
+        f"\nTypes below Q8_0 have an importance matrix, measured on {describe(texts.pop())}."
+        if texts
+        else ""
+    )
+    return f"""{GGUF_HEADING}
+
+Made by the same program, read by {runtime}, and measured there on the same evaluation tokens.{said}
+
+| file | type | MB | perplexity |
+| --- | --- | ---: | ---: |
+{rows}
+"""
+
+
+def add_gguf_to_card(
+    folder: Path, files: Sequence[tuple["WrittenFile", float]], runtime: str
+) -> None:
+    """Adds the section about GGUF files to the model card of an output folder, or renews it.
+
+    Raises:
+        TransActError: the card cannot be written.
+    """
+    path = folder / "README.md"
+    try:
+        before, _, _ = path.read_text(encoding="utf-8").partition(f"\n{GGUF_HEADING}\n")
+        with staged_file(path) as staging:
+            card = f"{before.rstrip()}\n\n{gguf_section(files, runtime)}"
+            staging.write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise TransActError(
+            f"The model card {path} was not written: {disk_trouble(error) or error.strerror}."
+        ) from None
