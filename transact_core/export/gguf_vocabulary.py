@@ -27,7 +27,8 @@ from transact_core.models.gguf_tokenizer import (
 
 PROBE = (
     "Hello, world! 1 22 333 4444 55555 don't DON'T we'VE it's  x\u00a0y\t\tz\r\n\r\n \n  end   \n"
-    "camelCaseWord HTTPServer a_b1c2 foo/bar// x==y != z; $100+5% <tag> ~^|` ... (a|b),c?d! "
+    "camelCaseWord HTTPServer a_b1c2 call();\ncall();\n\n foo/bar// "
+    "x==y != z; $100+5% <tag> ~^|` ... (a|b),c?d! "
     '"quoted" Größe naïve ½ ² Ⅻ ٣٤٥ ЖЗИ привет i̇ 東京123, 一些中文字。ひらがなカタカナ 한국어 '
     "नमस्ते สวัสดี مرحبا 🎉👩‍👩‍👧 \u200b #!/usr  '' ''' ,.  9.81 −5 「」…"
 )
