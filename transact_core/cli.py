@@ -58,6 +58,7 @@ from transact_core.export.gguf import (
 )
 from transact_core.export.gguf_types import QUANTIZATIONS, quantization
 from transact_core.export.model_card import add_gguf_to_card, kept_bare
+from transact_core.export.publish import publish, require_publishable
 from transact_core.forward.in_llama_cpp import evaluate_gguf, measure_gguf_latency
 from transact_core.forward.latency import LatencyPoint, measure_latency
 from transact_core.forward.perplexity import evaluate
@@ -146,6 +147,13 @@ def _parser() -> argparse.ArgumentParser:
         help="also write GGUF files for llama.cpp, DIR-TYPE.gguf beside the folder, and measure "
         f"them there; types: {', '.join(QUANTIZATIONS)}",
     )
+    prune.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="publish folder and GGUF files as this model of the hub, in a private repository "
+        "unless it exists or --public is given; the token is that of `hf auth login` or HF_TOKEN",
+    )
+    prune.add_argument("--public", action="store_true", help="make a new repository public")
     _add_json(prune, "print what report.json holds instead of a table")
 
     apply = command(
@@ -467,6 +475,8 @@ def _prune(chosen: argparse.Namespace) -> None:
     mlp_ratio = parse_ratio(chosen.mlp_ratio, "--mlp-ratio")
     require_free_output(chosen.output)
     files = _gguf_files_of_folder(chosen)
+    if chosen.push_to_hub:
+        require_publishable(chosen.push_to_hub)
     bench_spec = _bench_spec(chosen)
     with _Bar() as progress:
         bench = _open(bench_spec, progress)
@@ -501,6 +511,15 @@ def _prune(chosen: argparse.Namespace) -> None:
                     file=sys.stderr,
                 )
             add_gguf_to_card(chosen.output, figures, runtime_name())
+        if chosen.push_to_hub:
+            published = publish(
+                chosen.push_to_hub,
+                chosen.output,
+                list(files.values()),
+                chosen.public,
+                progress=progress,
+            )
+            tqdm.write(f"Published at {published.address}.", file=sys.stderr)
 
 
 def _apply(chosen: argparse.Namespace) -> None:

@@ -1,5 +1,7 @@
 """The model card, the README.md of an output folder."""
 
+import json
+import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -12,6 +14,7 @@ from transact_core.export.compression import Compression, apply_command
 from transact_core.export.licence import front_matter_lines, licence_lines, name_under_licence
 from transact_core.export.runtimes import Reading
 from transact_core.models.licence import Licence
+from transact_core.models.load import BUILTIN, is_hub_id
 from transact_core.models.stock_class import explanation
 from transact_core.pruning.closed_form import LayerFit
 
@@ -75,7 +78,8 @@ def model_card(
 library_name: transformers
 pipeline_tag: text-generation
 tags: [pruned, transact]
-{front_matter_lines(licence)}---
+metrics: [perplexity]
+{_origin_lines(compression)}{front_matter_lines(licence)}---
 
 # {name}, pruned
 
@@ -112,6 +116,24 @@ Transitional Activations*, Findings of ACL 2024, arXiv 2407.05690.
 """
 
 
+BUILTIN_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The hub's id of the built-in model."""
+
+
+def _origin_lines(compression: Compression) -> str:
+    """The lines of the front matter that name base model and data sets of the hub."""
+    source = compression.model.source
+    on_hub = is_hub_id(source) and not os.path.exists(source)
+    base = BUILTIN_BASE if source == BUILTIN else source if on_hub else None
+    texts = (compression.calibration.source, compression.evaluation.source)
+    named = [text.split(":")[1] for text in texts if text.startswith("hub:")]
+    lines = [f"base_model: {json.dumps(base)}\n"] if base else []
+    if named:
+        lines.append(f"datasets: {json.dumps(list(dict.fromkeys(named)))}\n")
+    return "".join(lines)
+
+
+TAGS = "tags: [pruned, transact]"
 GGUF_HEADING = "## GGUF files"
 
 
@@ -150,7 +172,8 @@ def add_gguf_to_card(
     try:
         before, _, _ = path.read_text(encoding="utf-8").partition(f"\n{GGUF_HEADING}\n")
         with staged_file(path) as staging:
-            card = f"{before.rstrip()}\n\n{gguf_section(files, runtime)}"
+            tagged = before.replace(f"\n{TAGS}\n", f"\n{TAGS[:-1]}, gguf]\n", 1)
+            card = f"{tagged.rstrip()}\n\n{gguf_section(files, runtime)}"
             staging.write_text(card, encoding="utf-8")
     except OSError as error:
         raise TransActError(
