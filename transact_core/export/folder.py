@@ -100,15 +100,15 @@ def write_checkpoint(
             if name != "lm_head.weight" or not model.config.tie_word_embeddings:
                 writer.add(name, tensor)
         writer.finish(model)
+        save_tokenizer(bench.loaded.tokenizer, folder, bench.loaded.folder)
         _write_beside(folder, bench, measurement, compression)
 
 
 def _write_beside(
     folder: Path, bench: Bench, measurement: Measurement, compression: Compression
 ) -> None:
-    """Writes everything but weights and configurations into an output folder."""
+    """Writes everything but weights, configurations and tokenizer into an output folder."""
     result = report(bench, measurement)
-    save_tokenizer(bench.loaded.tokenizer, folder, bench.loaded.folder)
     (folder / "compression.json").write_text(compression.to_json())
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     loaded = bench.loaded
@@ -153,6 +153,8 @@ def compress_to_folder(
     device, dtype = bench.loaded.device, bench.loaded.dtype
     with staged_folder(output) as folder:
         fits = _write_layers(folder, bench, compression, progress)
+        # Before the dense model is released, and its tokenizer with it.
+        save_tokenizer(bench.loaded.tokenizer, folder, bench.loaded.folder)
         bench.release_model()
         model = read_checkpoint(folder, dtype).to(device)
         model.eval().requires_grad_(False)

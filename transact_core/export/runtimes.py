@@ -118,7 +118,10 @@ def _in_llama_cpp(cut: Architecture, rope_type: str, model_type: str) -> Reading
         )
     if rope_type == NARROWED:
         return Reading(
-            LLAMA_CPP, "misread", "its converter drops the frequencies of narrower heads"
+            LLAMA_CPP,
+            "misread",
+            "its converter drops the frequencies of narrower heads, which the GGUF files that this "
+            "program writes itself do have",
         )
     return Reading(LLAMA_CPP, "same")
 
