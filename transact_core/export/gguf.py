@@ -52,6 +52,8 @@ from transact_core.pruning.plan import widths
 
 ROPE_FACTORS = "rope_freqs.weight"
 """The tensor that each rotary frequency is divided by, float32 of shape (head_dim / 2,)."""
+LLAMA_TYPES = ("llama", "mistral", "smollm3")
+"""The `model_type` of the classes that compute what llama.cpp's `llama` does."""
 KINDS = {bool: GGUFValueType.BOOL, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
 """The kind of a metadata value by its type; whole numbers are `uint32`."""
 
@@ -252,9 +254,10 @@ def describe_model(
     """What a file says of a model with this configuration and these widths.
 
     Raises:
-        TransActError: its rotary embedding depends on the length of the text, or is otherwise none
-            of llama.cpp's.
+        TransActError: it computes something else than llama.cpp's `llama`, such as rotary
+            frequencies that depend on the length of the text.
     """
+    _require_llama(config)
     factors, rope = _rotary(config, architecture.head_dim)
     kind = "llama" if architecture.uniform else "deci"
     layers = architecture.layers
@@ -283,6 +286,27 @@ def describe_model(
     entries = [_entry(f"general.{key}", value) for key, value in general.items()]
     entries += [_entry(f"{kind}.{key}", value) for key, value in own.items()]
     return Description(architecture, (*entries, *vocabulary), factors)
+
+
+def _require_llama(config: StockConfig) -> None:
+    """Refuses what `llama` does not compute: llama.cpp would read it and say nothing."""
+    kind = config.model_type
+    if kind not in LLAMA_TYPES:
+        raise TransActError(
+            f"GGUF files of models of the kind {kind} are not written; only of those that compute "
+            "what a LLaMA does."
+        )
+    odd = {
+        "hidden_act": getattr(config, "hidden_act", "silu") not in ("silu", "swish"),
+        "sliding_window": getattr(config, "sliding_window", None) is not None,
+        "no_rope_layers": not all(getattr(config, "no_rope_layers", None) or [1]),
+    }
+    for name, is_odd in odd.items():
+        if is_odd:
+            raise TransActError(
+                f"The model's {name} is {getattr(config, name)}, which a GGUF file of the "
+                "architecture llama cannot say."
+            )
 
 
 def _rotary(config: StockConfig, head_dim: int) -> tuple[np.ndarray | None, dict[str, object]]:
