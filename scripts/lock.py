@@ -81,6 +81,9 @@ def main() -> None:
     dev = compile_lock(["requirements.txt", "requirements-dev.txt"], preferred)
     if not set(app) <= set(dev):
         raise SystemExit("the tests' requirements change the app's; mend requirements-dev.txt")
+    llama_cpp = compile_lock(["requirements.txt", "requirements-llama-cpp.txt"], preferred)
+    if not set(app) <= set(llama_cpp):
+        raise SystemExit("llama.cpp changes the app's packages; mend requirements-llama-cpp.txt")
     runtimes = compile_lock(
         ["requirements.txt", "requirements-dev.txt", "requirements-runtimes.txt"], preferred
     )
@@ -101,6 +104,8 @@ def main() -> None:
             torch[0] += f" \\\n    --hash=sha256:{digest}"
     write_lock("torch.txt", "torch from PyPI, and builds known besides.", torch)
     write_lock("cuda.txt", "What the CUDA build of torch needs, on Linux.", cuda)
+    about = "The optional llama.cpp, on top of app.txt."
+    write_lock("llama-cpp.txt", about, without(llama_cpp, app))
     about = "The runtimes that exported models are tried in, on top of app.txt and dev.txt."
     write_lock("runtimes.txt", about, without(runtimes, dev))
     about = "transformers 4 and what it needs in other versions than app.txt and dev.txt have."

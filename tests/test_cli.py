@@ -382,7 +382,7 @@ def test_folders_that_cannot_be_entered_are_refused_in_one_line(capsys, monkeypa
     monkeypatch.setattr(os, "stat", denied)
     source = ["--model", "closed/model"] if command == "evaluate" else ["--model", "builtin"]
     output = ["--output", "closed/x.parquet"] if command == "analyze" else []
-    monkeypatch.setattr("transact_core.models.load._is_hub_id", lambda source: False)
+    monkeypatch.setattr("transact_core.models.load.is_hub_id", lambda source: False)
     assert main([command, *source, *output]) == 2
     refused(capsys, "There is no model at" if command == "evaluate" else "permission was denied")
 

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-LOCKS = ("app", "torch", "cuda", "dev", "runtimes")
+LOCKS = ("app", "torch", "cuda", "dev", "llama-cpp", "runtimes")
 """What shares one environment, .venv: no package twice."""
 PLATFORMS = [
     {"sys_platform": system, "platform_system": name, "platform_machine": machine}
@@ -45,6 +45,7 @@ TRANSFORMERS_4 = "locks/transformers-4.txt"
 ASKED = [
     "requirements.txt",
     "requirements-dev.txt",
+    "requirements-llama-cpp.txt",
     "requirements-runtimes.txt",
     "requirements-transformers-4.txt",
     "requirements-model.txt",
@@ -74,6 +75,7 @@ def test_the_locks_agree_with_the_requirements():
     app, every = pins("locks/app.txt", "locks/torch.txt"), pins(*LOCKED)
     assert pins("requirements.txt").items() <= app.items()
     assert pins("requirements-dev.txt").items() <= every.items()
+    assert pins("requirements-llama-cpp.txt").items() <= pins("locks/llama-cpp.txt").items()
     assert pins("requirements-runtimes.txt").items() <= every.items()
     assert sum(len(entries(file)) for file in LOCKED) == len(every), "a package is locked twice"
 
@@ -89,7 +91,8 @@ def test_the_folder_of_transformers_4_holds_only_other_versions():
 
 def test_only_the_cuda_build_needs_what_is_cudas():
     assert set(pins("locks/torch.txt")) == {"torch"}
-    names = pins("locks/app.txt", "locks/dev.txt", "locks/runtimes.txt", TRANSFORMERS_4)
+    others = ("app", "dev", "llama-cpp", "runtimes")
+    names = pins(*(f"locks/{name}.txt" for name in others), TRANSFORMERS_4)
     assert not [name for name in names if re.match("nvidia|cuda|triton", name)]
     for requirement, _ in entries("locks/cuda.txt"):
         mac = {**default_environment(), **PLATFORMS[2]}

@@ -17,7 +17,14 @@ from transact_core.models.load import BUILTIN_REQUIREMENT
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("transact_core", "pages", "assets", ".streamlit")
-FILES = ("app.py", "setup.py", "pyproject.toml", "requirements.txt", "LICENSE")
+FILES = (
+    "app.py",
+    "setup.py",
+    "pyproject.toml",
+    "requirements.txt",
+    "requirements-llama-cpp.txt",
+    "LICENSE",
+)
 WAIT = 120
 
 

@@ -28,6 +28,7 @@ from transact_core.data.windows import (
     WindowSpec,
     context_length_of,
     evaluation_windows,
+    make_windows,
     read_texts,
 )
 from transact_core.experiments.bench import Bench, Choices, model_report
@@ -48,11 +49,24 @@ from transact_core.export.compression import (
     version_warnings,
 )
 from transact_core.export.folder import compress_to_folder, evaluation_report, report
-from transact_core.export.model_card import kept_bare
+from transact_core.export.gguf import (
+    FilePlan,
+    default_multiples,
+    export_gguf,
+    source_file_named,
+    vocabulary_for,
+)
+from transact_core.export.gguf_types import QUANTIZATIONS, quantization
+from transact_core.export.model_card import add_gguf_to_card, kept_bare
+from transact_core.export.publish import publish, require_publishable
+from transact_core.forward.in_llama_cpp import evaluate_gguf, measure_gguf_latency
+from transact_core.forward.latency import LatencyPoint, measure_latency
 from transact_core.forward.perplexity import evaluate
 from transact_core.importance.scores import IMPORTANCES, Evidence, score
 from transact_core.models.devices import dtype_name, resolve_device
 from transact_core.models.footprint import footprint
+from transact_core.models.gguf import read_gguf_text
+from transact_core.models.llama_cpp import require_llama_cpp, runtime_name
 from transact_core.models.load import LoadedModel, load_model
 from transact_core.pruning.closed_form import RECOVERIES
 from transact_core.pruning.plan import GRANULARITIES, parse_ratio, plan_notices
@@ -127,6 +141,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_choices(prune)
     _add_calibration(prune)
     _add_evaluation(prune)
+    prune.add_argument(
+        "--gguf",
+        metavar="TYPE,…",
+        help="also write GGUF files for llama.cpp, DIR-TYPE.gguf beside the folder, and measure "
+        f"them there; types: {', '.join(QUANTIZATIONS)}",
+    )
+    prune.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="publish folder and GGUF files as this model of the hub, in a private repository "
+        "unless it exists or --public is given; the token is that of `hf auth login` or HF_TOKEN",
+    )
+    prune.add_argument("--public", action="store_true", help="make a new repository public")
     _add_json(prune, "print what report.json holds instead of a table")
 
     apply = command(
@@ -157,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     measure = command("evaluate", _evaluate, "measure the perplexity of a model")
     _add_model(measure)
     _add_evaluation(measure)
+    _add_runtime(measure)
     _add_json(measure, "print JSON, with the fields of report.json, instead of a sentence")
 
     analyze = command("analyze", _analyze, "score every head and channel of a model")
@@ -194,6 +222,39 @@ def _parser() -> argparse.ArgumentParser:
     _add_choices(points)
     _add_calibration(points)
     _add_evaluation(points)
+
+    gguf = command("gguf", _gguf, "write a model as a GGUF file, quantised, for llama.cpp")
+    _add_model(gguf)
+    gguf.add_argument(
+        "--quantization", required=True, metavar="TYPE", help=f"one of {', '.join(QUANTIZATIONS)}"
+    )
+    gguf.add_argument(
+        "--output", required=True, type=Path, metavar="FILE.gguf", help="new file for the model"
+    )
+    gguf.add_argument(
+        "--imatrix",
+        default=_TEXT_DEFAULTS.calibration,
+        metavar="SOURCE",
+        help="text for the importance matrix, which says how large the inputs of each matrix are "
+        f"and is used below Q8_0: {_SOURCE}; none for none",
+    )
+    _add_calibration_tokens(gguf)
+    _add_sequence_length(gguf)
+    _add_threads(gguf)
+
+    latency = command("latency", _latency, "time prefill and decoding of a model, or of two")
+    _add_model(latency)
+    latency.add_argument(
+        "--against", metavar="M", help="a second model, which takes turns with the first"
+    )
+    for option, default, what in (
+        ("--prompt-tokens", 256, "tokens of the prompt"),
+        ("--new-tokens", 64, "tokens that are generated after it"),
+        ("--repeats", 5, "counted repeats, after one that is not counted"),
+    ):
+        latency.add_argument(option, type=_positive, default=default, metavar="N", help=what)
+    _add_runtime(latency)
+    _add_json(latency, "print JSON instead of a table")
 
     # Run by __main__ already, before torch is imported; here for the list of commands.
     start_app.add_arguments(command("app", start_app.run, start_app.WHAT))
@@ -297,16 +358,16 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--multiple-of",
         type=_positive,
-        default=defaults.multiple_of,
         metavar="N",
-        help="round the MLP width to a multiple of N channels; runtimes like 8, 32, 64 or 256",
+        help="round the MLP width to a multiple of N channels; runtimes like 8, 32, 64 or 256 "
+        "(default: 1; with --gguf 256 where that is near the ratio, else 32)",
     )
     parser.add_argument(
         "--head-dim-multiple-of",
         type=_positive,
-        default=defaults.head_dim_multiple_of,
         metavar="N",
-        help="with head-dims, round the width of a head to a multiple of N dimensions",
+        help="with head-dims, round the width of a head to a multiple of N dimensions (default: 1; "
+        "with --gguf 32)",
     )
     parser.add_argument(
         "--save-dtype",
@@ -346,6 +407,10 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help=f"text that units are scored and repaired on: {_SOURCE}",
     )
+    _add_calibration_tokens(parser)
+
+
+def _add_calibration_tokens(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-tokens",
         type=_positive,
@@ -383,6 +448,25 @@ def _add_sequence_length(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_runtime(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--runtime",
+        choices=["transformers", "llama.cpp"],
+        default="transformers",
+        help="what computes: transformers, or llama.cpp, which takes .gguf files and builtin",
+    )
+    _add_threads(parser)
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="threads that llama.cpp computes with (default: OMP_NUM_THREADS, or all cores)",
+    )
+
+
 # --- commands --------------------------------------------------------------------------------
 
 
@@ -390,15 +474,52 @@ def _prune(chosen: argparse.Namespace) -> None:
     mha_ratio = parse_ratio(chosen.mha_ratio, "--mha-ratio")
     mlp_ratio = parse_ratio(chosen.mlp_ratio, "--mlp-ratio")
     require_free_output(chosen.output)
-    spec = CutSpec(_bench_spec(chosen), (mha_ratio, mlp_ratio), _choices(chosen))
+    files = _gguf_files_of_folder(chosen)
+    if chosen.push_to_hub:
+        require_publishable(chosen.push_to_hub)
+    bench_spec = _bench_spec(chosen)
     with _Bar() as progress:
-        bench = _open(spec.bench, progress)
+        bench = _open(bench_spec, progress)
+        if files:
+            _choose_multiples(chosen, bench, mlp_ratio)
+        spec = CutSpec(bench_spec, (mha_ratio, mlp_ratio), _choices(chosen))
+        vocabulary = vocabulary_for(bench.loaded) if files else ()
         decision = decide_spec(bench, spec, progress)
         if decision.why:
             tqdm.write(decision.why, file=sys.stderr)
         _warn_all(plan_notices(decision.plan, bench.loaded.architecture))
         compression = describe_compression(bench, decision, spec.choices.recovery)
         _carry_out(bench, compression, chosen, progress)
+        if files:
+            loaded = load_model(str(chosen.output), chosen.device, chosen.dtype, progress)
+            written = export_gguf(
+                files,
+                loaded,
+                bench.calibration,
+                vocabulary,
+                chosen.output.name,
+                progress,
+                told=_tell_plan,
+            )
+            figures = []
+            for file in written:
+                measured = evaluate_gguf(file.path, bench.evaluation, None, progress)
+                figures.append((file, measured.perplexity))
+                tqdm.write(
+                    f"{file.path}: {file.bytes:,} bytes, perplexity {measured.perplexity:.4f} in "
+                    f"{runtime_name()}",
+                    file=sys.stderr,
+                )
+            add_gguf_to_card(chosen.output, figures, runtime_name())
+        if chosen.push_to_hub:
+            published = publish(
+                chosen.push_to_hub,
+                chosen.output,
+                list(files.values()),
+                chosen.public,
+                progress=progress,
+            )
+            tqdm.write(f"Published at {published.address}.", file=sys.stderr)
 
 
 def _apply(chosen: argparse.Namespace) -> None:
@@ -459,7 +580,176 @@ def _carry_out(
     print(json.dumps(result, indent=1) if chosen.json else _table(result, chosen.output))
 
 
+def _gguf_files_of_folder(chosen: argparse.Namespace) -> dict[str, Path]:
+    """The GGUF files that `prune --gguf` asks for, by type; all of them new."""
+    names = [quantization(name).name for name in chosen.gguf.split(",")] if chosen.gguf else []
+    folder = chosen.output.absolute()
+    files = {name: folder.with_name(f"{folder.name}-{name}.gguf") for name in names}
+    for path in files.values():
+        _require_new_file(path, needs_folder=False)
+    if files:
+        require_llama_cpp()
+    return files
+
+
+def _choose_multiples(chosen: argparse.Namespace, bench: Bench, mlp_ratio: float) -> None:
+    """Sets the multiples that were not asked for to those that llama.cpp's types take."""
+    multiple_of, head_dim_multiple_of = default_multiples(bench.loaded.architecture, mlp_ratio)
+    for name, multiple in (
+        ("multiple_of", multiple_of),
+        ("head_dim_multiple_of", head_dim_multiple_of),
+    ):
+        if getattr(chosen, name) is None:
+            setattr(chosen, name, multiple)
+            option = name.replace("_", "-")
+            tqdm.write(f"For the GGUF files: --{option} {multiple}.", file=sys.stderr)
+
+
+def _tell_plan(plan: FilePlan) -> None:
+    tqdm.write(
+        f"{plan.quantization.name} will take {plan.bytes:,} bytes, of which embedding and LM head "
+        f"are {plan.embedding_bytes:,}.",
+        file=sys.stderr,
+    )
+    _warn_all([fallback.sentence for fallback in plan.fallbacks])
+
+
+def _gguf(chosen: argparse.Namespace) -> None:
+    _require_new_file(chosen.output)
+    name = quantization(chosen.quantization).name
+    if not quantization(name).is_float:
+        require_llama_cpp()
+    with _Bar() as progress:
+        windows = None
+        spec = WindowSpec(
+            calibration=chosen.imatrix,
+            calibration_tokens=chosen.calibration_tokens,
+            sequence_length=chosen.sequence_length,
+        )
+        wanted = chosen.imatrix != "none" and quantization(name).wants_imatrix
+        texts = read_texts(spec) if wanted else None
+        loaded = load_model(chosen.model, chosen.device, chosen.dtype, progress)
+        if wanted:
+            windows, _ = make_windows(
+                spec,
+                loaded.tokenizer,
+                loaded.architecture.vocab_size,
+                context_length_of(loaded.model.config),
+                texts,
+                progress,
+            )
+            _warn_all(windows.notices)
+        _warn_all(loaded.notices)
+        (written,) = export_gguf(
+            {name: chosen.output},
+            loaded,
+            windows,
+            progress=progress,
+            threads=chosen.threads,
+            told=_tell_plan,
+        )
+    print(f"{written.bytes:,} bytes of {written.quantization} in {written.path}")
+
+
+def _evaluate_in_llama_cpp(chosen: argparse.Namespace) -> None:
+    path = source_file_named(chosen.model)
+    text = read_gguf_text(path)
+    windows = evaluation_windows(
+        read_corpus(chosen.evaluation),
+        text.tokenizer,
+        text.vocab_size,
+        chosen.evaluation_tokens,
+        chosen.sequence_length,
+        text.context_length,
+    )
+    _warn_all(text.notices + windows.notices)
+    with _Bar() as progress:
+        measured = evaluate_gguf(path, windows, chosen.threads, progress)
+    result = {
+        "model": {"perplexity": measured.perplexity, "file_bytes": path.stat().st_size},
+        "evaluation": evaluation_report(windows, measured),
+        "runtime": runtime_name(),
+    }
+    if chosen.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print(
+            f"Perplexity {measured.perplexity:.4f} over {measured.scored_tokens:,} scored tokens "
+            f"of {describe(windows.source)}, in {runtime_name()}"
+        )
+
+
+def _latency(chosen: argparse.Namespace) -> None:
+    sources = [chosen.model, *([chosen.against] if chosen.against else [])]
+    if len(set(sources)) < len(sources):
+        raise TransActError("--model and --against name the same model; name two.")
+    lengths, text = [chosen.prompt_tokens], read_corpus("builtin").text
+    own: dict[str, dict] = {source: {} for source in sources}
+    with _Bar() as progress:
+        if chosen.runtime == "llama.cpp":
+            files = {source: source_file_named(source) for source in sources}
+            ids = read_gguf_text(files[chosen.model]).tokenizer(text, return_tensors="pt")
+            measured = measure_gguf_latency(
+                files,
+                ids["input_ids"][0],
+                lengths,
+                chosen.new_tokens,
+                chosen.repeats,
+                chosen.threads,
+                progress,
+            )
+            points: Sequence[LatencyPoint] = measured.points
+            own = {name: dataclasses.asdict(figures) for name, figures in measured.files.items()}
+        else:
+            models = {
+                source: load_model(source, chosen.device, chosen.dtype, progress)
+                for source in sources
+            }
+            ids = models[chosen.model].tokenizer(text, return_tensors="pt")
+            points = list(
+                measure_latency(
+                    {name: loaded.model for name, loaded in models.items()},
+                    ids["input_ids"][0],
+                    lengths,
+                    chosen.new_tokens,
+                    chosen.repeats,
+                    progress,
+                )
+            )
+            own = {name: {"threads": torch.get_num_threads()} for name in models}
+    result = {
+        "runtime": chosen.runtime,
+        "prompt_tokens": chosen.prompt_tokens,
+        "new_tokens": chosen.new_tokens,
+        "repeats": chosen.repeats,
+        "models": {
+            point.model: {
+                "prefill_seconds": point.prefill.median,
+                "prefill_quartiles": point.prefill.quartiles,
+                "prefill_tokens_per_second": point.prefill_tokens_per_second,
+                "decode_seconds_per_token": point.decode.median,
+                "decode_quartiles": point.decode.quartiles,
+                "decode_tokens_per_second": point.decode_tokens_per_second,
+                **own[point.model],
+            }
+            for point in points
+        },
+    }
+    if chosen.json:
+        print(json.dumps(result, indent=1))
+        return
+    print(f"{'':40}{'prefill tok/s':>16}{'decode tok/s':>16}")
+    for name, row in result["models"].items():
+        print(
+            f"{name[-40:]:40}{row['prefill_tokens_per_second']:>16,.1f}"
+            f"{row['decode_tokens_per_second']:>16,.1f}"
+        )
+
+
 def _evaluate(chosen: argparse.Namespace) -> None:
+    if chosen.runtime == "llama.cpp":
+        _evaluate_in_llama_cpp(chosen)
+        return
     with _Bar() as progress:
         loaded, windows = _load_with_windows(
             chosen, chosen.evaluation, chosen.evaluation_tokens, progress
@@ -585,8 +875,9 @@ def _choices(chosen: argparse.Namespace) -> Choices:
 
 
 def _fields_of(kind: type, chosen: argparse.Namespace) -> Any:
-    """The dataclass `kind` from the options that are named as its fields."""
-    return kind(**{field.name: getattr(chosen, field.name) for field in dataclasses.fields(kind)})
+    """The dataclass `kind` from the options that are named as its fields and were given."""
+    values = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in values.items() if value is not None})
 
 
 def _warn(sentence: str) -> None:
@@ -635,7 +926,7 @@ def _without_seconds(lines: Sequence[str]) -> set[str]:
     return {line.rpartition(",")[0] for line in lines}
 
 
-def _require_new_file(path: Path) -> None:
+def _require_new_file(path: Path, needs_folder: bool = True) -> None:
     try:
         path.stat()
     except FileNotFoundError:
@@ -646,7 +937,7 @@ def _require_new_file(path: Path) -> None:
         ) from None
     else:
         raise TransActError(f"The output {path} exists; name a new file.")
-    if not path.absolute().parent.is_dir():
+    if needs_folder and not path.absolute().parent.is_dir():
         raise TransActError(f"The folder of {path} does not exist.")
 
 

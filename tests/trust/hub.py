@@ -1,5 +1,6 @@
-"""As much of a model hub as `snapshot_download` asks for, serving one folder on this machine."""
+"""As much of a model hub as reading and publishing ask for, with one folder on this machine."""
 
+import base64
 import hashlib
 import json
 from functools import partial
@@ -21,6 +22,68 @@ class _Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer(with_body=True)
+
+    def do_POST(self) -> None:
+        """Making a repository, and a commit: small files in it, large ones (LFS) before it."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path == "/api/validate-yaml":
+            self._reply({"errors": [], "warnings": []})
+            return
+        if self.token is None or self.headers.get("Authorization") != f"Bearer {self.token}":
+            self._refuse()
+        elif self.path == "/api/repos/create":
+            (self.folder / ".created.json").write_bytes(body)
+            self._reply({"url": f"{self._address}/tiny/model"})
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = {True: "lfs", False: "regular"}
+            modes_of = {name: modes[name.endswith((".safetensors", ".gguf"))] for name in names}
+            self._reply(
+                {
+                    "files": [
+                        {"path": name, "uploadMode": mode, "shouldIgnore": False}
+                        for name, mode in modes_of.items()
+                    ]
+                }
+            )
+        elif self.path.endswith(".git/info/lfs/objects/batch"):
+            objects = [
+                {**wanted, "actions": {"upload": {"href": f"{self._address}/lfs/{wanted['oid']}"}}}
+                for wanted in json.loads(body)["objects"]
+            ]
+            self._reply({"transfer": "basic", "objects": objects})
+        elif "/commit/" in self.path:
+            self._commit([json.loads(line) for line in body.splitlines()])
+            url = f"{self._address}/tiny/model/commit/{COMMIT}"
+            self._reply({"success": True, "commitOid": COMMIT, "commitUrl": url})
+        else:
+            self.send_error(404)
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        (self.folder / f".lfs-{self.path.rpartition('/')[2]}").write_bytes(content)
+        self._reply({})
+
+    def _commit(self, lines: list[dict]) -> None:
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                content = base64.b64decode(value["content"])
+                (self.folder / value["path"]).write_bytes(content)
+            elif line["key"] == "lfsFile":
+                (self.folder / f".lfs-{value['oid']}").rename(self.folder / value["path"])
+
+    @property
+    def _address(self) -> str:
+        return f"http://{self.headers['Host']}"
+
+    def _reply(self, content: dict) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def _answer(self, with_body: bool) -> None:
         path = self.path.split("?")[0]

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from transact_core.base.errors import TransActError
+from transact_core.models.llama_cpp import require_llama_cpp
+
 FOLDERS = {
     "llama_cpp": "runtimes",
     "ctranslate2": "runtimes",
@@ -23,3 +26,13 @@ def runtime_folder(runtime: str) -> Path:
             pytest.fail(missing)
         pytest.skip(missing, allow_module_level=True)
     return folder
+
+
+def require_llama_cpp_installed() -> None:
+    """Without the optional package what asks fails in CI, and is skipped elsewhere."""
+    try:
+        require_llama_cpp()
+    except TransActError as missing:
+        if os.environ.get("CI"):
+            pytest.fail(str(missing))
+        pytest.skip(str(missing), allow_module_level=True)

@@ -1,15 +1,25 @@
 """The model card, the README.md of an output folder."""
 
+import json
+import os
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from transact_core.base.errors import TransActError
+from transact_core.base.files import disk_trouble, staged_file
 from transact_core.data.corpus import describe
 from transact_core.export.compression import Compression, apply_command
 from transact_core.export.licence import front_matter_lines, licence_lines, name_under_licence
 from transact_core.export.runtimes import Reading
 from transact_core.models.licence import Licence
+from transact_core.models.load import BUILTIN, is_hub_id
 from transact_core.models.stock_class import explanation
 from transact_core.pruning.closed_form import LayerFit
+
+if TYPE_CHECKING:
+    from transact_core.export.gguf import WrittenFile
 
 
 def kept_bare(fits: Sequence[LayerFit]) -> str | None:
@@ -68,7 +78,8 @@ def model_card(
 library_name: transformers
 pipeline_tag: text-generation
 tags: [pruned, transact]
-{front_matter_lines(licence)}---
+metrics: [perplexity]
+{_origin_lines(compression)}{front_matter_lines(licence)}---
 
 # {name}, pruned
 
@@ -103,3 +114,68 @@ Transitional Activations*, Findings of ACL 2024, arXiv 2407.05690.
 
 {licence_lines(licence)}
 """
+
+
+BUILTIN_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The hub's id of the built-in model."""
+
+
+def _origin_lines(compression: Compression) -> str:
+    """The lines of the front matter that name base model and data sets of the hub."""
+    source = compression.model.source
+    on_hub = is_hub_id(source) and not os.path.exists(source)
+    base = BUILTIN_BASE if source == BUILTIN else source if on_hub else None
+    texts = (compression.calibration.source, compression.evaluation.source)
+    named = [text.split(":")[1] for text in texts if text.startswith("hub:")]
+    lines = [f"base_model: {json.dumps(base)}\n"] if base else []
+    if named:
+        lines.append(f"datasets: {json.dumps(list(dict.fromkeys(named)))}\n")
+    return "".join(lines)
+
+
+TAGS = "tags: [pruned, transact]"
+GGUF_HEADING = "## GGUF files"
+
+
+def gguf_section(files: Sequence[tuple["WrittenFile", float]], runtime: str) -> str:
+    """The model card's section about GGUF files, each with its perplexity in llama.cpp."""
+    rows = "\n".join(
+        f"| `{escape(file.path.name, quote=False)}` | {file.quantization} | "
+        f"{file.bytes / 1e6:,.1f} | {perplexity:,.2f} |"
+        for file, perplexity in files
+    )
+    texts = {file.imatrix for file, _ in files if file.imatrix}
+    said = (
+        f"\nTypes below Q8_0 have an importance matrix, measured on {describe(texts.pop())}."
+        if texts
+        else ""
+    )
+    return f"""{GGUF_HEADING}
+
+Made by the same program, read by {runtime}, and measured there on the same evaluation tokens.{said}
+
+| file | type | MB | perplexity |
+| --- | --- | ---: | ---: |
+{rows}
+"""
+
+
+def add_gguf_to_card(
+    folder: Path, files: Sequence[tuple["WrittenFile", float]], runtime: str
+) -> None:
+    """Adds the section about GGUF files to the model card of an output folder, or renews it.
+
+    Raises:
+        TransActError: the card cannot be written.
+    """
+    path = folder / "README.md"
+    try:
+        before, _, _ = path.read_text(encoding="utf-8").partition(f"\n{GGUF_HEADING}\n")
+        with staged_file(path) as staging:
+            tagged = before.replace(f"\n{TAGS}\n", f"\n{TAGS[:-1]}, gguf]\n", 1)
+            card = f"{tagged.rstrip()}\n\n{gguf_section(files, runtime)}"
+            staging.write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise TransActError(
+            f"The model card {path} was not written: {disk_trouble(error) or error.strerror}."
+        ) from None

@@ -143,7 +143,10 @@ def _in_llama_cpp(config: StockConfig, rope_type: str) -> Reading:
         return Reading(LLAMA_CPP, "refused", _takes_head_dim(cut, f"its {family.title}"))
     if rope_type == NARROWED:
         return Reading(
-            LLAMA_CPP, "misread", "its converter drops the frequencies of narrower heads"
+            LLAMA_CPP,
+            "misread",
+            "its converter drops the frequencies of narrower heads, which the GGUF files that this "
+            "program writes itself do have",
         )
     if window is not None:
         return Reading(

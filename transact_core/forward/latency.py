@@ -5,7 +5,7 @@ other load on the machine affects all of them alike. Weights keep their dtype an
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
@@ -90,20 +90,41 @@ def measure_latency(
     """
     for model in models.values():
         require_lengths_fit(model, lengths, decode)
-    done, total = 0, len(lengths) * (WARM_UP + repeats) * len(models)
+
+    def runner(model: PreTrainedModel) -> Runner:
+        return lambda prompt: _run(model, prompt[None], decode)
+
+    runners = {name: runner(model) for name, model in models.items()}
+    yield from in_turns(runners, text, lengths, repeats, progress)
+
+
+Runner = Callable[[torch.Tensor], tuple[float, float, int | None]]
+"""Runs one prompt, token ids of shape (tokens,); gives the seconds of the prompt, the seconds of
+each token after it, and the peak bytes on top of those before."""
+
+
+def in_turns(
+    runners: Mapping[str, Runner],
+    text: torch.Tensor,
+    lengths: Sequence[int],
+    repeats: int,
+    progress: Progress,
+) -> Iterator[LatencyPoint]:
+    """The points of every runner at every length, each repeat in the order reversed."""
+    done, total = 0, len(lengths) * (WARM_UP + repeats) * len(runners)
     for length in lengths:
-        prompt = text.repeat(-(-length // len(text)))[:length][None]
-        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+        prompt = text.repeat(-(-length // len(text)))[:length]
+        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
         memory: dict[str, int | None] = {}
         for repeat in range(WARM_UP + repeats):
-            for name in reversed(models) if repeat % 2 else models:
+            for name in reversed(runners) if repeat % 2 else runners:
                 progress(f"Timing prompts of {length:,} tokens", done, total)
                 done += 1
-                *seconds, working_bytes = _run(models[name], prompt, decode)
+                *seconds, working_bytes = runners[name](prompt)
                 if repeat >= WARM_UP:
                     runs[name].append(tuple(seconds))
                     memory[name] = working_bytes
-        for name in models:
+        for name in runners:
             prefill, per_token = zip(*runs[name], strict=True)
             yield LatencyPoint(name, length, Timing(prefill), Timing(per_token), memory[name])
     progress("Timing prompts", total, total)

@@ -7,7 +7,7 @@ What it drops is read here, or refused before any weight is read.
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -333,6 +333,46 @@ def convert_gguf(path: Path, found: Inspection, folder: Path) -> None:
         # Another process that converts the same file may have been faster.
         if not folder.is_dir():
             raise
+
+
+@dataclass(frozen=True)
+class GgufText:
+    """What a GGUF file of any architecture needs to be fed with text."""
+
+    tokenizer: PreTrainedTokenizerFast
+    vocab_size: int
+    context_length: int | None
+    """Tokens that the model was trained to see at once; None where the file does not say."""
+    notices: tuple[str, ...] = ()
+
+
+def read_gguf_text(path: Path) -> GgufText:
+    """The tokenizer of a GGUF file that another runtime runs, with llama.cpp's token ids.
+
+    Raises:
+        TransActError: the file is missing, damaged, or has a tokenizer of another kind.
+    """
+    if not path.is_file():
+        raise TransActError(f"There is no GGUF file at {path}.")
+    fields = _read_gguf(path).fields
+    for key in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.tokens"):
+        if key not in fields:
+            raise TransActError(f"{path} does not say {key}, which llama.cpp needs.")
+    kind = fields["tokenizer.ggml.model"].contents()
+    if kind not in VOCABULARY_METADATA:
+        raise TransActError(
+            f"{path} holds a tokenizer of the kind {kind}; only gpt2 and llama, that is byte-level "
+            "BPE and SentencePiece, can be read."
+        )
+    tokenizer, metadata = _read_tokenizer(path)
+    length = fields.get(f"{fields['general.architecture'].contents()}.context_length")
+    notice = pre_tokenizer_notice(path, metadata)
+    return GgufText(
+        tokenizer,
+        len(metadata["tokenizer.ggml.tokens"]),
+        None if length is None else int(length.contents()),
+        (notice,) if notice else (),
+    )
 
 
 def _read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:

@@ -217,17 +217,22 @@ def _byte_level_bpe(
     backend = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre_tokenizer.takes_whole_words)
     )
+    backend.pre_tokenizer = splitter(pre_tokenizer)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def splitter(rule: PreTokenizer) -> pre_tokenizers.Sequence:
+    """What splits a text by a rule, and writes each piece in the letters of byte-level BPE."""
     # The ByteLevel step has the last rule of GPT-2 built in.
-    ends_as_gpt2 = pre_tokenizer.splits[-1:] == GPT2
-    splits = pre_tokenizer.splits[:-1] if ends_as_gpt2 else pre_tokenizer.splits
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
+    ends_as_gpt2 = rule.splits[-1:] == GPT2
+    splits = rule.splits[:-1] if ends_as_gpt2 else rule.splits
+    return pre_tokenizers.Sequence(
         [
             *(pre_tokenizers.Split(Regex(split), behavior="isolated") for split in splits),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=ends_as_gpt2),
         ]
     )
-    backend.decoder = decoders.ByteLevel()
-    return backend
 
 
 def _sentencepiece_bpe(

@@ -126,7 +126,7 @@ def load_model(
     # Unlike Path.exists, this is False where the name is too long or the folder cannot be read.
     elif source and os.path.exists(path := expanded(source)):
         pass
-    elif _is_hub_id(source):
+    elif is_hub_id(source):
         path = download(source)
     else:
         raise TransActError(
@@ -214,5 +214,6 @@ def builtin_gguf() -> Path:
     return path
 
 
-def _is_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
+    """Whether a source has the form of a hub id; it is one where nothing lies under that path."""
     return re.fullmatch(r"[\w][\w.-]*/[\w.-]+", source) is not None

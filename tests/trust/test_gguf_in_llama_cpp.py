@@ -1,0 +1,207 @@
+"""What the workbench writes as GGUF, stock llama.cpp computes as transformers does.
+
+llama.cpp is the one of the optional package; without it these tests fail in CI and are skipped
+elsewhere. The models are tiny and random, in float32, so that losses agree to rounding.
+"""
+
+import copy
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import bench_of, loaded_from, make_model, windows_for
+from tests.trust.installed import require_llama_cpp_installed
+from tests.trust.test_hostile import read_or_refused
+from tests.trust.test_other_runtimes import LINEAR, LLAMA3, OTHER_BASE, SHAPE, YARN
+from transact_core.base.errors import Cancelled, TransActError
+from transact_core.experiments.bench import Choices
+from transact_core.export.gguf import describe_model, plan_file, vocabulary_for, write_file
+from transact_core.forward.in_llama_cpp import evaluate_gguf, measure_gguf_latency
+from transact_core.forward.perplexity import evaluate
+from transact_core.models.architecture import Architecture
+from transact_core.models.llama_cpp import running
+from transact_core.pruning.surgery import prune
+
+require_llama_cpp_installed()
+
+EIGHT = {"num_attention_heads": 8, "head_dim": 8}
+CUTS = {
+    "not cut": (None, {}),
+    "biases, tied": (
+        None,
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "query-heads": (("query-heads", 0.5, False), EIGHT),
+    "kv-groups": (("kv-groups", 0.5, False), {}),
+    "head-dims": (("head-dims", 0.25, False), {}),
+    "head-dims of llama3 frequencies": (
+        ("head-dims", 0.5, True),
+        {"rope_parameters": LLAMA3},
+    ),
+    "heads that do not divide hidden_size": (("query-heads", 0.25, False), EIGHT),
+    "such heads with biases": (("query-heads", 0.25, True), EIGHT),
+    "another rotary base": (None, {"rope_parameters": OTHER_BASE}),
+    "llama3 frequencies": (None, {"rope_parameters": LLAMA3}),
+    "linear frequencies": (None, {"rope_parameters": LINEAR}),
+    "yarn frequencies": (None, {"rope_parameters": YARN}),
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tokenizer):
+    return windows_for(tokenizer, evaluation_tokens=192, sequence_length=96)
+
+
+def cut_of(model, tokenizer, texts, cut):
+    """The model, or what a cut leaves of it, unrepaired."""
+    if cut is None:
+        return model
+    granularity, ratio, with_biases = cut
+    bench = bench_of(model, tokenizer, texts)
+    plan = bench.plan(ratio, 0.3, Choices(granularity=granularity))
+    return prune(model, plan, with_biases)
+
+
+def written(path, model, tokenizer, chosen="F32", imatrix=None, architecture=None):
+    """A GGUF file of a model in memory; returns its plan."""
+    architecture = architecture or Architecture.from_model(model)
+    vocabulary = vocabulary_for(loaded_from(model, tokenizer))
+    description = describe_model(model.config, architecture, vocabulary, "tiny")
+    plan = plan_file(description, chosen, None)
+    write_file(path, plan, architecture, model.state_dict().__getitem__, threads=1)
+    assert path.stat().st_size == plan.bytes
+    return plan
+
+
+def difference(path, model, texts) -> float:
+    """The largest difference of a token's loss between both runtimes, in nats."""
+    found = evaluate_gguf(path, texts[1], threads=1)
+    return float((found.nll - evaluate(model, texts[1]).nll).abs().max())
+
+
+@pytest.mark.parametrize("case", CUTS)
+def test_losses_are_those_of_transformers(case, tokenizer, texts, tmp_path):
+    cut, changes = CUTS[case]
+    model = cut_of(make_model(**SHAPE | changes), tokenizer, texts, cut)
+    written(tmp_path / "x.gguf", model, tokenizer)
+    assert difference(tmp_path / "x.gguf", model, texts) < 2e-4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_layers_of_their_own_widths_are_a_deci_model(tied, tokenizer, texts, tmp_path):
+    model = make_model(**SHAPE | EIGHT | {"tie_word_embeddings": tied, "rope_parameters": LLAMA3})
+    bench = bench_of(model, tokenizer, texts)
+    plans = [
+        bench.plan(mha, mlp, Choices(granularity=granularity))
+        for mha, mlp, granularity in (
+            (0.5, 0.3, "query-heads"),
+            (0.0, 0.6, "query-heads"),
+            (0.5, 0.0, "kv-groups"),
+        )
+    ]
+    layers = tuple(plan.layers[index] for index, plan in enumerate(plans))
+    plan = plans[0].model_copy(
+        update={
+            "layers": layers,
+            "num_attention_heads": None,
+            "num_key_value_heads": None,
+            "intermediate_size": None,
+        }
+    )
+    cut = prune(model, plan)
+    assert not Architecture.from_model(cut).uniform
+    written(tmp_path / "x.gguf", cut, tokenizer)
+    assert b"deci.attention.head_count" in (tmp_path / "x.gguf").read_bytes()
+    assert difference(tmp_path / "x.gguf", cut, texts) < 2e-4
+
+
+def test_a_wrong_file_is_noticed(tokenizer, texts, tmp_path):
+    """Otherwise the tests above would prove nothing."""
+    model = make_model(**SHAPE)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].self_attn.k_proj.weight.data = (
+            other.model.layers[1].self_attn.k_proj.weight.flip(0).clone()
+        )
+    written(tmp_path / "x.gguf", other, tokenizer)
+    assert difference(tmp_path / "x.gguf", model, texts) > 0.01
+
+
+def test_latency_takes_turns_and_says_what_it_took(tokenizer, texts, tmp_path):
+    files = {name: tmp_path / f"{name}.gguf" for name in ("dense", "pruned")}
+    for path in files.values():
+        written(path, make_model(**SHAPE, num_hidden_layers=2), tokenizer, "F16")
+    ids = texts[1].ids.flatten()
+    measured = measure_gguf_latency(files, ids, [8, 40], decode=3, repeats=2, threads=1)
+    assert [(point.model, point.length) for point in measured.points] == [
+        ("dense", 8),
+        ("pruned", 8),
+        ("dense", 40),
+        ("pruned", 40),
+    ]
+    assert all(min(point.prefill.seconds + point.decode.seconds) > 0 for point in measured.points)
+    for name, path in files.items():
+        figures = measured.files[name]
+        assert figures.file_bytes == path.stat().st_size
+        assert figures.threads == 1
+        assert figures.load_seconds > 0
+        assert figures.peak_bytes is None or figures.peak_bytes > figures.file_bytes
+
+
+def test_a_cancel_ends_llama_cpp_and_leaves_no_file(tokenizer, texts, tmp_path):
+    model = make_model(**SHAPE)
+    architecture = Architecture.from_model(model)
+    vocabulary = vocabulary_for(loaded_from(model, tokenizer))
+    plan = plan_file(describe_model(model.config, architecture, vocabulary, "tiny"), "Q8_0")
+
+    def stop(stage, done, total):
+        if done == 3:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        write_file(
+            tmp_path / "x.gguf",
+            plan,
+            architecture,
+            model.state_dict().__getitem__,
+            progress=stop,
+            threads=1,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_no_numbers_are_refused(tokenizer, tmp_path):
+    model = make_model(**SHAPE)
+    model.model.layers[0].mlp.up_proj.weight.data[3, 5] = float("nan")
+    for chosen in ("F16", "Q8_0"):
+        with pytest.raises(TransActError, match="cannot represent"):
+            written(tmp_path / "x.gguf", model, tokenizer, chosen)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_files_end_in_one_line(tokenizer, texts, tmp_path):
+    written(tmp_path / "whole.gguf", make_model(**SHAPE), tokenizer)
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    generator = np.random.default_rng(0)
+    cases = [b"", b"GGUF", whole[:100], whole[: len(whole) // 2], whole[:-64], bytes(len(whole))]
+    for _ in range(6):
+        changed = bytearray(whole)
+        for place in generator.integers(0, 20_000, 12):
+            changed[place] = generator.integers(0, 256)
+        cases.append(bytes(changed))
+    for content in cases:
+        (tmp_path / "damaged.gguf").write_bytes(content)
+        read_or_refused(lambda: evaluate_gguf(tmp_path / "damaged.gguf", texts[1], threads=1))
+
+
+def test_a_crash_of_the_native_library_ends_in_one_line(tokenizer, texts, tmp_path):
+    path = tmp_path / "x.gguf"
+    written(path, make_model(**SHAPE), tokenizer)
+    with running(1) as runtime:
+        runtime.open(path, 96)
+        os.kill(runtime._process.pid, signal.SIGSEGV)
+        with pytest.raises(TransActError, match=r"crashed while running .*x\.gguf \(SIGSEGV\)"):
+            runtime.losses(texts[1].ids[0].numpy())
