@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness: its stock tasks, their prompts, their metrics, its tokenising.
+"""EleutherAI's lm-evaluation-harness: stock tasks, their prompts, their metrics, its tokenising.
 
 A task is loaded from its own YAML file, since the harness' `TaskManager` would read all 14,000 of
 them, and is given its rows in memory. The prompts are made once, in the order of the rows, on which
@@ -15,8 +15,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -148,14 +150,21 @@ def stock_config(name: str) -> Config:
 
 def _yaml_of(name: str) -> Path | None:
     """The file of a task: the one that says `task: NAME`."""
-    if not re.fullmatch(r"[\w.-]+", name):
-        return None
-    folder = Path(find_spec(PACKAGE).origin).parent / "tasks"
     wanted = re.compile(rb"^task: *[\"']?" + re.escape(name.encode()) + rb"[\"']? *\r?$", re.M)
-    files = sorted(folder.rglob("*.yaml"))
-    # A file mostly has the task's name or a part of it, and reading all of them takes a second.
-    files.sort(key=lambda path: path.stem not in (name, name.removeprefix("blimp_")))
-    return next((path for path in files if wanted.search(path.read_bytes())), None)
+    files = _yaml_files()
+    # Most files have the name of their task; reading all of them takes a second.
+    likely = files.get(name, []) + files.get(name.removeprefix("blimp_"), [])
+    others = (path for paths in files.values() for path in paths)
+    return next((path for path in chain(likely, others) if wanted.search(path.read_bytes())), None)
+
+
+@cache
+def _yaml_files() -> dict[str, list[Path]]:
+    """All of the harness' YAML files, by their names without the suffix."""
+    files: dict[str, list[Path]] = {}
+    for path in sorted((Path(find_spec(PACKAGE).origin).parent / "tasks").rglob("*.yaml")):
+        files.setdefault(path.stem, []).append(path)
+    return files
 
 
 def config_sha256(config: Config) -> str:

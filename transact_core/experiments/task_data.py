@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

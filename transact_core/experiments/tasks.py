@@ -29,7 +29,7 @@ from transact_core.experiments.harness import (
     harness_version,
 )
 from transact_core.experiments.results import cut_identity, find_answers, keep_answers
-from transact_core.forward.continuations import Request, score_continuations
+from transact_core.forward.continuations import Answer, Request, score_continuations
 from transact_core.models.devices import dtype_name
 from transact_core.models.load import LoadedModel
 from transact_core.pruning.plan import PruningPlan
@@ -86,6 +86,15 @@ def contestant_of_cut(
 
 
 @dataclass(frozen=True)
+class Answered:
+    """What one model answered to one question."""
+
+    answers: tuple[Answer, ...]
+    values: Values
+    """What the task's metrics make of it."""
+
+
+@dataclass(frozen=True)
 class Figures:
     """Metrics over the questions answered so far, each with its standard error."""
 
@@ -112,6 +121,8 @@ class Standing:
     """Model minus against, question by question."""
     chance: float | None = None
     """Accuracy of guessing; None where the answer is written freely."""
+    questions: tuple[tuple[Answered, ...], ...] = field(default=(), repr=False)
+    """For each model what it answered, question by question."""
 
     def at_chance(self, figures: Figures) -> bool:
         """Whether an accuracy does not differ from guessing by more than its error allows."""
@@ -162,8 +173,8 @@ def _error(influences: np.ndarray) -> float:
 
 def standing(
     task: HarnessTask,
-    model: Sequence[Values],
-    against: Sequence[Values] | None = None,
+    model: Sequence[Answered],
+    against: Sequence[Answered] | None = None,
 ) -> Standing:
     """What the answers to the first questions of a task come to; both models' answers are paired.
 
@@ -173,9 +184,9 @@ def standing(
     sides = [model] if against is None else [model, against]
     aggregated = [
         {
-            metric: aggregate(aggregation, [values[metric] for values in side])
+            metric: aggregate(aggregation, [question.values[metric] for question in side])
             for metric, aggregation in task.aggregations.items()
-            if all(metric in values for values in side)
+            if all(metric in question.values for question in side)
         }
         for side in sides
     ]
@@ -207,6 +218,7 @@ def standing(
         against=figures[1] if against is not None else None,
         difference=difference,
         chance=chance,
+        questions=tuple(map(tuple, sides)),
     )
 
 
@@ -231,15 +243,15 @@ def run_tasks(
     """
     sides = [_Side(model)] if against is None else [_Side(model), _Side(against)]
     total, done = len(sides) * sum(len(task.items) for task in tasks), 0
-    answered: list[list[list[Values]]] = [[[] for _ in sides] for _ in tasks]
+    answered: list[list[list[Answered]]] = [[[] for _ in sides] for _ in tasks]
     longest = max((len(task.items) for task in tasks), default=0)
     for start in range(0, longest, BLOCK):
         for task, so_far in zip(tasks, answered, strict=True):
             items = task.items[start : start + BLOCK]
             if not items:
                 continue
-            for side, values in zip(sides, so_far, strict=True):
-                values += side.answer(task, items, _counting(progress, done, len(items), total))
+            for side, questions in zip(sides, so_far, strict=True):
+                questions += side.answer(task, items, _counting(progress, done, len(items), total))
                 done += len(items)
             yield standing(task, *so_far)
     progress(STAGE, total, total)
@@ -266,19 +278,20 @@ class _Side:
 
     def answer(
         self, task: HarnessTask, items: Sequence[Item], progress: Progress
-    ) -> list[Values]:
-        """What the task's metrics make of the answers to a block of questions."""
+    ) -> list[Answered]:
+        """The answers to a block of questions, kept or else scored now and kept."""
         progress(STAGE, 0, 1)
         groups = [self.encoder.requests(item) for item in items]
         key = self._key(task, items, groups)
         answers = find_answers(key)
         if answers is None:
             model = self.contestant.open(progress)
-            answers = score_continuations(
-                model, groups, self.encoder.max_length, progress, STAGE
-            )
+            answers = score_continuations(model, groups, self.encoder.max_length, progress, STAGE)
             keep_answers(key, answers)
-        return [task.values(item, given) for item, given in zip(items, answers, strict=True)]
+        return [
+            Answered(tuple(given), task.values(item, given))
+            for item, given in zip(items, answers, strict=True)
+        ]
 
     def _key(
         self, task: HarnessTask, items: Sequence[Item], groups: Sequence[Sequence[Request]]
