@@ -17,6 +17,7 @@ PURPOSES = {
     "locks/app.txt": "the app",
     "locks/torch.txt": "the app",
     "locks/cuda.txt": "torch's CUDA build",
+    "locks/tasks.txt": "tasks",
     "locks/dev.txt": "the tests",
     "locks/runtimes.txt": "the tests of other runtimes",
     "locks/transformers-4.txt": "the tests of other runtimes",
@@ -26,6 +27,7 @@ PURPOSES = {
 # Files of direct requirements. All other locked packages are needed by these.
 ASKED_FOR = (
     "requirements.txt",
+    "requirements-tasks.txt",
     "requirements-dev.txt",
     "requirements-runtimes.txt",
     "requirements-transformers-4.txt",

@@ -39,6 +39,8 @@ from transact_core.experiments.cut_spec import (
     open_bench,
 )
 from transact_core.experiments.sweep import Pair, known_points, sweep
+from transact_core.experiments.task_data import open_tasks
+from transact_core.experiments.tasks import contestant_of, run_tasks, tasks_report, tasks_table
 from transact_core.export.compression import (
     Compression,
     describe_compression,
@@ -195,6 +197,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibration(points)
     _add_evaluation(points)
 
+    _add_tasks_command(command)
+
     # Run by __main__ already, before torch is imported; here for the list of commands.
     start_app.add_arguments(command("app", start_app.run, start_app.WHAT))
     return parser
@@ -210,6 +214,13 @@ def _positive(text: str) -> int:
     value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = _whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is a negative number")
     return value
 
 
@@ -383,6 +394,47 @@ def _add_sequence_length(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_tasks_command(command: Callable[..., argparse.ArgumentParser]) -> None:
+    tasks = command("tasks", _tasks, "measure a model, or two on the same questions, by tasks")
+    _add_model(tasks)
+    tasks.add_argument(
+        "--against",
+        metavar="M",
+        help="another model that answers the same questions; differences are model minus this one",
+    )
+    tasks.add_argument(
+        "--tasks",
+        metavar="NAME,…",
+        help="stock tasks of lm-evaluation-harness; default (common sense and last words) or paper "
+        "(as the TransAct paper ran them); continuation and last_word, made of --text, need no "
+        "data and are what is run where neither tasks nor data are named",
+    )
+    tasks.add_argument(
+        "--limit", type=_positive, metavar="N", help="questions of each task, drawn with the seed"
+    )
+    tasks.add_argument(
+        "--few-shot",
+        type=_not_negative,
+        metavar="K",
+        help="examples shown before each question (default: none, or the paper's)",
+    )
+    tasks.add_argument(
+        "--task-data",
+        type=Path,
+        metavar="DIR",
+        help="folder of files TASK.jsonl, with the columns of the stock tasks, in place of the hub",
+    )
+    tasks.add_argument(
+        "--text",
+        default=_TEXT_DEFAULTS.evaluation,
+        metavar="SOURCE",
+        help=f"text that continuation and last_word are made of: {_SOURCE}",
+    )
+    tasks.add_argument("--output", type=Path, metavar="tasks.json", help="new file for the figures")
+    _add_seed(tasks)
+    _add_json(tasks, "print what tasks.json holds instead of a table")
+
+
 # --- commands --------------------------------------------------------------------------------
 
 
@@ -517,6 +569,34 @@ def _sweep(chosen: argparse.Namespace) -> None:
             _write_file(output, lambda path, text=text: path.write_text(text))
         _warn_all(notices)
     print(f"{len(pairs)} points in {output}")
+
+
+def _tasks(chosen: argparse.Namespace) -> None:
+    if chosen.output is not None:
+        _require_new_file(chosen.output)
+    with _Bar() as progress:
+        tasks = open_tasks(
+            chosen.tasks,
+            chosen.limit,
+            chosen.few_shot,
+            chosen.task_data,
+            chosen.text,
+            chosen.seed,
+            progress,
+        )
+        sources = [source for source in (chosen.model, chosen.against) if source is not None]
+        loaded = [load_model(source, chosen.device, chosen.dtype, progress) for source in sources]
+        _warn_all([notice for model in loaded for notice in model.notices])
+        standings = {
+            standing.task: standing
+            for standing in run_tasks(tasks, *map(contestant_of, loaded), progress=progress)
+        }
+    result = tasks_report(standings, chosen.seed, chosen.limit)
+    if chosen.output is not None:
+        _write_file(
+            chosen.output, lambda path: path.write_text(json.dumps(result, indent=1) + "\n")
+        )
+    print(json.dumps(result, indent=1) if chosen.json else tasks_table(standings.values()))
 
 
 # --- pieces ----------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ from transact_core.base.errors import INTERRUPTIONS, Progress, TransActError, fi
 from transact_core.forward.continuations import Answer, Request
 
 PACKAGE = "lm_eval"
+REQUIREMENTS = ("lm_eval==0.4.13", "sacrebleu", "portalocker", "tabulate", "colorama", "lxml")
+"""As in requirements-tasks.txt: without what lm_eval needs for tasks that are not run here."""
 SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 """Output types of the tasks that can be run: those whose answers are given and are scored."""
 AGGREGATIONS = ("mean", "perplexity", "weighted_perplexity", "bits_per_byte")
@@ -107,7 +109,7 @@ def require_harness() -> None:
     if find_spec(PACKAGE) is None:
         raise TransActError(
             "Tasks need the package lm_eval, which is not installed: run `make setup` in a clone, "
-            "or `pip install --no-deps -r requirements-tasks.txt`."
+            f"or `pip install --no-deps {' '.join(REQUIREMENTS)}`."
         )
     # It warns of what is on purpose here, such as a model that is already in memory.
     logging.getLogger(PACKAGE).setLevel(logging.ERROR)

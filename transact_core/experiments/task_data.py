@@ -10,7 +10,7 @@ from typing import Any
 
 from transact_core.base.errors import Progress, TransActError, first_line, silent
 from transact_core.base.files import expanded
-from transact_core.data.corpus import HUB_TIMEOUT_S, Corpus
+from transact_core.data.corpus import BUILTIN_TEXT, HUB_TIMEOUT_S, Corpus, read_corpus
 from transact_core.data.own_text import CONTINUATION, LAST_WORD, OWN_TEXT_TASKS, own_text_rows
 from transact_core.experiments.harness import (
     Config,
@@ -19,6 +19,7 @@ from transact_core.experiments.harness import (
     as_dataset,
     config_sha256,
     make_task,
+    require_harness,
     stock_config,
 )
 from transact_core.models.hub import access_refusal
@@ -72,6 +73,45 @@ OWN_TEXT_CONFIGS: dict[str, Config] = {
     },
 }
 """Configurations as the harness' YAML files have them."""
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task and how many examples are shown before each of its questions."""
+
+    name: str
+    shots: int = 0
+
+
+def chosen_tasks(
+    names: str | None, folder: Path | None = None, shots: int | None = None
+) -> list[TaskSpec]:
+    """The tasks that were asked for: names with commas between them, or `default` or `paper`.
+
+    `paper` is the list of the TransAct paper with its numbers of examples. `default`, and no name,
+    are `DEFAULT_SUITE`, of which a folder may have a part; without a folder no name is the tasks
+    from one's own text, which need no data. `shots` overrides the numbers of examples.
+
+    Raises:
+        TransActError: no task is named, one is named twice, or the folder has none of the suite.
+    """
+    if names is None and folder is None:
+        names = ",".join(OWN_TEXT_TASKS)
+    if names == "paper":
+        specs = [TaskSpec(name, own) for name, own in PAPER_SUITE.items()]
+    elif names in (None, "default"):
+        there = DEFAULT_SUITE if folder is None else tasks_in(folder)
+        specs = [TaskSpec(name) for name in DEFAULT_SUITE if name in there]
+        if not specs:
+            raise TransActError(
+                f"The folder {folder} has none of the tasks {', '.join(DEFAULT_SUITE)}; name tasks "
+                f"that it has: {', '.join(there) or 'it has none'}."
+            )
+    else:
+        specs = [TaskSpec(name.strip()) for name in names.split(",") if name.strip()]
+    if not specs or len({spec.name for spec in specs}) < len(specs):
+        raise TransActError("Name at least one task, and none twice, with commas between them.")
+    return specs if shots is None else [TaskSpec(spec.name, shots) for spec in specs]
 
 
 @dataclass(frozen=True)
@@ -137,6 +177,36 @@ def task_of(
     return make_task(
         data.name, data.config, data.rows, numbers, shots, data.examples, seed, identity, progress
     )
+
+
+def open_tasks(
+    names: str | None,
+    limit: int | None = None,
+    shots: int | None = None,
+    folder: Path | None = None,
+    text: str | Corpus = BUILTIN_TEXT,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[HarnessTask]:
+    """The tasks that were asked for, with their questions drawn and their prompts made.
+
+    `names`, `folder` and `shots` are as in `chosen_tasks`; `text` is what the tasks from one's own
+    text are made of, as a source or read already. Nothing is computed with a model.
+
+    Raises:
+        TransActError: lm_eval is not installed, or a task or its data cannot be read.
+    """
+    require_harness()
+    specs = chosen_tasks(names, folder, shots)
+    corpus = None
+    if any(spec.name in OWN_TEXT_TASKS for spec in specs):
+        corpus = text if isinstance(text, Corpus) else read_corpus(text)
+    # All data are read before any prompt is made: a wrong name is found at once.
+    data = [read_task(spec.name, spec.shots, folder, corpus, seed) for spec in specs]
+    return [
+        task_of(read, spec.shots, limit, seed, progress)
+        for read, spec in zip(data, specs, strict=True)
+    ]
 
 
 def _data(

@@ -9,7 +9,7 @@ more questions cost only those that are new.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -355,3 +355,35 @@ def _flat(figures: Figures) -> dict[str, float | int | None]:
         flat[metric] = value if math.isfinite(value) else None
         flat[f"{metric}_stderr"] = error if math.isfinite(error) else None
     return {**flat, "n": figures.n}
+
+
+def tasks_table(standings: Iterable[Standing]) -> str:
+    """The figures as lines of text, a line for each metric of each task.
+
+    Differences carry twice their standard error; an accuracy that is at chance is marked.
+    """
+    lines = [
+        f"{'task':22}{'metric':16}{'n':>6}{'chance':>9}{'model':>18}{'against':>18}"
+        f"{'difference':>20}"
+    ]
+    guessing = False
+    for result in standings:
+        for metric in result.model.values:
+            chance = result.chance if metric == "acc" else None
+            line = f"{result.task:22}{metric:16}{result.asked:>6}"
+            line += f"{'' if chance is None else format(chance, '.3f'):>9}"
+            for figures in (result.model, result.against):
+                mark = ""
+                if figures is not None and chance is not None and result.at_chance(figures):
+                    mark, guessing = " *", True
+                line += f"{_with_error(figures, metric, 1) + mark:>18}"
+            lines.append(line + f"{_with_error(result.difference, metric, 2):>20}")
+    if guessing:
+        lines.append("* at chance: not above guessing by two standard errors")
+    return "\n".join(lines)
+
+
+def _with_error(figures: Figures | None, metric: str, times: int) -> str:
+    if figures is None:
+        return ""
+    return f"{figures.values[metric]:.3f} ± {times * figures.errors[metric]:.3f}"
