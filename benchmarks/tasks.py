@@ -25,6 +25,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transact_core.base.files import cache_folder
+from transact_core.data.windows import WindowSpec
 from transact_core.experiments.bench import Choices, carry_out
 from transact_core.experiments.cut_spec import BenchSpec, open_bench
 from transact_core.experiments.harness import HarnessTask, require_harness
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mha-ratio", type=float, default=1 / 3)
     parser.add_argument("--mlp-ratio", type=float, default=0.3)
+    parser.add_argument("--calibration-tokens", type=int, default=8192, help="of the cut")
     parser.add_argument("--batch-size", type=int, default=1, help="of stock HFLM")
     parser.add_argument(
         "--dense-only", action="store_true", help="run stock HFLM on the dense model alone"
@@ -137,7 +139,8 @@ def main() -> None:
     chosen = parser.parse_args()
     names = chosen.tasks.split(",") if chosen.tasks else tasks_in(chosen.task_data)
 
-    bench = open_bench(BenchSpec())
+    windows = WindowSpec(calibration_tokens=chosen.calibration_tokens)
+    bench = open_bench(BenchSpec(windows=windows))
     plan = bench.plan(chosen.mha_ratio, chosen.mlp_ratio, Choices())
     dense, cut = bench.loaded.model, carry_out(bench, plan, Choices.recovery)[0]
     contestants = {

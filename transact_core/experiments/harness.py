@@ -12,7 +12,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -140,7 +142,8 @@ def stock_config(name: str) -> Config:
             f"The harness (lm_eval {harness_version()}) has no single task named {name!r}; its "
             "groups are not run, so name one of their tasks."
         )
-    config = load_yaml(path)
+    with _without_rouge():
+        config = load_yaml(path)
     kind = config.get("output_type", "generate_until")
     if kind not in SCORED or config.get("unsafe_code"):
         raise TransActError(
@@ -148,6 +151,24 @@ def stock_config(name: str) -> Config:
             "are given and scored can be run here."
         )
     return config
+
+
+@contextmanager
+def _without_rouge() -> Iterator[None]:
+    """Lets the functions of TruthfulQA be imported, which stand in one module.
+
+    It imports rouge_score for answers that a model writes; those that are given need none of it.
+    """
+    name = "rouge_score"
+    absent = name not in sys.modules and find_spec(name) is None
+    if absent:
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].rouge_scorer = sys.modules[name].scoring = None
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[name]
 
 
 def _yaml_of(name: str) -> Path | None:
