@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_output_folder(prune)
     _add_choices(prune)
     _add_calibration(prune)
-    _add_evaluation(prune)
+    _add_evaluation(prune, several=True)
     _add_json(prune, "print what report.json holds instead of a table")
 
     apply = command(
@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 
     measure = command("evaluate", _evaluate, "measure the perplexity of a model")
     _add_model(measure)
-    _add_evaluation(measure)
+    _add_evaluation(measure, several=True)
     _add_json(measure, "print JSON, with the fields of report.json, instead of a sentence")
 
     analyze = command("analyze", _analyze, "score every head and channel of a model")
@@ -366,13 +366,15 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+def _add_evaluation(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    more = "; given again, perplexity is measured on that text too" if several else ""
     parser.add_argument(
         "--evaluation",
-        default=_TEXT_DEFAULTS.evaluation,
+        dest="evaluations",
+        action="append" if several else _One,
         metavar="SOURCE",
         help=f"text that perplexity is measured on: {_SOURCE}; where it is the calibration text "
-        "too, evaluation has its beginning and calibration what follows",
+        f"too, evaluation has its beginning and calibration what follows{more}",
     )
     parser.add_argument(
         "--evaluation-tokens",
@@ -382,6 +384,13 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
         help="number of evaluation tokens, cut into whole windows",
     )
     _add_sequence_length(parser)
+
+
+class _One(argparse.Action):
+    """A list of the one value that was given last."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, [values])
 
 
 def _add_sequence_length(parser: argparse.ArgumentParser) -> None:
@@ -513,20 +522,29 @@ def _carry_out(
 
 def _evaluate(chosen: argparse.Namespace) -> None:
     with _Bar() as progress:
-        loaded, windows = _load_with_windows(
-            chosen, chosen.evaluation, chosen.evaluation_tokens, progress
+        loaded, texts = _load_with_windows(
+            chosen,
+            chosen.evaluations or [_TEXT_DEFAULTS.evaluation],
+            chosen.evaluation_tokens,
+            progress,
         )
-        measured = evaluate(loaded.model, windows, progress)
+        measured = [evaluate(loaded.model, windows, progress) for windows in texts]
     cost = footprint(loaded.architecture, dtype_name(loaded.source_dtype))
-    result = {
-        "model": model_report(cost, measured.perplexity),
-        "evaluation": evaluation_report(windows, measured),
-    }
+    reports = [
+        evaluation_report(windows, losses) for windows, losses in zip(texts, measured, strict=True)
+    ]
+    result = {"model": model_report(cost, measured[0].perplexity), "evaluation": reports[0]}
+    if len(texts) > 1:
+        result["other_texts"] = [
+            {**text, "perplexity": losses.perplexity}
+            for text, losses in zip(reports[1:], measured[1:], strict=True)
+        ]
     if chosen.json:
         print(json.dumps(result, indent=1))
-    else:
+        return
+    for windows, losses in zip(texts, measured, strict=True):
         print(
-            f"Perplexity {measured.perplexity:.4f} over {measured.scored_tokens:,} scored tokens "
+            f"Perplexity {losses.perplexity:.4f} over {losses.scored_tokens:,} scored tokens "
             f"of {describe(windows.source)}"
         )
 
@@ -534,8 +552,8 @@ def _evaluate(chosen: argparse.Namespace) -> None:
 def _analyze(chosen: argparse.Namespace) -> None:
     _require_new_file(chosen.output)
     with _Bar() as progress:
-        loaded, windows = _load_with_windows(
-            chosen, chosen.calibration, chosen.calibration_tokens, progress
+        loaded, (windows,) = _load_with_windows(
+            chosen, [chosen.calibration], chosen.calibration_tokens, progress
         )
         evidence = Evidence(loaded.model, windows, loaded.architecture, chosen.seed, progress)
         frame = score(chosen.importance, evidence).to_frame(chosen.importance)
@@ -626,21 +644,24 @@ class _Bar:
 
 
 def _load_with_windows(
-    chosen: argparse.Namespace, source: str, tokens: int, progress: Progress
-) -> tuple[LoadedModel, Windows]:
-    """The model, and windows from the beginning of one text."""
-    corpus = read_corpus(source)
+    chosen: argparse.Namespace, sources: Sequence[str], tokens: int, progress: Progress
+) -> tuple[LoadedModel, list[Windows]]:
+    """The model, and windows from the beginning of each text alone."""
+    corpora = [read_corpus(source) for source in sources]
     loaded = load_model(chosen.model, chosen.device, chosen.dtype, progress)
-    windows = evaluation_windows(
-        corpus,
-        loaded.tokenizer,
-        loaded.architecture.vocab_size,
-        tokens,
-        chosen.sequence_length,
-        context_length_of(loaded.model.config),
-    )
-    _warn_all(loaded.notices + windows.notices)
-    return loaded, windows
+    texts = [
+        evaluation_windows(
+            corpus,
+            loaded.tokenizer,
+            loaded.architecture.vocab_size,
+            tokens,
+            chosen.sequence_length,
+            context_length_of(loaded.model.config),
+        )
+        for corpus in corpora
+    ]
+    _warn_all([*loaded.notices, *(notice for windows in texts for notice in windows.notices)])
+    return loaded, texts
 
 
 def _bench_spec(chosen: argparse.Namespace) -> BenchSpec:
@@ -648,9 +669,21 @@ def _bench_spec(chosen: argparse.Namespace) -> BenchSpec:
         model=chosen.model,
         device=chosen.device,
         dtype=chosen.dtype,
-        windows=_fields_of(WindowSpec, chosen),
+        windows=_window_spec(chosen),
         save_dtype=chosen.save_dtype,
         seed=chosen.seed,
+    )
+
+
+def _window_spec(chosen: argparse.Namespace) -> WindowSpec:
+    evaluation, *others = chosen.evaluations or [_TEXT_DEFAULTS.evaluation]
+    return WindowSpec(
+        chosen.calibration,
+        evaluation,
+        chosen.calibration_tokens,
+        chosen.evaluation_tokens,
+        chosen.sequence_length,
+        tuple(others),
     )
 
 
@@ -748,4 +781,10 @@ def _table(result: dict[str, dict], output: Path) -> str:
         after = pruned[key]
         digits = 4 if key == "perplexity" else 0
         lines.append(f"{key:24}{before:>16,.{digits}f}{after:>16,.{digits}f}{after / before:>9.3f}")
+    for text in result.get("other_texts", []):
+        before, after = (text[side]["perplexity"] for side in ("dense", "pruned"))
+        lines.append(
+            f"{'perplexity on another':24}{before:>16,.4f}{after:>16,.4f}"
+            f"{after / before:>9.3f}  {describe(text['source'])}"
+        )
     return "\n".join([*lines, f"Written to {output}"])

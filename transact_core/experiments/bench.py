@@ -72,25 +72,29 @@ class Bench:
         loaded: LoadedModel,
         calibration: Windows,
         evaluation: Windows,
+        *others: Windows,
         save_dtype: str | None = None,
         seed: int = 0,
     ) -> None:
         self.loaded = loaded
         self.calibration = calibration
         self.evaluation = evaluation
+        self.others = others
+        """Windows of further texts that every cut is evaluated on."""
         self.save_dtype = dtype_name(
             loaded.source_dtype if save_dtype is None else resolve_dtype(save_dtype, loaded.device)
         )
         self.seed = seed
         self._measured: dict[str, Tensors] = {}
-        self._dense: Evaluation | None = None
+        self._dense: dict[str, Evaluation] = {}
         self._scores: dict[str, Scores] = {}
 
     @property
     def notices(self) -> tuple[str, ...]:
         """What the user should know of the model and the texts, a sentence each."""
-        texts = self.calibration.notices + self.evaluation.notices
-        return tuple(dict.fromkeys(self.loaded.notices + texts))
+        windows = (self.calibration, self.evaluation, *self.others)
+        texts = [notice for text in windows for notice in text.notices]
+        return tuple(dict.fromkeys([*self.loaded.notices, *texts]))
 
     def statistics(self, progress: Progress = silent) -> ActivationStatistics:
         """The statistics of the calibration windows; measured at the first call."""
@@ -123,17 +127,24 @@ class Bench:
             self._measured[what] = remembered(key, measure)
         return self._measured[what]
 
-    def dense(self, progress: Progress = silent) -> Evaluation:
-        """The dense model's losses; measured at the first call."""
-        if self._dense is None:
+    def dense(self, progress: Progress = silent, windows: Windows | None = None) -> Evaluation:
+        """The dense model's losses on the evaluation text, or on others; measured at first call."""
+        windows = self.evaluation if windows is None else windows
+        tokens = sha256_of_tokens(windows.ids)
+        if tokens not in self._dense:
 
             def measure() -> dict[str, torch.Tensor]:
                 stage = "Measuring the dense model"
-                return {"nll": evaluate(self.loaded.model, self.evaluation, progress, stage).nll}
+                return {"nll": evaluate(self.loaded.model, windows, progress, stage).nll}
 
-            key = {"measured": "nll", **self._determined_by(self.evaluation)}
-            self._dense = Evaluation(**remembered(key, measure))
-        return self._dense
+            key = {"measured": "nll", **self._model_identity, "tokens": tokens}
+            self._dense[tokens] = Evaluation(**remembered(key, measure))
+        return self._dense[tokens]
+
+    def measure_dense(self, progress: Progress = silent) -> None:
+        """Measures the dense model on every text, as long as its weights are there."""
+        for windows in (self.evaluation, *self.others):
+            self.dense(progress, windows)
 
     def _determined_by(self, windows: Windows) -> dict[str, object]:
         return {**self._model_identity, "tokens": sha256_of_tokens(windows.ids)}
@@ -286,6 +297,8 @@ class Measurement:
     fits: tuple[LayerFit, ...]
     seconds: float
     """How long cutting, repairing and measuring took when it was done."""
+    others: tuple[Evaluation, ...] = field(default=(), repr=False)
+    """Losses on the bench's other texts, in their order."""
 
     @property
     def plan(self) -> PruningPlan:
@@ -321,7 +334,7 @@ def compress(
         TransActError: the plan does not fit the model or the recovery is not known.
     """
     require_recovery(recovery)
-    bench.dense(progress)
+    bench.measure_dense(progress)
     start = time.perf_counter()
     model, fits = carry_out(bench, plan, recovery, progress)
     return model, measure(bench, model, plan, recovery, fits, start, progress)
@@ -354,6 +367,7 @@ def measure(
     `start` is the time at which cutting began, in seconds of `time.perf_counter`.
     """
     evaluation = evaluate(model, bench.evaluation, progress)
+    others = tuple(evaluate(model, windows, progress) for windows in bench.others)
     delta_nll, delta_nll_se = paired_difference(evaluation, bench.dense())
     return Measurement(
         decision=Decision(plan),
@@ -364,4 +378,5 @@ def measure(
         delta_nll_se=delta_nll_se,
         fits=fits,
         seconds=time.perf_counter() - start,
+        others=others,
     )

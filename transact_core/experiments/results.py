@@ -29,13 +29,14 @@ import torch
 from pydantic import TypeAdapter
 from transformers import LlamaForCausalLM
 
-from transact_core.base.cache import UNUSED_SECONDS, digest
+from transact_core.base.cache import UNUSED_SECONDS, digest, sha256_of_tokens
 from transact_core.base.errors import Progress, silent
 from transact_core.base.files import cache_folder, cache_limit_bytes
+from transact_core.data.windows import Windows
 from transact_core.experiments.bench import Bench, Choices, Measurement, compress
 from transact_core.experiments.decide import decide
 from transact_core.forward.continuations import Answer
-from transact_core.forward.perplexity import Evaluation
+from transact_core.forward.perplexity import Evaluation, paired_difference
 from transact_core.models.footprint import Footprint
 from transact_core.pruning.closed_form import LayerFit
 from transact_core.pruning.plan import Decision, PruningPlan
@@ -126,7 +127,7 @@ def find_decision(
 
 
 def find(bench: Bench, decision: Decision, recovery: str) -> Measurement | None:
-    """The kept measurement of this cut, or None.
+    """The kept measurement of this cut, or None; on all texts of the bench, or else none.
 
     It holds the decision given here, which says how the cut was asked for now. Its `seconds` are
     those that the measurement took when it was made.
@@ -143,11 +144,30 @@ def find(bench: Bench, decision: Decision, recovery: str) -> Measurement | None:
             **record,
         )
 
-    return _read(_POINTS, _point_key(bench, decision.plan, recovery), restored)
+    on_texts = []
+    for windows in (bench.evaluation, *bench.others):
+        found = _read(_POINTS, _point_key(bench, decision.plan, recovery, windows), restored)
+        if found is None:
+            return None
+        on_texts.append(found)
+    return replace(on_texts[0], others=tuple(point.evaluation for point in on_texts[1:]))
 
 
 def keep(bench: Bench, point: Measurement) -> None:
-    """Keeps a point; does nothing where the file cannot be written."""
+    """Keeps a point, on each text as if that were the bench's first.
+
+    Does nothing where the file cannot be written.
+    """
+    _keep_on(bench, point, bench.evaluation)
+    for windows, evaluation in zip(bench.others, point.others, strict=True):
+        delta_nll, delta_nll_se = paired_difference(evaluation, bench.dense(windows=windows))
+        there = replace(
+            point, evaluation=evaluation, delta_nll=delta_nll, delta_nll_se=delta_nll_se
+        )
+        _keep_on(bench, there, windows)
+
+
+def _keep_on(bench: Bench, point: Measurement, windows: Windows) -> None:
     nll = point.evaluation.nll
     record = {
         "recovery": point.recovery,
@@ -158,7 +178,7 @@ def keep(bench: Bench, point: Measurement) -> None:
         "fits": [asdict(fit) for fit in point.fits],
         "seconds": point.seconds,
     }
-    key = _point_key(bench, point.plan, point.recovery)
+    key = _point_key(bench, point.plan, point.recovery, windows)
     _write(_POINTS, key, record, nll.numpy().astype(np.float32).tobytes())
 
 
@@ -200,8 +220,9 @@ def _cut(plan: PruningPlan, recovery: str) -> dict[str, object]:
     }
 
 
-def _point_key(bench: Bench, plan: PruningPlan, recovery: str) -> str:
-    return digest({"bench": bench.identity, "cut": _cut(plan, recovery)})
+def _point_key(bench: Bench, plan: PruningPlan, recovery: str, windows: Windows) -> str:
+    made_on = {**bench.identity, "evaluation": sha256_of_tokens(windows.ids)}
+    return digest({"bench": made_on, "cut": _cut(plan, recovery)})
 
 
 def _decision_key(bench: Bench, mha_ratio: float, mlp_ratio: float, choices: Choices) -> str:
