@@ -78,8 +78,9 @@ def make_windows(
 ) -> tuple[Windows, ...]:
     """Calibration and evaluation windows, then those of the other texts that are evaluated on.
 
-    Where the calibration text is one that is evaluated on, evaluation has its beginning. `texts` are those of the specification where they were read before. Where a window is longer
-    than `context_length`, in tokens, a notice says so; see `context_length_of`.
+    Where the calibration text is one that is evaluated on, evaluation has its beginning. `texts`
+    are those of the specification where they were read before. Where a window is longer than
+    `context_length`, in tokens, a notice says so; see `context_length_of`.
 
     Raises:
         TransActError: a text cannot be read, or is shorter than the windows it must fill.
