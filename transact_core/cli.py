@@ -374,7 +374,8 @@ def _add_evaluation(parser: argparse.ArgumentParser, several: bool = False) -> N
         action="append" if several else _One,
         metavar="SOURCE",
         help=f"text that perplexity is measured on: {_SOURCE}; where it is the calibration text "
-        f"too, evaluation has its beginning and calibration what follows{more}",
+        f"too, evaluation has its beginning and calibration what follows{more} "
+        f"(default: {_TEXT_DEFAULTS.evaluation})",
     )
     parser.add_argument(
         "--evaluation-tokens",
@@ -409,17 +410,21 @@ def _add_tasks_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     tasks.add_argument(
         "--against",
         metavar="M",
-        help="another model that answers the same questions; differences are model minus this one",
+        help="another model that answers the same questions; differences are model minus this one "
+        "(default: none)",
     )
     tasks.add_argument(
         "--tasks",
         metavar="NAME,…",
         help="stock tasks of lm-evaluation-harness; default (common sense and last words) or paper "
         "(as the TransAct paper ran them); continuation and last_word, made of --text, need no "
-        "data and are what is run where neither tasks nor data are named",
+        "data (default: those that need no data, or with --task-data the suite default)",
     )
     tasks.add_argument(
-        "--limit", type=_positive, metavar="N", help="questions of each task, drawn with the seed"
+        "--limit",
+        type=_positive,
+        metavar="N",
+        help="questions of each task, drawn with the seed (default: all)",
     )
     tasks.add_argument(
         "--few-shot",
@@ -431,7 +436,8 @@ def _add_tasks_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--task-data",
         type=Path,
         metavar="DIR",
-        help="folder of files TASK.jsonl, with the columns of the stock tasks, in place of the hub",
+        help="folder of files TASK.jsonl, with the columns of the stock tasks, in place of the hub "
+        "(default: none)",
     )
     tasks.add_argument(
         "--text",
@@ -439,7 +445,9 @@ def _add_tasks_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="SOURCE",
         help=f"text that continuation and last_word are made of: {_SOURCE}",
     )
-    tasks.add_argument("--output", type=Path, metavar="tasks.json", help="new file for the figures")
+    tasks.add_argument(
+        "--output", type=Path, metavar="tasks.json", help="new file for the figures (default: none)"
+    )
     _add_seed(tasks)
     _add_json(tasks, "print what tasks.json holds instead of a table")
 

@@ -69,19 +69,19 @@ class Findings:
     """By what was measured, as `statistics`."""
     scores: dict[str, Scores] = field(default_factory=dict)
     """By importance."""
-    dense: Evaluation | None = None
-    """The dense model's losses."""
+    dense: dict[str, Evaluation] = field(default_factory=dict)
+    """The dense model's losses, by the SHA-256 of the tokens."""
 
     def beyond(self, known: "Findings") -> "Findings":
         """Those that are not among what is known."""
         return Findings(
             {name: found for name, found in self.measured.items() if name not in known.measured},
             {name: found for name, found in self.scores.items() if name not in known.scores},
-            self.dense if known.dense is None else None,
+            {text: found for text, found in self.dense.items() if text not in known.dense},
         )
 
     def __bool__(self) -> bool:
-        return bool(self.measured or self.scores or self.dense is not None)
+        return bool(self.measured or self.scores or self.dense)
 
 
 class Bench:
@@ -265,18 +265,23 @@ class Bench:
 
     def findings(self) -> Findings:
         """All that was measured by now."""
-        return Findings(dict(self._measured), dict(self._scores), self._dense)
+        return Findings(dict(self._measured), dict(self._scores), dict(self._dense))
 
     def learn(self, findings: Findings) -> None:
         """Adds what was measured on the same bench in another process."""
         self._measured.update(findings.measured)
         self._scores.update(findings.scores)
-        self._dense = self._dense or findings.dense
+        self._dense.update(findings.dense)
 
     def without_model(self) -> "Bench":
         """A copy with what was measured by now, whose model is released; it can be pickled."""
         copied = Bench(
-            self.loaded.release(), self.calibration, self.evaluation, self.save_dtype, self.seed
+            self.loaded.release(),
+            self.calibration,
+            self.evaluation,
+            *self.others,
+            save_dtype=self.save_dtype,
+            seed=self.seed,
         )
         copied.learn(self.findings())
         return copied

@@ -145,7 +145,7 @@ def find(bench: Bench, decision: Decision, recovery: str) -> Measurement | None:
         )
 
     on_texts = []
-    for windows in (bench.evaluation, *bench.others):
+    for windows in (None, *bench.others):
         found = _read(_POINTS, _point_key(bench, decision.plan, recovery, windows), restored)
         if found is None:
             return None
@@ -158,7 +158,7 @@ def keep(bench: Bench, point: Measurement) -> None:
 
     Does nothing where the file cannot be written.
     """
-    _keep_on(bench, point, bench.evaluation)
+    _keep_on(bench, point)
     for windows, evaluation in zip(bench.others, point.others, strict=True):
         delta_nll, delta_nll_se = paired_difference(evaluation, bench.dense(windows=windows))
         there = replace(
@@ -167,7 +167,7 @@ def keep(bench: Bench, point: Measurement) -> None:
         _keep_on(bench, there, windows)
 
 
-def _keep_on(bench: Bench, point: Measurement, windows: Windows) -> None:
+def _keep_on(bench: Bench, point: Measurement, windows: Windows | None = None) -> None:
     nll = point.evaluation.nll
     record = {
         "recovery": point.recovery,
@@ -220,8 +220,13 @@ def _cut(plan: PruningPlan, recovery: str) -> dict[str, object]:
     }
 
 
-def _point_key(bench: Bench, plan: PruningPlan, recovery: str, windows: Windows) -> str:
-    made_on = {**bench.identity, "evaluation": sha256_of_tokens(windows.ids)}
+def _point_key(
+    bench: Bench, plan: PruningPlan, recovery: str, windows: Windows | None = None
+) -> str:
+    """Of a point on the bench's evaluation text, or on another as if that were the bench's."""
+    made_on = bench.identity
+    if windows is not None:
+        made_on = {**made_on, "evaluation": sha256_of_tokens(windows.ids)}
     return digest({"bench": made_on, "cut": _cut(plan, recovery)})
 
 

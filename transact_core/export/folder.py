@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.base.files import require_disk_space, require_free_output, staged_folder
@@ -110,15 +111,19 @@ def write_checkpoint(
             if name != "lm_head.weight" or not model.config.tie_word_embeddings:
                 writer.add(name, tensor)
         writer.finish(model)
-        _write_beside(folder, bench, measurement, compression)
+        _write_beside(folder, bench, bench.loaded.tokenizer, measurement, compression)
 
 
 def _write_beside(
-    folder: Path, bench: Bench, measurement: Measurement, compression: Compression
+    folder: Path,
+    bench: Bench,
+    tokenizer: PreTrainedTokenizerBase,
+    measurement: Measurement,
+    compression: Compression,
 ) -> None:
     """Writes everything but weights and configurations into an output folder."""
     result = report(bench, measurement)
-    save_tokenizer(bench.loaded.tokenizer, folder, bench.loaded.folder)
+    save_tokenizer(tokenizer, folder, bench.loaded.folder)
     (folder / "compression.json").write_text(compression.to_json())
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
     loaded = bench.loaded
@@ -163,11 +168,13 @@ def compress_to_folder(
     device, dtype = bench.loaded.device, bench.loaded.dtype
     with staged_folder(output) as folder:
         fits = _write_layers(folder, bench, compression, progress)
+        # It goes with the model, and is written beside the pruned one.
+        tokenizer = bench.loaded.tokenizer
         bench.release_model()
         model = read_checkpoint(folder, dtype).to(device)
         model.eval().requires_grad_(False)
         measurement = measure(bench, model, plan, recovery, fits, start, progress)
-        _write_beside(folder, bench, measurement, compression)
+        _write_beside(folder, bench, tokenizer, measurement, compression)
     return measurement
 
 
