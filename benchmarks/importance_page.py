@@ -50,7 +50,7 @@ class SyntheticBench(Bench):
             weight_files={},
             source_dtype=torch.float16,
         )
-        super().__init__(loaded, windows, windows, "float16", seed)
+        super().__init__(loaded, windows, windows, save_dtype="float16", seed=seed)
         generator = torch.Generator().manual_seed(seed)
         widths = (
             architecture.mha_width,

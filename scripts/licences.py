@@ -18,6 +18,7 @@ PURPOSES = {
     "locks/torch.txt": "the app",
     "locks/cuda.txt": "torch's CUDA build",
     "locks/llama-cpp.txt": "the app's optional llama.cpp",
+    "locks/tasks.txt": "tasks",
     "locks/dev.txt": "the tests",
     "locks/runtimes.txt": "the tests of other runtimes",
     "locks/transformers-4.txt": "the tests of other runtimes",
@@ -27,6 +28,7 @@ PURPOSES = {
 # Files of direct requirements. All other locked packages are needed by these.
 ASKED_FOR = (
     "requirements.txt",
+    "requirements-tasks.txt",
     "requirements-dev.txt",
     "requirements-llama-cpp.txt",
     "requirements-runtimes.txt",

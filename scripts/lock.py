@@ -31,10 +31,11 @@ EXTRA_TORCH_HASHES = (
 """SHA-256 of builds of the locked torch version that are accepted in addition to PyPI's."""
 
 
-def compile_lock(requirements: list[str], preferred: str) -> list[str]:
+def compile_lock(requirements: list[str], preferred: str, *options: str) -> list[str]:
     """Resolves requirements files together, for Linux and macOS.
 
-    `preferred` is the text of lock files, whose versions are kept where the requirements allow it.
+    `preferred` is the text of lock files, whose versions are kept where the requirements allow it;
+    `options` are more options of `uv pip compile`.
     Returns one entry per package: its name, version, marker and hashes.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +44,7 @@ def compile_lock(requirements: list[str], preferred: str) -> list[str]:
         output.write_text(preferred)
         command = ["uv", "pip", "compile", "--universal", "--generate-hashes", "--no-header"]
         command += ["--no-annotate", "--quiet", "--python-version", OLDEST_PYTHON]
-        command += ["--output-file", str(output), *requirements]
+        command += ["--output-file", str(output), *options, *requirements]
         subprocess.run(command, cwd=ROOT, check=True)
         packages = re.findall(ENTRY, output.read_text(), re.MULTILINE)
     return [package for package in packages if not OTHER_PLATFORM.match(package)]
@@ -89,6 +90,7 @@ def main() -> None:
     )
     if not set(dev) <= set(runtimes):
         raise SystemExit("the runtimes change the app's packages; mend requirements-runtimes.txt")
+    tasks = compile_lock(["requirements-tasks.txt"], preferred, "--no-deps")
     own_names = {package_name(package) for package in own_of_4}
     shared = [package for package in dev if package_name(package) not in own_names]
     transformers_4 = compile_lock(["requirements-transformers-4.txt"], "\n".join(own_of_4 + shared))
@@ -98,6 +100,8 @@ def main() -> None:
     rest = without(app, cuda + torch)
     LOCKS.mkdir(exist_ok=True)
     write_lock("app.txt", "All that the app needs but for torch.", rest)
+    about = "lm_eval and what it imports beside app.txt; it declares more, which is not needed."
+    write_lock("tasks.txt", about, without(tasks, runtimes))
     write_lock("dev.txt", "What `make test` needs on top.", without(dev, app))
     for digest in EXTRA_TORCH_HASHES:
         if digest not in torch[0]:

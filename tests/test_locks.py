@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-LOCKS = ("app", "torch", "cuda", "dev", "llama-cpp", "runtimes")
+LOCKS = ("app", "torch", "cuda", "tasks", "dev", "llama-cpp", "runtimes")
 """What shares one environment, .venv: no package twice."""
 PLATFORMS = [
     {"sys_platform": system, "platform_system": name, "platform_machine": machine}
@@ -44,6 +44,7 @@ LOCKED = [f"locks/{name}.txt" for name in LOCKS]
 TRANSFORMERS_4 = "locks/transformers-4.txt"
 ASKED = [
     "requirements.txt",
+    "requirements-tasks.txt",
     "requirements-dev.txt",
     "requirements-llama-cpp.txt",
     "requirements-runtimes.txt",
@@ -74,6 +75,7 @@ def test_every_installed_package_has_hashes(file):
 def test_the_locks_agree_with_the_requirements():
     app, every = pins("locks/app.txt", "locks/torch.txt"), pins(*LOCKED)
     assert pins("requirements.txt").items() <= app.items()
+    assert pins("requirements-tasks.txt") == pins("locks/tasks.txt")
     assert pins("requirements-dev.txt").items() <= every.items()
     assert pins("requirements-llama-cpp.txt").items() <= pins("locks/llama-cpp.txt").items()
     assert pins("requirements-runtimes.txt").items() <= every.items()

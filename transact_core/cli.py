@@ -40,6 +40,8 @@ from transact_core.experiments.cut_spec import (
     open_bench,
 )
 from transact_core.experiments.sweep import Pair, known_points, sweep
+from transact_core.experiments.task_data import open_tasks
+from transact_core.experiments.tasks import contestant_of, run_tasks, tasks_report, tasks_table
 from transact_core.export.compression import (
     Compression,
     describe_compression,
@@ -140,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_output_folder(prune)
     _add_choices(prune)
     _add_calibration(prune)
-    _add_evaluation(prune)
+    _add_evaluation(prune, several=True)
     prune.add_argument(
         "--gguf",
         metavar="TYPE,…",
@@ -183,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
 
     measure = command("evaluate", _evaluate, "measure the perplexity of a model")
     _add_model(measure)
-    _add_evaluation(measure)
+    _add_evaluation(measure, several=True)
     _add_runtime(measure)
     _add_json(measure, "print JSON, with the fields of report.json, instead of a sentence")
 
@@ -256,6 +258,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_runtime(latency)
     _add_json(latency, "print JSON instead of a table")
 
+    _add_tasks_command(command)
+
     # Run by __main__ already, before torch is imported; here for the list of commands.
     start_app.add_arguments(command("app", start_app.run, start_app.WHAT))
     return parser
@@ -271,6 +275,13 @@ def _positive(text: str) -> int:
     value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = _whole(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is a negative number")
     return value
 
 
@@ -420,13 +431,16 @@ def _add_calibration_tokens(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+def _add_evaluation(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    more = "; given again, perplexity is measured on that text too" if several else ""
     parser.add_argument(
         "--evaluation",
-        default=_TEXT_DEFAULTS.evaluation,
+        dest="evaluations",
+        action="append" if several else _One,
         metavar="SOURCE",
         help=f"text that perplexity is measured on: {_SOURCE}; where it is the calibration text "
-        "too, evaluation has its beginning and calibration what follows",
+        f"too, evaluation has its beginning and calibration what follows{more} "
+        f"(default: {_TEXT_DEFAULTS.evaluation})",
     )
     parser.add_argument(
         "--evaluation-tokens",
@@ -436,6 +450,13 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
         help="number of evaluation tokens, cut into whole windows",
     )
     _add_sequence_length(parser)
+
+
+class _One(argparse.Action):
+    """A list of the one value that was given last."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, [values])
 
 
 def _add_sequence_length(parser: argparse.ArgumentParser) -> None:
@@ -465,6 +486,54 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="threads that llama.cpp computes with (default: OMP_NUM_THREADS, or all cores)",
     )
+
+
+def _add_tasks_command(command: Callable[..., argparse.ArgumentParser]) -> None:
+    tasks = command("tasks", _tasks, "measure a model, or two on the same questions, by tasks")
+    _add_model(tasks)
+    tasks.add_argument(
+        "--against",
+        metavar="M",
+        help="another model that answers the same questions; differences are model minus this one "
+        "(default: none)",
+    )
+    tasks.add_argument(
+        "--tasks",
+        metavar="NAME,…",
+        help="stock tasks of lm-evaluation-harness; default (common sense and last words) or paper "
+        "(as the TransAct paper ran them); continuation and last_word, made of --text, need no "
+        "data (default: those that need no data, or with --task-data the suite default)",
+    )
+    tasks.add_argument(
+        "--limit",
+        type=_positive,
+        metavar="N",
+        help="questions of each task, drawn with the seed (default: all)",
+    )
+    tasks.add_argument(
+        "--few-shot",
+        type=_not_negative,
+        metavar="K",
+        help="examples shown before each question (default: none, or the paper's)",
+    )
+    tasks.add_argument(
+        "--task-data",
+        type=Path,
+        metavar="DIR",
+        help="folder of files TASK.jsonl, with the columns of the stock tasks, in place of the hub "
+        "(default: none)",
+    )
+    tasks.add_argument(
+        "--text",
+        default=_TEXT_DEFAULTS.evaluation,
+        metavar="SOURCE",
+        help=f"text that continuation and last_word are made of: {_SOURCE}",
+    )
+    tasks.add_argument(
+        "--output", type=Path, metavar="tasks.json", help="new file for the figures (default: none)"
+    )
+    _add_seed(tasks)
+    _add_json(tasks, "print what tasks.json holds instead of a table")
 
 
 # --- commands --------------------------------------------------------------------------------
@@ -652,10 +721,14 @@ def _gguf(chosen: argparse.Namespace) -> None:
 
 
 def _evaluate_in_llama_cpp(chosen: argparse.Namespace) -> None:
+    if len(chosen.evaluations or []) > 1:
+        raise TransActError("--runtime llama.cpp takes one --evaluation; run it for each text.")
+            "--runtime llama.cpp takes one --evaluation; run it once for each text."
+        )
     path = source_file_named(chosen.model)
     text = read_gguf_text(path)
     windows = evaluation_windows(
-        read_corpus(chosen.evaluation),
+        read_corpus((chosen.evaluations or [_TEXT_DEFAULTS.evaluation])[0]),
         text.tokenizer,
         text.vocab_size,
         chosen.evaluation_tokens,
@@ -751,20 +824,29 @@ def _evaluate(chosen: argparse.Namespace) -> None:
         _evaluate_in_llama_cpp(chosen)
         return
     with _Bar() as progress:
-        loaded, windows = _load_with_windows(
-            chosen, chosen.evaluation, chosen.evaluation_tokens, progress
+        loaded, texts = _load_with_windows(
+            chosen,
+            chosen.evaluations or [_TEXT_DEFAULTS.evaluation],
+            chosen.evaluation_tokens,
+            progress,
         )
-        measured = evaluate(loaded.model, windows, progress)
+        measured = [evaluate(loaded.model, windows, progress) for windows in texts]
     cost = footprint(loaded.architecture, dtype_name(loaded.source_dtype))
-    result = {
-        "model": model_report(cost, measured.perplexity),
-        "evaluation": evaluation_report(windows, measured),
-    }
+    reports = [
+        evaluation_report(windows, losses) for windows, losses in zip(texts, measured, strict=True)
+    ]
+    result = {"model": model_report(cost, measured[0].perplexity), "evaluation": reports[0]}
+    if len(texts) > 1:
+        result["other_texts"] = [
+            {**text, "perplexity": losses.perplexity}
+            for text, losses in zip(reports[1:], measured[1:], strict=True)
+        ]
     if chosen.json:
         print(json.dumps(result, indent=1))
-    else:
+        return
+    for windows, losses in zip(texts, measured, strict=True):
         print(
-            f"Perplexity {measured.perplexity:.4f} over {measured.scored_tokens:,} scored tokens "
+            f"Perplexity {losses.perplexity:.4f} over {losses.scored_tokens:,} scored tokens "
             f"of {describe(windows.source)}"
         )
 
@@ -772,8 +854,8 @@ def _evaluate(chosen: argparse.Namespace) -> None:
 def _analyze(chosen: argparse.Namespace) -> None:
     _require_new_file(chosen.output)
     with _Bar() as progress:
-        loaded, windows = _load_with_windows(
-            chosen, chosen.calibration, chosen.calibration_tokens, progress
+        loaded, (windows,) = _load_with_windows(
+            chosen, [chosen.calibration], chosen.calibration_tokens, progress
         )
         evidence = Evidence(loaded.model, windows, loaded.architecture, chosen.seed, progress)
         frame = score(chosen.importance, evidence).to_frame(chosen.importance)
@@ -809,6 +891,34 @@ def _sweep(chosen: argparse.Namespace) -> None:
     print(f"{len(pairs)} points in {output}")
 
 
+def _tasks(chosen: argparse.Namespace) -> None:
+    if chosen.output is not None:
+        _require_new_file(chosen.output)
+    with _Bar() as progress:
+        tasks = open_tasks(
+            chosen.tasks,
+            chosen.limit,
+            chosen.few_shot,
+            chosen.task_data,
+            chosen.text,
+            chosen.seed,
+            progress,
+        )
+        sources = [source for source in (chosen.model, chosen.against) if source is not None]
+        loaded = [load_model(source, chosen.device, chosen.dtype, progress) for source in sources]
+        _warn_all([notice for model in loaded for notice in model.notices])
+        standings = {
+            standing.task: standing
+            for standing in run_tasks(tasks, *map(contestant_of, loaded), progress=progress)
+        }
+    result = tasks_report(standings, chosen.seed, chosen.limit)
+    if chosen.output is not None:
+        _write_file(
+            chosen.output, lambda path: path.write_text(json.dumps(result, indent=1) + "\n")
+        )
+    print(json.dumps(result, indent=1) if chosen.json else tasks_table(standings.values()))
+
+
 # --- pieces ----------------------------------------------------------------------------------
 
 
@@ -836,21 +946,24 @@ class _Bar:
 
 
 def _load_with_windows(
-    chosen: argparse.Namespace, source: str, tokens: int, progress: Progress
-) -> tuple[LoadedModel, Windows]:
-    """The model, and windows from the beginning of one text."""
-    corpus = read_corpus(source)
+    chosen: argparse.Namespace, sources: Sequence[str], tokens: int, progress: Progress
+) -> tuple[LoadedModel, list[Windows]]:
+    """The model, and windows from the beginning of each text alone."""
+    corpora = [read_corpus(source) for source in sources]
     loaded = load_model(chosen.model, chosen.device, chosen.dtype, progress)
-    windows = evaluation_windows(
-        corpus,
-        loaded.tokenizer,
-        loaded.architecture.vocab_size,
-        tokens,
-        chosen.sequence_length,
-        context_length_of(loaded.model.config),
-    )
-    _warn_all(loaded.notices + windows.notices)
-    return loaded, windows
+    texts = [
+        evaluation_windows(
+            corpus,
+            loaded.tokenizer,
+            loaded.architecture.vocab_size,
+            tokens,
+            chosen.sequence_length,
+            context_length_of(loaded.model.config),
+        )
+        for corpus in corpora
+    ]
+    _warn_all([*loaded.notices, *(notice for windows in texts for notice in windows.notices)])
+    return loaded, texts
 
 
 def _bench_spec(chosen: argparse.Namespace) -> BenchSpec:
@@ -858,9 +971,21 @@ def _bench_spec(chosen: argparse.Namespace) -> BenchSpec:
         model=chosen.model,
         device=chosen.device,
         dtype=chosen.dtype,
-        windows=_fields_of(WindowSpec, chosen),
+        windows=_window_spec(chosen),
         save_dtype=chosen.save_dtype,
         seed=chosen.seed,
+    )
+
+
+def _window_spec(chosen: argparse.Namespace) -> WindowSpec:
+    evaluation, *others = chosen.evaluations or [_TEXT_DEFAULTS.evaluation]
+    return WindowSpec(
+        chosen.calibration,
+        evaluation,
+        chosen.calibration_tokens,
+        chosen.evaluation_tokens,
+        chosen.sequence_length,
+        tuple(others),
     )
 
 
@@ -959,4 +1084,10 @@ def _table(result: dict[str, dict], output: Path) -> str:
         after = pruned[key]
         digits = 4 if key == "perplexity" else 0
         lines.append(f"{key:24}{before:>16,.{digits}f}{after:>16,.{digits}f}{after / before:>9.3f}")
+    for text in result.get("other_texts", []):
+        before, after = (text[side]["perplexity"] for side in ("dense", "pruned"))
+        lines.append(
+            f"{'perplexity on another':24}{before:>16,.4f}{after:>16,.4f}"
+            f"{after / before:>9.3f}  {describe(text['source'])}"
+        )
     return "\n".join([*lines, f"Written to {output}"])

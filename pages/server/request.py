@@ -23,6 +23,7 @@ class Request:
     calibration_tokens: int = WindowSpec.calibration_tokens
     evaluation_tokens: int = WindowSpec.evaluation_tokens
     sequence_length: int = WindowSpec.sequence_length
+    others: tuple[str, ...] = WindowSpec.others
 
     @property
     def model_key(self) -> tuple[str, str, str]:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from transformers import LlamaConfig
 
@@ -9,6 +11,8 @@ from transact_core.data.windows import (
     context_length_of,
     evaluation_windows,
     make_windows,
+    read_texts,
+    tokenise,
 )
 
 
@@ -108,3 +112,19 @@ def test_windows_beyond_the_context_are_said_to_be(tokenizer):
 def test_the_context_counts_what_the_frequencies_were_stretched_to(rope, length):
     config = LlamaConfig(max_position_embeddings=64, rope_parameters={"rope_theta": 1e4, **rope})
     assert context_length_of(config) == length
+
+
+def test_calibration_shares_no_token_with_any_text_that_is_evaluated_on(tokenizer, tmp_path):
+    text = read_corpus("builtin").text
+    for name, part in (("a", text[:4000]), ("b", text[4000:8000])):
+        (tmp_path / f"{name}.txt").write_text(part)
+    a, b = (str(tmp_path / f"{name}.txt") for name in "ab")
+    spec = WindowSpec(b, a, 64, 48, 16, (b, "builtin"))
+    calibration, evaluation, *others = make_windows(spec, tokenizer, VOCAB_SIZE)
+    assert [windows.source for windows in (evaluation, *others)] == [a, b, "builtin"]
+    assert [windows.tokens for windows in (evaluation, *others)] == [48] * 3
+    whole = tokenise(read_corpus(b), tokenizer, VOCAB_SIZE)
+    assert others[0].ids.flatten().tolist() == whole[:48].tolist()
+    assert calibration.ids.flatten().tolist() == whole[48:112].tolist()
+    with pytest.raises(TransActError, match="named once"):
+        read_texts(replace(spec, others=(b, a)))

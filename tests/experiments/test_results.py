@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from tests.conftest import KINDS, bench_of, make_model, windows_for
+from tests.conftest import KINDS, bench_of, loaded_from, make_model, windows_for
 from transact_core.base import cache
 from transact_core.base.cache import UNUSED_SECONDS
 from transact_core.experiments import results
@@ -359,3 +359,27 @@ def test_what_was_kept_survives_a_kill(store):
     assert results.notices == []
     results._write("points", "after-0", {"number": 0})
     assert kept("after", 0)
+
+
+def test_a_point_is_kept_on_every_text(store, gqa_model, tokenizer, windows):
+    """On each as if it were the bench's first; where one is missing, nothing is found."""
+    calibration, evaluation = windows
+    other = windows_for(tokenizer, evaluation_tokens=128)[1]
+    loaded = loaded_from(gqa_model, tokenizer)
+    bench = Bench(loaded, calibration, evaluation, other)
+    plan = bench.plan(0.5, 0.3, Choices())
+    decision = Decision(plan)
+    point = results.measured(bench, decision, "least-squares")
+    assert [len(losses.nll) for losses in point.others] == [4]
+    again = results.find(Bench(loaded, calibration, evaluation, other), decision, "least-squares")
+    assert torch.equal(again.evaluation.nll, point.evaluation.nll)
+    assert torch.equal(again.others[0].nll, point.others[0].nll)
+    first = results.find(Bench(loaded, calibration, other), decision, "least-squares")
+    assert torch.equal(first.evaluation.nll, point.others[0].nll)
+    alone = compress(Bench(loaded, calibration, other), plan, "least-squares")[1]
+    assert first.delta_nll == pytest.approx(alone.delta_nll, abs=1e-6)
+    third = windows_for(tokenizer, evaluation_tokens=64)[1]
+    assert (
+        results.find(Bench(loaded, calibration, evaluation, third), decision, "least-squares")
+        is None
+    )

@@ -21,10 +21,12 @@ class WindowSpec:
     evaluation_tokens: int = 4096
     sequence_length: int = 512
     """Tokens of one window; every window is fed to the model alone."""
+    others: tuple[str, ...] = ()
+    """Sources of further texts that perplexity is measured on, as the evaluation text is."""
 
 
-Texts = tuple[Corpus, Corpus]
-"""The calibration and the evaluation text."""
+Texts = tuple[Corpus, ...]
+"""The calibration text, the evaluation text, and further texts that are evaluated on."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,18 @@ class Windows:
 
 
 def read_texts(spec: WindowSpec) -> Texts:
-    """Both texts of a specification; read before a model is loaded, a wrong name costs no wait.
+    """The texts of a specification; read before a model is loaded, a wrong name costs no wait.
 
     Raises:
-        TransActError: as `read_corpus` does.
+        TransActError: as `read_corpus` does, or two texts that are evaluated on are the same.
     """
-    calibration = read_corpus(spec.calibration)
-    same = spec.evaluation.strip() == spec.calibration.strip()
-    return calibration, calibration if same else read_corpus(spec.evaluation)
+    sources = [source.strip() for source in (spec.calibration, spec.evaluation, *spec.others)]
+    read = {source: read_corpus(source) for source in dict.fromkeys(sources)}
+    texts = tuple(read[source] for source in sources)
+    evaluated = [text.sha256 for text in texts[1:]]
+    if len(set(evaluated)) < len(evaluated):
+        raise TransActError("Each evaluation text is named once; two of these are the same text.")
+    return texts
 
 
 def make_windows(
@@ -69,33 +75,38 @@ def make_windows(
     context_length: int | None = None,
     texts: Texts | None = None,
     progress: Progress = silent,
-) -> tuple[Windows, Windows]:
-    """Calibration and evaluation windows; from one text, evaluation has the beginning.
+) -> tuple[Windows, ...]:
+    """Calibration and evaluation windows, then those of the other texts that are evaluated on.
 
-    `texts` are those of the specification where they were read before. Where a window is longer
-    than `context_length`, in tokens, a notice says so; see `context_length_of`.
+    Where the calibration text is one that is evaluated on, evaluation has its beginning. `texts`
+    are those of the specification where they were read before. Where a window is longer than
+    `context_length`, in tokens, a notice says so; see `context_length_of`.
 
     Raises:
         TransActError: a text cannot be read, or is shorter than the windows it must fill.
     """
     texts = texts or read_texts(spec)
-    evaluation = for_model(texts[1], tokenizer)
-    calibration = evaluation if texts[0] is texts[1] else for_model(texts[0], tokenizer)
-    progress("Tokenising the text", 0, 2)
-    evaluation_ids = tokenise(evaluation, tokenizer, vocab_size)
-    evaluated = _windows(
-        evaluation, evaluation_ids, spec.evaluation_tokens, spec.sequence_length, context_length
-    )
-    progress("Tokenising the text", 1, 2)
-    if calibration.sha256 == evaluation.sha256:
-        calibration_ids = evaluation_ids[evaluated.tokens :]
-    else:
+    # One text is written for the model once, so that what is the same stays so.
+    written = {id(text): for_model(text, tokenizer) for text in texts}
+    calibration, *evaluated = (written[id(text)] for text in texts)
+    progress("Tokenising the text", 0, len(texts))
+    calibration_ids = None
+    windows = []
+    for text in evaluated:
+        ids = tokenise(text, tokenizer, vocab_size)
+        windows.append(
+            _windows(text, ids, spec.evaluation_tokens, spec.sequence_length, context_length)
+        )
+        if text.sha256 == calibration.sha256:
+            calibration_ids = ids[windows[-1].tokens :]
+        progress("Tokenising the text", len(windows), len(texts))
+    if calibration_ids is None:
         calibration_ids = tokenise(calibration, tokenizer, vocab_size)
     calibrated = _windows(
         calibration, calibration_ids, spec.calibration_tokens, spec.sequence_length, context_length
     )
-    progress("Tokenising the text", 2, 2)
-    return calibrated, evaluated
+    progress("Tokenising the text", len(texts), len(texts))
+    return calibrated, *windows
 
 
 def evaluation_windows(

@@ -70,19 +70,19 @@ class Findings:
     """By what was measured, as `statistics`."""
     scores: dict[str, Scores] = field(default_factory=dict)
     """By importance."""
-    dense: Evaluation | None = None
-    """The dense model's losses."""
+    dense: dict[str, Evaluation] = field(default_factory=dict)
+    """The dense model's losses, by the SHA-256 of the tokens."""
 
     def beyond(self, known: "Findings") -> "Findings":
         """Those that are not among what is known."""
         return Findings(
             {name: found for name, found in self.measured.items() if name not in known.measured},
             {name: found for name, found in self.scores.items() if name not in known.scores},
-            self.dense if known.dense is None else None,
+            {text: found for text, found in self.dense.items() if text not in known.dense},
         )
 
     def __bool__(self) -> bool:
-        return bool(self.measured or self.scores or self.dense is not None)
+        return bool(self.measured or self.scores or self.dense)
 
 
 class Bench:
@@ -97,25 +97,29 @@ class Bench:
         loaded: LoadedModel,
         calibration: Windows,
         evaluation: Windows,
+        *others: Windows,
         save_dtype: str | None = None,
         seed: int = 0,
     ) -> None:
         self.loaded = loaded
         self.calibration = calibration
         self.evaluation = evaluation
+        self.others = others
+        """Windows of further texts that every cut is evaluated on."""
         self.save_dtype = dtype_name(
             loaded.source_dtype if save_dtype is None else resolve_dtype(save_dtype, loaded.device)
         )
         self.seed = seed
         self._measured: dict[str, Tensors] = {}
-        self._dense: Evaluation | None = None
+        self._dense: dict[str, Evaluation] = {}
         self._scores: dict[str, Scores] = {}
 
     @property
     def notices(self) -> tuple[str, ...]:
         """What the user should know of the model and the texts, a sentence each."""
-        texts = self.calibration.notices + self.evaluation.notices
-        return tuple(dict.fromkeys(self.loaded.notices + texts))
+        windows = (self.calibration, self.evaluation, *self.others)
+        texts = [notice for text in windows for notice in text.notices]
+        return tuple(dict.fromkeys([*self.loaded.notices, *texts]))
 
     def statistics(self, progress: Progress = silent) -> ActivationStatistics:
         """The statistics of the calibration windows; measured at the first call."""
@@ -148,17 +152,24 @@ class Bench:
             self._measured[what] = remembered(key, measure)
         return self._measured[what]
 
-    def dense(self, progress: Progress = silent) -> Evaluation:
-        """The dense model's losses; measured at the first call."""
-        if self._dense is None:
+    def dense(self, progress: Progress = silent, windows: Windows | None = None) -> Evaluation:
+        """The dense model's losses on the evaluation text, or on others; measured at first call."""
+        windows = self.evaluation if windows is None else windows
+        tokens = sha256_of_tokens(windows.ids)
+        if tokens not in self._dense:
 
             def measure() -> dict[str, torch.Tensor]:
                 stage = "Measuring the dense model"
-                return {"nll": evaluate(self.loaded.model, self.evaluation, progress, stage).nll}
+                return {"nll": evaluate(self.loaded.model, windows, progress, stage).nll}
 
-            key = {"measured": "nll", **self._determined_by(self.evaluation)}
-            self._dense = Evaluation(**remembered(key, measure))
-        return self._dense
+            key = {"measured": "nll", **self._model_identity, "tokens": tokens}
+            self._dense[tokens] = Evaluation(**remembered(key, measure))
+        return self._dense[tokens]
+
+    def measure_dense(self, progress: Progress = silent) -> None:
+        """Measures the dense model on every text, as long as its weights are there."""
+        for windows in (self.evaluation, *self.others):
+            self.dense(progress, windows)
 
     def _determined_by(self, windows: Windows) -> dict[str, object]:
         return {**self._model_identity, "tokens": sha256_of_tokens(windows.ids)}
@@ -264,18 +275,23 @@ class Bench:
 
     def findings(self) -> Findings:
         """All that was measured by now."""
-        return Findings(dict(self._measured), dict(self._scores), self._dense)
+        return Findings(dict(self._measured), dict(self._scores), dict(self._dense))
 
     def learn(self, findings: Findings) -> None:
         """Adds what was measured on the same bench in another process."""
         self._measured.update(findings.measured)
         self._scores.update(findings.scores)
-        self._dense = self._dense or findings.dense
+        self._dense.update(findings.dense)
 
     def without_model(self) -> "Bench":
         """A copy with what was measured by now, whose model is released; it can be pickled."""
         copied = Bench(
-            self.loaded.release(), self.calibration, self.evaluation, self.save_dtype, self.seed
+            self.loaded.release(),
+            self.calibration,
+            self.evaluation,
+            *self.others,
+            save_dtype=self.save_dtype,
+            seed=self.seed,
         )
         copied.learn(self.findings())
         return copied
@@ -353,6 +369,8 @@ class Measurement:
     fits: tuple[LayerFit, ...]
     seconds: float
     """How long cutting, repairing and measuring took when it was done."""
+    others: tuple[Evaluation, ...] = field(default=(), repr=False)
+    """Losses on the bench's other texts, in their order."""
 
     @property
     def plan(self) -> PruningPlan:
@@ -393,7 +411,7 @@ def compress(
         TransActError: the plan does not fit the model or the recovery is not known.
     """
     require_recovery(recovery)
-    bench.dense(progress)
+    bench.measure_dense(progress)
     start = time.perf_counter()
     model, fits = carry_out(bench, plan, recovery, progress)
     return model, measure(bench, model, plan, recovery, fits, start, progress)
@@ -454,6 +472,7 @@ def measure(
     `start` is the time at which cutting began, in seconds of `time.perf_counter`.
     """
     evaluation = evaluate(model, bench.evaluation, progress)
+    others = tuple(evaluate(model, windows, progress) for windows in bench.others)
     delta_nll, delta_nll_se = paired_difference(evaluation, bench.dense())
     return Measurement(
         decision=Decision(plan),
@@ -464,4 +483,5 @@ def measure(
         delta_nll_se=delta_nll_se,
         fits=fits,
         seconds=time.perf_counter() - start,
+        others=others,
     )

@@ -29,19 +29,21 @@ import torch
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
-from transact_core.base.cache import UNUSED_SECONDS, digest
+from transact_core.base.cache import UNUSED_SECONDS, digest, sha256_of_tokens
 from transact_core.base.errors import Progress, silent
 from transact_core.base.files import cache_folder, cache_limit_bytes
+from transact_core.data.windows import Windows
 from transact_core.experiments.bench import Bench, Choices, Measurement, compress
 from transact_core.experiments.decide import decide
-from transact_core.forward.perplexity import Evaluation
+from transact_core.forward.continuations import Answer
+from transact_core.forward.perplexity import Evaluation, paired_difference
 from transact_core.models.footprint import Footprint
 from transact_core.pruning.closed_form import LayerFit
 from transact_core.pruning.plan import Decision, PruningPlan
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of the SQLite file. Schema 1 had no time of last use, and its keys held the package's version:
-none of its records can be found any more, so they are dropped."""
+none of its records can be found any more, so they are dropped. Schema 2 had no answers."""
 BUSY_SECONDS = 10
 """How long a transaction waits for another one to end."""
 SHARE_OF_CACHE = 0.1
@@ -53,10 +55,10 @@ EVICTED_AT_ONCE = 8
 """Records of each table removed at a time while the file holds too much."""
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _DECISION = TypeAdapter(Decision)
-_POINTS, _DECISIONS = "points", "decisions"
-_TABLES = (_POINTS, _DECISIONS)
+_POINTS, _DECISIONS, _ANSWERS = "points", "decisions", "answers"
+_TABLES = (_POINTS, _DECISIONS, _ANSWERS)
 _CREATE = """
-CREATE TABLE {table} (
+CREATE TABLE IF NOT EXISTS {table} (
     key TEXT PRIMARY KEY, used INTEGER NOT NULL, record TEXT, nll BLOB, sha256 TEXT
 ) WITHOUT ROWID
 """
@@ -125,7 +127,7 @@ def find_decision(
 
 
 def find(bench: Bench, decision: Decision, recovery: str) -> Measurement | None:
-    """The kept measurement of this cut, or None.
+    """The kept measurement of this cut, or None; on all texts of the bench, or else none.
 
     It holds the decision given here, which says how the cut was asked for now. Its `seconds` are
     those that the measurement took when it was made.
@@ -142,11 +144,30 @@ def find(bench: Bench, decision: Decision, recovery: str) -> Measurement | None:
             **record,
         )
 
-    return _read(_POINTS, _point_key(bench, decision.plan, recovery), restored)
+    on_texts = []
+    for windows in (None, *bench.others):
+        found = _read(_POINTS, _point_key(bench, decision.plan, recovery, windows), restored)
+        if found is None:
+            return None
+        on_texts.append(found)
+    return replace(on_texts[0], others=tuple(point.evaluation for point in on_texts[1:]))
 
 
 def keep(bench: Bench, point: Measurement) -> None:
-    """Keeps a point; does nothing where the file cannot be written."""
+    """Keeps a point, on each text as if that were the bench's first.
+
+    Does nothing where the file cannot be written.
+    """
+    _keep_on(bench, point)
+    for windows, evaluation in zip(bench.others, point.others, strict=True):
+        delta_nll, delta_nll_se = paired_difference(evaluation, bench.dense(windows=windows))
+        there = replace(
+            point, evaluation=evaluation, delta_nll=delta_nll, delta_nll_se=delta_nll_se
+        )
+        _keep_on(bench, there, windows)
+
+
+def _keep_on(bench: Bench, point: Measurement, windows: Windows | None = None) -> None:
     nll = point.evaluation.nll
     record = {
         "recovery": point.recovery,
@@ -157,21 +178,56 @@ def keep(bench: Bench, point: Measurement) -> None:
         "fits": [asdict(fit) for fit in point.fits],
         "seconds": point.seconds,
     }
-    key = _point_key(bench, point.plan, point.recovery)
+    key = _point_key(bench, point.plan, point.recovery, windows)
     _write(_POINTS, key, record, nll.numpy().astype(np.float32).tobytes())
+
+
+def find_answers(key: str) -> list[list[Answer]] | None:
+    """The kept answers to a block of a task's questions, or None; see `experiments.tasks`."""
+
+    def restored(record: dict[str, Any], _: bytes) -> list[list[Answer]]:
+        return [
+            [Answer(float(likelihood), bool(greedy)) for likelihood, greedy in question]
+            for question in record["answers"]
+        ]
+
+    return _read(_ANSWERS, key, restored)
+
+
+def keep_answers(key: str, answers: list[list[Answer]]) -> None:
+    """Keeps the answers to a block; does nothing where the file cannot be written."""
+    record = [
+        [(answer.log_likelihood, answer.is_greedy) for answer in question] for question in answers
+    ]
+    _write(_ANSWERS, key, {"answers": record})
 
 
 # --- keys ------------------------------------------------------------------------------------
 
 
-def _point_key(bench: Bench, plan: PruningPlan, recovery: str) -> str:
-    cut = {
+def cut_identity(bench: Bench, plan: PruningPlan, recovery: str) -> dict[str, object]:
+    """All that determines the weights of a cut; JSON."""
+    made_on = {key: value for key, value in bench.identity.items() if key != "evaluation"}
+    return {"bench": made_on, "cut": _cut(plan, recovery)}
+
+
+def _cut(plan: PruningPlan, recovery: str) -> dict[str, object]:
+    return {
         "layers": [layer.model_dump(mode="json") for layer in plan.layers],
         "slots": plan.slots,
         "importance": plan.importance,
         "recovery": recovery,
     }
-    return digest({"bench": bench.identity, "cut": cut})
+
+
+def _point_key(
+    bench: Bench, plan: PruningPlan, recovery: str, windows: Windows | None = None
+) -> str:
+    """Of a point on the bench's evaluation text, or on another as if that were the bench's."""
+    made_on = bench.identity
+    if windows is not None:
+        made_on = {**made_on, "evaluation": sha256_of_tokens(windows.ids)}
+    return digest({"bench": made_on, "cut": _cut(plan, recovery)})
 
 
 def _decision_key(bench: Bench, mha_ratio: float, mlp_ratio: float, choices: Choices) -> str:
@@ -279,9 +335,10 @@ def _require_schema(database: sqlite3.Connection, path: Path) -> None:
         database.execute("BEGIN IMMEDIATE")
         if _version(database) < SCHEMA_VERSION:
             for table in _TABLES:
-                database.execute(f"DROP TABLE IF EXISTS {table}")
+                if _version(database) < 2:
+                    database.execute(f"DROP TABLE IF EXISTS {table}")
                 database.execute(_CREATE.format(table=table))
-                database.execute(f"CREATE INDEX {table}_by_use ON {table} (used)")
+                database.execute(f"CREATE INDEX IF NOT EXISTS {table}_by_use ON {table} (used)")
             database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         database.execute("COMMIT")
     database.execute("PRAGMA synchronous = NORMAL")

@@ -6,6 +6,7 @@ The folder appears whole or not at all: it is written beside its final name and 
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -32,9 +33,9 @@ BESIDE_WEIGHTS_BYTES = 50_000_000
 """Bytes kept free for the tokenizer, compression.json and the rest of an output folder."""
 
 
-def report(bench: Bench, measurement: Measurement) -> dict[str, dict]:
-    """What `report.json` holds."""
-    return {
+def report(bench: Bench, measurement: Measurement) -> dict[str, Any]:
+    """What `report.json` holds; `other_texts` where perplexity was measured on more than one."""
+    result = {
         "dense": model_report(bench.dense_footprint, bench.dense().perplexity),
         "pruned": {
             **model_report(measurement.footprint, measurement.perplexity),
@@ -42,6 +43,15 @@ def report(bench: Bench, measurement: Measurement) -> dict[str, dict]:
         },
         "evaluation": evaluation_report(bench.evaluation, measurement.evaluation),
     }
+    others = [
+        {
+            **evaluation_report(windows, evaluation),
+            "dense": {"perplexity": bench.dense(windows=windows).perplexity},
+            "pruned": {"perplexity": evaluation.perplexity},
+        }
+        for windows, evaluation in zip(bench.others, measurement.others, strict=True)
+    ]
+    return result | ({"other_texts": others} if others else {})
 
 
 def model_class_of(bench: Bench, plan: PruningPlan, recovery: str) -> str:
@@ -154,13 +164,15 @@ def compress_to_folder(
     require_savable(plan)
     require_free_output(output)
     require_room(output, bench.footprint(plan, recovery))
-    bench.dense(progress)
+    bench.measure_dense(progress)
     start = time.perf_counter()
     device, dtype = bench.loaded.device, bench.loaded.dtype
     # It is written last, when the model and with it the bench's tokenizer are released.
     tokenizer = bench.loaded.tokenizer
     with staged_folder(output) as folder:
         fits = _write_layers(folder, bench, compression, progress)
+        # It goes with the model, and is written beside the pruned one.
+        tokenizer = bench.loaded.tokenizer
         bench.release_model()
         model = read_checkpoint(folder, dtype).to(device)
         model.eval().requires_grad_(False)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transact_core.base.errors import TransActError
 from transact_core.base.files import disk_trouble, staged_file
@@ -33,10 +33,15 @@ def kept_bare(fits: Sequence[LayerFit]) -> str | None:
     )
 
 
+def _cell(text: str) -> str:
+    """A name that may hold anything, as a cell of a table."""
+    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
 def model_card(
     name: str,
     compression: Compression,
-    result: dict[str, dict],
+    result: dict[str, Any],
     others: Sequence[Reading],
     unrepaired: str | None,
     blocks: str | None = None,
@@ -63,6 +68,12 @@ def model_card(
     why = f",\n{reason}" if reason else ""
     sentences = [reading.sentence for reading in others] + ([blocks] if blocks else [])
     read = "\n".join(f"- {sentence}" for sentence in sentences)
+    others = [
+        f"| Perplexity on {_cell(describe(text['source']))} | {text['dense']['perplexity']:,.2f} | "
+        f"{text['pruned']['perplexity']:,.2f} | "
+        f"{text['pruned']['perplexity'] / text['dense']['perplexity']:.1%} |"
+        for text in result.get("other_texts", [])
+    ]
     rows = "\n".join(
         [
             row("Parameters (M)", "parameters", 1e6, 1),
@@ -72,6 +83,7 @@ def model_card(
             row("Attention width", "mha_width"),
             row("MLP width", "mlp_width"),
             row("Perplexity", "perplexity", 1, 2),
+            *others,
         ]
     )
     return f"""---
