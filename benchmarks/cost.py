@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import layer
+from benchmarks import layer as one_layer
 from benchmarks.memory import peak_memory_of
 from transact_core.base.linalg import second_moments
 from transact_core.data.corpus import read_corpus
@@ -197,10 +197,14 @@ def main() -> None:
         metavar="MODULE:FUNCTION",
         help="time this too; it is called with the model and the windows",
     )
-    parser.add_argument("--shape", choices=layer.SHAPES, help="time one random layer of this shape")
+    parser.add_argument("--shape", choices=one_layer.SHAPES, help="time one random layer")
     parser.add_argument("--threads", type=int, default=2, help="with --shape")
     parser.add_argument(
-        "--work", nargs="+", choices=layer.WORK, default=list(layer.WORK), help="with --shape"
+        "--work",
+        nargs="+",
+        choices=one_layer.WORK,
+        default=list(one_layer.WORK),
+        help="with --shape",
     )
     parser.add_argument(
         "--against",
@@ -221,7 +225,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.shape:
         checkouts = [*chosen.against, Path(__file__).parents[1]]
-        print(layer.table(chosen.shape, chosen.tokens, chosen.threads, checkouts, chosen.work))
+        measured = (chosen.shape, chosen.tokens, chosen.threads, checkouts, chosen.work)
+        print(one_layer.table(*measured))
         return
     print(peak_of_prune(chosen) if chosen.peak_memory else time_of_passes(chosen))
 

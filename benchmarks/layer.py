@@ -38,7 +38,7 @@ VOCAB_SIZE = 8192
 def table(shape: str, tokens: int, threads: int, checkouts: list[Path], work: list[str]) -> str:
     """Measures the work by the library of each checkout; a table in Markdown."""
     lines = [
-        f"One layer of {shape}, {tokens:,} tokens, {threads} threads, {RATIO:.0%} off both modules:",
+        f"One layer of {shape}, {tokens:,} tokens, {threads} threads, {RATIO:.0%} off each module:",
         "",
         "| work | library | plain pass | × plain pass | by the clock | peak memory less weights |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
@@ -117,7 +117,7 @@ def _measure(shape: str, work: str, tokens: int, threads: int) -> dict[str, floa
     before = peak_memory()
     run = {"repair": repair, "scoring": scoring, "damage": damage}[work]
     plain_before, worked, plain_after = (_seconds(each) for each in (plain, run, plain))
-    clock, processor = ((one + other) / 2 for one, other in zip(plain_before, plain_after))
+    clock, processor = (sum(passes) / 2 for passes in zip(plain_before, plain_after, strict=True))
     return {
         "plain": processor,
         "ratio": worked[1] / processor,

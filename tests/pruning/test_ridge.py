@@ -100,9 +100,7 @@ def test_every_fold_is_left_with_what_the_others_could_not_teach(data, by_folds,
     found = fitted(data, ridge, by_folds)
     torch.testing.assert_close(found.left, left.float(), rtol=1e-4, atol=1e-4)
     assert found.error == pytest.approx(total, rel=1e-5)
-    torch.testing.assert_close(
-        found.change, reference(data, ridge).float(), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(found.change, reference(data, ridge).float(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_error_that_decides_is_the_one_that_is_told(data, by_folds):

@@ -192,7 +192,7 @@ def _cheapest(inverse: torch.Tensor, columns: torch.Tensor, count: int) -> Remov
     cost = energies / inverse.diagonal().clamp_min(tiny)
     ranked = cost.argsort(stable=True)
     if count == 1:
-        return ranked[:1].cpu(), cost[ranked[:1]].double().cpu()
+        return ranked[:1].cpu(), cost[ranked[:1]].cpu().double()
     candidates = ranked[: 2 * count]
     p = inverse[candidates][:, candidates].cpu().double()
     w = columns[candidates]
@@ -298,9 +298,7 @@ class _Heads:
         q = torch.stack([self.products[rows][:, rows] for rows in own.split(self.head_dim)])
         if leaving:
             factor = torch.linalg.cholesky(self.inverse[others][:, others])
-            half = torch.linalg.solve_triangular(
-                factor, self.inverse[others][:, own], upper=False
-            )
+            half = torch.linalg.solve_triangular(factor, self.inverse[others][:, own], upper=False)
             gain = torch.linalg.solve_triangular(factor.mT, half, upper=True)
             seen = self.products[others]
             half, gain, cross = (

@@ -91,9 +91,9 @@ class Recovery:
 Choose = Callable[[int, str, torch.Tensor, torch.Tensor], LayerPlan]
 """Cuts a module of the pruned model again before it is repaired, and gives its layer's new plan.
 
-Not asked about heads that became narrower. Called with the layer's index, the module, the dense module's transitional activation on the pruned
+Called with the layer's index, the module, the dense module's transitional activation on the pruned
 stream, shape (windows, sequence_length, width), and the tokens' weights, shape (windows,
-sequence_length).
+sequence_length); not called for an attention whose heads became narrower.
 """
 
 

@@ -22,7 +22,7 @@ trace of second moments, which needs no rows. The second is cheaper everywhere e
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -105,7 +105,7 @@ class FoldedRidge:
         self.energy = energy(missing, weights)
         """Weighted sum of squares of `missing`: the error without any change."""
         self._units = _units(features, weights)
-        self._mixed = _combinations(outputs).to(features.device)
+        self._mixed = combinations(outputs).to(features.device)
         moments = (self._moments(fold) for fold in folds)
         if by_folds:
             # Together no larger than the features and the missing outputs.
@@ -237,7 +237,7 @@ def _units(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (energies + floor).sqrt()
 
 
-def _combinations(outputs: int) -> torch.Tensor:
+def combinations(outputs: int) -> torch.Tensor:
     """Random combinations of outputs, which keep the sum of squares on average: (outputs, …).
 
     Empty where all outputs are looked at themselves.
