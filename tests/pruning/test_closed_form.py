@@ -74,7 +74,7 @@ def test_errors_told_are_those_on_windows_no_fit_has_seen(gqa_bench):
     x, y = seen[0].double() * root, (wanted - written).double() * root
     left = 0.0
     energy = x.square().sum(dim=(0, 1))
-    penalty = fit.ridge * torch.diag(energy + 1e-3 * energy.mean())
+    penalty = fit.ridge * (1 - 1 / recovery.FOLDS) * torch.diag(energy + 1e-3 * energy.mean())
     for fold in torch.arange(len(windows)).tensor_split(recovery.FOLDS):
         others = torch.tensor([n for n in range(len(windows)) if n not in fold.tolist()])
         features, missing = x[others].flatten(0, 1), y[others].flatten(0, 1)

@@ -33,8 +33,10 @@ def rows(data, windows=slice(None)):
 
 
 def reference(data, ridge, windows=slice(None)):
-    """The change that is fitted on these windows, under the penalty of all windows."""
+    """The change that is fitted on these windows, under their share of the penalty of all."""
     energy = rows(data)[0].square().sum(dim=0)
+    if windows != slice(None):
+        energy = energy * len(windows) / WINDOWS
     x, y = rows(data, windows)
     damped = x.T @ x + ridge * torch.diag(energy + 1e-3 * energy.mean())
     return torch.linalg.solve(damped, x.T @ y)

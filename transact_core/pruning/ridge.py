@@ -4,16 +4,18 @@ With x a token's features, y the part of the module's output that the cut remove
 weight, the change C minimises `Σ w ‖y − Cᵀx‖²` plus a ridge penalty on C. The windows are divided
 into folds, and a ridge is judged on each fold by the change that was fitted on all other folds.
 
-The penalty of a feature is the ridge times its own energy on all windows. So it is the same for
-every fold, and in units in which every feature has energy 1 it is the ridge times the identity.
-These units also keep float32 accurate enough: rounding errors are far below the ridge.
+The penalty of a feature is the ridge times its own energy: of the change that is fitted on all
+windows, its energy there; of those that are fitted on all folds but one, the share of that energy
+that all folds but one have on average. So the penalty is the same for every fold, and in units in
+which every feature has energy 1 it is a number times the identity. These units also keep float32
+accurate enough: rounding errors are far below the ridge.
 
-With G the second moments of all windows' features, B those of features and outputs, and X, Y the
-weighted rows of one fold, what the fold is left with by the change of all others follows in two
-ways, which give the same:
+With r the ridge times that share, G the second moments of all windows' features, B those of
+features and outputs, and X, Y the weighted rows of one fold, what the fold is left with by the
+change of all others follows in two ways, which give the same:
 
-- `Y − X (G + ridge − XᵀX)⁻¹ (B − XᵀY)`, a factorisation for each fold;
-- `(1 − X (G + ridge)⁻¹ Xᵀ)⁻¹ (Y − X (G + ridge)⁻¹ B)`, one factorisation for all folds and a
+- `Y − X (G + r − XᵀX)⁻¹ (B − XᵀY)`, a factorisation for each fold;
+- `(1 − X (G + r)⁻¹ Xᵀ)⁻¹ (Y − X (G + r)⁻¹ B)`, one factorisation for all folds and a
   matrix as large as a fold has tokens for each: the formula of leaving one out (Allen 1974, PRESS),
   for a fold in place of a token.
 
@@ -102,6 +104,7 @@ class FoldedRidge:
         if by_folds is None:
             by_folds = width <= min(len(fold) for fold in folds) * features.shape[1]
         self.by_folds = by_folds
+        self._share = 1 - 1 / len(folds)
         self.energy = energy(missing, weights)
         """Weighted sum of squares of `missing`: the error without any change."""
         self._units = _units(features, weights)
@@ -147,7 +150,9 @@ class FoldedRidge:
         if chosen.error == math.inf:
             return Fitted(self._cross.fill_(torch.nan), left.fill_(torch.nan), math.nan)
         if not self.by_folds:
-            change = solve_factored(self._factored(self._gram, chosen.ridge), self._cross)
+            factor = self._factored(self._gram.clone(), chosen.ridge * self._share)
+            change = solve_factored(factor, self._cross)
+            del factor
         for fold_index, (fold, factor) in enumerate(zip(self.folds, chosen.factors, strict=True)):
             if self.by_folds:
                 cross = self._cross - self._of_folds[fold_index][1]
@@ -159,8 +164,7 @@ class FoldedRidge:
                 y = solve_factored(factor, y)
             error += _sum_of_squares(y)
             left[fold] = (y / self._roots(fold)).unflatten(0, (len(fold), -1))
-        if self.by_folds:
-            change = solve_factored(self._factored(self._gram, chosen.ridge), self._cross)
+        change = solve_factored(self._factored(self._gram, chosen.ridge), self._cross)
         return Fitted(change / self._units[:, None], left, error)
 
     def _tried(self, ridge: float) -> Chosen:
@@ -174,7 +178,7 @@ class FoldedRidge:
         """The error under a ridge, and the factor of each fold."""
         error, factors = 0.0, []
         for fold, (gram, cross) in zip(self.folds, self._of_folds, strict=True):
-            factor = self._factored(self._gram - gram, ridge)
+            factor = self._factored(self._gram - gram, ridge * self._share)
             cross = self._judged(cross)
             change = solve_factored(factor, self._judged(self._cross) - cross)
             # |Y − XC|² by second moments alone.
@@ -186,9 +190,9 @@ class FoldedRidge:
         return max(error, 0.0), factors
 
     def _at_once(self, ridge: float) -> tuple[float, list[torch.Tensor]]:
-        """The error under a ridge, and the factor of `1 − X (G + ridge)⁻¹ Xᵀ` for each fold."""
+        """The error under a ridge, and the factor of `1 − X (G + r)⁻¹ Xᵀ` for each fold."""
         error, factors = 0.0, []
-        factor = self._factored(self._gram.clone(), ridge)
+        factor = self._factored(self._gram.clone(), ridge * self._share)
         change = solve_factored(factor, self._judged(self._cross))
         for fold in self.folds:
             x, y = self._rows(fold)
