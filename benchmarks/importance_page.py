@@ -80,7 +80,9 @@ def serve(chosen: argparse.Namespace) -> None:
     """Runs the app in this process with the synthetic bench."""
     from streamlit.web import bootstrap
 
-    from pages.server.open_models import Workbench
+    from pages.server import libraries
+    from transact_core.workers import work
+    from transact_core.workers.tasks import Inline
 
     bench = SyntheticBench(
         Architecture(
@@ -96,7 +98,14 @@ def serve(chosen: argparse.Namespace) -> None:
             mlp_bias=False,
         )
     )
-    Workbench._bench = lambda self, request, report: bench
+
+    def open_bench(models: object, report: object, spec: object) -> SyntheticBench:
+        return bench
+
+    open_bench.__module__, open_bench.__qualname__ = work.__name__, "open_bench"
+    # In this process, where the synthetic bench is.
+    libraries.new_worker = Inline
+    work.open_bench = open_bench
     options = {"server_port": chosen.serve, "server_headless": True}
     bootstrap.load_config_options(options)
     bootstrap.run(str(ROOT / "app.py"), False, [], options)

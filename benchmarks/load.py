@@ -29,8 +29,6 @@ import psutil
 import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from pages.server.jobs import job_threads
-from pages.server.open_models import MODELS_KEPT
 from tests.browser.driving import (
     TIMEOUT_MS,
     ask_to_open,
@@ -49,6 +47,8 @@ from transact_core.data.windows import WindowSpec, make_windows
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.experiments.sweep import Pair, most_informative_first, point_at
 from transact_core.models.load import load_model
+from transact_core.workers.open_models import MODELS_KEPT
+from transact_core.workers.process import worker_threads
 
 CALIBRATION_TOKENS = 1024
 """Calibration tokens, as `tests.browser.driving.ask_to_open` asks for."""
@@ -212,6 +212,9 @@ def ask_for_cuts(seen: Seen, address: str, turn: int) -> None:
         button(visitor.page, "Prune and measure perplexity").click()
         seen.pieces = max(seen.pieces, pieces_done(seen.first.page))
         asked[visitor.page] = time.monotonic(), seen.pieces
+        # Now, too: its cut may be done before all others are asked for.
+        settle(visitor.page)
+        seen.words |= set(WAITING.findall(sidebar(visitor.page).inner_text()))
     waiting = list(seen.others)
     while waiting:
         seen.pieces = max(seen.pieces, pieces_done(seen.first.page))
@@ -359,7 +362,7 @@ def main() -> None:
             after, peak = memory.now(), max(memory.samples)
         browser.close()
         os.environ["TRANSACT_CACHE"] = str(folder / "own")
-        torch.set_num_threads(job_threads())
+        torch.set_num_threads(worker_threads())
         check(seen, *texts)
     cuts = [seconds for visitor in seen.others for seconds in visitor.seconds]
     pieces = [count for visitor in seen.others for count in visitor.pieces]

@@ -6,29 +6,23 @@ from pages.charts.text import counted
 from pages.parts import marked_text
 from pages.parts.cut_picker import in_words, require_cut
 from pages.parts.progress import show_job
-from pages.server.jobs import job_threads
 from pages.server.request import Cut
-from pages.server.side_by_side import DENSE, PRUNED, Comparison, last_comparison, start_comparison
+from pages.server.side_by_side import Comparison, last_comparison, start_comparison
 from pages.server.visits import visit
-from transact_core.base.errors import TransActError
+from transact_core.data.conversations import has_chat_template
 from transact_core.experiments.bench import Bench
-from transact_core.forward.generation import (
-    Sampling,
-    decode,
-    encode_prompt,
-    pieces,
-    tokens_per_second,
-)
+from transact_core.experiments.side_by_side import CONTINUATION, DENSE, PRUNED, TEXT
+from transact_core.forward.generation import Sampling, tokens_per_second
+from transact_core.workers.process import worker_threads
 
 PROMPT = "Explain in three sentences why the sky is blue."
 MOST_CHARACTERS = 8000
 """Of a prompt."""
-TEXTS = {"The dense model's answer": "continuation", "My text": "text"}
-"""What losses are shown of: label, field of `Comparison`."""
+TEXTS = {"The dense model's answer": CONTINUATION, "My text": TEXT}
+"""What losses are shown of, by label."""
 
 
 def choose_and_start(bench: Bench, cut: Cut) -> None:
-    tokenizer, vocab_size = bench.loaded.tokenizer, bench.loaded.architecture.vocab_size
     prompt = st.text_area(
         "Prompt",
         PROMPT,
@@ -38,7 +32,7 @@ def choose_and_start(bench: Bench, cut: Cut) -> None:
         persist_state="session",
     )
     columns = st.columns([2, 2, 2, 2], vertical_alignment="bottom")
-    has_template = bool(tokenizer.chat_template)
+    has_template = has_chat_template(bench.loaded.tokenizer)
     chat = columns[0].toggle(
         "Chat template",
         value=has_template,
@@ -69,23 +63,17 @@ def choose_and_start(bench: Bench, cut: Cut) -> None:
     if show_job("compare", visit().request):
         return
     if st.button("Run both", type="primary", icon=":material/play_arrow:"):
-        try:
-            ids = encode_prompt(tokenizer, prompt, chat and has_template, vocab_size)
-            text = encode_prompt(tokenizer, prompt, False, vocab_size)
-        except TransActError as error:
-            st.error(str(error), icon=":material/error:")
-            return
         start_comparison(
             cut,
-            ids,
-            text,
+            prompt,
+            chat and has_template,
             int(count),
             Sampling(temperature=temperature, seed=int(seed)),
         )
         st.rerun()
 
 
-def show_answers(bench: Bench, comparison: Comparison) -> None:
+def show_answers(comparison: Comparison) -> None:
     speeds = {name: tokens_per_second(tokens) for name, tokens in comparison.tokens.items()}
     for column, name in zip(st.columns(2, gap="large"), (DENSE, PRUNED), strict=True):
         tokens = list(comparison.tokens[name])
@@ -107,17 +95,15 @@ def show_answers(bench: Bench, comparison: Comparison) -> None:
             figures[1].metric(
                 "Prompt",
                 f"{1e3 * tokens[0].seconds:,.0f} ms" if tokens else "–",
-                help=f"The pass over the {len(comparison.prompt):,} tokens of the prompt.",
+                help=f"The pass over the {comparison.prompt_tokens or 0:,} tokens of the prompt.",
             )
             figures[2].metric("New tokens", f"{len(tokens):,}")
-            st.html(
-                marked_text.plain(decode(bench.loaded.tokenizer, [token.id for token in tokens]))
-            )
+            st.html(marked_text.plain(comparison.answers[name]))
 
 
-def show_losses(bench: Bench, comparison: Comparison) -> None:
+def show_losses(comparison: Comparison) -> None:
     st.subheader("Where the loss changed")
-    offered = [name for name, field in TEXTS.items() if getattr(comparison, field) is not None]
+    offered = [name for name, on in TEXTS.items() if on in comparison.losses]
     which = st.segmented_control(
         "Text",
         offered,
@@ -126,9 +112,9 @@ def show_losses(bench: Bench, comparison: Comparison) -> None:
         key="marked_text",
         label_visibility="collapsed",
     )
-    text = getattr(comparison, TEXTS[which])
+    text = comparison.losses[TEXTS[which]]
     table = marked_text.losses_of_pieces(
-        pieces(bench.loaded.tokenizer, text.ids),
+        text.pieces,
         text.losses[DENSE],
         text.losses[PRUNED],
         text.start,
@@ -164,7 +150,7 @@ def show_losses(bench: Bench, comparison: Comparison) -> None:
 
 
 @st.fragment(run_every=0.4 if visit().visitor.unfinished_jobs else None)
-def show(bench: Bench) -> None:
+def show() -> None:
     comparison = last_comparison()
     if comparison is None:
         st.info(
@@ -173,18 +159,20 @@ def show(bench: Bench) -> None:
             icon=":material/info:",
         )
         return
+    if comparison.prompt_tokens is None and comparison.job.finished:
+        return
     st.caption(f"Pruned: {in_words(comparison.cut)}")
-    show_answers(bench, comparison)
+    show_answers(comparison)
     st.caption(
-        f"Both models take turns, token by token, on {counted(job_threads(), 'thread')} of this "
+        f"Both models take turns, token by token, on {counted(worker_threads(), 'thread')} of this "
         "machine; other jobs wait meanwhile. The Latency page measures with repeats."
     )
-    if comparison.continuation is not None and comparison.job.finished:
-        show_losses(bench, comparison)
+    if comparison.losses and comparison.job.finished:
+        show_losses(comparison)
 
 
 st.title("Compare")
 st.caption("One prompt, continued by the dense and by the pruned model, side by side.")
 bench, cut = require_cut("compare")
 choose_and_start(bench, cut)
-show(bench)
+show()

@@ -11,7 +11,7 @@ from pages.report import make_report
 from pages.server.estimates import cuts_seconds
 from pages.server.jobs import DONE
 from pages.server.points import find_cut, find_point, plan_at
-from pages.server.request import Cut, choices_in_name, identity
+from pages.server.request import Cut, choices_in_name
 from pages.server.settings import settings
 from pages.server.side_by_side import last_latency
 from pages.server.start_jobs import start_export
@@ -67,9 +67,7 @@ def offer_report(bench: Bench, decision: Decision, recovery: str) -> None:
     """The button that downloads the report, with the latest times if they are of this cut."""
     plan = decision.plan
     measured, point, timed = list(points()), find_point(plan, recovery), last_latency()
-    if timed and not (
-        timed.plan and identity(timed.plan, timed.cut.recovery) == identity(plan, recovery)
-    ):
+    if timed and not timed.is_of(plan, recovery):
         timed = None
 
     def make() -> bytes:

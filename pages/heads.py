@@ -14,9 +14,7 @@ from pages.parts.progress import SOON, require_bench, require_prepared, show_den
 from pages.server.exploring import findings, pattern_job, start_without_heads
 from pages.server.jobs import DONE
 from pages.server.visits import visit
-from transact_core.base.errors import TransActError
 from transact_core.experiments.bench import Bench, Choices
-from transact_core.experiments.head_probe import sample
 from transact_core.importance.scores import IMPORTANCES, Scores
 
 MAP = "head-map"
@@ -66,7 +64,7 @@ def show_channels(scores: Scores, layer: int, head: int) -> None:
     )
 
 
-def show_attention(bench: Bench, layer: int, head: int) -> None:
+def show_attention(layer: int, head: int) -> None:
     columns = st.columns([5, 1])
     text = columns[0].text_area(
         "Text to attend over",
@@ -78,20 +76,15 @@ def show_attention(bench: Bench, layer: int, head: int) -> None:
     tokens = columns[1].number_input(
         "Tokens", 4, 128, 48, 8, key="head_tokens", persist_state="session"
     )
-    try:
-        window = sample(bench, text, int(tokens))
-    except TransActError as error:
-        st.error(str(error), icon=":material/error:")
-        return
-    job = pattern_job(layer, window)
+    job = pattern_job(layer, text, int(tokens))
     if not job.wait(SOON):
         watch("pattern", job)
         return
     if job.state != DONE:
         st.error(job.error or "The pass over the text was cancelled.", icon=":material/error:")
         return
-    labels = [bench.loaded.tokenizer.decode([token]) for token in window.ids[0].tolist()]
-    pattern = job.result[head].numpy()
+    labels, attention = job.result
+    pattern = attention[head].numpy()
     show(
         exploring_charts.attention(pattern, labels, layer, head),
         "attention",
@@ -211,5 +204,5 @@ with left:
     )
 with right:
     show_channels(scores, layer, head)
-    show_attention(bench, layer, head)
+    show_attention(layer, head)
     show_without(bench, layer, head)

@@ -17,7 +17,6 @@ import torch
 
 from benchmarks.table import processor
 from pages.parts.example import FILE, Concentration, Dense, Example, Point
-from pages.server.jobs import job_threads
 from pages.server.request import Cut
 from transact_core.data.corpus import describe
 from transact_core.experiments import prediction
@@ -31,6 +30,7 @@ from transact_core.forward.waists import MODULES
 from transact_core.models.architecture import Architecture
 from transact_core.planning.law import Ratio
 from transact_core.pruning.plan import Decision, head_counts
+from transact_core.workers.process import worker_threads
 
 COMMAND = "python -m scripts.record_example"
 SHARE = 0.9
@@ -113,7 +113,7 @@ def record(bench: Bench, cut: Cut) -> Example:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRANSACT_CACHE"] = folder
-        torch.set_num_threads(job_threads())
+        torch.set_num_threads(worker_threads())
         recorded = record(open_bench(BenchSpec(), progress), Cut())
     FILE.write_text(recorded.model_dump_json(indent=1) + "\n")
     print(f"{FILE}: {FILE.stat().st_size / 1e3:,.0f} kB")

@@ -18,4 +18,5 @@ ROOMS = (
     "planning",
     "experiments",
     "export",
+    "workers",
 )

@@ -42,7 +42,7 @@ def estimate_in_words(seconds: float | None) -> str:
 
 def waiting_in_words(job: Job) -> str:
     """What a job waits for; of other visitors' jobs only their number is shown."""
-    ahead = workbench().queue.ahead_of(job)
+    ahead = job.queue.ahead_of(job)
     if not ahead:
         return "next in line"
     # A job without an owner is its own: it belongs to no visitor.

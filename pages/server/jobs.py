@@ -1,16 +1,16 @@
-"""Background jobs: one worker, so that jobs queue for the device instead of fighting over it.
+"""Jobs: one queue for each device, so that jobs wait for it instead of fighting over it.
 
-A job outlives the page that started it; any page can show it and cancel it. Long work is divided
-into pieces: it is a generator that gives up its turn at every `yield`, so that other jobs run
-between two of its pieces. Scheduling is round-robin over owners, and over the jobs of one owner, so
-that nobody waits for all of another visitor's curve. Jobs that a page cannot be drawn without are
-urgent and go first. Background jobs, which nobody asked for, come last, and at each of their
-reports all waiting jobs run first.
+Here is decided whose turn it is; the work itself is done in a worker's process
+(`transact_core.workers`). A job outlives the page that started it; any page can show it and cancel
+it. Long work is divided into pieces: it is a generator that gives up its turn at every `yield`, so
+that other jobs run between two of its pieces. Scheduling is round-robin over owners, and over the
+jobs of one owner, so that nobody waits for all of another visitor's curve. Jobs that a page cannot
+be drawn without are urgent and go first. Background jobs, which nobody asked for, come last, and at
+each of their reports all waiting jobs run first.
 """
 
 import atexit
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
@@ -21,8 +21,11 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 
 from transact_core.base.errors import Cancelled, Progress, TransActError
+from transact_core.workers.process import worker_threads
+from transact_core.workers.tasks import NO_MEMORY_WORDS, WorkerDied, WorkFailed, in_words
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
+UNFORESEEN = "Something unforeseen went wrong ({})."
 STOPPING_SECONDS = 5
 """Seconds that running work has to reach a report, where it can stop, when the process ends."""
 
@@ -62,6 +65,8 @@ class Job:
         self.error: str | None = None
         self.refused = False
         """Failed with a sentence for the user: another try would fail in the same way."""
+        self.queue: JobQueue | None = None
+        """The queue that it waits in."""
         self.last_turn = 0
         """The queue's count of turns at this job's last one; 0 before its first."""
         self._turns: Generator[tuple[int, int], None, Any] | None = _in_turns(work, self.report)
@@ -156,13 +161,19 @@ class Job:
             self.error, self.refused = str(error), True
             self._end(FAILED)
         except (MemoryError, torch.OutOfMemoryError):
-            self.error = "There is not enough memory; choose a smaller model or fewer tokens."
+            self.error = NO_MEMORY_WORDS
+            self._end(FAILED)
+        except WorkerDied as error:
+            self.error = str(error)
+            self._end(FAILED)
+        except WorkFailed as error:
+            self.error = UNFORESEEN.format(error)
             self._end(FAILED)
         except BaseException as error:
             # Libraries written in Rust panic with what is no Exception, and some call sys.exit. No
             # job may end the worker, which all later jobs need.
             logging.getLogger(__name__).exception("The job %r failed", self.title)
-            self.error = f"Something unforeseen went wrong ({_in_words(error)})."
+            self.error = UNFORESEEN.format(in_words(error))
             self._end(FAILED)
 
     def _end(self, state: str) -> None:
@@ -172,21 +183,13 @@ class Job:
         self._ended.set()
 
 
-def _in_words(error: BaseException) -> str:
-    """Its class and what it says, also where it fails to say anything."""
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:
-        return type(error).__name__
-
-
 def _in_turns(work: Work, report: Progress) -> Generator[tuple[int, int], None, Any]:
     made = work(report)
     return (yield from made) if isgenerator(made) else made
 
 
 class JobQueue:
-    """Runs jobs one turn at a time, in a thread of its own."""
+    """Runs jobs one turn at a time, in a thread of its own, which mostly waits for a worker."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -209,6 +212,7 @@ class JobQueue:
         """Queues work; see the module and `Job` for the arguments."""
         give_way = self._give_way if background else None
         job = Job(title, work, owner, urgent, about, give_way)
+        job.queue = self
         with self._changed:
             self._unfinished.append(job)
             self._changed.notify()
@@ -238,8 +242,8 @@ class JobQueue:
         return ahead if following is job else []
 
     def _serve(self) -> None:
-        # One core is left for the pages, which must answer while a job computes.
-        torch.set_num_threads(job_threads())
+        # Kept results are looked up by the number of threads, which torch has for each thread.
+        torch.set_num_threads(worker_threads())
         while True:
             self._give_turn()
 
@@ -298,8 +302,3 @@ def _next(jobs: Iterable[Job], last_turns: Mapping[object, int]) -> Job | None:
         ),
         default=None,
     )
-
-
-def job_threads() -> int:
-    """Number of threads that a job computes with: one core is left for the pages."""
-    return max(1, len(os.sched_getaffinity(0)) - 1) if hasattr(os, "sched_getaffinity") else 1

@@ -8,20 +8,43 @@ no session imports what `loaded` has not found ready.
 import logging
 import threading
 
+from transact_core.workers.process import WorkerProcess
+
 _lock = threading.Lock()
 _thread: threading.Thread | None = None
 _error: str | None = None
 _done = False
+_first_worker: WorkerProcess | None = None
 
 
-def start() -> None:
-    """Begins the imports, unless they have begun or are done. After a failure it tries again."""
+def start(with_worker: bool = True) -> None:
+    """Begins the imports, unless they have begun or are done. After a failure it tries again.
+
+    The first worker's process begins its imports at the same time, unless told otherwise.
+    """
     global _thread, _error
     with _lock:
         if _thread is None or _error is not None:
             _error = None
+            if with_worker:
+                _start_worker()
             _thread = threading.Thread(target=_import, name="imports", daemon=True)
             _thread.start()
+
+
+def _start_worker() -> None:
+    global _first_worker
+    if _first_worker is None:
+        _first_worker = WorkerProcess()
+        _first_worker.start()
+
+
+def new_worker() -> WorkerProcess:
+    """A worker for a device; the first one has begun its imports with those of this process."""
+    global _first_worker
+    with _lock:
+        worker, _first_worker = _first_worker or WorkerProcess(), None
+        return worker
 
 
 def loaded() -> bool:
@@ -36,7 +59,7 @@ def failure() -> str | None:
 
 def wait() -> None:
     """Begins the imports if nobody has, and returns when they have ended; for tests and scripts."""
-    start()
+    start(with_worker=False)
     _thread.join()
 
 

@@ -1,61 +1,58 @@
-"""Open models and the jobs that open, score and measure them; shared by all sessions."""
+"""Open models and the jobs that open, score and measure them; shared by all sessions.
+
+The models are in the workers' processes (`transact_core.workers`), one for each device. The benches
+here hold what was measured on them, and no weights.
+"""
 
 import gc
 import threading
-import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import streamlit as st
 import torch
-from transformers import LlamaForCausalLM
 
-from pages.server.jobs import DONE, Job, JobQueue, job_threads
-from pages.server.request import Cut, Request, first_look, identity, what_to_learn
+from pages.server import libraries
+from pages.server.jobs import DONE, STOPPING_SECONDS, Job, JobQueue
+from pages.server.request import Request, first_look, what_to_learn
 from pages.server.settings import require_readable_source, settings
 from pages.server.visitors import Visitor, size_of
-from transact_core.base.errors import Progress, TransActError, silent
-from transact_core.data.windows import read_texts
-from transact_core.experiments.bench import Bench, Choices, Measurement, carry_out, compress
-from transact_core.experiments.cut_spec import bench_with
-from transact_core.experiments.results import decided, measured
-from transact_core.forward.perplexity import token_losses
-from transact_core.models.load import LoadedModel, load_model
-from transact_core.planning.duration import Feed, damage_flops, evaluation_flops
-from transact_core.pruning.plan import PruningPlan
+from transact_core.base.errors import Progress
+from transact_core.experiments import results
+from transact_core.experiments.bench import Bench, Choices
+from transact_core.models.devices import resolve_device
+from transact_core.planning.duration import Feed, damage_flops
+from transact_core.workers import work
+from transact_core.workers.process import worker_threads
+from transact_core.workers.tasks import Outcome, Received, Task, result_of
 
-MODELS_KEPT = 2
 BENCHES_KEPT = 12
-"""More than models: without its model a bench is small, and the pages need no more of it."""
 VISITORS_KEPT = 200
 HELD_BYTES = 1 << 30
 """Most bytes of results that are held in memory for all visitors; more of them are on disk."""
 UNASKED_SECONDS = 60
 """The longest estimate of work in the background that begins without being asked for."""
-PACE_TOKENS = 64
-"""Length of the pass that is timed where the dense model's losses are kept from an earlier run."""
 
 
-class TooLong(Exception):
-    """Raised by a progress callback to stop work that was to be done only if it takes no time."""
+class Worker(Protocol):
+    """What does the work: a process of its own, or for tests this one."""
+
+    def run(self, task: Task, report: Progress, received: Received) -> Outcome:
+        """As `WorkerProcess.run`."""
+
+    def stop(self) -> None:
+        """Ends it."""
 
 
-class StageTimer:
-    """Passes progress on, and times the work from its first report to its last."""
+@dataclass(frozen=True)
+class Lane:
+    """One device: the jobs that wait for it, and the worker that does them."""
 
-    def __init__(self, report: Progress) -> None:
-        self._report, self._began = report, None
-        self.seconds: float | None = None
-        """None where nothing was reported: nothing was measured then."""
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.perf_counter()
-        if self._began is None:
-            self._began = now
-        elif done == total:
-            self.seconds = now - self._began
-        self._report(stage, done, total)
+    queue: JobQueue
+    worker: Worker
 
 
 @dataclass
@@ -73,20 +70,72 @@ class Opening:
 class Workbench:
     """State that all sessions of a server share: queue, visitors, loaded models, open benches."""
 
-    def __init__(self) -> None:
-        # The number of threads that results depend on is the jobs' own.
-        torch.set_num_threads(job_threads())
-        self.queue = JobQueue()
-        # Sessions come in threads of their own; models and the last cut are the worker's alone.
+    def __init__(self, new_worker: Callable[[], Worker]) -> None:
+        # Kept results are looked up by the number of threads that the workers use.
+        torch.set_num_threads(worker_threads())
+        self._new_worker = new_worker
+        self._lanes: dict[str, Lane] = {}
+        # Sessions come in threads of their own, and so do the lanes' jobs.
         self._lock = threading.RLock()
         self._visitors: OrderedDict[str, Visitor] = OrderedDict()
         self._everyone: WeakSet[Visitor] = WeakSet()
         self._openings: OrderedDict[Request, Opening] = OrderedDict()
-        self._models: OrderedDict[tuple[str, str, str], LoadedModel] = OrderedDict()
-        self._benches: WeakSet[Bench] = WeakSet()
         self._paces: dict[tuple[str, str, str], float] = {}
-        self._in_use: LoadedModel | None = None
-        self._last_cut: tuple[Request, tuple, LlamaForCausalLM] | None = None
+
+    def lane(self, request: Request) -> Lane:
+        """The lane of the device that a request computes on; made when it is first asked for."""
+        name = request.device
+        if name == "auto":
+            device = resolve_device()
+            name = "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"
+        with self._lock:
+            if name not in self._lanes:
+                self._lanes[name] = Lane(JobQueue(), self._new_worker())
+            return self._lanes[name]
+
+    def stop(self, seconds: float = STOPPING_SECONDS) -> bool:
+        """Cancels all jobs and ends the workers; whether all jobs ended within so many seconds."""
+        with self._lock:
+            lanes = list(self._lanes.values())
+        ended = [lane.queue.stop(seconds) for lane in lanes]
+        for lane in lanes:
+            lane.worker.stop()
+        return all(ended)
+
+    def run(
+        self,
+        request: Request,
+        function: Callable,
+        report: Progress,
+        *arguments: Any,
+        received: Received = lambda _: None,
+    ) -> Any:
+        """The result of a function of `transact_core.workers.work`, on a request's bench; for jobs.
+
+        What the worker's benches measure on the way is added to the benches here. `received` is
+        called with each thing that the function yields.
+
+        Raises:
+            Cancelled, TransActError, MemoryError, WorkFailed, WorkerDied: as the task ended.
+        """
+        task = Task(
+            f"{function.__module__}:{function.__qualname__}", (request.bench_spec, *arguments)
+        )
+        outcome = self.lane(request).worker.run(task, report, received)
+        self._learn(outcome)
+        return result_of(outcome)
+
+    def _learn(self, outcome: Outcome) -> None:
+        with self._lock:
+            for request, opening in list(self._openings.items()):
+                spec = request.bench_spec
+                if spec in outcome.learned and opening.bench.state == DONE:
+                    opening.bench.result.learn(outcome.learned[spec])
+                if spec in outcome.closed:
+                    del self._openings[request]
+        for sentence in outcome.notices:
+            if sentence not in results.notices:
+                results.notices.append(sentence)
 
     def visitor(self, identity: str | None) -> Visitor:
         """The visitor of that identity; without one, a new visitor that is not found again."""
@@ -129,7 +178,7 @@ class Workbench:
         with self._lock:
             opening = self._openings.get(request)
             if opening is None:
-                bench = self.queue.submit(
+                bench = self.lane(request).queue.submit(
                     "Opening the model", lambda report: self._opened(request, report), urgent=True
                 )
                 opening = self._openings[request] = Opening(bench, self._dense(request, bench))
@@ -165,9 +214,9 @@ class Workbench:
             opening = self.open(request)
             job = opening.preparations.get(wanted)
             if job is None or (anew and job.finished):
-                job = opening.preparations[wanted] = self.queue.submit(
+                job = opening.preparations[wanted] = self.lane(request).queue.submit(
                     f"Scoring by {choices.importance}",
-                    lambda report: self.bench(request, report).prepare(wanted, report),
+                    lambda report: self.run(request, work.prepare, report, wanted),
                     urgent=True,
                 )
             return job
@@ -200,142 +249,28 @@ class Workbench:
             if job is None or (anew and job.finished):
 
                 def measure(report: Progress) -> None:
-                    bench = self.bench(request, silent)
-                    seconds = self.damage_seconds(request, bench)
-                    long = seconds is None or seconds > UNASKED_SECONDS
+                    seconds = self.damage_seconds(request, opening.bench.result)
+                    only_kept = unasked and (seconds is None or seconds > UNASKED_SECONDS)
+                    self.run(request, work.learn, report, wanted, only_kept)
 
-                    def allowed(stage: str, done: int, total: int) -> None:
-                        # Only what measures reports.
-                        if unasked and long:
-                            raise TooLong
-                        report(stage, done, total)
-
-                    # Others have turns in the midst of this, and may open models of their own.
-                    self._in_use = bench.loaded
-                    try:
-                        bench.damage(wanted, allowed)
-                    except TooLong:
-                        pass
-                    finally:
-                        self._in_use = None
-
-                job = opening.damages[wanted] = self.queue.submit(
+                job = opening.damages[wanted] = self.lane(request).queue.submit(
                     "Measuring what each layer loses", measure, background=True
                 )
             return job
 
-    def bench(self, request: Request, report: Progress) -> Bench:
-        """The bench of a request with its model at hand; for jobs, and held by none over a turn.
-
-        Raises:
-            TransActError: it cannot be opened any more, or the weights are not those they were.
-        """
-        opening = self._openings.get(request)
-        if opening is None or opening.bench.state != DONE:
-            return self._opened(request, report)
-        bench = opening.bench.result
-        if bench.loaded.released:
-            loaded = self._model(request, report)
-            if loaded.weight_files != bench.loaded.weight_files:
-                with self._lock:
-                    self._openings.pop(request, None)
-                raise TransActError(
-                    f"The weights of {loaded.source} have changed since they were opened; "
-                    "try again with the new ones."
-                )
-            bench.loaded = loaded
-        elif request.model_key in self._models:
-            self._models.move_to_end(request.model_key)
-        return bench
-
     def _dense(self, request: Request, bench: Job) -> Job:
         def measure(report: Progress) -> None:
             if bench.state == DONE:
-                opened, timer = self.bench(request, report), StageTimer(report)
-                opened.dense(timer)
-                self._paces[request.model_key] = measured_pace(opened, timer.seconds)
+                pace = self.run(request, work.measure_dense, report)
+                self._paces[request.model_key] = pace
 
         # Not urgent, so that it waits for every opening; its first turn comes before other jobs'.
-        return self.queue.submit("Measuring the dense model", measure)
+        return self.lane(request).queue.submit("Measuring the dense model", measure)
 
     def _opened(self, request: Request, report: Progress) -> Bench:
-        bench = self._bench(request, report)
-        self._benches.add(bench)
-        return bench
-
-    def _bench(self, request: Request, report: Progress) -> Bench:
         for source in (request.model, request.calibration, request.evaluation):
             require_readable_source(source, settings())
-        texts = read_texts(request.windows)
-        loaded = self._model(request, report)
-        bench = bench_with(loaded, request.windows, texts, progress=report)
-        bench.statistics(report)
-        bench.scores(Choices().importance)
-        return bench
-
-    def _model(self, request: Request, report: Progress) -> LoadedModel:
-        key = request.model_key
-        if key not in self._models:
-            # Room is made first, so that the old and the new model are not held at once.
-            unused = [old for old, held in self._models.items() if held is not self._in_use]
-            for dropped in unused[: max(0, len(self._models) - MODELS_KEPT + 1)]:
-                self._forget(dropped)
-            require_readable_source(request.model, settings())
-            self._models[key] = load_model(*key, report)
-        self._models.move_to_end(key)
-        return self._models[key]
-
-    def _forget(self, key: tuple[str, str, str]) -> None:
-        """Drops a model; its benches stay, with what was measured on them."""
-        loaded = self._models.pop(key)
-        for bench in list(self._benches):
-            if bench.loaded is loaded:
-                bench.release_model()
-        if self._last_cut and self._last_cut[0].model_key == key:
-            self._last_cut = None
-
-    def measure(self, request: Request, cut: Cut, report: Progress) -> Measurement:
-        """The point of a cut; a model made for it is kept until the next cut, for an export."""
-        bench = self.bench(request, report)
-
-        def compress_and_hold(
-            bench: Bench, plan: PruningPlan, recovery: str, progress: Progress
-        ) -> tuple[LlamaForCausalLM, Measurement]:
-            self._last_cut = None
-            model, point = compress(bench, plan, recovery, progress)
-            self._last_cut = (request, identity(plan, recovery), model)
-            return model, point
-
-        decision = decided(bench, *cut.ratios, cut.choices, report)
-        return measured(bench, decision, cut.recovery, report, compress_and_hold)
-
-    def model(self, request: Request, point: Measurement, report: Progress) -> LlamaForCausalLM:
-        """The pruned model of a point: that of the last cut where it is the same, or made anew."""
-        asked = (request, identity(point.plan, point.recovery))
-        if self._last_cut is None or self._last_cut[:2] != asked:
-            self._last_cut = None
-            bench = self.bench(request, report)
-            model, _ = carry_out(bench, point.plan, point.recovery, report)
-            self._last_cut = (*asked, model)
-        return self._last_cut[2]
-
-
-def measured_pace(bench: Bench, seconds: float | None) -> float:
-    """FLOPs a second on this model, where its evaluation took so long; else a short pass is timed.
-
-    The model must be at hand.
-    """
-    shape, windows = bench.loaded.architecture, bench.evaluation
-    feed = Feed(windows.tokens, windows.sequence_length)
-    if seconds is None:
-        ids = windows.ids[0, :PACE_TOKENS].to(bench.loaded.device)
-        feed = Feed(len(ids), len(ids))
-        # The first pass after loading reads the weights from disk.
-        token_losses(bench.loaded.model, ids[:2])
-        began = time.perf_counter()
-        token_losses(bench.loaded.model, ids)
-        seconds = time.perf_counter() - began
-    return evaluation_flops(shape, feed) / max(seconds, 1e-6)
+        return self.run(request, work.open_bench, report)
 
 
 @st.cache_resource(show_spinner=False)
@@ -345,4 +280,4 @@ def workbench() -> Workbench:
     # else in this process moved.
     gc.collect()
     gc.freeze()
-    return Workbench()
+    return Workbench(libraries.new_worker)

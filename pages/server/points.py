@@ -3,14 +3,15 @@
 from collections.abc import Iterable
 
 from pages.server.open_models import workbench
-from pages.server.request import Cut, Request, first_look, identity
+from pages.server.request import Cut, Request, first_look
 from pages.server.visits import points
 from transact_core.base.errors import Progress
-from transact_core.experiments.bench import Bench, Choices, Measurement
+from transact_core.experiments.bench import Bench, Choices, Measurement, identity
 from transact_core.experiments.results import find_decision
 from transact_core.experiments.sweep import Pair
 from transact_core.experiments.sweep import find_point as find_kept_point
 from transact_core.pruning.plan import Decision, PruningPlan
+from transact_core.workers import work
 
 POINTS_KEPT = 300
 """Of one visitor with one request."""
@@ -19,9 +20,7 @@ POINTS_KEPT = 300
 def find_point(plan: PruningPlan, recovery: str) -> Measurement | None:
     """A point of this visitor with the same cut."""
     wanted = identity(plan, recovery)
-    return next(
-        (point for point in points() if identity(point.plan, point.recovery) == wanted), None
-    )
+    return next((point for point in points() if point.identity == wanted), None)
 
 
 def asked_by(cut: Cut, known: Iterable[Measurement]) -> Measurement | None:
@@ -31,8 +30,7 @@ def asked_by(cut: Cut, known: Iterable[Measurement]) -> Measurement | None:
 
 def add_point(known: list[Measurement], point: Measurement) -> None:
     """A point joins others; it takes the place of one with the same cut."""
-    same = identity(point.plan, point.recovery)
-    others = [other for other in known if identity(other.plan, other.recovery) != same]
+    others = [other for other in known if other.identity != point.identity]
     known[:] = [*others, point][-POINTS_KEPT:]
     workbench().make_room()
 
@@ -56,6 +54,11 @@ def kept_at_hand(bench: Bench, ratios: Pair, choices: Choices) -> Measurement | 
 
 def point_of(cut: Cut, request: Request, known: list[Measurement], report: Progress) -> Measurement:
     """The point of a cut among those known, or measured now and added to them; for jobs."""
-    point = asked_by(cut, known) or workbench().measure(request, cut, report)
+    point = asked_by(cut, known) or measure(cut, request, report)
     add_point(known, point)
     return point
+
+
+def measure(cut: Cut, request: Request, report: Progress) -> Measurement:
+    """The point of a cut; for jobs."""
+    return workbench().run(request, work.cut, report, cut.ratios, cut.choices)

@@ -5,9 +5,10 @@ from typing import Literal
 
 from transact_core.data.windows import WindowSpec
 from transact_core.experiments.bench import Choices, Measurement
+from transact_core.experiments.cut_spec import BenchSpec
 from transact_core.experiments.sweep import Pair
 from transact_core.models.load import BUILTIN
-from transact_core.pruning.plan import Granularity, PruningPlan
+from transact_core.pruning.plan import Granularity
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,10 @@ class Request:
         return self.model, self.device, self.dtype
 
     @property
-    def windows(self) -> WindowSpec:
-        return WindowSpec(**{each.name: getattr(self, each.name) for each in fields(WindowSpec)})
+    def bench_spec(self) -> BenchSpec:
+        """The same as a value that a worker takes."""
+        windows = WindowSpec(**{each.name: getattr(self, each.name) for each in fields(WindowSpec)})
+        return BenchSpec(self.model, self.device, self.dtype, windows)
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,3 @@ def what_to_learn(choices: Choices) -> Choices:
     if choices.granularity == "head-dims":
         return replace(choices, steps=1, multiple_of=1, head_dim_multiple_of=1, sequential=False)
     return Choices(importance=choices.importance)
-
-
-def identity(plan: PruningPlan, recovery: str) -> tuple:
-    """What makes two cuts of one bench the same, whatever ratio asked for them."""
-    return plan.layers, plan.slots, plan.importance, recovery

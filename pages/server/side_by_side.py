@@ -3,60 +3,41 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-from transformers import LlamaForCausalLM
-
-from pages.server.jobs import Job, job_threads
+from pages.server.jobs import Job
 from pages.server.open_models import workbench
 from pages.server.points import point_of
-from pages.server.request import Cut, Request
+from pages.server.request import Cut
 from pages.server.start_jobs import start
 from pages.server.visits import holding, points, visit
 from transact_core.base.errors import Progress
-from transact_core.experiments.bench import Measurement
-from transact_core.forward.generation import (
-    Sampling,
-    Token,
-    end_tokens,
-    generate,
-    in_turns,
-    require_prompt_fits,
-)
-from transact_core.forward.latency import LatencyPoint, measure_latency, require_lengths_fit
-from transact_core.forward.perplexity import token_losses
+from transact_core.experiments.bench import identity
+from transact_core.experiments.side_by_side import DENSE, PRUNED, Said, TokenLosses
+from transact_core.forward.generation import Sampling, Token
+from transact_core.forward.latency import LatencyPoint
 from transact_core.pruning.plan import PruningPlan
-
-DENSE, PRUNED = "dense", "pruned"
-
-
-@dataclass(frozen=True)
-class TokenLosses:
-    """The tokens of one text, and both models' losses in nats on each token after the first."""
-
-    ids: list[int]
-    losses: dict[str, torch.Tensor]
-    """By model, shape (tokens − 1,)."""
-    start: int = 1
-    """Index of the first token that is shown."""
+from transact_core.workers import work
+from transact_core.workers.process import worker_threads
 
 
 @dataclass
 class Comparison:
-    """One prompt continued by both models. The worker writes it while the page reads it."""
+    """One prompt continued by both models. A job writes it while the page reads it."""
 
     cut: Cut
-    prompt: list[int]
     job: Job | None = None
+    prompt_tokens: int | None = None
+    """Known once the prompt is tokenised."""
     tokens: dict[str, list[Token]] = field(default_factory=lambda: {DENSE: [], PRUNED: []})
-    continuation: TokenLosses | None = None
-    """Of the prompt and the dense model's continuation."""
-    text: TokenLosses | None = None
-    """Of the user's own text, without a chat template."""
+    answers: dict[str, str] = field(default_factory=lambda: {DENSE: "", PRUNED: ""})
+    """The text of the tokens."""
+    losses: dict[str, TokenLosses] = field(default_factory=dict)
+    """By what they were measured on: `CONTINUATION`, and `TEXT`, the user's own without a chat
+    template."""
 
 
 @dataclass
 class LatencyRun:
-    """Timings of both models. The worker writes them while the page reads them."""
+    """Timings of both models. A job writes them while the page reads them."""
 
     cut: Cut
     repeats: int
@@ -66,6 +47,11 @@ class LatencyRun:
     plan: PruningPlan | None = None
     """Known once the pruned model is made."""
     points: list[LatencyPoint] = field(default_factory=list)
+
+    def is_of(self, plan: PruningPlan, recovery: str) -> bool:
+        """Whether the pruned model of this cut was timed."""
+        mine = self.plan and identity(self.plan, self.cut.recovery)
+        return mine == identity(plan, recovery)
 
 
 def last_comparison() -> Comparison | None:
@@ -78,69 +64,62 @@ def last_latency() -> LatencyRun | None:
     return holding().found.get("latency")
 
 
-def both_models(
-    request: Request, point: Measurement, report: Progress
-) -> dict[str, LlamaForCausalLM]:
-    """The dense model and the pruned one of a point; for jobs."""
-    pruned = workbench().model(request, point, report)
-    return {DENSE: workbench().bench(request, report).loaded.model, PRUNED: pruned}
-
-
 def start_comparison(
-    cut: Cut,
-    prompt: list[int],
-    text: list[int],
-    max_new_tokens: int,
-    sampling: Sampling,
+    cut: Cut, text: str, chat: bool, max_new_tokens: int, sampling: Sampling
 ) -> None:
     """Queues the continuation of a prompt by both models, and then their losses on the texts.
 
-    `prompt` and `text` are token ids, `text` those of the user's text without a chat template.
+    With `chat` the text is put into the model's chat template.
     """
     request, known = visit().request, points()
-    comparison = Comparison(cut, prompt)
+    comparison = Comparison(cut)
 
-    def work(report: Progress) -> None:
-        dense = workbench().bench(request, report).loaded.model
-        require_prompt_fits(dense, prompt)
-        models = both_models(request, point_of(cut, request, known, report), report)
-        streams = {
-            name: generate(model, prompt, max_new_tokens, sampling, end_tokens(dense))
-            for name, model in models.items()
-        }
-        report("Generating", 0, max_new_tokens)
-        for name, token in in_turns(streams):
-            comparison.tokens[name].append(token)
-            report("Generating", max(map(len, comparison.tokens.values())), max_new_tokens)
-        report("Scoring the texts", 0, 1)
-        made = prompt + [token.id for token in comparison.tokens[DENSE]]
-        comparison.continuation = _losses(models, made, len(prompt))
-        if len(text) > 1:
-            comparison.text = _losses(models, text, 1)
+    def keep(thing: Said | TokenLosses) -> None:
+        if isinstance(thing, TokenLosses):
+            comparison.losses[thing.on] = thing
+        else:
+            comparison.tokens[thing.model].append(thing.token)
+            comparison.answers[thing.model] = thing.text
 
-    comparison.job = start("Generating side by side", work, ("compare", request))
+    def comparing(report: Progress) -> None:
+        # Before the cut is measured, which may take long: the prompt may be refused.
+        prompt = workbench().run(request, work.read_prompt, report, text, chat)
+        comparison.prompt_tokens = len(prompt.ids)
+        point = point_of(cut, request, known, report)
+        workbench().run(
+            request,
+            work.compare,
+            report,
+            point,
+            prompt,
+            max_new_tokens,
+            sampling,
+            received=keep,
+        )
+
+    comparison.job = start("Generating side by side", comparing, ("compare", request))
     holding().found["compare"] = comparison
-
-
-def _losses(models: dict[str, LlamaForCausalLM], ids: list[int], start: int) -> TokenLosses:
-    tensor = torch.tensor(ids, device=models[DENSE].device)
-    losses = {name: token_losses(model, tensor) for name, model in models.items()}
-    return TokenLosses(ids, losses, start)
 
 
 def start_latency(cut: Cut, lengths: Sequence[int], decode: int, repeats: int) -> None:
     """Queues the timing of both models; the points of a length are added once it is timed."""
     request, known = visit().request, points()
-    run = LatencyRun(cut, repeats, decode, job_threads())
+    run = LatencyRun(cut, repeats, decode, worker_threads())
 
-    def work(report: Progress) -> None:
-        bench = workbench().bench(request, report)
-        require_lengths_fit(bench.loaded.model, lengths, decode)
+    def timing(report: Progress) -> None:
+        workbench().run(request, work.require_lengths, report, lengths, decode)
         point = point_of(cut, request, known, report)
-        models, run.plan = both_models(request, point, report), point.plan
-        text = bench.evaluation.ids.flatten()
-        for timed in measure_latency(models, text, lengths, decode, repeats, report):
-            run.points.append(timed)
+        run.plan = point.plan
+        workbench().run(
+            request,
+            work.time_both,
+            report,
+            point,
+            lengths,
+            decode,
+            repeats,
+            received=run.points.append,
+        )
 
-    run.job = start("Timing both models", work, ("latency", request))
+    run.job = start("Timing both models", timing, ("latency", request))
     holding().found["latency"] = run

@@ -5,28 +5,24 @@ from pathlib import Path
 
 from pages.server.jobs import Job, Work
 from pages.server.open_models import workbench
-from pages.server.points import add_point, kept_at_hand, point_of
+from pages.server.points import add_point, kept_at_hand, measure, point_of
 from pages.server.request import Cut, first_look
 from pages.server.settings import require_writable, settings
 from pages.server.visits import points, visit
 from transact_core.base.errors import Progress
 from transact_core.base.files import require_free_output
 from transact_core.experiments.bench import Bench, Choices, Measurement
-from transact_core.experiments.sweep import Pair, most_informative_first, point_at
-from transact_core.export.compression import describe_compression
-from transact_core.export.folder import require_room, write_checkpoint
+from transact_core.experiments.sweep import Pair, most_informative_first
+from transact_core.workers import work
 
 FINISHED_JOBS_KEPT = 4
 
 
-def start(title: str, work: Work, about: Hashable) -> Job:
-    """Queues work of this visitor's.
-
-    The work asks `Workbench.bench` for its bench when its turn has come: what waits holds no model.
-    """
-    visitor = visit().visitor
+def start(title: str, doing: Work, about: Hashable) -> Job:
+    """Queues work of this visitor's, in the lane of the request in view."""
+    visitor, request = visit().visitor, visit().request
     finished = [job for job in visitor.jobs if job.finished][-FINISHED_JOBS_KEPT:]
-    job = workbench().queue.submit(title, work, owner=visitor, about=about)
+    job = workbench().lane(request).queue.submit(title, doing, owner=visitor, about=about)
     visitor.jobs[:] = [old for old in visitor.jobs if not old.finished or old in finished]
     visitor.jobs.append(job)
     return job
@@ -47,12 +43,12 @@ def start_cut(bench: Bench, cut: Cut) -> None:
         add_point(mine, known)
         return
 
-    def work(report: Progress) -> Measurement:
-        point = workbench().measure(request, cut, report)
+    def measuring(report: Progress) -> Measurement:
+        point = measure(cut, request, report)
         add_point(mine, point)
         return point
 
-    start(f"Cut of {in_words(cut.ratios)}", work, about)
+    start(f"Cut of {in_words(cut.ratios)}", measuring, about)
 
 
 def start_curve(bench: Bench, ratios: list[Pair], choices: Choices) -> None:
@@ -66,22 +62,21 @@ def start_curve(bench: Bench, ratios: list[Pair], choices: Choices) -> None:
         return
     missing = most_informative_first(missing)
 
-    def work(report: Progress) -> Iterator[tuple[int, int]]:
-        bench = workbench().bench(request, report)
-        bench.prepare(first_look(choices), report)
-        bench.dense(report)
-        del bench
+    def measuring(report: Progress) -> Iterator[tuple[int, int]]:
+        workbench().run(request, work.prepare, report, first_look(choices))
+        workbench().run(request, work.measure_dense, report)
         yield 0, len(missing)
         for place, pair in enumerate(missing, start=1):
 
             def counted(stage: str, done: int, total: int, place: int = place) -> None:
                 report(f"point {place} of {len(missing)}: {stage.lower()}", done, total)
 
-            add_point(mine, point_at(workbench().bench(request, report), pair, choices, counted))
+            point = workbench().run(request, work.curve_point, counted, pair, choices)
+            add_point(mine, point)
             yield place, len(missing)
         return len(missing)
 
-    start(f"Curve up to {in_words(missing[0])}", work, ("curve", request))
+    start(f"Curve up to {in_words(missing[0])}", measuring, ("curve", request))
 
 
 def in_words(ratios: Pair) -> str:
@@ -92,16 +87,11 @@ def start_export(cut: Cut, folder: Path) -> None:
     """Queues the writing of a checkpoint; its cut is made and measured where that is not known."""
     mine, request = points(), visit().request
 
-    def work(report: Progress) -> Path:
+    def writing(report: Progress) -> Path:
         require_writable(folder, settings())
+        # Looked at before the cut is measured, which may take long; the worker looks again.
         require_free_output(folder)
         point = point_of(cut, request, mine, report)
-        require_room(folder, point.footprint)
-        model = workbench().model(request, point, report)
-        report("Writing the checkpoint", 0, 1)
-        bench = workbench().bench(request, report)
-        compression = describe_compression(bench, point.decision, point.recovery)
-        write_checkpoint(folder, model, bench, point, compression)
-        return folder
+        return workbench().run(request, work.export, report, point, folder)
 
-    start("Writing the checkpoint", work, ("export", request))
+    start("Writing the checkpoint", writing, ("export", request))

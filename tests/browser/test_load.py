@@ -7,8 +7,8 @@ import torch
 from playwright.sync_api import Browser, expect
 
 from benchmarks.load import check, go_through, server, write_models
-from pages.server.jobs import job_threads
 from tests.browser.driving import TIMEOUT_MS
+from transact_core.workers.process import worker_threads
 
 pytestmark = [pytest.mark.browser, pytest.mark.builtin]
 """They need the built-in model, because the first page of a server begins to open it."""
@@ -25,7 +25,7 @@ TEXTS = 8_000, 128
 @pytest.fixture
 def app_s_threads():
     before = torch.get_num_threads()
-    torch.set_num_threads(job_threads())
+    torch.set_num_threads(worker_threads())
     yield
     torch.set_num_threads(before)
 

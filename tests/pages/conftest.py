@@ -20,7 +20,7 @@ from pages.server import libraries
 from pages.server.open_models import Workbench
 from pages.server.request import Request
 from pages.server.visitors import Visit
-from transact_core.experiments.bench import Choices
+from transact_core.workers.tasks import Inline
 
 # All that these tests draw is drawn after the imports.
 libraries.wait()
@@ -43,15 +43,22 @@ def ended(job):
     return job
 
 
+def workbench_inline() -> Workbench:
+    """A workbench whose jobs do their work themselves; its one lane is `only_lane`."""
+    made = Workbench(Inline)
+    made.only_lane = made.lane(Request())
+    return made
+
+
 @pytest.fixture
 def own_workbench(monkeypatch):
     """What all sessions share, made for one test."""
     threads = torch.get_num_threads()
-    made = Workbench()
+    made = workbench_inline()
     exchange(monkeypatch, "workbench", lambda: made)
     yield made
     # What still runs would go on in the next tests, without what this one put in its way.
-    assert made.queue.stop(WAIT)
+    assert made.stop(WAIT)
     torch.set_num_threads(threads)
 
 
@@ -59,12 +66,8 @@ def own_workbench(monkeypatch):
 def opened(own_workbench, monkeypatch, gqa_bench, tmp_path):
     """That workbench with the tiny model opened, as a visit finds it, and nothing measured."""
     monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
-
-    def open_bench(request, report):
-        gqa_bench.scores(Choices().importance)
-        return gqa_bench
-
-    monkeypatch.setattr(own_workbench, "_bench", open_bench)
+    models = own_workbench.only_lane.worker.models
+    models._benches[Request().bench_spec] = gqa_bench
     ended(own_workbench.open(Request()).dense)
     return own_workbench
 

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from pages.charts.text import NO_BREAK, plain, plain_in_chart
+from pages.server import open_models
 from pages.server.request import Request
 from pages.server.visitors import Visit
 from tests.pages.conftest import ended
 from transact_core.base.errors import TransActError
+from transact_core.workers import work
 
 HOSTILE = (
     "x<img src=https://evil.test/a onerror=alert(1)>![i](https://evil.test/b)[l](https://evil.test)"
@@ -87,10 +89,13 @@ def test_a_hostile_model_name_is_words_on_every_page(open_page, gqa_bench, name)
 
 
 def test_a_refusal_that_holds_a_hostile_name_is_words(own_workbench, open_page, monkeypatch):
-    def refuse(request, report):
+    def refuse(models, report, spec):
         raise TransActError(f"There is no model at {HOSTILE!r}.")
 
-    monkeypatch.setattr(own_workbench, "_bench", refuse)
+    monkeypatch.setattr(open_models, "require_readable_source", lambda *_: None)
+    monkeypatch.setattr(work, "open_bench", refuse)
+    # As a function that a worker is asked for is found by its name.
+    refuse.__module__, refuse.__qualname__ = work.__name__, "open_bench"
     request = Request(model=HOSTILE)
     ended(own_workbench.open(request).bench)
     visit = Visit()

@@ -10,7 +10,6 @@ from streamlit.testing.v1 import AppTest
 
 from pages.parts import progress
 from pages.parts.example import example
-from pages.server.open_models import Workbench
 from pages.server.request import Cut, Request
 from pages.server.visitors import Visit
 from tests.pages.conftest import ended
@@ -19,6 +18,7 @@ from transact_core.experiments import results
 from transact_core.experiments.bench import Choices
 from transact_core.importance.scores import IMPORTANCES, register, score
 from transact_core.pruning.plan import GRANULARITIES
+from transact_core.workers import work
 
 
 @pytest.fixture
@@ -313,7 +313,12 @@ def test_a_recorded_curve_is_shown_until_there_is_a_point(opened, open_page):
 
 def test_the_perplexity_page_has_a_picture_while_the_model_is_opened(open_app, monkeypatch):
     gate = threading.Event()
-    monkeypatch.setattr(Workbench, "_bench", lambda *_: gate.wait(30))
+
+    def wait(models, report, spec):
+        gate.wait(30)
+
+    wait.__module__, wait.__qualname__ = work.__name__, "open_bench"
+    monkeypatch.setattr(work, "open_bench", wait)
     page = open_app("perplexity")
     assert not page.exception
     assert "**Recorded, not measured here**" in texts(page)

@@ -17,6 +17,7 @@ from transact_core.experiments.bench import Choices
 from transact_core.importance.scores import IMPORTANCES
 from transact_core.models.load import BUILTIN, BUILTIN_NAME
 from transact_core.pruning.closed_form import RECOVERIES
+from transact_core.workers import work
 
 
 def words(page) -> str:
@@ -55,11 +56,12 @@ def test_the_bare_address_shows_the_example(opened, open_app):
 def test_it_is_there_while_the_model_is_being_opened(own_workbench, open_app, monkeypatch):
     gate = threading.Event()
 
-    def refuse(request, report):
+    def wait(models, report, spec):
         gate.wait(10)
         report("Loading", 0, 1)
 
-    monkeypatch.setattr(own_workbench, "_bench", refuse)
+    wait.__module__, wait.__qualname__ = work.__name__, "open_bench"
+    monkeypatch.setattr(work, "open_bench", wait)
     page = open_app()
     assert not page.exception
     assert charts(page) == 3

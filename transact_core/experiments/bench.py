@@ -14,13 +14,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from transact_core.base.cache import Tensors, remembered, sha256_of_tokens
-from transact_core.base.errors import Progress, silent
+from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
 from transact_core.forward.perplexity import Evaluation, evaluate, paired_difference
 from transact_core.forward.statistics import ActivationStatistics
 from transact_core.importance.rotary_pairs import PairEffects, measure_pairs
 from transact_core.importance.scores import Evidence, Scores, score
-from transact_core.models.devices import dtype_name, resolve_dtype
+from transact_core.models.devices import dtype_name, free_memory, resolve_dtype
 from transact_core.models.footprint import Footprint, footprint
 from transact_core.models.load import LoadedModel
 from transact_core.planning.damage import (
@@ -32,6 +32,7 @@ from transact_core.planning.damage import (
     measure_curves,
     narrow_heads,
 )
+from transact_core.planning.memory_needed import cut_bytes
 from transact_core.pruning.closed_form import LayerFit, recover, require_recovery
 from transact_core.pruning.plan import Decision, Granularity, PruningPlan, make_plan
 from transact_core.pruning.rope import require_exact_rope
@@ -58,6 +59,29 @@ class Choices:
     def single_pass(self) -> bool:
         """Whether one set of scores decides, so that nothing need be tried on the way."""
         return self.granularity != "auto" and self.steps == 1 and not self.sequential
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured on a bench: small, without models, to be handed to another process."""
+
+    measured: dict[str, Tensors] = field(default_factory=dict)
+    """By what was measured, as `statistics`."""
+    scores: dict[str, Scores] = field(default_factory=dict)
+    """By importance."""
+    dense: Evaluation | None = None
+    """The dense model's losses."""
+
+    def beyond(self, known: "Findings") -> "Findings":
+        """Those that are not among what is known."""
+        return Findings(
+            {name: found for name, found in self.measured.items() if name not in known.measured},
+            {name: found for name, found in self.scores.items() if name not in known.scores},
+            self.dense if known.dense is None else None,
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.measured or self.scores or self.dense is not None)
 
 
 class Bench:
@@ -224,8 +248,27 @@ class Bench:
         return list(plans.values())
 
     def release_model(self) -> None:
-        """Lets go of the dense weights: what was measured stays, and no more can be measured."""
+        """Lets go of the dense weights and of the tokenizer: what was measured stays, and no more
+        can be measured."""
         self.loaded = self.loaded.release()
+
+    def findings(self) -> Findings:
+        """All that was measured by now."""
+        return Findings(dict(self._measured), dict(self._scores), self._dense)
+
+    def learn(self, findings: Findings) -> None:
+        """Adds what was measured on the same bench in another process."""
+        self._measured.update(findings.measured)
+        self._scores.update(findings.scores)
+        self._dense = self._dense or findings.dense
+
+    def without_model(self) -> "Bench":
+        """A copy with what was measured by now, whose model is released; it can be pickled."""
+        copied = Bench(
+            self.loaded.release(), self.calibration, self.evaluation, self.save_dtype, self.seed
+        )
+        copied.learn(self.findings())
+        return copied
 
     def prepared(self, choices: Choices) -> bool:
         """Whether a plan with these choices needs no measuring any more."""
@@ -271,6 +314,11 @@ class Bench:
         return footprint(cut, self.save_dtype)
 
 
+def identity(plan: PruningPlan, recovery: str) -> tuple:
+    """What makes two cuts of one bench the same, whatever ratio asked for them."""
+    return plan.layers, plan.slots, plan.importance, recovery
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One measured cut: what was removed, what is left, what it costs in perplexity."""
@@ -290,6 +338,11 @@ class Measurement:
     @property
     def plan(self) -> PruningPlan:
         return self.decision.plan
+
+    @property
+    def identity(self) -> tuple:
+        """As `identity` of its plan and recovery."""
+        return identity(self.plan, self.recovery)
 
     @property
     def perplexity(self) -> float:
@@ -330,14 +383,42 @@ def compress(
 def carry_out(
     bench: Bench, plan: PruningPlan, recovery: str, progress: Progress = silent
 ) -> tuple[LlamaForCausalLM, tuple[LayerFit, ...]]:
-    """Cuts, repairs, and rounds the weights to the dtype they are saved in; measures nothing."""
+    """Cuts, repairs, and rounds the weights to the dtype they are saved in; measures nothing.
+
+    Raises:
+        TransActError: it is estimated to take more memory than there is.
+    """
     dense = bench.loaded.model
+    require_memory(bench, plan, recovery)
     model = prune(dense, plan, with_biases=recovery == "bias")
     fits: tuple[LayerFit, ...] = ()
     if recovery != "none" and plan.cuts_anything(bench.loaded.architecture):
         fits = recover(dense, model, plan, bench.calibration, recovery, progress).fits
     round_weights(model, resolve_dtype(bench.save_dtype, bench.loaded.device))
     return model, fits
+
+
+def require_memory(bench: Bench, plan: PruningPlan, recovery: str) -> None:
+    """Refuses a cut whose peak memory is estimated to be more than is free.
+
+    Raises:
+        TransActError: it is; the sentence says how much.
+    """
+    loaded = bench.loaded
+    needed = cut_bytes(
+        loaded.architecture,
+        plan.applied_to(loaded.architecture, with_biases=recovery == "bias"),
+        recovery,
+        bench.calibration.tokens,
+        loaded.dtype.itemsize,
+    )
+    free = free_memory(loaded.device)
+    if needed > free:
+        raise TransActError(
+            f"This cut takes about {needed / 1e9:.1f} GB of memory on {loaded.device} beside the "
+            f"dense model, where {free / 1e9:.1f} GB are free; free some memory, or choose fewer "
+            "calibration tokens or a smaller model."
+        )
 
 
 def measure(

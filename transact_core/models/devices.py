@@ -95,9 +95,14 @@ def estimate_memory(
     needed = architecture.parameters * dtype.itemsize
     if gguf:
         needed = architecture.parameters * (4 + dtype.itemsize)
-    on_gpu = device.type == "cuda"
-    available = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
-    return MemoryEstimate(needed=needed, available=available, device=str(device))
+    return MemoryEstimate(needed=needed, available=free_memory(device), device=str(device))
+
+
+def free_memory(device: torch.device) -> int:
+    """Free memory of a device in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory()
 
 
 def available_memory() -> int:

@@ -48,7 +48,7 @@ class LoadedModel:
     """A dense model ready to be measured. Nothing in the program changes its weights."""
 
     model: "LlamaForCausalLM | ReleasedModel"
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase | ReleasedTokenizer"
     architecture: Architecture
     source: str
     """The source as the user named it: `builtin`, a path or a hub id."""
@@ -81,11 +81,12 @@ class LoadedModel:
         return isinstance(self.model, ReleasedModel)
 
     def release(self) -> "LoadedModel":
-        """The same without the weights, which can then be freed."""
+        """The same without the weights and the tokenizer, which can then be freed."""
         if self.released:
             return self
         shell = ReleasedModel(self.model.config, self.model.device, self.model.dtype)
-        return replace(self, model=shell)
+        tokenizer = ReleasedTokenizer(getattr(self.tokenizer, "chat_template", None))
+        return replace(self, model=shell, tokenizer=tokenizer)
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,13 @@ class ReleasedModel:
     config: LlamaConfig
     device: torch.device
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class ReleasedTokenizer:
+    """What is still known of the tokenizer of a released model."""
+
+    chat_template: str | dict | None
 
 
 def load_model(

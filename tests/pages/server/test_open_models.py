@@ -1,4 +1,5 @@
 import gc
+import pickle
 import sys
 import threading
 from dataclasses import replace
@@ -9,39 +10,46 @@ import torch
 from streamlit.web.server.starlette.starlette_app_utils import generate_xsrf_token_string
 
 from pages.server import open_models, points, visitors, visits
-from pages.server.jobs import CANCELLED, DONE, FAILED
+from pages.server.jobs import CANCELLED, DONE
 from pages.server.open_models import Workbench
 from pages.server.points import add_point
 from pages.server.request import Cut, Request
 from pages.server.visitors import Visit, size_of
 from pages.server.visits import visitor_id
-from tests.conftest import bench_of, loaded_from, make_model
 from tests.pages.conftest import ended
-from transact_core.base.errors import silent
+from transact_core.base.errors import TransActError
 from transact_core.experiments.bench import Choices, compress
+from transact_core.models.load import ReleasedTokenizer
 from transact_core.pruning.plan import Decision, PruningPlan
+from transact_core.workers import tasks, work
+from transact_core.workers.tasks import Outcome
+
+
+class Stub:
+    """A worker that opens nothing: it waits until it is let through, and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.gate, self.asked = threading.Event(), []
+
+    def run(self, task, report, received):
+        self.asked.append(task.function.partition(":")[2])
+        self.gate.wait(10)
+        return Outcome(tasks.DONE, 1e9)
+
+    def stop(self) -> None:
+        pass
 
 
 @pytest.fixture
-def workbench(monkeypatch):
-    """One whose bench is a stub that waits until it is let through."""
+def worker():
+    return Stub()
+
+
+@pytest.fixture
+def workbench(worker):
+    """One whose worker is a stub."""
     threads = torch.get_num_threads()
-    made = Workbench()
-    made.gate, made.measured = threading.Event(), []
-
-    class Bench:
-        loaded = SimpleNamespace(released=False)
-
-        def dense(self, report):
-            made.measured.append(1)
-
-    def open_bench(request, report):
-        made.gate.wait(10)
-        return Bench()
-
-    monkeypatch.setattr(made, "_bench", open_bench)
-    monkeypatch.setattr(open_models, "measured_pace", lambda bench, seconds: 1e9)
-    yield made
+    yield Workbench(lambda: worker)
     torch.set_num_threads(threads)
 
 
@@ -53,26 +61,34 @@ def wait_for(job):
     pytest.fail("the job did not end")
 
 
-def test_a_cancelled_dense_measurement_can_be_made_anew(workbench):
+def test_a_cancelled_dense_measurement_can_be_made_anew(workbench, worker):
     opening = workbench.open(Request())
     opening.dense.cancel()
-    workbench.gate.set()
+    worker.gate.set()
     wait_for(opening.bench)
-    assert (opening.dense.state, workbench.measured) == (CANCELLED, [])
+    assert (opening.dense.state, worker.asked) == (CANCELLED, ["open_bench"])
     workbench.measure_dense(Request())
     wait_for(opening.dense)
-    assert (opening.dense.state, workbench.measured) == (DONE, [1])
+    assert (opening.dense.state, worker.asked) == (DONE, ["open_bench", "measure_dense"])
+    assert workbench.pace(Request()) == 1e9
     assert workbench.open(Request()) is opening
 
 
-def test_an_opened_bench_says_where_windows_are_longer_than_the_models_context(
-    checkpoint, text_file, monkeypatch
-):
-    monkeypatch.setattr(open_models, "require_readable_source", lambda *_: None)
-    text = str(text_file)
-    request = Request(str(checkpoint), "cpu", "float32", text, text, 600, 600, 300)
-    said = Workbench()._bench(request, silent).evaluation.notices
-    assert "longer than the 256 that the model was trained" in said[0]
+def test_each_device_has_a_lane_of_its_own(monkeypatch):
+    made = []
+    monkeypatch.setattr(open_models, "resolve_device", lambda: torch.device("cuda"))
+    workbench = Workbench(lambda: made.append(Stub()) or made[-1])
+    lanes = [workbench.lane(Request(device=name)) for name in ("auto", "cuda:0", "cuda:1", "cpu")]
+    assert lanes[0] is lanes[1]
+    assert len(made) == 3
+    second, third = (workbench.open(Request(device=name)) for name in ("cuda:1", "cpu"))
+    # Neither waits for the other.
+    assert second.bench.queue.ahead_of(second.bench) == []
+    assert third.bench.queue.ahead_of(third.bench) == []
+    for each in made:
+        each.gate.set()
+    for opening in (second, third):
+        wait_for(opening.dense)
 
 
 def test_what_is_imported_is_not_looked_through_after_every_run_of_a_page():
@@ -122,15 +138,18 @@ def test_tabs_of_a_visitor_share_points_and_jobs_and_begin_where_the_last_was(wo
 
 def test_only_the_last_visitors_and_those_with_work_are_kept(workbench, monkeypatch):
     monkeypatch.setattr(open_models, "VISITORS_KEPT", 3)
+    gate = threading.Event()
     busy = workbench.visitor("busy")
-    busy.jobs.append(workbench.queue.submit("Wait", lambda report: workbench.gate.wait(10), busy))
+    busy.jobs.append(
+        workbench.lane(Request()).queue.submit("Wait", lambda report: gate.wait(10), busy)
+    )
     idle = workbench.visitor("idle")
     for number in range(5):
         workbench.visitor(f"visitor-{number}")
     assert workbench.visitor("busy") is busy
     assert workbench.visitor("idle") is not idle
     assert len(workbench._visitors) <= 4
-    workbench.gate.set()
+    gate.set()
 
 
 def different(point, points: int):
@@ -151,7 +170,9 @@ def test_what_was_looked_at_longest_ago_goes_first(own_workbench, monkeypatch, p
     small, large = Request(), Request(evaluation_tokens=64)
     busy, early, late = (own_workbench.visitor(name) for name in ("busy", "early", None))
     gate = threading.Event()
-    busy.jobs.append(own_workbench.queue.submit("Wait", lambda report: gate.wait(10), busy))
+    busy.jobs.append(
+        own_workbench.only_lane.queue.submit("Wait", lambda report: gate.wait(10), busy)
+    )
     for visitor, request in ((busy, small), (early, small), (early, large), (late, small)):
         for each in different(point, 3):
             add_point(visitor.of(request).points, each)
@@ -220,177 +241,105 @@ def test_sizes_are_about_right(point):
     assert deep(large, set()) / 2 < size_of(large) < deep(large, set()) * 2
 
 
-def test_openings_that_nobody_looked_at_for_longest_are_closed(own_workbench, monkeypatch):
+def test_openings_that_nobody_looked_at_for_longest_are_closed(workbench, worker, monkeypatch):
     monkeypatch.setattr(open_models, "BENCHES_KEPT", 2)
-    gate = threading.Event()
-
-    class Stub:
-        loaded = SimpleNamespace(released=False)
-
-        def dense(self, report):
-            pass
-
-    monkeypatch.setattr(own_workbench, "_bench", lambda *_: (gate.wait(10), Stub())[1])
     requests = [Request(evaluation_tokens=64 + number) for number in range(5)]
-    openings = [own_workbench.open(each) for each in requests]
+    openings = [workbench.open(each) for each in requests]
     # Those under way are waited for, and stay.
-    assert [own_workbench.open(each) for each in requests] == openings
-    gate.set()
+    assert [workbench.open(each) for each in requests] == openings
+    worker.gate.set()
     for each in openings:
         ended(each.dense)
-    assert own_workbench.open(requests[0]) is openings[0]
-    assert list(own_workbench._openings) == [requests[4], requests[0]]
-    assert own_workbench.open(requests[1]) is not openings[1]
+    assert workbench.open(requests[0]) is openings[0]
+    assert list(workbench._openings) == [requests[4], requests[0]]
+    assert workbench.open(requests[1]) is not openings[1]
 
 
-# --- memory ----------------------------------------------------------------------------------
+# --- what the worker measures ----------------------------------------------------------------
 
 
 @pytest.fixture
-def small_memory(own_workbench, monkeypatch, tokenizer, windows, tmp_path):
-    """A workbench with room for one model; which were loaded."""
+def tiny(own_workbench, checkpoint, text_file, monkeypatch, tmp_path):
+    """A workbench and a request for the tiny checkpoint, which is opened."""
     monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(open_models, "MODELS_KEPT", 1)
-    models = {name: make_model(num_hidden_layers=layers) for name, layers in (("a", 2), ("b", 3))}
-    own_workbench.loads = []
-
-    def load(model, device, dtype, report):
-        own_workbench.loads.append(model)
-        return loaded_from(models[model], tokenizer)
-
-    def open_bench(request, report):
-        bench = bench_of(models[request.model], tokenizer, windows)
-        bench.loaded = own_workbench._model(request, report)
-        bench.prepare(Choices())
-        return bench
-
-    monkeypatch.setattr(open_models, "load_model", load)
-    monkeypatch.setattr(own_workbench, "_bench", open_bench)
-    own_workbench.tiny_models = models
-    return own_workbench
+    monkeypatch.setattr(open_models, "require_readable_source", lambda *_: None)
+    text = str(text_file)
+    request = Request(str(checkpoint), "cpu", "float32", text, text, 512, 512, 64)
+    assert ended(own_workbench.open(request).dense).error is None
+    return own_workbench, request
 
 
-def test_a_model_let_go_of_comes_back_for_a_job_and_its_bench_stays(small_memory):
-    one, other = Request(model="a"), Request(model="b")
-    ended(small_memory.open(one).dense)
-    bench = small_memory.open(one).bench.result
-    ended(small_memory.open(other).dense)
+def test_an_opened_bench_says_where_windows_are_longer_than_the_models_context(
+    own_workbench, checkpoint, text_file, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(open_models, "require_readable_source", lambda *_: None)
+    text = str(text_file)
+    request = Request(str(checkpoint), "cpu", "float32", text, text, 600, 600, 300)
+    bench = ended(own_workbench.open(request).bench).result
+    assert "longer than the 256 that the model was trained" in bench.evaluation.notices[0]
+
+
+def test_the_server_holds_what_was_measured_and_neither_weights_nor_tokenizer(tiny):
+    workbench, request = tiny
+    bench = workbench.open(request).bench.result
     assert bench.loaded.released
-    assert len(small_memory._models) == 1
-    assert bench.plan(0.5, 0.3, Choices()).intermediate_size == 28
-    assert bench.dense().perplexity > 1
-    assert bench.loaded.device.type == "cpu"
-    job = small_memory.queue.submit("Cut", lambda report: small_memory.measure(one, Cut(), report))
-    assert ended(job).error is None
-    assert small_memory.loads == ["a", "b", "a"]
-    assert not bench.loaded.released
-    assert small_memory.open(other).bench.result.loaded.released
-    assert small_memory.open(one).bench.result is bench
+    assert isinstance(bench.loaded.tokenizer, ReleasedTokenizer)
+    theirs = workbench.only_lane.worker.models._benches[request.bench_spec]
+    assert not theirs.loaded.released
+    assert bench.identity == theirs.identity
+    assert bench.dense().perplexity == theirs.dense().perplexity
+    assert bench.dense_footprint == theirs.dense_footprint
+    choices = Choices(importance="magnitude")
+    assert not bench.prepared(choices)
+    assert ended(workbench.prepare(request, choices)).error is None
+    assert bench.plan(0.5, 0.3, choices) == theirs.plan(0.5, 0.3, choices)
+    assert len(pickle.dumps(bench)) < 1_000_000
 
 
-def test_a_model_goes_from_benches_that_were_closed_too(small_memory, monkeypatch):
-    monkeypatch.setattr(open_models, "BENCHES_KEPT", 1)
-    one, other = Request(model="a"), Request(model="b")
-    ended(small_memory.open(one).dense)
-    # A page that is still drawn holds on to it.
-    bench = small_memory.open(one).bench.result
-    ended(small_memory.open(other).dense)
-    assert list(small_memory._openings) == [other]
-    assert bench.loaded.released
+def test_what_a_failed_task_measured_is_kept(tiny, monkeypatch):
+    workbench, request = tiny
+    bench = workbench.open(request).bench.result
 
+    def failing(models, report, spec):
+        models.bench(spec, report).scores("magnitude")
+        raise TransActError("Mend this.")
 
-def test_what_is_measured_in_the_background_keeps_its_model(small_memory):
-    one, other = Request(model="a"), Request(model="b")
-    ended(small_memory.open(one).dense)
-    begun, others = threading.Event(), []
-    job = small_memory.learn(one, Choices(granularity="head-dims"))
-    really = job.give_way
-
-    def give_way():
-        if not others:
-            others.append(small_memory.open(other).dense)
-        really()
-        begun.set()
-
-    job.give_way = give_way
-    assert begun.wait(10)
-    assert ended(job).error is None
-    assert ended(others[0]).error is None
-    assert small_memory.loads == ["a", "b"]
-    assert small_memory.open(one).bench.result.damage_known(Choices(granularity="head-dims"))
-    # Then it is let go of like any other.
-    third = Request(model="b", dtype="float32")
-    ended(small_memory.open(third).dense)
-    assert len(small_memory._models) == 1
-
-
-def test_weights_that_changed_meanwhile_are_not_taken_for_the_old_ones(small_memory):
-    one = Request(model="a")
-    ended(small_memory.open(one).dense)
-    ended(small_memory.open(Request(model="b")).dense)
-    small_memory.tiny_models["a"] = make_model(num_hidden_layers=2, initializer_range=0.1)
-    job = ended(small_memory.queue.submit("Cut", lambda r: small_memory.measure(one, Cut(), r)))
-    assert job.state == FAILED
-    assert "have changed" in job.error
-    # The next opening has the new ones.
-    assert ended(small_memory.open(one).bench).state == DONE
-
-
-def test_the_model_of_the_last_cut_serves_its_export(small_memory, monkeypatch):
-    one = Request(model="a")
-    ended(small_memory.open(one).dense)
-    made = []
-    carry_out = open_models.carry_out
-    monkeypatch.setattr(open_models, "carry_out", lambda *a: (made.append(1), carry_out(*a))[1])
-    measured = ended(
-        small_memory.queue.submit("Cut", lambda r: small_memory.measure(one, Cut(), r))
+    monkeypatch.setattr(work, "failing", failing, raising=False)
+    failing.__module__, failing.__qualname__ = work.__name__, "failing"
+    job = ended(
+        workbench.only_lane.queue.submit("Fail", lambda r: workbench.run(request, failing, r))
     )
-    first = ended(
-        small_memory.queue.submit("Model", lambda r: small_memory.model(one, measured.result, r))
-    )
-    assert made == []
-    weights = first.result.state_dict()
-    # A cut that was kept is made again where its model is wanted, and not measured again.
-    small_memory._last_cut = None
-    monkeypatch.setattr(open_models, "compress", None)
-    measured = ended(
-        small_memory.queue.submit("Cut", lambda r: small_memory.measure(one, Cut(), r))
-    )
-    again = ended(
-        small_memory.queue.submit("Model", lambda r: small_memory.model(one, measured.result, r))
-    )
-    assert made == [1]
-    assert all(torch.equal(weights[name], each) for name, each in again.result.state_dict().items())
+    assert job.error == "Mend this."
+    assert bench.prepared(Choices(importance="magnitude"))
 
 
-def test_a_model_is_timed_once_its_dense_losses_are_known(small_memory):
-    request = Request(model="a")
-    assert small_memory.pace(request) is None
-    ended(small_memory.open(request).dense)
-    measured = small_memory.pace(request)
-    bench = small_memory.open(request).bench.result
-    assert measured > 0
-    assert small_memory.damage_seconds(request, bench) > 0
-    # Kept losses take no time to speak of: a short pass is timed instead.
-    reports = []
-    timer = open_models.StageTimer(lambda *report: reports.append(report))
-    bench.dense(timer)
-    assert reports == []
-    assert timer.seconds is None
-    assert 0 < open_models.measured_pace(bench, timer.seconds) < 1e15
+def test_weights_that_changed_meanwhile_are_not_taken_for_the_old_ones(tiny):
+    workbench, request = tiny
+    opening = workbench.open(request)
+    workbench.only_lane.worker.models._closed.add(request.bench_spec)
+    ended(workbench.prepare(request, Choices(importance="magnitude")))
+    assert workbench.open(request) is not opening
 
 
-def test_unasked_work_in_the_background_is_left_where_it_would_take_long(small_memory):
-    request = Request(model="a")
-    ended(small_memory.open(request).dense)
-    bench = small_memory.open(request).bench.result
-    small_memory._paces[request.model_key] = 1.0
-    assert ended(small_memory.learn(request, Choices(), unasked=True)).state == DONE
+def test_a_model_is_timed_once_its_dense_losses_are_known(tiny):
+    workbench, request = tiny
+    assert workbench.pace(request) > 0
+    assert workbench.damage_seconds(request, workbench.open(request).bench.result) > 0
+    assert workbench.pace(Request()) is None
+
+
+def test_unasked_work_in_the_background_is_left_where_it_would_take_long(tiny):
+    workbench, request = tiny
+    bench = workbench.open(request).bench.result
+    workbench._paces[request.model_key] = 1.0
+    assert ended(workbench.learn(request, Choices(), unasked=True)).state == DONE
     assert not bench.damage_known(Choices())
-    assert ended(small_memory.learn(request, Choices(), anew=True)).state == DONE
+    assert ended(workbench.learn(request, Choices(), anew=True)).state == DONE
     assert bench.damage_known(Choices())
     # What is kept takes no time, however slow the model is.
-    bench._measured = {}
-    small_memory.open(request).damages.clear()
-    assert ended(small_memory.learn(request, Choices(), unasked=True)).state == DONE
+    for each in (bench, workbench.only_lane.worker.models._benches[request.bench_spec]):
+        each._measured = {}
+    workbench.open(request).damages.clear()
+    assert ended(workbench.learn(request, Choices(), unasked=True)).state == DONE
     assert bench.damage_known(Choices())

@@ -1,0 +1,75 @@
+"""The worker's process is killed in the middle of a cut; the app and its other visitors go on."""
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from playwright.sync_api import Browser, expect
+
+from benchmarks.load import server, write_models
+from tests.browser.driving import (
+    TIMEOUT_MS,
+    button,
+    metric,
+    open_with_few_tokens,
+    settle,
+    sidebar,
+)
+
+pytestmark = pytest.mark.browser
+
+
+def worker_of_this_app() -> psutil.Process:
+    """The process that does the app's work."""
+    (found,) = (
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "transact_core.workers.serve" in process.cmdline()
+    )
+    return found
+
+
+def test_a_worker_killed_in_the_middle_of_a_cut_costs_that_cut_alone(
+    browser: Browser, tmp_path: Path
+):
+    expect.set_options(timeout=TIMEOUT_MS)
+    large = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 16}
+    (folder,) = write_models(tmp_path, {"large": large})
+    with server(tmp_path) as (address, _):
+        pages = []
+        for _ in range(2):
+            page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
+            page.set_default_timeout(TIMEOUT_MS)
+            open_with_few_tokens(page, f"{address}/compress", folder, 16_000, 128)
+            pages.append(page)
+        mine, other = pages
+        other.goto(f"{address}/compress?mha=0&mlp=20")
+        settle(other)
+        button(other, "Prune and measure perplexity").click()
+        kept = metric(other, "Perplexity, measured")
+        expect(kept).to_be_visible()
+        figure = kept.inner_text()
+
+        mine.goto(f"{address}/compress?mha=0&mlp=50")
+        settle(mine)
+        button(mine, "Prune and measure perplexity").click()
+        expect(mine.get_by_text("Repairing layers").first).to_be_visible()
+        worker = worker_of_this_app()
+        os.kill(worker.pid, signal.SIGKILL)
+        expect(mine.get_by_text("ended from outside (SIGKILL)").first).to_be_visible()
+
+        # The next job runs, in a new process; what the other visitor has measured is still there.
+        button(mine, "Prune and measure perplexity").click()
+        expect(metric(mine, "Perplexity, measured")).to_be_visible()
+        assert worker_of_this_app().pid != worker.pid
+        other.reload()
+        expect(kept).to_have_text(figure)
+        expect(sidebar(other).get_by_text("done")).to_be_visible()
+        # Nothing is half-written: what was being made is in no file of the cache.
+        left = [path for path in (tmp_path / "cache").rglob("*") if "partial" in path.name]
+        assert left == []
+        for page in pages:
+            expect(page.get_by_test_id("stException")).to_have_count(0)
+            page.context.close()

@@ -1,0 +1,272 @@
+"""The functions that a worker can be asked for.
+
+Each is called with the worker's `OpenModels`, a progress callback, and what a `Task` names: specs,
+choices and measured points, all of which can be pickled. What a bench measures on the way is handed
+back beside the result (`tasks.Outcome.learned`).
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM
+
+from transact_core.base.errors import Progress
+from transact_core.base.files import require_free_output
+from transact_core.experiments.bench import Bench, Choices, Measurement, compress
+from transact_core.experiments.cut_spec import BenchSpec
+from transact_core.experiments.head_probe import (
+    WithoutHead,
+    attention_pattern,
+    sample,
+    without_head,
+)
+from transact_core.experiments.premise import Disturbed, disturb_all_layers, disturb_layer_by_layer
+from transact_core.experiments.results import decided, measured
+from transact_core.experiments.side_by_side import (
+    DENSE,
+    PRUNED,
+    Prompt,
+    Said,
+    TokenLosses,
+    prompt_of,
+)
+from transact_core.experiments.side_by_side import compare as compare_models
+from transact_core.experiments.sweep import Pair, point_at
+from transact_core.export.compression import describe_compression
+from transact_core.export.folder import require_room, write_checkpoint
+from transact_core.forward.generation import Sampling
+from transact_core.forward.latency import LatencyPoint, measure_latency, require_lengths_fit
+from transact_core.forward.perplexity import token_losses
+from transact_core.planning.duration import Feed, evaluation_flops
+from transact_core.pruning.plan import PruningPlan
+from transact_core.workers.open_models import OpenModels
+
+PACE_TOKENS = 64
+"""Length of the pass that is timed where the dense model's losses are kept from an earlier run."""
+
+
+class _TooLong(Exception):
+    """Raised by a progress callback to stop work that was to be done only if it takes no time."""
+
+
+class StageTimer:
+    """Passes progress on, and times the work from its first report to its last."""
+
+    def __init__(self, report: Progress) -> None:
+        self._report, self._began = report, None
+        self.seconds: float | None = None
+        """None where nothing was reported: nothing was measured then."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if self._began is None:
+            self._began = now
+        elif done == total:
+            self.seconds = now - self._began
+        self._report(stage, done, total)
+
+
+# --- a bench ---------------------------------------------------------------------------------
+
+
+def open_bench(models: OpenModels, report: Progress, spec: BenchSpec) -> Bench:
+    """The bench with the statistics and the default scores, without its model."""
+    bench = models.bench(spec, report)
+    bench.statistics(report)
+    bench.scores(Choices().importance)
+    return bench.without_model()
+
+
+def measure_dense(models: OpenModels, report: Progress, spec: BenchSpec) -> float:
+    """Measures the dense model; gives the FLOPs a second that it was seen to do."""
+    bench, timer = models.bench(spec, report), StageTimer(report)
+    bench.dense(timer)
+    return measured_pace(bench, timer.seconds)
+
+
+def prepare(models: OpenModels, report: Progress, spec: BenchSpec, choices: Choices) -> None:
+    """Measures what every plan with these choices needs."""
+    models.bench(spec, report).prepare(choices, report)
+
+
+def learn(
+    models: OpenModels, report: Progress, spec: BenchSpec, choices: Choices, only_kept: bool
+) -> None:
+    """Measures what predictions with these choices need; with `only_kept` looks it up only."""
+
+    def allowed(stage: str, done: int, total: int) -> None:
+        # Only what measures reports.
+        if only_kept:
+            raise _TooLong
+        report(stage, done, total)
+
+    with suppress(_TooLong):
+        models.bench(spec, report).damage(choices, allowed)
+
+
+def measured_pace(bench: Bench, seconds: float | None) -> float:
+    """FLOPs a second on this model, where its evaluation took so long; else a short pass is timed.
+
+    The model must be at hand.
+    """
+    shape, windows = bench.loaded.architecture, bench.evaluation
+    feed = Feed(windows.tokens, windows.sequence_length)
+    if seconds is None:
+        ids = windows.ids[0, :PACE_TOKENS].to(bench.loaded.device)
+        feed = Feed(len(ids), len(ids))
+        # The first pass after loading reads the weights from disk.
+        token_losses(bench.loaded.model, ids[:2])
+        began = time.perf_counter()
+        token_losses(bench.loaded.model, ids)
+        seconds = time.perf_counter() - began
+    return evaluation_flops(shape, feed) / max(seconds, 1e-6)
+
+
+# --- cuts ------------------------------------------------------------------------------------
+
+
+def cut(
+    models: OpenModels, report: Progress, spec: BenchSpec, ratios: Pair, choices: Choices
+) -> Measurement:
+    """The point of a cut; a model made for it is kept until the next cut, for an export."""
+    bench = models.bench(spec, report)
+
+    def compress_and_hold(
+        bench: Bench, plan: PruningPlan, recovery: str, progress: Progress
+    ) -> tuple[LlamaForCausalLM, Measurement]:
+        models.let_go()
+        model, point = compress(bench, plan, recovery, progress)
+        models.hold(spec, point, model)
+        return model, point
+
+    decision = decided(bench, *ratios, choices, report)
+    return measured(bench, decision, choices.recovery, report, compress_and_hold)
+
+
+def curve_point(
+    models: OpenModels, report: Progress, spec: BenchSpec, ratios: Pair, choices: Choices
+) -> Measurement:
+    """The point of a curve; its model is not kept."""
+    return point_at(models.bench(spec, report), ratios, choices, report)
+
+
+def export(
+    models: OpenModels, report: Progress, spec: BenchSpec, point: Measurement, folder: Path
+) -> Path:
+    """Writes a checkpoint of a measured point."""
+    require_free_output(folder)
+    require_room(folder, point.footprint)
+    model = models.pruned(spec, point, report)
+    report("Writing the checkpoint", 0, 1)
+    bench = models.bench(spec, report)
+    compression = describe_compression(bench, point.decision, point.recovery)
+    write_checkpoint(folder, model, bench, point, compression)
+    return folder
+
+
+# --- both models -----------------------------------------------------------------------------
+
+
+def read_prompt(
+    models: OpenModels, report: Progress, spec: BenchSpec, text: str, chat: bool
+) -> Prompt:
+    """The token ids of a prompt, refused where the model cannot continue it."""
+    return prompt_of(models.bench(spec, report).loaded, text, chat)
+
+
+def compare(
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    point: Measurement,
+    prompt: Prompt,
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> Iterator[Said | TokenLosses]:
+    """Continues a prompt by the dense model and by a point's, and scores the texts by both."""
+    both = _both_models(models, report, spec, point)
+    tokenizer = models.bench(spec, report).loaded.tokenizer
+    yield from compare_models(both, tokenizer, prompt, max_new_tokens, sampling, report)
+
+
+def require_lengths(
+    models: OpenModels, report: Progress, spec: BenchSpec, lengths: Sequence[int], decode: int
+) -> None:
+    """Refuses lengths that do not fit the model's context."""
+    require_lengths_fit(models.bench(spec, report).loaded.model, lengths, decode)
+
+
+def time_both(
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    point: Measurement,
+    lengths: Sequence[int],
+    decode: int,
+    repeats: int,
+) -> Iterator[LatencyPoint]:
+    """Times the dense model and a point's at each length."""
+    both = _both_models(models, report, spec, point)
+    text = models.bench(spec, report).evaluation.ids.flatten()
+    yield from measure_latency(both, text, lengths, decode, repeats, report)
+
+
+def _both_models(
+    models: OpenModels, report: Progress, spec: BenchSpec, point: Measurement
+) -> dict[str, LlamaForCausalLM]:
+    pruned = models.pruned(spec, point, report)
+    return {DENSE: models.bench(spec, report).loaded.model, PRUNED: pruned}
+
+
+# --- probes of the dense model ---------------------------------------------------------------
+
+
+def disturb_all(
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    disturbance: str,
+    strengths: Sequence[float],
+    windows: int,
+) -> Iterator[Disturbed]:
+    """Disturbs all layers at once."""
+    bench = models.bench(spec, report)
+    yield from disturb_all_layers(bench, disturbance, strengths, windows, report)
+
+
+def disturb_each(
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    disturbance: str,
+    strength: float,
+    layers: Sequence[int],
+    windows: int,
+) -> Iterator[Disturbed]:
+    """Disturbs one layer at a time."""
+    bench = models.bench(spec, report)
+    yield from disturb_layer_by_layer(bench, disturbance, strength, layers, windows, report)
+
+
+def leave_out_head(
+    models: OpenModels, report: Progress, spec: BenchSpec, layer: int, head: int
+) -> WithoutHead:
+    """Measures the dense model without one head."""
+    return without_head(models.bench(spec, report), layer, head, report)
+
+
+def attend(
+    models: OpenModels, report: Progress, spec: BenchSpec, text: str, tokens: int, layer: int
+) -> tuple[list[str], torch.Tensor]:
+    """The tokens of a text, decoded one by one, and one layer's attention over them.
+
+    The attention is that of `attention_pattern`. Where `text` is blank, the evaluation text is
+    taken.
+    """
+    bench = models.bench(spec, report)
+    window = sample(bench, text, tokens)
+    labels = [bench.loaded.tokenizer.decode([token]) for token in window.ids[0].tolist()]
+    return labels, attention_pattern(bench.loaded.model, window, layer, report)
