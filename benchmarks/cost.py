@@ -3,6 +3,8 @@
     python -m benchmarks.cost                     # time: passes over the same tokens, interleaved
     python -m benchmarks.cost --gather transact_core.importance.elimination:eliminate
     python -m benchmarks.cost --peak-memory       # memory: on a model larger than the built-in one
+    python -m benchmarks.cost --shape llama-2-7b --tokens 16384 --threads 2 [--against CHECKOUT]
+                                                  # repair, scoring and damage: on one large layer
 
 The plain pass runs the model without its LM head on the same batches in the same process. Each
 round runs the plain pass and then the others. The median over rounds of the ratio within a round is
@@ -22,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import layer as one_layer
 from benchmarks.memory import peak_memory_of
 from transact_core.base.linalg import second_moments
 from transact_core.data.corpus import read_corpus
@@ -194,6 +197,23 @@ def main() -> None:
         metavar="MODULE:FUNCTION",
         help="time this too; it is called with the model and the windows",
     )
+    parser.add_argument("--shape", choices=one_layer.SHAPES, help="time one random layer")
+    parser.add_argument("--threads", type=int, default=2, help="with --shape")
+    parser.add_argument(
+        "--work",
+        nargs="+",
+        choices=one_layer.WORK,
+        default=list(one_layer.WORK),
+        help="with --shape",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="CHECKOUT",
+        help="with --shape: measure the library of this checkout too, before this one's",
+    )
     parser.add_argument("--peak-memory", action="store_true")
     parser.add_argument("--layers", type=int, default=30, help="of the random model")
     parser.add_argument("--hidden", type=int, default=1344, help="a multiple of 192")
@@ -203,6 +223,11 @@ def main() -> None:
     parser.add_argument("--recovery", default="least-squares")
     parser.add_argument("--folder", type=Path, help="where the models are written")
     chosen = parser.parse_args()
+    if chosen.shape:
+        checkouts = [*chosen.against, Path(__file__).parents[1]]
+        measured = (chosen.shape, chosen.tokens, chosen.threads, checkouts, chosen.work)
+        print(one_layer.table(*measured))
+        return
     print(peak_of_prune(chosen) if chosen.peak_memory else time_of_passes(chosen))
 
 

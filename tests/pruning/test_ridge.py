@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from transact_core.pruning import ridge as ridge_module
-from transact_core.pruning.ridge import Chosen, FoldedRidge, Moments, solve
+from transact_core.pruning.ridge import Chosen, FoldedRidge
 
 WINDOWS, INPUTS, OUTPUTS = 6, 12, 5
 FOLDS = torch.arange(WINDOWS).tensor_split(3)
 RIDGES = (1e-9, 10.0)
+WAYS = {"a factorisation for each fold": True, "one factorisation": False}
 
 
 @pytest.fixture
@@ -19,6 +20,11 @@ def data():
     return x, y, torch.rand(WINDOWS, 50) + 0.5
 
 
+@pytest.fixture(params=WAYS)
+def by_folds(request):
+    return WAYS[request.param]
+
+
 def rows(data, windows=slice(None)):
     """A row a token, its weight multiplied in, in float64."""
     x, y, weights = (each[windows].double() for each in data)
@@ -26,94 +32,126 @@ def rows(data, windows=slice(None)):
     return (x * root).flatten(0, 1), (y * root).flatten(0, 1)
 
 
-def reference(x, y, ridge):
-    energy = x.square().sum(dim=0)
+def reference(data, ridge, windows=slice(None)):
+    """The change that is fitted on these windows, under their share of the penalty of all."""
+    energy = rows(data)[0].square().sum(dim=0)
+    if windows != slice(None):
+        energy = energy * len(windows) / WINDOWS
+    x, y = rows(data, windows)
     damped = x.T @ x + ridge * torch.diag(energy + 1e-3 * energy.mean())
     return torch.linalg.solve(damped, x.T @ y)
 
 
-def test_the_solution_is_that_of_weighted_least_squares(data):
-    x, y = rows(data)
-    change = FoldedRidge(*data, FOLDS).solve(1e-9).double()
-    torch.testing.assert_close(change, torch.linalg.lstsq(x, y).solution, rtol=1e-4, atol=1e-5)
-
-
-def test_a_ridge_counts_relative_to_each_features_energy(data):
-    data = (data[0] * torch.logspace(-2, 2, INPUTS), *data[1:])
-    expected = reference(*rows(data), 0.5).float()
-    torch.testing.assert_close(FoldedRidge(*data, FOLDS).solve(0.5), expected, rtol=1e-4, atol=1e-9)
-
-
-def test_a_strong_ridge_changes_nothing(data):
-    assert FoldedRidge(*data, FOLDS).solve(1e12).abs().max() < 1e-9
-
-
-def test_what_cannot_be_solved_is_nan():
-    indefinite = torch.diag(torch.tensor([1.0, -3.0], dtype=torch.float64))
-    assert solve(indefinite, torch.ones(2, 3, dtype=torch.float64), 0.0).isnan().all()
-
-
-def test_moments_are_those_of_weighted_rows(data):
-    x, y = rows(data)
-    moments = Moments.none(INPUTS, OUTPUTS, x.device)
-    moments.add(x.float(), y.float())
-    torch.testing.assert_close(moments.gram.double(), x.T @ x, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(moments.cross.double(), x.T @ y, rtol=1e-4, atol=1e-4)
-    moments.add(x.float(), y.float(), sign=-1)
-    assert not moments.gram.any()
-    assert not moments.cross.any()
-
-
-def test_a_solution_is_the_same_however_many_outputs_are_solved_for_at_once(data, monkeypatch):
-    fitted = FoldedRidge(*data, FOLDS)
-    whole = fitted.solve(0.1), fitted.choose(RIDGES, 0).error
-    monkeypatch.setattr("transact_core.pruning.ridge.ROWS_AT_ONCE", 2)
-    torch.testing.assert_close(fitted.solve(0.1), whole[0], rtol=1e-6, atol=1e-9)
-    assert fitted.choose(RIDGES, 0).error == pytest.approx(whole[1], rel=1e-6)
-
-
-@pytest.mark.parametrize("kept_bytes", [0, 1 << 30])
-def test_every_fold_is_judged_by_what_the_others_taught(data, kept_bytes):
-    fitted = FoldedRidge(*data, FOLDS, kept_bytes)
-    assert fitted.keeps == bool(kept_bytes)
-    chosen = fitted.choose(RIDGES, 0)
-    errors = dict.fromkeys(RIDGES, 0.0)
-    corrections = list(fitted.corrections(chosen))
-    for (fold, correction), expected_fold in zip(corrections, FOLDS, strict=True):
-        assert fold is expected_fold
+def left_over(data, ridge):
+    """What each window's missing output is left with, fold by fold; float64, with its energy."""
+    left, total = data[1].double(), 0.0
+    for fold in FOLDS:
         others = [window for window in range(WINDOWS) if window not in fold]
-        x, y = rows(data, fold)
-        for ridge in RIDGES:
-            change = reference(*rows(data, others), ridge)
-            errors[ridge] += (y - x @ change).square().sum().item()
-        torch.testing.assert_close(
-            correction.double(), data[0][fold].double() @ change, rtol=1e-4, atol=1e-5
-        )
+        left[fold] -= data[0][fold].double() @ reference(data, ridge, others)
+        total += (left[fold].square() * data[2][fold][..., None]).sum().item()
+    return left, total
+
+
+def fitted(data, ridge, by_folds):
+    folded = FoldedRidge(*data, FOLDS, by_folds)
+    return folded.fit(folded.choose([ridge], 0))
+
+
+def test_the_solution_is_that_of_weighted_least_squares(data, by_folds):
+    expected = torch.linalg.lstsq(*rows(data)).solution.float()
+    torch.testing.assert_close(fitted(data, 1e-9, by_folds).change, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_ridge_counts_relative_to_each_features_energy(data, by_folds):
+    data = (data[0] * torch.logspace(-2, 2, INPUTS), *data[1:])
+    expected = reference(data, 0.5).float()
+    torch.testing.assert_close(fitted(data, 0.5, by_folds).change, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_strong_ridge_changes_nothing(data, by_folds):
+    found = fitted(data, 1e12, by_folds)
+    assert found.change.abs().max() < 1e-9
+    torch.testing.assert_close(found.left, data[1])
+
+
+def test_a_dead_feature_is_not_used(data, by_folds):
+    data[0][..., 3] = 0
+    found = fitted(data, 0.1, by_folds)
+    assert not found.change[3].any()
+    assert found.left.isfinite().all()
+
+
+def test_features_without_any_energy_change_nothing(data, by_folds):
+    found = fitted((torch.zeros_like(data[0]), *data[1:]), 0.1, by_folds)
+    assert not found.change.any()
+    torch.testing.assert_close(found.left, data[1])
+
+
+def test_what_cannot_be_solved_is_not_chosen(data, by_folds):
+    folded = FoldedRidge(*data, FOLDS, by_folds)
+    chosen = folded.choose([-5.0], 0)
+    assert chosen.error == math.inf
+    found = folded.fit(chosen)
+    assert math.isnan(found.error)
+    assert found.change.isnan().all()
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.1, 3.0])
+def test_every_fold_is_left_with_what_the_others_could_not_teach(data, by_folds, ridge):
+    left, total = left_over(data, ridge)
+    found = fitted(data, ridge, by_folds)
+    torch.testing.assert_close(found.left, left.float(), rtol=1e-4, atol=1e-4)
+    assert found.error == pytest.approx(total, rel=1e-5)
+    torch.testing.assert_close(found.change, reference(data, ridge).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_error_that_decides_is_the_one_that_is_told(data, by_folds):
+    folded = FoldedRidge(*data, FOLDS, by_folds)
+    chosen = folded.choose(RIDGES, 0)
+    errors = {ridge: left_over(data, ridge)[1] for ridge in RIDGES}
     assert chosen.ridge == min(errors, key=errors.get) == RIDGES[-1]
     assert chosen.error == pytest.approx(errors[chosen.ridge], rel=1e-5)
+    assert folded.fit(chosen).error == pytest.approx(chosen.error, rel=1e-5)
 
 
-def test_moments_that_are_gathered_anew_give_the_same_bits(data):
-    kept, gathered = (FoldedRidge(*data, FOLDS, kept_bytes) for kept_bytes in (1 << 30, 0))
-    assert torch.equal(kept.solve(0.1), gathered.solve(0.1))
-    ours, others = (each.choose(RIDGES, 1) for each in (kept, gathered))
-    assert (ours.ridge, ours.error) == (others.ridge, others.error)
-    for (_, one), (_, other) in zip(
-        kept.corrections(ours), gathered.corrections(others), strict=True
-    ):
-        assert torch.equal(one, other)
+def test_more_features_than_tokens_of_a_fold_are_fitted_at_once(data):
+    assert FoldedRidge(*data, FOLDS).by_folds
+    wide = torch.randn(WINDOWS, 50, 101)
+    folded = FoldedRidge(wide, *data[1:], FOLDS)
+    assert not folded.by_folds
+    one, other = (fitted((wide, *data[1:]), 0.3, by_folds) for by_folds in (True, False))
+    torch.testing.assert_close(one.left, other.left, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(one.change, other.change, rtol=1e-4, atol=1e-5)
+    assert one.error == pytest.approx(other.error, rel=1e-5)
+
+
+def test_many_outputs_are_compared_by_combinations_and_told_as_they_are(
+    data, by_folds, monkeypatch
+):
+    monkeypatch.setattr(ridge_module, "JUDGED_OUTPUTS", 40)
+    torch.manual_seed(1)
+    x, weights = data[0], data[2]
+    y = x @ torch.randn(INPUTS, 160) + 4 * torch.randn(WINDOWS, 50, 160)
+    folded = FoldedRidge(x, y, weights, FOLDS, by_folds)
+    ridges = [0.01, 0.1, 1.0, 10.0]
+    errors = [left_over((x, y, weights), ridge)[1] for ridge in ridges]
+    chosen = folded.choose(ridges, 2)
+    # 0.01 and 0.1 are equal but for a thousandth.
+    assert chosen.ridge < 1
+    told = errors[ridges.index(chosen.ridge)]
+    assert chosen.error == pytest.approx(told, rel=0.05)
+    assert folded.fit(chosen).error == pytest.approx(told, rel=1e-5)
 
 
 class Tried(FoldedRidge):
     """A search over errors that are given, in place of solved ones."""
 
     def __init__(self, errors):
-        self.errors, self.solved, self.folds, self.keeps = errors, [], [None], False
-        self.weights = self.missing = [torch.ones(1, 1, 1)]
+        self.errors, self.solved = errors, []
 
     def _tried(self, ridge):
         self.solved.append(ridge)
-        return Chosen(ridge, self.errors[ridge], None)
+        return Chosen(ridge, self.errors[ridge])
 
 
 @pytest.mark.parametrize(
@@ -132,16 +170,8 @@ def test_the_search_passes_over_what_cannot_be_solved_and_solves_nothing_twice(e
     assert len(search.solved) == len(set(search.solved))
 
 
-def test_a_ridge_that_cannot_be_solved_is_followed_by_one_that_can(data, monkeypatch):
+def test_a_ridge_that_cannot_be_solved_is_followed_by_one_that_can(data, by_folds):
     """The search begins at the one that cannot."""
-    original = ridge_module.solve
-    monkeypatch.setattr(
-        ridge_module,
-        "solve",
-        lambda gram, cross, ridge: (
-            cross.fill_(torch.nan) if ridge < 1 else original(gram, cross, ridge)
-        ),
-    )
-    chosen = FoldedRidge(*data, FOLDS).choose((0.1, 10.0), 0)
+    chosen = FoldedRidge(*data, FOLDS, by_folds).choose((-5.0, 10.0), 0)
     assert chosen.ridge == 10.0
     assert math.isfinite(chosen.error)

@@ -1,5 +1,6 @@
 """Linear algebra that several rooms share: float64, token weights, second moments, Cholesky."""
 
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -8,6 +9,8 @@ import torch
 GRAM_BLOCKS = 6
 """Blocks in which the columns of a Gram matrix are multiplied out; more of them save more of the
 lower triangle, and make smaller and less efficient products."""
+GRAM_BLOCK = 1024
+"""Columns of a block where there would be more than that: products of this size are efficient."""
 FLOAT64_DEVICES = ("cpu", "cuda")
 """Device types that compute in float64. Apple's GPUs ("mps") do not, and others may not."""
 
@@ -42,8 +45,7 @@ def second_moments(rows: Iterable[torch.Tensor], width: int) -> torch.Tensor:
     triangle is multiplied out, which saves nearly half of the work; the rest is its mirror.
     """
     gram: torch.Tensor | None = None
-    edges = [width * block // GRAM_BLOCKS for block in range(GRAM_BLOCKS + 1)]
-    blocks = [(start, end) for start, end in pairwise(edges) if start < end]
+    blocks = _blocks(width)
     for batch in rows:
         x = batch.float()
         if gram is None:
@@ -55,6 +57,13 @@ def second_moments(rows: Iterable[torch.Tensor], width: int) -> torch.Tensor:
     for start, end in blocks:
         gram[end:, start:end] = gram[start:end, end:].T
     return gram
+
+
+def _blocks(width: int) -> list[tuple[int, int]]:
+    """Where the blocks of a Gram matrix's columns begin and end."""
+    count = max(GRAM_BLOCKS, math.ceil(width / GRAM_BLOCK))
+    edges = [width * block // count for block in range(count + 1)]
+    return [(start, end) for start, end in pairwise(edges) if start < end]
 
 
 def factored_in_place(symmetric: torch.Tensor) -> torch.Tensor:
@@ -69,3 +78,9 @@ def factored_in_place(symmetric: torch.Tensor) -> torch.Tensor:
     if failed.item():
         raise torch.linalg.LinAlgError("not positive definite")
     return factor
+
+
+def solve_factored(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Solves a positive definite system whose lower Cholesky factor is given; (width, outputs)."""
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)

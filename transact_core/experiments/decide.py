@@ -7,7 +7,7 @@ applied without deciding again.
 """
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from fractions import Fraction
 
 import torch
@@ -31,7 +31,9 @@ from transact_core.pruning.plan import (
     PruningPlan,
     Step,
     Widths,
+    best_first,
     head_counts,
+    kept_heads,
     widths,
 )
 from transact_core.pruning.rope import require_narrowable
@@ -169,37 +171,32 @@ def _sequentially(
 
     It begins with the plan by the dense model's scores; what narrower heads keep stays as there.
     """
-    scores = bench.scores(choices.importance, progress)
-    copies = {field.name: getattr(scores, field.name).clone() for field in fields(scores)}
-    scores = Scores(**copies)
+    architecture = bench.loaded.architecture
     plan = bench.plan(mha_ratio, mlp_ratio, choices, progress)
-    if not plan.cuts_anything(bench.loaded.architecture):
+    if not plan.cuts_anything(architecture):
         return plan
+    left = plan.layer_widths(architecture)
     dense = bench.loaded.model
     cut = Cut(dense, plan, with_biases=choices.recovery == "bias")
 
     def choose(
         layer_index: int, module: str, transitional: torch.Tensor, weights: torch.Tensor
     ) -> LayerPlan:
-        if module == "mha" and plan.head_dim:
-            return cut.plan.layers[layer_index]
         # Elimination weights squared errors by the square of the repair's weights.
         rows = (
             window * weight[:, None] for window, weight in zip(transitional, weights, strict=True)
         )
         with layers_of(dense).borrow(layer_index) as layer:
             found = eliminate_module(layer, layer_index, module, rows)
-        for name, row in found.items():
-            getattr(scores, name)[layer_index] = row
-        # Only this module's ratio is asked for: what the other one keeps is decided already.
+        # Only this layer's units are chosen anew, and only this module's: what the other one keeps
+        # is decided already.
         if module == "mha":
-            kept = bench.plan(mha_ratio, 0.0, choices, scores=scores).layers[layer_index].kept_heads
-            update = {"kept_heads": kept}
+            heads = kept_heads(found["heads"][None], left[layer_index], architecture)[0]
+            update = {"kept_heads": tuple(heads.nonzero().flatten().tolist())}
         else:
-            kept = (
-                bench.plan(0.0, mlp_ratio, choices, scores=scores).layers[layer_index].kept_channels
-            )
-            update = {"kept_channels": kept}
+            width = left[layer_index].intermediate_size
+            channels = best_first(found["channels"])[:width]
+            update = {"kept_channels": tuple(channels.sort().values.tolist())}
         chosen = cut.plan.layers[layer_index].model_copy(update=update)
         layers = (*cut.plan.layers[:layer_index], chosen, *cut.plan.layers[layer_index + 1 :])
         cut.remake_module(cut.plan.model_copy(update={"layers": layers}), layer_index, module)

@@ -90,28 +90,28 @@ def eliminate_module(
         TransActError: the second moments are NaN or infinite.
     """
     projection = output_projections(layer)[module]
+    # Heads have few scores, which are told as numbers; of channels only the order counts.
+    dtype = torch.float64 if module == "mha" else torch.float32
     # The second moments are passed on without a name, so that they can be freed when inverted.
     try:
-        scale, inverse = damped_inverse(second_moments(weighted, projection.in_features))
+        scale, inverse = damped_inverse(second_moments(weighted, projection.in_features), dtype)
     except torch.linalg.LinAlgError:
         raise TransActError(
             f"The second moments of the {module} of layer {layer_index} cannot be inverted: the "
             "residual stream there is NaN or infinite; compute in float32, and if it stays "
             "so the weights are damaged."
         ) from None
-
-    def columns() -> torch.Tensor:
-        return in_float64(projection.weight).to(scale.device) * scale
-
     found = {}
+    columns = projection.weight.to(scale.device, torch.float32) * scale.float()
     if module == "mha":
         attention = layer.self_attn
         found["heads"] = head_energies(
-            inverse, columns(), attention.head_dim, attention.num_key_value_groups
+            inverse,
+            in_float64(projection.weight).to(scale.device) * scale,
+            attention.head_dim,
+            attention.num_key_value_groups,
         )
-    # Converted before the columns are made, so that only one matrix at a time is in float64.
-    inverse = inverse.float()
-    order, _ = eliminate_channels(inverse, columns().float())
+    order, _ = eliminate_channels(inverse.float(), columns)
     return {**found, "head_channels" if module == "mha" else "channels": _positions(order)}
 
 
@@ -126,18 +126,22 @@ def weighted_rows(
         yield (transitional.float() * inverse_rms(residual, eps)).flatten(0, -2)
 
 
-def damped_inverse(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def damped_inverse(
+    gram: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of the damped second moments, in units in which every channel has energy 1.
 
     With D the diagonal of H = gram + damping, gives `scale = √D`, shape (width,), and
-    `(D^-½ H D^-½)⁻¹`, shape (width, width), both float64 and where `in_float64` puts them; columns
-    of W are to be multiplied by `scale`, and then every formula above holds, costs included. These
-    units keep the inverse's entries near 1, so that float32 suffices afterwards.
+    `(D^-½ H D^-½)⁻¹`, shape (width, width), both in `dtype`; columns of W are to be multiplied by
+    `scale`, and then every formula above holds, costs included. These units keep the inverse's
+    entries near 1 and its rounding errors far below the damping, so that float32 suffices for
+    single channels. In float32 the memory of `gram` is overwritten; in float64 the results are
+    where `in_float64` puts them.
 
     Raises:
         LinAlgError: the damped second moments are not positive definite.
     """
-    damped = in_float64(gram)
+    damped = in_float64(gram) if dtype == torch.float64 else gram.float()
     del gram
     energy = damped.diagonal().clone()
     damping = RIDGE * energy + FLOOR * (energy.mean() if energy.any() else 1.0)
@@ -148,6 +152,9 @@ def damped_inverse(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scale, torch.cholesky_inverse(factor, out=factor)
 
 
+# --- channels --------------------------------------------------------------------------------
+
+
 def eliminate_channels(inverse: torch.Tensor, columns: torch.Tensor) -> Removal:
     """Backward elimination of single channels.
 
@@ -155,44 +162,42 @@ def eliminate_channels(inverse: torch.Tensor, columns: torch.Tensor) -> Removal:
     `damped_inverse`. Between two updates of all of P and W, at most `BLOCK_SHARE` of the remaining
     channels are removed, one by one and with exact costs, chosen among the twice as many that were
     cheapest when the block began: of two redundant channels, both cheap, only one is removed.
-    Updates are in float32, and overwrite arguments that are in float32.
+    Updates are in float32, and overwrite a P that is in float32.
     """
-    inverse, columns = inverse.float(), columns.float()
+    inverse, columns = inverse.float(), columns.float().T.contiguous()
     names = torch.arange(len(inverse))
-    gone = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
     order, costs = [], []
-    alive = len(inverse)
-    while alive:
-        taken, paid = _cheapest(inverse, columns, gone, max(1, int(alive * BLOCK_SHARE)))
-        order.append(names[taken.cpu()])
+    while len(names):
+        taken, paid = _cheapest(inverse, columns, max(1, int(len(names) * BLOCK_SHARE)))
+        order.append(names[taken])
         costs.append(paid)
-        alive -= len(taken)
-        gain = _solve(inverse[taken][:, taken], inverse[taken])
-        columns.addmm_(columns[:, taken], gain, alpha=-1)
-        inverse.addmm_(inverse[:, taken], gain, alpha=-1)
-        gone[taken] = True
-        # Removed channels stay in place for a while: compaction costs as much as an update.
-        if alive and len(gone) - alive >= len(gone) / 8:
-            kept = (~gone).nonzero().flatten()
-            inverse, columns = inverse[kept[:, None], kept], columns[:, kept]
-            names, gone = names[kept.cpu()], gone[kept]
+        rows = inverse[taken]
+        factor = torch.linalg.cholesky(rows[:, taken])
+        half = torch.linalg.solve_triangular(factor, rows, upper=False)
+        written = torch.linalg.solve_triangular(factor, columns[taken], upper=False)
+        columns.addmm_(half.T, written, alpha=-1)
+        inverse.addmm_(half.T, half, alpha=-1)
+        into, out_of = _moves(taken, len(names))
+        inverse = _closed(inverse, into, out_of, len(taken))
+        columns[into] = columns[out_of]
+        names[into] = names[out_of]
+        columns, names = columns[: -len(taken)], names[: -len(taken)]
     return torch.cat(order), torch.cat(costs)
 
 
-def _cheapest(
-    inverse: torch.Tensor, columns: torch.Tensor, gone: torch.Tensor, count: int
-) -> Removal:
+def _cheapest(inverse: torch.Tensor, columns: torch.Tensor, count: int) -> Removal:
     """The next `count` channels to remove, in their order, and their costs."""
     tiny = torch.finfo(inverse.dtype).tiny
-    cost = columns.square().sum(dim=0) / inverse.diagonal().clamp_min(tiny)
-    ranked = cost.masked_fill(gone, math.inf).argsort(stable=True)
+    energies = torch.linalg.vector_norm(columns, dim=1).square()
+    cost = energies / inverse.diagonal().clamp_min(tiny)
+    ranked = cost.argsort(stable=True)
     if count == 1:
-        return ranked[:1], cost[ranked[:1]].double().cpu()
+        return ranked[:1].cpu(), cost[ranked[:1]].cpu().double()
     candidates = ranked[: 2 * count]
     p = inverse[candidates][:, candidates].cpu().double()
-    w = columns[:, candidates].cpu().double()
+    w = columns[candidates]
     # The costs depend on W only through the inner products of its columns.
-    products = w.T @ w
+    products = (w @ w.T).cpu().double()
     closed = torch.zeros(len(candidates), dtype=torch.float64)
     taken, paid = [], []
     for _ in range(count):
@@ -205,7 +210,28 @@ def _cheapest(
         half = products[best] - products[best, best] / 2 * step
         products.addr_(half, step, alpha=-1).addr_(step, half, alpha=-1)
         p.addr_(p[:, best].clone(), step, alpha=-1)
-    return candidates[torch.tensor(taken, device=candidates.device)], torch.stack(paid)
+    return candidates[torch.tensor(taken, device=candidates.device)].cpu(), torch.stack(paid)
+
+
+def _moves(gone: torch.Tensor, alive: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where in the first places holes are left, and the places at the end that fill them."""
+    left = alive - len(gone)
+    stays = torch.ones(alive, dtype=torch.bool)
+    stays[gone] = False
+    return (~stays[:left]).nonzero().flatten(), left + stays[left:].nonzero().flatten()
+
+
+def _closed(
+    symmetric: torch.Tensor, into: torch.Tensor, out_of: torch.Tensor, removed: int
+) -> torch.Tensor:
+    """A view of the matrix without what was removed, its last rows and columns moved into the
+    holes: that moves little, where gathering all that is left would copy it."""
+    symmetric[into] = symmetric[out_of]
+    symmetric[:, into] = symmetric[:, out_of]
+    return symmetric[:-removed, :-removed]
+
+
+# --- heads -----------------------------------------------------------------------------------
 
 
 def head_energies(
@@ -232,80 +258,116 @@ def eliminate_heads(
 ) -> Removal:
     """Backward elimination of whole heads, in the dtype of what is given.
 
-    Takes P and W as `eliminate_channels` does; a head is `head_dim` neighbouring channels and a
-    group `queries_per_group` neighbouring heads. Without groups, heads are removed one at a time.
-    With them they are removed in rounds, one head of each group: a round is filled greedily with
-    the cheapest head, then heads are exchanged for others of their groups for as long as the round
-    as a whole gets cheaper.
+    Takes P and W as `eliminate_channels` does, and leaves both as they are; a head is `head_dim`
+    neighbouring channels and a group `queries_per_group` neighbouring heads. Without groups, heads
+    are removed one at a time. With them they are removed in rounds, one head of each group: a round
+    is filled greedily with the cheapest head, then heads are exchanged for others of their groups
+    for as long as the round as a whole gets cheaper.
+
+    W enters the costs only by its Gram matrix Q = WᵀW, which is updated as P is: with
+    G = (P_JJ)⁻¹ P_J and B = Q_J − ½ Q_JJ G, `Q ← Q − Bᵀ G − Gᵀ B`.
     """
+    left = _Heads(inverse.clone(), columns.T @ columns, head_dim)
     names = list(range(len(inverse) // head_dim))
     order, costs = [], []
     while names:
         groups = [head // queries_per_group for head in names] if queries_per_group > 1 else None
-        leaving = _round(inverse, columns, head_dim, groups)
-        for place, cost in leaving:
-            order.append(names[place])
-            costs.append(cost)
-        gone = sorted(place for place, _ in leaving)
-        inverse, columns = _without(inverse, columns, head_rows(gone, head_dim))
-        for place in reversed(gone):
-            del names[place]
-    return torch.tensor(order), torch.tensor(costs, dtype=torch.float64)
+        leaving = _round(left, len(names), groups)
+        order += [names[place] for place in leaving]
+        costs.append(left.costs_in_turn(leaving))
+        gone = torch.tensor(leaving)
+        into, out_of = _moves(gone, len(names))
+        left.remove(leaving, into, out_of)
+        for hole, place in zip(into.tolist(), out_of.tolist(), strict=True):
+            names[hole] = names[place]
+        del names[len(names) - len(leaving) :]
+    return torch.tensor(order), torch.cat(costs).double().cpu()
 
 
-def _round(
-    inverse: torch.Tensor, columns: torch.Tensor, head_dim: int, groups: list[int] | None
-) -> list[tuple[int, float]]:
-    """The heads to remove next, by their positions among the rest, and the cost of each in turn."""
-    places = list(range(len(inverse) // head_dim))
+class _Heads:
+    """P and Q of the heads that are left, by their places among them."""
 
-    def together(leaving: list[int]) -> float:
-        rows = head_rows(leaving, head_dim)
-        written = columns[:, rows]
-        return (written * _solve(inverse[rows][:, rows], written.T).T).sum().item()
+    def __init__(self, inverse: torch.Tensor, products: torch.Tensor, head_dim: int) -> None:
+        self.inverse, self.products, self.head_dim = inverse, products, head_dim
 
-    def cheapest(leaving: list[int], among: list[int]) -> int:
-        return min(among, key=lambda place: together([*leaving, place]))
+    def costs(self, leaving: list[int], among: list[int]) -> torch.Tensor:
+        """What the removal of each one among these adds once those that leave are gone."""
+        own, others = self._rows(among), self._rows(leaving)
+        shape = (len(among), self.head_dim)
+        p = torch.stack([self.inverse[rows][:, rows] for rows in own.split(self.head_dim)])
+        q = torch.stack([self.products[rows][:, rows] for rows in own.split(self.head_dim)])
+        if leaving:
+            factor = torch.linalg.cholesky(self.inverse[others][:, others])
+            half = torch.linalg.solve_triangular(factor, self.inverse[others][:, own], upper=False)
+            gain = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+            seen = self.products[others]
+            half, gain, cross = (
+                each.unflatten(1, shape).transpose(0, 1)
+                for each in (half, gain, seen[:, own] - seen[:, others] @ gain / 2)
+            )
+            p = p - half.mT @ half
+            mixed = cross.mT @ gain
+            q = q - mixed - mixed.mT
+        solved = torch.cholesky_solve(q, torch.linalg.cholesky(p))
+        return solved.diagonal(dim1=1, dim2=2).sum(dim=1)
 
-    leaving = [cheapest([], places)]
-    if groups is not None:
-        while waiting := set(groups) - {groups[place] for place in leaving}:
-            among = [place for place in places if groups[place] in waiting]
-            leaving.append(cheapest(leaving, among))
-        least, improved = together(leaving), True
-        while improved:
-            improved = False
-            for turn, place in enumerate(leaving):
-                others = leaving[:turn] + leaving[turn + 1 :]
-                group = [other for other in places if groups[other] == groups[place]]
-                best = cheapest(others, group)
-                cost = together([*others, best])
-                if cost < least * (1 - 1e-9):
-                    leaving[turn], least, improved = best, cost, True
-    totals = [0.0, *(together(leaving[: count + 1]) for count in range(len(leaving)))]
-    return [
-        (place, after - before)
-        for place, before, after in zip(leaving, totals[:-1], totals[1:], strict=True)
-    ]
+    def costs_in_turn(self, leaving: list[int]) -> torch.Tensor:
+        """What the removal of each head adds, one after the other."""
+        rows = self._rows(leaving)
+        factor = torch.linalg.cholesky(self.inverse[rows][:, rows])
+        half = torch.linalg.solve_triangular(factor, self.products[rows][:, rows], upper=False)
+        whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)
+        return whitened.diagonal().unflatten(0, (len(leaving), -1)).sum(dim=1)
+
+    def remove(self, leaving: list[int], into: torch.Tensor, out_of: torch.Tensor) -> None:
+        """Updates P and Q, and moves the last heads into the places of those that leave."""
+        rows = self._rows(leaving)
+        leaving_rows = self.inverse[rows]
+        factor = torch.linalg.cholesky(leaving_rows[:, rows])
+        half = torch.linalg.solve_triangular(factor, leaving_rows, upper=False)
+        gain = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+        cross = self.products[rows].addmm_(self.products[rows][:, rows], gain, alpha=-0.5)
+        self.inverse.addmm_(half.T, half, alpha=-1)
+        self.products.addmm_(cross.T, gain, alpha=-1).addmm_(gain.T, cross, alpha=-1)
+        holes, places = (self._rows(each.tolist()) for each in (into, out_of))
+        self.inverse = _closed(self.inverse, holes, places, len(rows))
+        self.products = _closed(self.products, holes, places, len(rows))
+
+    def _rows(self, heads: list[int]) -> torch.Tensor:
+        if not heads:
+            return torch.empty(0, dtype=torch.int64)
+        return head_rows(heads, self.head_dim).to(self.inverse.device)
 
 
-def _without(
-    inverse: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """P and W of the channels that stay when these rows are removed."""
-    kept = torch.ones(len(inverse), dtype=torch.bool)
-    kept[rows] = False
-    kept = kept.nonzero().flatten()
-    gain = _solve(inverse[rows][:, rows], inverse[rows][:, kept])
-    return inverse[kept][:, kept] - inverse[kept][:, rows] @ gain, (
-        columns[:, kept] - columns[:, rows] @ gain
-    )
+def _round(left: _Heads, count: int, groups: list[int] | None) -> list[int]:
+    """The heads to remove next, by their places among the `count` that are left."""
+    places = list(range(count))
 
+    def cheapest(leaving: list[int], among: list[int]) -> tuple[int, float]:
+        cost, best = left.costs(leaving, among).min(dim=0)
+        return among[int(best)], cost.item()
 
-def _solve(positive: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Solves positive definite systems by Cholesky: the batched LU of some builds of torch fails on
-    many large heads."""
-    return torch.cholesky_solve(right, torch.linalg.cholesky(positive))
+    first, total = cheapest([], places)
+    leaving = [first]
+    if groups is None:
+        return leaving
+    while waiting := set(groups) - {groups[place] for place in leaving}:
+        among = [place for place in places if groups[place] in waiting]
+        place, cost = cheapest(leaving, among)
+        leaving.append(place)
+        total += cost
+    improved = True
+    while improved:
+        improved = False
+        for turn, place in enumerate(leaving):
+            others = leaving[:turn] + leaving[turn + 1 :]
+            among = [other for other in places if groups[other] == groups[place]]
+            costs = left.costs(others, among)
+            best = int(costs.argmin())
+            saved = (costs[among.index(place)] - costs[best]).item()
+            if saved > 1e-9 * total:
+                leaving[turn], total, improved = among[best], total - saved, True
+    return leaving
 
 
 def _positions(order: torch.Tensor) -> torch.Tensor:

@@ -7,13 +7,14 @@ first, they give the error of the module's output at *all* widths at once. It is
 `linalg.inverse_rms`, and held out from the repair. The only difference is that the stream is the
 dense model's, and not that of the model pruned up to this layer.
 
-With H the second moments of a fold and W the output projection, both in that order, the error of
-the bare cut to width k is the sum over the trailing block of `H ∘ WᵀW` from k on, and that of a
-bias is the same with H taken about the mean of the other folds. Least squares towards the bare cut
-with a ridge needs one Cholesky factor L of the other folds' damped second moments: the repaired
+With X the weighted rows of a fold, H = XᵀX and W the output projection, all in that order, the
+error of the bare cut to width k is the sum over the trailing block of `H ∘ WᵀW` from k on, and that
+of a bias is the same with H taken about the mean of the other folds. Least squares towards the bare
+cut with a ridge needs one Cholesky factor L of the other folds' damped second moments: the repaired
 weight of width k differs from W by `(L⁻ᵀ P_k Z)ᵀ` with `Z = Lᵀ Wᵀ`, where P_k sets the first k rows
-to zero. So the fold's error is the sum over the trailing block of `G ∘ ZZᵀ` with `G = L⁻¹ H L⁻ᵀ`,
-and one factorisation serves every width.
+to zero. So the fold's error is `‖V_kᵀ Z_k‖²` with `V = L⁻¹ Xᵀ` and the rows from k on, and one
+factorisation serves every width. X may be any matrix with the same second moments, and Z may be
+taken to random combinations of the outputs, as `ridge` does it where there are many.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from transact_core.base.errors import Progress, silent
-from transact_core.base.linalg import inverse_rms, second_moments
+from transact_core.base.linalg import factored_in_place, inverse_rms, second_moments
 from transact_core.data.windows import Windows
 from transact_core.forward.layers import layers_of
 from transact_core.forward.stream import Stream
@@ -35,7 +36,7 @@ from transact_core.importance.scores import Scores
 from transact_core.models.architecture import Architecture
 from transact_core.pruning.closed_form import RECOVERIES, recover
 from transact_core.pruning.plan import PruningPlan, best_first, head_counts
-from transact_core.pruning.ridge import FLOOR
+from transact_core.pruning.ridge import FLOOR, combinations
 from transact_core.pruning.surgery import prune
 
 RIDGES = (0.1, 0.3, 1.0)
@@ -47,6 +48,8 @@ HEAD_CUTS = ("query-heads", "kv-groups")
 NARROW_RATIOS = (0.1, 0.25, 0.4, 0.6)
 """Removed shares of head_dim at which narrower heads are measured; errors between are
 interpolated."""
+ROWS_AT_ONCE = 256
+"""Channels whose errors are found at a time: enough to keep the matrix products efficient."""
 REPORTS_A_LAYER = 100
 """Parts of a layer that progress is reported in: a layer of a large model takes minutes."""
 
@@ -134,9 +137,9 @@ def measure_curves(
 
     Gives `NAME.RECOVERY` for every order and recovery, shape (layers, width + 1), float64 on the
     CPU; entry k is the error with k channels kept. Costs one pass without the LM head, the second
-    moments, and for each fold and ridge a factorisation and two triangular solves. Memory beside
-    the hidden states of all windows is one module's: its waist on all windows, the second moments
-    of each fold, and a few matrices of that size.
+    moments, and for each fold and ridge a factorisation and a triangular solve of its rows. Memory
+    beside the hidden states of all windows is one module's: its waist on all windows, the second
+    moments of each fold, and a few matrices of that size.
 
     Raises:
         TransActError: a transitional activation is NaN or infinite.
@@ -160,16 +163,23 @@ def measure_curves(
         report()
         with stream.layers.borrow(layer_index) as layer:
             for module, projection in output_projections(layer).items():
-                moments = _moments(stream, layer_index, module, model.config.rms_norm_eps, folds)
+                eps = model.config.rms_norm_eps
+                rows = _rows_of_folds(stream, layer_index, module, eps, folds)
+                measured: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
                 for name, order in orders[module].items():
                     share = work[name] / sum(work.values())
-                    errors = errors_at_all_widths(
-                        moments,
+                    # Without grouped queries, both orders of heads are the same.
+                    errors = next(
+                        (found for known, found in measured if known.equal(order[layer_index])),
+                        None,
+                    ) or errors_at_all_widths(
+                        rows,
                         projection.weight,
                         projection.bias,
                         order[layer_index],
                         lambda part, share=share: report(part * share),
                     )
+                    measured.append((order[layer_index], errors))
                     done += share
                     for recovery, error in errors.items():
                         found.setdefault(f"{name}.{recovery}", []).append(error)
@@ -214,20 +224,30 @@ def narrow_heads(
     return {"widths": torch.tensor(widths), "errors": errors}
 
 
-def _moments(
+def _rows_of_folds(
     stream: Stream, layer_index: int, module: str, eps: float, folds: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Second moments of the weighted rows of each fold, with a constant 1 as the last channel."""
-    batches = []
+    """The weighted rows of each fold, with a constant 1 as the last channel, float32.
+
+    A fold of more rows than channels is given as many rows as channels, with the same second
+    moments. Moves the stream past the module.
+    """
+    rows, start = torch.empty(0), 0
     for transitional, residual in stream.advance(layer_index, module):
         root = inverse_rms(residual, eps).sqrt()
-        batches.append(torch.cat([transitional.float() * root, root], dim=-1))
-    rows = torch.cat(batches)
-    return [second_moments([rows[fold].flatten(0, 1)], rows.shape[-1]) for fold in folds]
+        if not start:
+            shape = (*stream.hidden.shape[:2], transitional.shape[-1] + 1)
+            rows = torch.empty(shape, device=root.device)
+        batch = rows[start : start + len(root)]
+        batch[..., :-1], batch[..., -1:] = transitional * root, root
+        start += len(root)
+    width = rows.shape[-1]
+    of_folds = [rows[fold[0] : fold[-1] + 1].flatten(0, 1) for fold in folds]
+    return [torch.linalg.qr(fold, mode="r").R if len(fold) > width else fold for fold in of_folds]
 
 
 def errors_at_all_widths(
-    moments: Sequence[torch.Tensor],
+    rows: Sequence[torch.Tensor],
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     order: torch.Tensor,
@@ -235,85 +255,118 @@ def errors_at_all_widths(
 ) -> dict[str, torch.Tensor]:
     """Relative held-out error of one module by recovery, shape (width + 1,), float64 on the CPU.
 
-    `moments` are those of each fold, shape (width + 1, width + 1) with the constant last; `weight`
-    and `bias` the output projection's; `order` its channels, kept longest first. As in
-    `closed_form`, a repair that does no better than the bare cut is not made, and with one fold
-    alone nothing can be held out and no repair is made. `report` is called after each fit with the
-    part of the work that is done, from 0 to 1.
+    `rows` are those of each fold, shape (tokens, width + 1) with the constant last; `weight` and
+    `bias` the output projection's; `order` its channels, kept longest first. As in `closed_form`, a
+    repair that does no better than the bare cut is not made, and with one fold alone nothing can be
+    held out and no repair is made. `report` is called after each fit with the part of the work that
+    is done, from 0 to 1.
     """
     order = order.to(weight.device)
-    written = weight.float() if bias is None else torch.column_stack([weight, bias]).float()
-    total = reduce(add, moments)
-    seen_by_output = total[: written.shape[1], : written.shape[1]]
-    energy = ((written @ seen_by_output) * written).sum().cpu().double()
-    energy = energy.clamp_min(torch.finfo(torch.float64).tiny)
+    place = torch.cat([order, order.new_tensor([len(order)])])
+    energies = sum(fold.square().sum(dim=0) for fold in rows)[place]
     # Every channel is divided by its own RMS; with the ridge, float32 then suffices.
-    scale = total.diagonal()[order].sqrt()
+    scale = energies[:-1].sqrt()
     scale = scale.clamp_min(scale.amax() * 1e-6 if scale.any() else 1.0)
     columns = weight.float()[:, order] * scale
-    products = columns.T @ columns
-    place = torch.cat([order, order.new_tensor([len(order)])])
     units = torch.cat([scale, scale.new_ones(1)])
-
-    def arranged(moment: torch.Tensor) -> torch.Tensor:
-        return moment[place][:, place] / units / units[:, None]
-
-    total = arranged(total)
-    bare = _trailing(total[:-1, :-1] * products)
+    moments = [second_moments([fold[:, place] / units], len(place)) for fold in rows]
+    total = reduce(add, moments)
+    products = second_moments([columns], len(order))
+    bare = _trailing(total, products)
+    energy = bare[0].clone()
+    if bias is not None:
+        mean_output = columns @ total[:-1, -1]
+        energy += (
+            2 * mean_output @ bias.float() + total[-1, -1] * bias.float().square().sum()
+        ).cpu()
+    energy = energy.clamp_min(torch.finfo(torch.float64).tiny)
     errors = {recovery: bare.clone() for recovery in RECOVERIES}
-    if len(moments) > 1:
-        repaired = [
-            _repaired(
-                unseen,
-                total - unseen,
-                columns,
-                products,
-                scale,
-                lambda part, fold=fold: report((fold + part) / len(moments)),
-            )
-            for fold, unseen in enumerate(map(arranged, moments))
-        ]
-        errors["bias"] = torch.minimum(bare, sum(bias for bias, _ in repaired))
-        fitted = torch.stack([fits for _, fits in repaired]).sum(dim=0).amin(dim=0)
-        errors["least-squares"] = torch.minimum(bare, fitted)
+    if len(rows) > 1:
+        of_bias = torch.zeros_like(bare)
+        for unseen in moments:
+            sums = total[:, -1] - unseen[:, -1]
+            of_bias += _trailing(unseen, products, mean=sums[:-1] / sums[-1])
+        errors["bias"] = torch.minimum(bare, of_bias)
+        del products
+        mixed = combinations(len(columns)).to(columns.device)
+        outputs = columns.T @ mixed if mixed.numel() else columns.T
+        fitted = torch.zeros(len(RIDGES), len(bare), dtype=torch.float64)
+        for number, (fold, unseen) in enumerate(zip(rows, moments, strict=True)):
+            seen = total - unseen
+            for ridge_number, ridge in enumerate(RIDGES):
+                fitted[ridge_number] += _repaired(
+                    seen, fold[:, order] / scale, outputs, scale, ridge
+                )
+                report((number + (ridge_number + 1) / len(RIDGES)) / len(rows))
+        errors["least-squares"] = torch.minimum(bare, fitted.amin(dim=0))
     return {recovery: _rising(error / energy) for recovery, error in errors.items()}
 
 
 def _repaired(
-    unseen: torch.Tensor,
     seen: torch.Tensor,
-    columns: torch.Tensor,
-    products: torch.Tensor,
+    unseen: torch.Tensor,
+    outputs: torch.Tensor,
     scale: torch.Tensor,
-    report: Callable[[float], None],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Errors on unseen windows after repairs fitted on the seen ones, at all widths.
+    ridge: float,
+) -> torch.Tensor:
+    """Errors on unseen rows after least squares on the seen moments, (width + 1,), float64.
 
-    Moments and columns are in units of `scale`, one for each channel. Gives the errors with a bias,
-    shape (width + 1,), and by least squares, shape (ridges, width + 1), float64 on the CPU.
+    In units of `scale`, one for each channel; `outputs` has shape (width, outputs).
     """
-    mean = seen[:-1, -1] / seen[-1, -1]
-    cross = torch.outer(unseen[:-1, -1], mean)
-    about_mean = unseen[:-1, :-1] - cross - cross.T + unseen[-1, -1] * torch.outer(mean, mean)
-    energy = seen.diagonal()[:-1]
+    damped = seen[:-1, :-1].clone()
+    energy = damped.diagonal().clone()
     floor = FLOOR * (energy * scale.square()).mean() / scale.square()
     floor = floor.clamp_min(torch.finfo(energy.dtype).eps)
-    fitted = []
-    for number, ridge in enumerate(RIDGES, start=1):
-        damped = seen[:-1, :-1] + torch.diag(ridge * (energy + floor))
-        factor = torch.linalg.cholesky(damped)
-        half = torch.linalg.solve_triangular(factor, unseen[:-1, :-1], upper=False)
-        both = torch.linalg.solve_triangular(factor, half.T, upper=False)
-        z = factor.T @ columns.T
-        fitted.append(_trailing(both * (z @ z.T)))
-        report(number / len(RIDGES))
-    return _trailing(about_mean * products), torch.stack(fitted)
+    damped.diagonal().add_(ridge * (energy + floor))
+    factor = factored_in_place(damped).tril_()
+    z = factor.T @ outputs
+    v = torch.linalg.solve_triangular(factor, unseen.T, upper=False)
+    del factor, damped
+    return _trailing_products(v, z)
 
 
-def _trailing(square: torch.Tensor) -> torch.Tensor:
-    """Sums over a symmetric matrix's trailing blocks: entry k sums rows and columns from k on."""
-    rows = (square.diagonal() + 2 * square.triu(1).sum(dim=1)).cpu().double()
-    sums = rows.flip(0).cumsum(0).flip(0)
+def _trailing_products(v: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """`‖vᵀz‖²` over the rows from each one on: (rows + 1,), float64 on the CPU.
+
+    Blocks of rows are added to the product from the last to the first. What each row adds follows
+    from the product of the blocks behind its own, and from the inner products within its block.
+    """
+    product = v.new_zeros(v.shape[1], z.shape[1])
+    added = v.new_empty(len(v))
+    for end in range(len(v), 0, -ROWS_AT_ONCE):
+        block = slice(max(0, end - ROWS_AT_ONCE), end)
+        one, other = v[block], z[block]
+        inside = (one @ one.T).mul_(other @ other.T)
+        behind = (one @ product).mul_(other).sum(dim=1)
+        added[block] = inside.diagonal() + 2 * (inside.triu(1).sum(dim=1) + behind)
+        product.addmm_(one.T, other)
+    return _sums_from_each_on(added)
+
+
+def _trailing(
+    moments: torch.Tensor, products: torch.Tensor, mean: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sums over the trailing blocks of `H ∘ WᵀW`: (width + 1,), float64 on the CPU.
+
+    `moments` are H with the constant last, `products` is WᵀW; with `mean`, H is taken about it.
+    """
+    added = products.new_empty(len(products))
+    for start in range(0, len(products), ROWS_AT_ONCE):
+        block = slice(start, start + ROWS_AT_ONCE)
+        h = moments[:-1, :-1][block, start:].clone()
+        if mean is not None:
+            sums = moments[:-1, -1]
+            h.addr_(sums[block], mean[start:], alpha=-1).addr_(mean[block], sums[start:], alpha=-1)
+            h.addr_(mean[block], mean[start:], alpha=moments[-1, -1].item())
+        h.mul_(products[block, start:])
+        diagonal = h.diagonal().clone()
+        added[block] = diagonal + 2 * h.triu_(1).sum(dim=1)
+    return _sums_from_each_on(added)
+
+
+def _sums_from_each_on(added: torch.Tensor) -> torch.Tensor:
+    """Sums of all entries from each one on, and 0 at the end; float64 on the CPU."""
+    sums = added.cpu().double().flip(0).cumsum(0).flip(0)
     return torch.cat([sums, sums.new_zeros(1)])
 
 

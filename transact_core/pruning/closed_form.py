@@ -19,6 +19,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from transact_core.base.errors import Progress, TransActError, silent
@@ -92,7 +93,7 @@ Choose = Callable[[int, str, torch.Tensor, torch.Tensor], LayerPlan]
 
 Called with the layer's index, the module, the dense module's transitional activation on the pruned
 stream, shape (windows, sequence_length, width), and the tokens' weights, shape (windows,
-sequence_length).
+sequence_length); not called for an attention whose heads became narrower.
 """
 
 
@@ -181,8 +182,8 @@ class _Repair:
         self.eps = dense.config.rms_norm_eps
         self.folds = torch.arange(len(windows)).tensor_split(min(FOLDS, len(windows)))
         self.ridges = RIDGES if recovery == "least-squares" else (0.0,)
-        self.last_ridge = len(self.ridges) // 2
-        """Index of the ridge chosen last, where the search for the next module's begins."""
+        self.last_ridge = dict.fromkeys(MODULES, len(self.ridges) // 2)
+        """Index of the ridge chosen last for each kind of module, where the search begins."""
 
     def enter_layer(self, layer_index: int, dense: nn.Module, pruned: nn.Module) -> None:
         """Turns to a layer, whose modules `advance` then passes in the order of the model."""
@@ -195,148 +196,204 @@ class _Repair:
         del self.dense, self.pruned
 
     def advance(self, module: str) -> LayerFit | None:
-        """Moves the stream past one module of the layer, repaired where it is cut."""
+        """Moves the stream past one module of the layer, repaired where it is cut.
+
+        A repaired module is passed in two steps: the stream goes past the dense one, and what the
+        pruned one fails to write is then taken away. Tensors as large as the stream are what
+        memory is spent on, so few are held at a time.
+        """
         projection = output_projections(self.pruned.layer)[module]
         cut = projection.weight is not output_projections(self.dense.layer)[module].weight
-        if cut and self.recovery != "none":
-            return self._repair(module)
-        for batch, written, _ in self._batches(self.pruned, module):
-            self.hidden[batch] += added(self.pruned.layer, module, written)
-        return None
+        if not cut or self.recovery == "none":
+            self._pass(module)
+            return None
+        return self._narrowed(module) if module == "mha" and self.narrower else self._cut(module)
 
-    def _repair(self, module: str) -> LayerFit:
-        """Repairs one module, and moves each window past it by the repair of the other folds.
+    def _cut(self, module: str) -> LayerFit:
+        """Repairs a module that has lost whole heads or channels.
 
-        Tensors as large as the stream are what memory is spent on, so few are held at a time.
+        Those that are kept compute the same as before, so the pruned waist is a selection from the
+        dense one, and what is missing from the output is what the others wrote.
         """
-        narrows = module == "mha" and self.narrower
+        written_by = output_projections(self.dense.layer)[module].weight
+        if self.choose is None:
+            kept, gone = self._kept_and_gone(module)
+            columns = written_by[:, gone]
+
+            def look(written: torch.Tensor, waist: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                return functional.linear(waist[..., gone], columns), waist[..., kept]
+
+            weights, scale, (missing, inputs) = self._past_dense(module, look)
+        else:
+            weights, scale, (waist,) = self._past_dense(module, lambda _, waist: (waist,))
+            self.plans[self.layer_index] = self.choose(self.layer_index, module, waist, weights)
+            kept, gone = self._kept_and_gone(module)
+            columns = written_by[:, gone]
+            missing = torch.empty_like(self.hidden)
+            for batch in self._places():
+                missing[batch] = functional.linear(waist[batch][..., gone], columns)
+            inputs = waist[..., kept]
+            del waist
+        bare_error = energy(missing, weights)
+        found = self._solved(module, inputs, missing, weights, bare_error)
+        if found is None:
+            self._take_away(module, missing)
+        error, ridge = found or (bare_error, None)
+        return LayerFit(self.layer_index, module, bare_error / scale, error / scale, ridge)
+
+    def _narrowed(self, module: str) -> LayerFit:
+        """Repairs an attention whose heads became narrower, whose attention weights are others."""
         projection = output_projections(self.pruned.layer)[module]
-        whole = narrows or self.choose is not None
-        kept = None if whole else self._kept(module)
-        wanted, inputs = self._run(self.dense, module, kept)
-        # The next RMSNorm divides the stream by its RMS, so a squared error would be weighted by
-        # one over the mean square, as in `elimination`; the root of that weight gave slightly lower
-        # perplexity on other text (docs/engine.md).
-        weights = torch.stack(
-            [
-                inverse_rms(before + added(self.dense.layer, module, change), self.eps).squeeze(-1)
-                for before, change in zip(self.hidden, wanted, strict=True)
-            ]
-        )
-        if self.choose is not None:
-            self.plans[self.layer_index] = self.choose(self.layer_index, module, inputs, weights)
-        # Heads and channels that are kept whole compute the same as before, so the pruned waist is
-        # a selection from the dense one.
-        if narrows:
-            inputs = self._run(self.pruned, module)[1]
-        elif whole:
-            inputs = inputs[..., self._kept(module)]
-        scale = energy(wanted, weights) or 1.0
-        missing = wanted - projection(inputs)
+        before = self.hidden.clone()
+        weights, scale, (wanted,) = self._past_dense(module, lambda written, _: (written,))
+        missing = torch.empty_like(wanted)
+        inputs = wanted.new_empty(*wanted.shape[:2], projection.in_features)
+        for batch, written, waist in self._batches(self.pruned, module, before):
+            missing[batch], inputs[batch] = wanted[batch] - written, waist
         bare_error = energy(missing, weights)
         narrowed = {}
-        if narrows and self.recovery == "least-squares" and len(self.folds) > 1:
-            narrowed, waist = self._narrow(weights)
+        if self.recovery == "least-squares" and len(self.folds) > 1:
+            narrowed, waist = self._narrow(before, weights)
             if narrowed:
-                inputs, missing = waist, wanted - projection(waist)
+                inputs = waist
+                for batch in self._places():
+                    missing[batch] = wanted[batch] - projection(inputs[batch])
         del wanted
-
-        def fit(error: float, ridge: float | None) -> LayerFit:
-            return LayerFit(self.layer_index, module, bare_error / scale, error / scale, ridge)
-
-        if len(self.folds) > 1:
-            features = inputs if self.recovery == "least-squares" else _constant(inputs)
-            fitted = FoldedRidge(features, missing, weights, self.folds)
-            chosen = fitted.choose(self.ridges, self.last_ridge)
-            if chosen.error < min(fitted.energy, bare_error):
-                self.last_ridge = self.ridges.index(chosen.ridge)
-                for fold, correction in fitted.corrections(chosen):
-                    written = projection(inputs[fold]) + correction.to(inputs.dtype)
-                    self.hidden[fold] += added(self.pruned.layer, module, written)
-                if not self.judge_only:
-                    _change(projection, fitted.solve(chosen.ridge), self.recovery)
-                return fit(chosen.error, chosen.ridge)
-            if fitted.energy < bare_error:
-                self._add_output(module, inputs)
-                return fit(fitted.energy, None)
-        if narrowed:
+        found = self._solved(module, inputs, missing, weights, bare_error)
+        if found is None:
             _put_back(narrowed)
-            inputs = self._run(self.pruned, module)[1]
-        self._add_output(module, inputs)
-        return fit(bare_error, None)
+            self.hidden = before
+            self._pass(module)
+        error, ridge = found or (bare_error, None)
+        return LayerFit(self.layer_index, module, bare_error / scale, error / scale, ridge)
 
-    def _kept(self, module: str) -> torch.Tensor:
-        """Positions of the kept channels in the dense module's transitional activation."""
+    def _solved(
+        self,
+        module: str,
+        inputs: torch.Tensor,
+        missing: torch.Tensor,
+        weights: torch.Tensor,
+        bare_error: float,
+    ) -> tuple[float, float | None] | None:
+        """Fits what is missing to the pruned waist, and moves each window on by the other folds'
+        fit: the error on held-out windows and the ridge, or None and no move where the bare cut is
+        no worse."""
+        if len(self.folds) < 2:
+            return None
+        features = inputs if self.recovery == "least-squares" else _constant(inputs)
+        folded = FoldedRidge(features, missing, weights, self.folds)
+        chosen = folded.choose(self.ridges, self.last_ridge[module])
+        fitted = folded.fit(chosen)
+        if fitted.error < min(folded.energy, bare_error):
+            self.last_ridge[module] = self.ridges.index(chosen.ridge)
+            self._take_away(module, fitted.left)
+            if not self.judge_only:
+                projection = output_projections(self.pruned.layer)[module]
+                _change(projection, fitted.change, self.recovery)
+            return fitted.error, chosen.ridge
+        if folded.energy < bare_error:
+            self._take_away(module, missing)
+            return folded.energy, None
+        return None
+
+    def _kept_and_gone(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of the kept and of the removed channels in the dense module's waist."""
         plan = self.plans[self.layer_index]
-        kept = (
-            head_rows(plan.kept_heads, self.dense.layer.self_attn.head_dim)
-            if module == "mha"
-            else torch.tensor(plan.kept_channels)
+        stays = torch.zeros(
+            output_projections(self.dense.layer)[module].in_features, dtype=torch.bool
         )
-        return kept.to(self.hidden.device)
+        if module == "mha":
+            stays[head_rows(plan.kept_heads, self.dense.layer.self_attn.head_dim)] = True
+        else:
+            stays[list(plan.kept_channels)] = True
+        kept, gone = (which.nonzero().flatten() for which in (stays, ~stays))
+        return kept.to(self.hidden.device), gone.to(self.hidden.device)
 
-    def _add_output(self, module: str, inputs: torch.Tensor) -> None:
-        """Adds to the stream what the pruned module makes of its waist."""
-        projection = output_projections(self.pruned.layer)[module]
-        for hidden, batch in zip(
-            self.hidden.split(self.at_once), inputs.split(self.at_once), strict=True
-        ):
-            hidden += added(self.pruned.layer, module, projection(batch))
+    def _take_away(self, module: str, lost: torch.Tensor) -> None:
+        """Takes from the stream behind the dense module what the pruned one does not write.
 
-    def _narrow(self, weights: torch.Tensor) -> tuple[dict[nn.Linear, tuple], torch.Tensor | None]:
+        What is `added` must be linear in what is written: a family with a norm behind its modules
+        needs the dense module's output here too.
+        """
+        for batch in self._places():
+            missing = lost[batch].to(self.hidden.dtype)
+            self.hidden[batch] -= added(self.pruned.layer, module, missing)
+
+    def _narrow(
+        self, before: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[dict[nn.Linear, tuple], torch.Tensor | None]:
         """Fits narrower heads; gives the projections of the bare cut, to restore, and the waist.
 
+        `before` is the stream before the attention.
         Where the fit is not finite, the bare cut is restored already, and the dict is empty.
         """
         attention = self.pruned.layer.self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        before = {projection: (projection.weight, projection.bias) for projection in projections}
+        bare = {projection: (projection.weight, projection.bias) for projection in projections}
         rotary = tuple(side.arguments["position_embeddings"] for side in (self.dense, self.pruned))
         try:
             waist = fit_narrow_heads(
                 self.dense.layer.self_attn,
                 attention,
                 self.plans[self.layer_index],
-                module_input(self.dense.layer, "mha", self.hidden),
+                module_input(self.dense.layer, "mha", before),
                 weights,
                 rotary,
                 self.judge_only,
             )
             if all(projection.weight.isfinite().all() for projection in projections):
-                return before, waist
+                return bare, waist
         except torch.linalg.LinAlgError:
             pass
-        _put_back(before)
+        _put_back(bare)
         return {}, None
 
-    def _run(
-        self, side: _Side, module: str, kept: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a module's output projection writes, and its transitional activation.
+    def _pass(self, module: str) -> None:
+        """Moves the stream past the pruned module as it is."""
+        for batch, written, _ in self._batches(self.pruned, module, self.hidden):
+            self.hidden[batch] += added(self.pruned.layer, module, written)
 
-        Of the latter all channels, or those at the positions `kept`.
+    def _past_dense(
+        self,
+        module: str,
+        look: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]],
+    ) -> tuple[torch.Tensor, float, list[torch.Tensor]]:
+        """Moves the stream past the dense module, and gives what is seen on the way.
+
+        That is the tokens' weights, the weighted energy of the module's output, or 1 where that is
+        0, and of all windows what `look` makes of a batch's output and transitional activation.
         """
+        weights = torch.empty(self.hidden.shape[:2], device=self.hidden.device)
+        scale = 0.0
         whole: list[torch.Tensor] = []
-        for batch, written, transitional in self._batches(side, module):
-            parts = written, transitional if kept is None else transitional[..., kept]
+        for batch, written, waist in self._batches(self.dense, module, self.hidden):
+            self.hidden[batch] += added(self.dense.layer, module, written)
+            # The next RMSNorm divides the stream by its RMS, so a squared error would be weighted
+            # by one over the mean square, as in `elimination`; the root of that weight gave
+            # slightly lower perplexity on other text (docs/engine.md).
+            weights[batch] = inverse_rms(self.hidden[batch], self.eps).squeeze(-1)
+            scale += energy(written, weights[batch])
+            parts = look(written, waist)
             # Filled batch by batch: concatenating all batches at the end takes twice the memory.
             whole = whole or [part.new_empty(len(self.hidden), *part.shape[1:]) for part in parts]
             for target, part in zip(whole, parts, strict=True):
                 target[batch] = part
-        return whole[0], whole[1]
+        return weights, scale or 1.0, whole
 
     def _batches(
-        self, side: _Side, module: str
+        self, side: _Side, module: str, hidden: torch.Tensor
     ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """A few windows at a time: which, what the module's output projection writes there, and its
-        transitional activation."""
-        for start in range(0, len(self.hidden), self.at_once):
-            batch = slice(start, start + self.at_once)
-            written, transitional = run_module(
-                side.layer, module, self.hidden[batch], side.arguments
-            )
+        """A few windows at a time: which, what the module's output projection writes on this stream,
+        and its transitional activation."""
+        for batch in self._places():
+            written, transitional = run_module(side.layer, module, hidden[batch], side.arguments)
             require_finite(transitional, self.layer_index, module)
             yield batch, written, transitional
+
+    def _places(self) -> Iterator[slice]:
+        """Where in the stream the windows are that are run at a time."""
+        for start in range(0, len(self.hidden), self.at_once):
+            yield slice(start, start + self.at_once)
 
 
 def _constant(inputs: torch.Tensor) -> torch.Tensor:

@@ -303,8 +303,8 @@ def _fit_values(
     """
     queries, dim = dense.num_key_value_groups, dense.head_dim
     heads = seen.unflatten(-1, (-1, dim))
-    output = in_float64(dense.o_proj.weight).unflatten(1, (-1, dim))
-    moments = output.new_zeros(heads.shape[2], dim, dim)
+    output = dense.o_proj.weight.unflatten(1, (-1, dim))
+    moments = in_float64(output.new_zeros(heads.shape[2], dim, dim))
     for window, weight in zip(heads, weights, strict=True):
         rows = window.float() * weight.sqrt()[:, None, None]
         moments += torch.einsum("thd,the->hde", rows, rows).to(moments.device)
@@ -313,11 +313,13 @@ def _fit_values(
     for group in torch.arange(len(moments)).split(queries):
         moment = moments[group].sum(dim=0) + 1e-6 * floor * torch.eye(dim).to(moments)
         root, inverse_root = _roots(moment)
-        written = output[:, group]
-        stacked = written.transpose(0, 1).flatten(0, 1)
-        basis = torch.linalg.svd(stacked @ root, full_matrices=False).Vh[: pruned.head_dim]
+        written = in_float64(output[:, group])
+        # Right singular vectors of what the group writes, from its small Gram matrix.
+        gram = torch.einsum("ohd,ohe->de", written, written)
+        directions = torch.linalg.eigh(root @ gram @ root).eigenvectors
+        basis = directions[:, -pruned.head_dim :].T.flip(0)
         value_maps.append(basis @ inverse_root)
-        columns.append(written @ root @ basis.T)
+        columns.append(written @ (root @ basis.T))
     maps = torch.stack(value_maps)
     _map_rows(dense.v_proj, pruned.v_proj, maps.float().to(seen.device))
     weight = torch.cat(columns, dim=1).flatten(1).to(dense.o_proj.weight.dtype)

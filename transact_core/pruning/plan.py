@@ -458,7 +458,9 @@ def make_plan(
     )
 
 
-def kept_heads(scores: torch.Tensor, target: Widths, architecture: Architecture) -> torch.Tensor:
+def kept_heads(
+    scores: torch.Tensor, target: Widths | LayerWidths, architecture: Architecture
+) -> torch.Tensor:
     """Which heads stay, shape (layers, num_attention_heads), bool."""
     grouped = scores.unflatten(1, (architecture.num_key_value_heads, -1))
     if target.num_key_value_heads == architecture.num_key_value_heads:

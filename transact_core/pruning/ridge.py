@@ -4,25 +4,43 @@ With x a token's features, y the part of the module's output that the cut remove
 weight, the change C minimises `Σ w ‖y − Cᵀx‖²` plus a ridge penalty on C. The windows are divided
 into folds, and a ridge is judged on each fold by the change that was fitted on all other folds.
 
-Only second moments are needed: those of all folds but one are the sum of all minus that fold's.
+The penalty of a feature is the ridge times its own energy: of the change that is fitted on all
+windows, its energy there; of those that are fitted on all folds but one, the share of that energy
+that all folds but one have on average. So the penalty is the same for every fold, and in units in
+which every feature has energy 1 it is a number times the identity. These units also keep float32
+accurate enough: rounding errors are far below the ridge.
+
+With r the ridge times that share, G the second moments of all windows' features, B those of
+features and outputs, and X, Y the weighted rows of one fold, what the fold is left with by the
+change of all others follows in two ways, which give the same:
+
+- `Y − X (G + r − XᵀX)⁻¹ (B − XᵀY)`, a factorisation for each fold;
+- `(1 − X (G + r)⁻¹ Xᵀ)⁻¹ (Y − X (G + r)⁻¹ B)`, one factorisation for all folds and a
+  matrix as large as a fold has tokens for each: the formula of leaving one out (Allen 1974, PRESS),
+  for a fold in place of a token.
+
+The first is cheaper where a fold has more tokens than there are features, and there its error is a
+trace of second moments, which needs no rows. The second is cheaper everywhere else.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from transact_core.base.linalg import factored_in_place, in_float64
+from transact_core.base.linalg import (
+    factored_in_place,
+    in_float64,
+    second_moments,
+    solve_factored,
+)
 
-KEPT_BYTES = 1 << 29
-"""Most bytes of second moments kept for all folds together; where they would take more, each
-fold's moments are computed again whenever they are needed."""
 FLOOR = 1e-3
 """The least damping of dead features, as a share of the mean energy."""
-ROWS_AT_ONCE = 1024
-"""Rows of the moments that are multiplied out at a time, and outputs that are solved for at a
-time: both bound the memory of intermediate results."""
+JUDGED_OUTPUTS = 512
+"""Ridges are compared on this many random combinations of the outputs, where there are at least
+twice as many outputs. The chosen ridge's error is that of all outputs."""
 
 
 def energy(values: torch.Tensor, weights: torch.Tensor) -> float:
@@ -38,73 +56,28 @@ def energy(values: torch.Tensor, weights: torch.Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Weighted second moments of the features, and of the features with the missing outputs.
-
-    `gram` has shape (features, features), `cross` (features, outputs). The two may be on different
-    devices, where one is in float64.
-    """
-
-    gram: torch.Tensor
-    cross: torch.Tensor
-
-    @classmethod
-    def none(cls, features: int, outputs: int, device: torch.device) -> "Moments":
-        """Of no tokens, float32."""
-        return cls(
-            torch.zeros(features, features, device=device),
-            torch.zeros(features, outputs, device=device),
-        )
-
-    def add(self, x: torch.Tensor, y: torch.Tensor, sign: float = 1.0) -> None:
-        """Adds the moments of weighted rows; a `sign` of -1 subtracts them.
-
-        `x` has shape (tokens, features), `y` (tokens, outputs), both float32. Only some rows of the
-        moments are multiplied out at a time, so no third matrix of that size is made.
-        """
-        for start in range(0, len(self.gram), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            self.gram[rows].add_((x[:, rows].T @ x).to(self.gram.device), alpha=sign)
-            self.cross[rows].add_((x[:, rows].T @ y).to(self.cross.device), alpha=sign)
-
-    def subtract(self, other: "Moments") -> None:
-        """Subtracts other moments, in place."""
-        self.gram.sub_(other.gram.to(self.gram.device))
-        self.cross.sub_(other.cross.to(self.cross.device))
-
-
-def solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The change, shape (features, outputs), with the least penalised error under this ridge.
-
-    Takes a float64 `gram` and a `cross` of any dtype on any device, and overwrites both: the result
-    is in the memory of `cross`. The ridge shrinks the change, relative to each feature's own
-    energy; a feature without energy is not used. All NaN where the system cannot be solved.
-    """
-    diagonal = gram.diagonal()
-    floor = FLOOR * diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
-    diagonal += ridge * (diagonal + floor)
-    try:
-        factor = factored_in_place(gram)
-    except torch.linalg.LinAlgError:
-        return cross.fill_(torch.nan)
-    for start in range(0, cross.shape[1], ROWS_AT_ONCE):
-        outputs = cross[:, start : start + ROWS_AT_ONCE]
-        right = in_float64(outputs).to(factor.device)
-        half = torch.linalg.solve_triangular(factor, right, upper=False)
-        outputs.copy_(torch.linalg.solve_triangular(factor.mT, half, upper=True))
-    return cross
-
-
-@dataclass(frozen=True)
 class Chosen:
     """A ridge and its cross-validated error."""
 
     ridge: float
     error: float
-    """Weighted squared error summed over folds, each by the change fitted on all others; infinite
-    where a fold cannot be solved."""
-    changes: Sequence[torch.Tensor] | None
-    """The change that is applied on each fold, where the folds' moments are kept."""
+    """Weighted squared error summed over folds, each by the change fitted on all others, estimated
+    where there are more outputs than `JUDGED_OUTPUTS`; infinite where a fold cannot be solved."""
+    factors: Sequence[torch.Tensor] = field(repr=False, default=())
+    """Of each fold, what its solution needs again."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What the regression gives under one ridge."""
+
+    change: torch.Tensor
+    """The change fitted on all windows, shape (features, outputs), float32."""
+    left: torch.Tensor
+    """What each window's missing output is left with by the change fitted on all other folds:
+    shape (windows, sequence_length, outputs), float32."""
+    error: float
+    """Weighted sum of squares of `left`; NaN where it cannot be solved."""
 
 
 class FoldedRidge:
@@ -113,9 +86,9 @@ class FoldedRidge:
     Args:
         features: shape (windows, sequence_length, features).
         missing: the outputs to be fitted, shape (windows, sequence_length, outputs).
-        weights: the tokens' weights, shape (windows, sequence_length).
+        weights: the tokens' weights, positive, shape (windows, sequence_length).
         folds: indices of the windows of each fold, two folds or more.
-        kept_bytes: most bytes of the folds' second moments that are kept.
+        by_folds: whether each fold is factorised by itself; the cheaper way if not given.
     """
 
     def __init__(
@@ -124,28 +97,28 @@ class FoldedRidge:
         missing: torch.Tensor,
         weights: torch.Tensor,
         folds: Sequence[torch.Tensor],
-        kept_bytes: int = KEPT_BYTES,
+        by_folds: bool | None = None,
     ) -> None:
         self.features, self.missing, self.weights, self.folds = features, missing, weights, folds
         width, outputs = features.shape[-1], missing.shape[-1]
-        self.keeps = 4 * len(folds) * width * (width + outputs) <= kept_bytes
-        self._total = Moments.none(width, outputs, features.device)
-        self._kept = []
-        for fold in folds:
-            if self.keeps:
-                kept = Moments.none(width, outputs, features.device)
-                kept.add(*self._rows(fold))
-                self._kept.append(kept)
-                self._total.gram.add_(kept.gram)
-                self._total.cross.add_(kept.cross)
-            else:
-                self._total.add(*self._rows(fold))
+        if by_folds is None:
+            by_folds = width <= min(len(fold) for fold in folds) * features.shape[1]
+        self.by_folds = by_folds
+        self._share = 1 - 1 / len(folds)
         self.energy = energy(missing, weights)
         """Weighted sum of squares of `missing`: the error without any change."""
-
-    def solve(self, ridge: float) -> torch.Tensor:
-        """The change fitted on all windows, float32."""
-        return solve(in_float64(self._total.gram), self._total.cross.clone(), ridge)
+        self._units = _units(features, weights)
+        self._mixed = combinations(outputs).to(features.device)
+        moments = (self._moments(fold) for fold in folds)
+        if by_folds:
+            # Together no larger than the features and the missing outputs.
+            self._of_folds = list(moments)
+            self._gram, self._cross = (sum(parts) for parts in zip(*self._of_folds, strict=True))
+        else:
+            self._gram, self._cross = next(moments)
+            for gram, cross in moments:
+                self._gram += gram
+                self._cross += cross
 
     def choose(self, ridges: Sequence[float], start: int) -> Chosen:
         """The best of the ascending ridges by cross-validation, downhill from the one at `start`.
@@ -167,46 +140,118 @@ class FoldedRidge:
                 position += step
         return best
 
-    def corrections(self, chosen: Chosen) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each fold's windows, and the correction there by the change fitted on all other folds.
+    def fit(self, chosen: Chosen) -> Fitted:
+        """The regression under the chosen ridge, on all outputs.
 
-        In float32, shape (windows, sequence_length, outputs).
+        It overwrites the second moments: nothing else can be asked for afterwards.
         """
-        for fold_index, fold in enumerate(self.folds):
-            if chosen.changes is None:
-                yield fold, self._correction(fold, self._change(fold_index, chosen.ridge))
-            else:
-                yield fold, self._correction(fold, chosen.changes[fold_index])
-
-    def _correction(self, fold: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-        return self.features[fold].float() @ change
+        left = torch.empty(self.missing.shape, device=self.missing.device)
+        error = 0.0
+        if chosen.error == math.inf:
+            return Fitted(self._cross.fill_(torch.nan), left.fill_(torch.nan), math.nan)
+        if not self.by_folds:
+            factor = self._factored(self._gram.clone(), chosen.ridge * self._share)
+            change = solve_factored(factor, self._cross)
+            del factor
+        for fold_index, (fold, factor) in enumerate(zip(self.folds, chosen.factors, strict=True)):
+            if self.by_folds:
+                cross = self._cross - self._of_folds[fold_index][1]
+                change = solve_factored(factor, cross)
+            x, y = self._rows(fold)
+            y.addmm_(x, change, alpha=-1)
+            del x
+            if not self.by_folds:
+                y = solve_factored(factor, y)
+            error += _sum_of_squares(y)
+            left[fold] = (y / self._roots(fold)).unflatten(0, (len(fold), -1))
+        change = solve_factored(self._factored(self._gram, chosen.ridge), self._cross)
+        return Fitted(change / self._units[:, None], left, error)
 
     def _tried(self, ridge: float) -> Chosen:
-        error, changes = 0.0, []
-        for fold_index, fold in enumerate(self.folds):
-            change = self._change(fold_index, ridge)
-            error += energy(
-                self.missing[fold].float() - self._correction(fold, change), self.weights[fold]
-            )
-            changes += [change] if self.keeps else []
-            # Where changes are not kept, this one is freed before the next is solved.
-            del change
-        return Chosen(
-            ridge, math.inf if math.isnan(error) else error, changes if self.keeps else None
-        )
+        try:
+            error, factors = (self._by_folds if self.by_folds else self._at_once)(ridge)
+        except torch.linalg.LinAlgError:
+            return Chosen(ridge, math.inf)
+        return Chosen(ridge, math.inf if math.isnan(error) else error, factors)
 
-    def _change(self, fold_index: int, ridge: float) -> torch.Tensor:
-        """The change fitted on all folds but this one, float32."""
-        others = Moments(in_float64(self._total.gram), self._total.cross.clone())
-        if self.keeps:
-            others.subtract(self._kept[fold_index])
-        else:
-            others.add(*self._rows(self.folds[fold_index]), sign=-1)
-        return solve(others.gram, others.cross, ridge)
+    def _by_folds(self, ridge: float) -> tuple[float, list[torch.Tensor]]:
+        """The error under a ridge, and the factor of each fold."""
+        error, factors = 0.0, []
+        for fold, (gram, cross) in zip(self.folds, self._of_folds, strict=True):
+            factor = self._factored(self._gram - gram, ridge * self._share)
+            cross = self._judged(cross)
+            change = solve_factored(factor, self._judged(self._cross) - cross)
+            # |Y − XC|² by second moments alone.
+            products = ((gram @ change - 2 * cross) * change).sum(dim=0)
+            error += _sum_of_squares(self._judged(self._rows(fold)[1]))
+            error += in_float64(products).sum().item()
+            factors.append(factor)
+        # Rounding could make the error of a perfect fit negative.
+        return max(error, 0.0), factors
+
+    def _at_once(self, ridge: float) -> tuple[float, list[torch.Tensor]]:
+        """The error under a ridge, and the factor of `1 − X (G + r)⁻¹ Xᵀ` for each fold."""
+        error, factors = 0.0, []
+        factor = self._factored(self._gram.clone(), ridge * self._share)
+        change = solve_factored(factor, self._judged(self._cross))
+        for fold in self.folds:
+            x, y = self._rows(fold)
+            y = torch.addmm(self._judged(y), x, change, alpha=-1)
+            half = torch.linalg.solve_triangular(factor, x.T, upper=False)
+            del x
+            unexplained = second_moments([half], half.shape[1]).neg_()
+            del half
+            unexplained.diagonal().add_(1)
+            factors.append(factored_in_place(unexplained))
+            error += _sum_of_squares(solve_factored(factors[-1], y))
+        return error, factors
+
+    def _factored(self, gram: torch.Tensor, ridge: float) -> torch.Tensor:
+        """The Cholesky factor of the penalised second moments, in the memory of `gram`."""
+        gram.diagonal().add_(ridge)
+        return factored_in_place(gram)
+
+    def _moments(self, fold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = self._rows(fold)
+        return second_moments([x], x.shape[1]), x.T @ y
+
+    def _judged(self, outputs: torch.Tensor) -> torch.Tensor:
+        """The outputs, or their combinations, by which ridges are compared; (…, outputs)."""
+        return outputs @ self._mixed if self._mixed.numel() else outputs
+
+    def _roots(self, fold: torch.Tensor) -> torch.Tensor:
+        return self.weights[fold].flatten().sqrt()[:, None]
 
     def _rows(self, fold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and missing outputs, one row for each token, times the root of its weight;
-        float32."""
-        root = self.weights[fold].flatten().sqrt()[:, None]
+        """Features and missing outputs, one row for each token, times the root of its weight.
+
+        In float32, the features in units of `_units`.
+        """
+        root = self._roots(fold)
         x, y = self.features[fold].flatten(0, 1), self.missing[fold].flatten(0, 1)
-        return x.float() * root, y.float() * root
+        return (x.float() / self._units).mul_(root), y.float() * root
+
+
+def _units(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The root of each feature's energy and of the floor, so that no unit is 0; float32."""
+    energies = torch.zeros(features.shape[-1], device=features.device)
+    for window, weight in zip(features, weights, strict=True):
+        energies += weight @ window.float().square()
+    floor = FLOOR * energies.mean().clamp_min(torch.finfo(torch.float32).tiny / FLOOR)
+    return (energies + floor).sqrt()
+
+
+def combinations(outputs: int) -> torch.Tensor:
+    """Random combinations of outputs, which keep the sum of squares on average: (outputs, …).
+
+    Empty where all outputs are looked at themselves.
+    """
+    if outputs < 2 * JUDGED_OUTPUTS:
+        return torch.empty(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    signs = torch.randint(0, 2, (outputs, JUDGED_OUTPUTS), generator=generator)
+    return (2.0 * signs - 1) / JUDGED_OUTPUTS**0.5
+
+
+def _sum_of_squares(values: torch.Tensor) -> float:
+    return in_float64(values.square().sum(dim=-1)).sum().item()
