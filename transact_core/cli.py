@@ -723,8 +723,6 @@ def _gguf(chosen: argparse.Namespace) -> None:
 def _evaluate_in_llama_cpp(chosen: argparse.Namespace) -> None:
     if len(chosen.evaluations or []) > 1:
         raise TransActError("--runtime llama.cpp takes one --evaluation; run it for each text.")
-            "--runtime llama.cpp takes one --evaluation; run it once for each text."
-        )
     path = source_file_named(chosen.model)
     text = read_gguf_text(path)
     windows = evaluation_windows(

@@ -383,8 +383,8 @@ class _Repair:
     def _batches(
         self, side: _Side, module: str, hidden: torch.Tensor
     ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """A few windows at a time: which, what the module's output projection writes on this stream,
-        and its transitional activation."""
+        """A few windows at a time: which, what the module's output projection writes on this
+        stream, and its transitional activation."""
         for batch in self._places():
             written, transitional = run_module(side.layer, module, hidden[batch], side.arguments)
             require_finite(transitional, self.layer_index, module)
