@@ -268,7 +268,8 @@ class Workbench:
         return self.lane(request).queue.submit("Measuring the dense model", measure)
 
     def _opened(self, request: Request, report: Progress) -> Bench:
-        for source in (request.model, request.calibration, request.evaluation):
+        texts = (request.calibration, request.evaluation, *request.others)
+        for source in (request.model, *texts):
             require_readable_source(source, settings())
         return self.run(request, work.open_bench, report)
 
