@@ -147,13 +147,14 @@ def _parser() -> argparse.ArgumentParser:
         "--gguf",
         metavar="TYPE,…",
         help="also write GGUF files for llama.cpp, DIR-TYPE.gguf beside the folder, and measure "
-        f"them there; types: {', '.join(QUANTIZATIONS)}",
+        f"them there; types: {', '.join(QUANTIZATIONS)} (default: none)",
     )
     prune.add_argument(
         "--push-to-hub",
         metavar="OWNER/NAME",
         help="publish folder and GGUF files as this model of the hub, in a private repository "
-        "unless it exists or --public is given; the token is that of `hf auth login` or HF_TOKEN",
+        "unless it exists or --public is given; the token is that of `hf auth login` or HF_TOKEN "
+        "(default: not published)",
     )
     prune.add_argument("--public", action="store_true", help="make a new repository public")
     _add_json(prune, "print what report.json holds instead of a table")
@@ -247,7 +248,9 @@ def _parser() -> argparse.ArgumentParser:
     latency = command("latency", _latency, "time prefill and decoding of a model, or of two")
     _add_model(latency)
     latency.add_argument(
-        "--against", metavar="M", help="a second model, which takes turns with the first"
+        "--against",
+        metavar="M",
+        help="a second model, which takes turns with the first (default: none)",
     )
     for option, default, what in (
         ("--prompt-tokens", 256, "tokens of the prompt"),
