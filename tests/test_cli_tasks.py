@@ -70,3 +70,34 @@ def test_what_cannot_be_run_is_refused_in_one_line(checkpoint, rows, capsys, opt
     model = ["--model", str(checkpoint), "--task-data", str(rows)]
     assert main(["tasks", *model, *options]) == 2
     refused(capsys, complaint)
+
+
+def test_scores_are_recorded_in_an_output_folder(checkpoint, rows, text_file, tmp_path, capsys):
+    output = tmp_path / "out"
+    texts = ["--calibration", str(text_file), "--evaluation", str(text_file)]
+    sizes = ["--calibration-tokens", "128", "--evaluation-tokens", "64", "--sequence-length", "32"]
+    cut = ["--mha-ratio", "0.5", "--mlp-ratio", "0.3", "--recovery", "none"]
+    assert (
+        main(["prune", "--model", str(checkpoint), *cut, *texts, *sizes, "--output", str(output)])
+        == 0
+    )
+    before, card = (output / "report.json").read_text(), (output / "README.md").read_text()
+    capsys.readouterr()
+    data = ["--tasks", "piqa", "--task-data", str(rows), "--record", "--json"]
+    models = ["--model", str(output), "--against", str(checkpoint)]
+    assert main(["tasks", *models, *data]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert json.loads((output / "report.json").read_text()) == {
+        **json.loads(before),
+        "tasks": result,
+    }
+    with_table = (output / "README.md").read_text()
+    start, end = with_table.index("## Tasks"), with_table.index("Method: ")
+    assert with_table[:start].rstrip() + "\n\n" + with_table[end:] == card
+    assert with_table[start:end].count("| piqa |") == 2
+    # Recorded again, the table takes the place of the one before.
+    assert main(["tasks", *models, *data]) == 0
+    assert (output / "README.md").read_text() == with_table
+    capsys.readouterr()
+    assert main(["tasks", "--model", str(checkpoint), *data]) == 2
+    refused(capsys, "is not a folder that prune has written")

@@ -61,6 +61,7 @@ from transact_core.export.gguf import (
 from transact_core.export.gguf_types import QUANTIZATIONS, quantization
 from transact_core.export.model_card import add_gguf_to_card, kept_bare
 from transact_core.export.publish import publish, require_publishable
+from transact_core.export.task_table import record_tasks, require_output_folder
 from transact_core.forward.in_llama_cpp import evaluate_gguf, measure_gguf_latency
 from transact_core.forward.latency import LatencyPoint, measure_latency
 from transact_core.forward.perplexity import evaluate
@@ -533,6 +534,12 @@ def _add_tasks_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         help=f"text that continuation and last_word are made of: {_SOURCE}",
     )
     tasks.add_argument(
+        "--record",
+        action="store_true",
+        help="write the figures into report.json and the model card of --model too, an output "
+        "folder of prune; --against is then the dense model",
+    )
+    tasks.add_argument(
         "--output", type=Path, metavar="tasks.json", help="new file for the figures (default: none)"
     )
     _add_seed(tasks)
@@ -895,6 +902,8 @@ def _sweep(chosen: argparse.Namespace) -> None:
 def _tasks(chosen: argparse.Namespace) -> None:
     if chosen.output is not None:
         _require_new_file(chosen.output)
+    if chosen.record:
+        require_output_folder(Path(chosen.model))
     with _Bar() as progress:
         tasks = open_tasks(
             chosen.tasks,
@@ -917,6 +926,8 @@ def _tasks(chosen: argparse.Namespace) -> None:
         _write_file(
             chosen.output, lambda path: path.write_text(json.dumps(result, indent=1) + "\n")
         )
+    if chosen.record:
+        record_tasks(Path(chosen.model), result)
     print(json.dumps(result, indent=1) if chosen.json else tasks_table(standings.values()))
 
 

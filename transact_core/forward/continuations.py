@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.forward.perplexity import LOGITS_AT_ONCE, require_losses
 
-TOKENS_AT_ONCE = 1024
-"""Tokens that run through the model at a time, padding included: enough to keep the matrix products
-efficient, few enough that a small model on a CPU is done with them in seconds, as that is how long
-a cancelled run goes on. A single row is run in one piece however long it is."""
+TOKENS_AT_ONCE = 256
+"""Tokens that run through the model at a time on a CPU, padding included. On the built-in model 128
+to 512 take the least time: what a layer computes of them stays in the processor's cache. It is also
+how long a cancelled run goes on. A single row is run in one piece however long it is."""
+TOKENS_AT_ONCE_ON_DEVICE = 8192
+"""The same elsewhere: on a GPU, which needs many to be busy."""
 LONGEST_SHARED_ROW = 2048
 """Tokens of the longest row that branches. Attention is computed for all pairs of tokens of a row,
 also for those of branches that do not see each other, so longer rows would cost more than they
@@ -94,7 +96,8 @@ def score_continuations(
     ]
     answers: dict[tuple[int, int], Answer] = {}
     total = sum(len(group) for group in groups)
-    for batch in _batches(rows):
+    at_once = TOKENS_AT_ONCE if model.device.type == "cpu" else TOKENS_AT_ONCE_ON_DEVICE
+    for batch in _batches(rows, at_once):
         progress(stage, len(answers), total)
         answers |= _score(model, batch)
     progress(stage, total, total)
@@ -169,11 +172,11 @@ def _common_beginning(sequences: Sequence[tuple[int, ...]]) -> int:
     return next(different, min(len(first), len(last)))
 
 
-def _batches(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-    """Rows of similar lengths, the longest first, about `TOKENS_AT_ONCE` tokens with padding."""
+def _batches(rows: Sequence[_Row], tokens_at_once: int) -> Iterator[list[_Row]]:
+    """Rows of similar lengths, the longest first, at most so many tokens with padding, or one."""
     batch: list[_Row] = []
     for row in sorted(rows, key=lambda row: -len(row.tokens)):
-        if batch and (len(batch) + 1) * len(batch[0].tokens) > TOKENS_AT_ONCE:
+        if batch and (len(batch) + 1) * len(batch[0].tokens) > tokens_at_once:
             yield batch
             batch = []
         batch.append(row)
