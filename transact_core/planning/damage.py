@@ -27,7 +27,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from transact_core.base.errors import Progress, silent
-from transact_core.base.linalg import factored_in_place, inverse_rms, second_moments
+from transact_core.base.linalg import (
+    FLOAT64_DEVICES,
+    factored_in_place,
+    inverse_rms,
+    second_moments,
+)
 from transact_core.data.windows import Windows
 from transact_core.forward.layers import layers_of
 from transact_core.forward.stream import Stream
@@ -243,7 +248,14 @@ def _rows_of_folds(
         start += len(root)
     width = rows.shape[-1]
     of_folds = [rows[fold[0] : fold[-1] + 1].flatten(0, 1) for fold in folds]
-    return [torch.linalg.qr(fold, mode="r").R if len(fold) > width else fold for fold in of_folds]
+    return [_compressed(fold) if len(fold) > width else fold for fold in of_folds]
+
+
+def _compressed(rows: torch.Tensor) -> torch.Tensor:
+    """As many rows as channels, with the same second moments."""
+    # Devices without float64 have no QR decomposition either.
+    where = rows if rows.device.type in FLOAT64_DEVICES else rows.cpu()
+    return torch.linalg.qr(where, mode="r").R.to(rows.device)
 
 
 def errors_at_all_widths(
@@ -318,8 +330,12 @@ def _repaired(
     floor = FLOOR * (energy * scale.square()).mean() / scale.square()
     floor = floor.clamp_min(torch.finfo(energy.dtype).eps)
     damped.diagonal().add_(ridge * (energy + floor))
-    factor = factored_in_place(damped).tril_()
-    z = factor.T @ outputs
+    factor = factored_in_place(damped)
+    z = torch.empty_like(outputs)
+    for start in range(0, len(z), ROWS_AT_ONCE):
+        block = slice(start, start + ROWS_AT_ONCE)
+        factor[block, block].tril_()
+        torch.mm(factor[start:, block].T, outputs[start:], out=z[block])
     v = torch.linalg.solve_triangular(factor, unseen.T, upper=False)
     del factor, damped
     return _trailing_products(v, z)

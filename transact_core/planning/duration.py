@@ -15,16 +15,14 @@ from transact_core.models.architecture import Architecture
 from transact_core.models.footprint import footprint
 from transact_core.planning.damage import FOLDS, HEAD_CUTS, RIDGES
 from transact_core.pruning import closed_form
+from transact_core.pruning.ridge import compared
 
-FACTORISING = 1 / 3 + 1 + 1
-"""FLOPs of a Cholesky factor and two triangular solves of square matrices, over width³."""
-DOUBLE = 2
-"""Cost of a float64 operation in float32 operations, on a CPU."""
 RIDGES_TRIED = 3
 """Of `closed_form.RIDGES` at each module: the last one chosen and its two neighbours."""
-DAMAGE_FACTOR = 1.3
-"""Time of the damage at every width over that of its matrix products alone."""
-REPAIR_FACTOR = 2.0
+DAMAGE_FACTOR = 1.5
+"""Time of the damage at every width over that of its matrix products alone: factorisations and
+triangular solves do fewer FLOPs in a second than products."""
+REPAIR_FACTOR = 1.65
 """Time of a least-squares repair over that of its matrix products alone."""
 
 
@@ -51,16 +49,17 @@ def pass_flops(architecture: Architecture, feed: Feed) -> float:
 
 def damage_flops(architecture: Architecture, calibration: Feed) -> float:
     """FLOPs that `damage.measure_curves` takes as long as, its other work counted in."""
-    hidden = architecture.hidden_size
+    hidden, tokens = architecture.hidden_size, calibration.tokens
     flops = pass_flops(architecture, calibration)
-    for width, orders in (
-        (architecture.mha_width, len(HEAD_CUTS)),
-        (architecture.intermediate_size, 1),
-    ):
-        of_each_fit = FACTORISING * width**3 + 4 * width**2 * hidden
-        second_moments = 2 * calibration.tokens * (width + 1) ** 2
-        fits = orders * (2 * width**2 * hidden + FOLDS * len(RIDGES) * of_each_fit)
-        flops += architecture.num_hidden_layers * (second_moments + fits)
+    orders = len(HEAD_CUTS) if architecture.queries_per_group > 1 else 1
+    for width, measured in ((architecture.mha_width, orders), (architecture.intermediate_size, 1)):
+        rows, outputs = min(width, tokens // FOLDS), compared(hidden)
+        # A Cholesky factor, its triangular solve and product, and the errors of all widths.
+        fit = width**3 / 3 + width**2 * (rows + outputs) + 4 * rows * outputs * width
+        moments = width**2 * (tokens + hidden)
+        compressed = 2 * tokens * width**2 if rows == width else 0
+        of_orders = measured * (moments + FOLDS * len(RIDGES) * fit)
+        flops += architecture.num_hidden_layers * (compressed + of_orders)
     return DAMAGE_FACTOR * flops
 
 
@@ -86,14 +85,23 @@ def cut_flops(
     ]
     if recovery == "none" or not narrowed:
         return flops
-    flops += pass_flops(dense, calibration) + pass_flops(cut, calibration)
+    flops += pass_flops(dense, calibration)
     if recovery != "least-squares":
         return flops
     hidden, tokens = dense.hidden_size, calibration.tokens
-    solves = RIDGES_TRIED * closed_form.FOLDS + 1
+    fold, outputs = tokens // closed_form.FOLDS, compared(hidden)
     for width in narrowed:
-        moments = 2 * tokens * width * (width + hidden)
-        corrections = RIDGES_TRIED * 2 * tokens * width * hidden
-        solved = DOUBLE * solves * (width**3 / 3 + 2 * width**2 * hidden)
-        flops += REPAIR_FACTOR * dense.num_hidden_layers * (moments + corrections + solved)
+        factor = width**3 / 3
+        if width <= fold:
+            held_out = closed_form.FOLDS * (factor + 4 * width**2 * outputs)
+            fitted = 2 * (closed_form.FOLDS + 1) * width**2 * hidden
+        else:
+            held_out = factor + width**2 * (tokens + 2 * outputs) + tokens * fold * width
+            held_out += 2 * tokens * (width + fold) * outputs
+            fitted = 4 * width**2 * hidden + 2 * tokens * fold * hidden
+        moments = tokens * width * (width + 2 * hidden)
+        of_module = (
+            moments + RIDGES_TRIED * held_out + fitted + factor + 2 * tokens * width * hidden
+        )
+        flops += REPAIR_FACTOR * dense.num_hidden_layers * of_module
     return flops

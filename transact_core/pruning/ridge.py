@@ -241,12 +241,17 @@ def _units(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (energies + floor).sqrt()
 
 
+def compared(outputs: int) -> int:
+    """How many outputs, or combinations of them, are looked at to compare ridges."""
+    return outputs if outputs < 2 * JUDGED_OUTPUTS else JUDGED_OUTPUTS
+
+
 def combinations(outputs: int) -> torch.Tensor:
     """Random combinations of outputs, which keep the sum of squares on average: (outputs, …).
 
     Empty where all outputs are looked at themselves.
     """
-    if outputs < 2 * JUDGED_OUTPUTS:
+    if compared(outputs) == outputs:
         return torch.empty(0)
     generator = torch.Generator(device="cpu").manual_seed(0)
     signs = torch.randint(0, 2, (outputs, JUDGED_OUTPUTS), generator=generator)
