@@ -212,6 +212,9 @@ def ask_for_cuts(seen: Seen, address: str, turn: int) -> None:
         button(visitor.page, "Prune and measure perplexity").click()
         seen.pieces = max(seen.pieces, pieces_done(seen.first.page))
         asked[visitor.page] = time.monotonic(), seen.pieces
+        # Now, too: its cut may be done before all others are asked for.
+        settle(visitor.page)
+        seen.words |= set(WAITING.findall(sidebar(visitor.page).inner_text()))
     waiting = list(seen.others)
     while waiting:
         seen.pieces = max(seen.pieces, pieces_done(seen.first.page))
