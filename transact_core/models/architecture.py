@@ -229,12 +229,14 @@ def _values_of(config: "StockConfig") -> dict[str, int | bool | str]:
 def _widths_in(layer: "nn.Module", head_dim: int) -> LayerWidths:
     """The widths of a decoder layer in memory."""
     attention = layer.self_attn
-    width = attention.o_proj.in_features
     inputs = family_of(attention.config.model_type).attention_inputs
-    rows = sum(attention.get_submodule(name).out_features for name in inputs)
+    rows = {blocks: attention.get_submodule(name).out_features for name, blocks in inputs.items()}
+    fused = rows.get(("queries", "keys", "values"))
+    queries = attention.o_proj.in_features if fused else rows["queries",]
+    keys = (fused - queries) // 2 if fused else rows["keys",]
     return LayerWidths(
-        num_attention_heads=width // head_dim,
-        num_key_value_heads=(rows - width) // (2 * head_dim),
+        num_attention_heads=queries // head_dim,
+        num_key_value_heads=keys // head_dim,
         intermediate_size=layer.mlp.down_proj.in_features,
     )
 
