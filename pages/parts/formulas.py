@@ -76,6 +76,8 @@ SOURCES = {
     "2305.11627": "Ma et al. 2023. *LLM-Pruner: On the Structural Pruning of Large Language "
     "Models*. NeurIPS.",
     "1608.08710": "Li et al. 2017. *Pruning Filters for Efficient ConvNets*. ICLR.",
+    "1606.06031": "Paperno et al. 2016. *The LAMBADA dataset: Word prediction requiring a broad "
+    "discourse context*. ACL.",
     "1993": "Hassibi & Stork 1993. *Second order derivatives for network pruning: Optimal Brain "
     "Surgeon*. Advances in Neural Information Processing Systems 5.",
     "2208.11580": "Frantar & Alistarh 2022. *Optimal Brain Compression: A Framework for Accurate "
