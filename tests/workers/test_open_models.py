@@ -121,7 +121,7 @@ def test_what_a_task_measured_is_told_once(models):
     assert run(models, work.open_bench, ONE).learned == {}
     second = run(models, work.prepare, ONE, Choices(importance="magnitude"))
     assert list(second.learned[ONE].scores) == ["magnitude"]
-    assert second.learned[ONE].dense is None
+    assert second.learned[ONE].dense == {}
 
 
 def test_a_model_whose_losses_are_kept_is_timed_by_a_short_pass(models):

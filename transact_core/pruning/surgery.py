@@ -128,11 +128,10 @@ def _empty_like(
         if not architecture.uniform:
             _narrow_layers(pruned, architecture)
     # Buffers are no part of the state dict, so they come from outside the meta device.
+    for name, _ in list(pruned.named_buffers()):
+        place, _, own_name = name.rpartition(".")
+        pruned.get_submodule(place)._buffers[own_name] = model.get_buffer(name)
     pruned.model.rotary_emb = rotary
-    for name, buffer in list(pruned.named_buffers()):
-        if buffer.is_meta:
-            place, _, own_name = name.rpartition(".")
-            pruned.get_submodule(place)._buffers[own_name] = model.get_buffer(name)
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned
 
