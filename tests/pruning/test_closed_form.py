@@ -73,12 +73,12 @@ def test_errors_told_are_those_on_windows_no_fit_has_seen(gqa_bench):
     root = (hidden + wanted).square().mean(-1, keepdim=True).pow(-1 / 4).double()
     x, y = seen[0].double() * root, (wanted - written).double() * root
     left = 0.0
-    energy = x.square().sum(dim=(0, 1))
-    penalty = fit.ridge * (1 - 1 / recovery.FOLDS) * torch.diag(energy + 1e-3 * energy.mean())
     for fold in torch.arange(len(windows)).tensor_split(recovery.FOLDS):
         others = torch.tensor([n for n in range(len(windows)) if n not in fold.tolist()])
         features, missing = x[others].flatten(0, 1), y[others].flatten(0, 1)
-        change = torch.linalg.solve(features.T @ features + penalty, features.T @ missing)
+        energy = features.square().sum(dim=0)
+        damped = features.T @ features + fit.ridge * torch.diag(energy + 1e-3 * energy.mean())
+        change = torch.linalg.solve(damped, features.T @ missing)
         left += (y[fold] - x[fold] @ change).square().sum().item()
     scale = (wanted.double() * root).square().sum().item()
     assert fit.recovered_error == pytest.approx(left / scale, rel=1e-4)

@@ -32,22 +32,26 @@ def rows(data, windows=slice(None)):
     return (x * root).flatten(0, 1), (y * root).flatten(0, 1)
 
 
-def reference(data, ridge, windows=slice(None)):
-    """The change that is fitted on these windows, under their share of the penalty of all."""
-    energy = rows(data)[0].square().sum(dim=0)
-    if windows != slice(None):
-        energy = energy * len(windows) / WINDOWS
+def reference(data, ridge, windows=slice(None), by_folds=True):
+    """The change that is fitted on these windows.
+
+    If not `by_folds`, they are taken to have their share of the energies of all.
+    """
     x, y = rows(data, windows)
+    energy = x.square().sum(dim=0)
+    if not by_folds and windows != slice(None):
+        energy = rows(data)[0].square().sum(dim=0) * len(windows) / WINDOWS
     damped = x.T @ x + ridge * torch.diag(energy + 1e-3 * energy.mean())
     return torch.linalg.solve(damped, x.T @ y)
 
 
-def left_over(data, ridge):
+def left_over(data, ridge, by_folds):
     """What each window's missing output is left with, fold by fold; float64, with its energy."""
     left, total = data[1].double(), 0.0
     for fold in FOLDS:
         others = [window for window in range(WINDOWS) if window not in fold]
-        left[fold] -= data[0][fold].double() @ reference(data, ridge, others)
+        change = reference(data, ridge, others, by_folds)
+        left[fold] -= data[0][fold].double() @ change
         total += (left[fold].square() * data[2][fold][..., None]).sum().item()
     return left, total
 
@@ -98,7 +102,7 @@ def test_what_cannot_be_solved_is_not_chosen(data, by_folds):
 
 @pytest.mark.parametrize("ridge", [1e-3, 0.1, 3.0])
 def test_every_fold_is_left_with_what_the_others_could_not_teach(data, by_folds, ridge):
-    left, total = left_over(data, ridge)
+    left, total = left_over(data, ridge, by_folds)
     found = fitted(data, ridge, by_folds)
     torch.testing.assert_close(found.left, left.float(), rtol=1e-4, atol=1e-4)
     assert found.error == pytest.approx(total, rel=1e-5)
@@ -108,7 +112,7 @@ def test_every_fold_is_left_with_what_the_others_could_not_teach(data, by_folds,
 def test_the_error_that_decides_is_the_one_that_is_told(data, by_folds):
     folded = FoldedRidge(*data, FOLDS, by_folds)
     chosen = folded.choose(RIDGES, 0)
-    errors = {ridge: left_over(data, ridge)[1] for ridge in RIDGES}
+    errors = {ridge: left_over(data, ridge, by_folds)[1] for ridge in RIDGES}
     assert chosen.ridge == min(errors, key=errors.get) == RIDGES[-1]
     assert chosen.error == pytest.approx(errors[chosen.ridge], rel=1e-5)
     assert folded.fit(chosen).error == pytest.approx(chosen.error, rel=1e-5)
@@ -120,8 +124,18 @@ def test_more_features_than_tokens_of_a_fold_are_fitted_at_once(data):
     folded = FoldedRidge(wide, *data[1:], FOLDS)
     assert not folded.by_folds
     one, other = (fitted((wide, *data[1:]), 0.3, by_folds) for by_folds in (True, False))
-    torch.testing.assert_close(one.left, other.left, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(one.change, other.change, rtol=1e-4, atol=1e-5)
+    # They differ by how a feature's energy differs from fold to fold.
+    assert one.error == pytest.approx(other.error, rel=5e-3)
+
+
+def test_folds_of_the_same_energies_are_left_with_the_same_either_way(data):
+    """Each fold holds the features of the first, with other signs."""
+    signs = torch.tensor([1.0, -1.0, 1.0])[:, None, None, None]
+    x = (data[0][:2] * signs).flatten(0, 1)
+    weights = data[2][:2].repeat(3, 1)
+    one, other = (fitted((x, data[1], weights), 0.3, by_folds) for by_folds in (True, False))
+    torch.testing.assert_close(one.left, other.left, rtol=1e-4, atol=1e-4)
     assert one.error == pytest.approx(other.error, rel=1e-5)
 
 
@@ -134,7 +148,7 @@ def test_many_outputs_are_compared_by_combinations_and_told_as_they_are(
     y = x @ torch.randn(INPUTS, 160) + 4 * torch.randn(WINDOWS, 50, 160)
     folded = FoldedRidge(x, y, weights, FOLDS, by_folds)
     ridges = [0.01, 0.1, 1.0, 10.0]
-    errors = [left_over((x, y, weights), ridge)[1] for ridge in ridges]
+    errors = [left_over((x, y, weights), ridge, by_folds)[1] for ridge in ridges]
     chosen = folded.choose(ridges, 2)
     # 0.01 and 0.1 are equal but for a thousandth.
     assert chosen.ridge < 1

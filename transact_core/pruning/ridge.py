@@ -4,20 +4,19 @@ With x a token's features, y the part of the module's output that the cut remove
 weight, the change C minimises `Σ w ‖y − Cᵀx‖²` plus a ridge penalty on C. The windows are divided
 into folds, and a ridge is judged on each fold by the change that was fitted on all other folds.
 
-The penalty of a feature is the ridge times its own energy: of the change that is fitted on all
-windows, its energy there; of those that are fitted on all folds but one, the share of that energy
-that all folds but one have on average. So the penalty is the same for every fold, and in units in
-which every feature has energy 1 it is a number times the identity. These units also keep float32
-accurate enough: rounding errors are far below the ridge.
+The penalty of a feature is the ridge times its own energy on the windows of the fit. In units in
+which every feature has energy 1 on all windows, the penalty of a fit on all of them is the ridge
+times the identity, and float32 is accurate enough: rounding errors are far below the ridge.
 
-With r the ridge times that share, G the second moments of all windows' features, B those of
-features and outputs, and X, Y the weighted rows of one fold, what the fold is left with by the
-change of all others follows in two ways, which give the same:
+With G the second moments of all windows' features, B those of features and outputs, X and Y the
+weighted rows of one fold and R the penalty of the fit on all others, what the fold is left with by
+that fit follows in two ways:
 
-- `Y − X (G + r − XᵀX)⁻¹ (B − XᵀY)`, a factorisation for each fold;
-- `(1 − X (G + r)⁻¹ Xᵀ)⁻¹ (Y − X (G + r)⁻¹ B)`, one factorisation for all folds and a
-  matrix as large as a fold has tokens for each: the formula of leaving one out (Allen 1974, PRESS),
-  for a fold in place of a token.
+- `Y − X (G + R − XᵀX)⁻¹ (B − XᵀY)`, a factorisation for each fold;
+- `(1 − X (G + R)⁻¹ Xᵀ)⁻¹ (Y − X (G + R)⁻¹ B)`, one factorisation for all folds and a matrix as
+  large as a fold has tokens for each: the formula of leaving one out (Allen 1974, PRESS), for a
+  fold in place of a token. R must be the same for all folds here; energies on all folds but one
+  are taken to be their average.
 
 The first is cheaper where a fold has more tokens than there are features, and there its error is a
 trace of second moments, which needs no rows. The second is cheaper everywhere else.
@@ -178,7 +177,10 @@ class FoldedRidge:
         """The error under a ridge, and the factor of each fold."""
         error, factors = 0.0, []
         for fold, (gram, cross) in zip(self.folds, self._of_folds, strict=True):
-            factor = self._factored(self._gram - gram, ridge * self._share)
+            others = self._gram - gram
+            energies = others.diagonal() * self._units.square()
+            penalty = ridge * _with_floor(energies) / self._units.square()
+            factor = self._factored(others, penalty)
             cross = self._judged(cross)
             change = solve_factored(factor, self._judged(self._cross) - cross)
             # |Y − XC|² by second moments alone.
@@ -190,7 +192,7 @@ class FoldedRidge:
         return max(error, 0.0), factors
 
     def _at_once(self, ridge: float) -> tuple[float, list[torch.Tensor]]:
-        """The error under a ridge, and the factor of `1 − X (G + r)⁻¹ Xᵀ` for each fold."""
+        """The error under a ridge, and the factor of `1 − X (G + R)⁻¹ Xᵀ` for each fold."""
         error, factors = 0.0, []
         factor = self._factored(self._gram.clone(), ridge * self._share)
         change = solve_factored(factor, self._judged(self._cross))
@@ -206,9 +208,9 @@ class FoldedRidge:
             error += _sum_of_squares(solve_factored(factors[-1], y))
         return error, factors
 
-    def _factored(self, gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    def _factored(self, gram: torch.Tensor, penalty: torch.Tensor | float) -> torch.Tensor:
         """The Cholesky factor of the penalised second moments, in the memory of `gram`."""
-        gram.diagonal().add_(ridge)
+        gram.diagonal().add_(penalty)
         return factored_in_place(gram)
 
     def _moments(self, fold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,8 +239,11 @@ def _units(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     energies = torch.zeros(features.shape[-1], device=features.device)
     for window, weight in zip(features, weights, strict=True):
         energies += weight @ window.float().square()
-    floor = FLOOR * energies.mean().clamp_min(torch.finfo(torch.float32).tiny / FLOOR)
-    return (energies + floor).sqrt()
+    return _with_floor(energies).sqrt()
+
+
+def _with_floor(energies: torch.Tensor) -> torch.Tensor:
+    return energies + (FLOOR * energies.mean()).clamp_min(torch.finfo(energies.dtype).tiny)
 
 
 def compared(outputs: int) -> int:
