@@ -47,7 +47,7 @@ def test_prune_then_stock_transformers(tmp_path, environment):
         [
             *(sys.executable, "-m", "transact_core", "prune", "--model", "builtin"),
             *("--mha-ratio", "0.33", "--mlp-ratio", "0.3", "--granularity", "query-heads"),
-            *("--calibration-tokens", "2048", "--evaluation-tokens", "1024"),
+            *("--calibration-tokens", "1024", "--evaluation-tokens", "512"),
             *("--output", str(output)),
         ],
         check=True,
@@ -55,7 +55,7 @@ def test_prune_then_stock_transformers(tmp_path, environment):
         capture_output=True,
     )
     stock = subprocess.run(
-        [sys.executable, "-c", STOCK, str(output), "1024", "512"],
+        [sys.executable, "-c", STOCK, str(output), "512", "512"],
         check=True,
         env=environment,
         capture_output=True,

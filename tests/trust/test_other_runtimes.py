@@ -213,8 +213,16 @@ def in_llama_cpp(exported, tmp_path_factory) -> dict[str, dict]:
     return ask("llama_cpp", requests, tmp_path_factory.mktemp("asked") / "llama_cpp")
 
 
+TIED = 0.02
+"""Difference of the best two tokens' log-probabilities below which either may come first:
+llama.cpp's logits differ by up to 0.03 with its defaults."""
+
+
 def same_next_tokens(answer: dict, expected: dict) -> float:
-    """The share of prompts, as texts, after which llama.cpp has stock transformers' next token."""
+    """The share of prompts, as texts, after which llama.cpp has stock transformers' next token.
+
+    Prompts whose best two tokens are as good as tied are left out.
+    """
     assert "error" not in answer, answer["error"]
     assert answer["counts"] == [len(ids) for ids in expected["ids"]], "the text is cut differently"
     pairs = [
@@ -222,7 +230,7 @@ def same_next_tokens(answer: dict, expected: dict) -> float:
         for found, log_probabilities in zip(
             answer["next"], expected["log_probabilities"], strict=True
         )
-        if found is not None
+        if found is not None and np.diff(np.sort(log_probabilities[-1])[-2:]) > TIED
     ]
     assert len(pairs) >= len(PROMPTS) // 2
     return float(np.mean([found == wanted for found, wanted in pairs]))
