@@ -1,4 +1,6 @@
-from benchmarks import cost, memory
+import pytest
+
+from benchmarks import cost, layer, memory
 from transact_core.forward.statistics import collect
 
 
@@ -18,6 +20,20 @@ def test_a_random_model_is_one_the_engine_takes(checkpoint, tmp_path):
     loaded = load_model(str(folder))
     assert loaded.architecture == architecture
     assert loaded.model.num_parameters() == architecture.parameters
+
+
+@pytest.mark.parametrize("work", layer.WORK)
+def test_one_layer_of_a_shape_is_repaired_scored_and_estimated(work, monkeypatch, capsys):
+    monkeypatch.setitem(layer.SHAPES, "tiny", (32, 48, 4, 2, 8))
+    monkeypatch.setattr(layer, "VOCAB_SIZE", 64)
+    found = layer._measure("tiny", work, 1024, 1)
+    assert set(found) == {"plain", "ratio", "by_clock", "memory"}
+    assert found["ratio"] > 0
+    if work == "repair":
+        # The layer is worth measuring: a repair helps, and does not do everything.
+        for line in capsys.readouterr().err.splitlines():
+            bare, recovered = (float(number) for number in line.split()[1:3])
+            assert 0.1 * bare < recovered < bare
 
 
 def test_peak_memory_is_the_process_s_own():

@@ -10,6 +10,7 @@ from transact_core.forward.waists import head_rows, output_projections
 from transact_core.importance.scores import Scores
 from transact_core.planning import damage as damages
 from transact_core.planning.damage import HEAD_CUTS, RIDGES, Curve, errors_at_all_widths, kept_first
+from transact_core.pruning import ridge as ridge_module
 from transact_core.pruning.closed_form import RECOVERIES
 from transact_core.pruning.plan import head_counts, make_plan, widths
 
@@ -58,8 +59,12 @@ def slow_error(folds, weights, weight, bias, kept, recovery, ridge=None):
     return lost / written
 
 
+@pytest.mark.parametrize("rows_at_once", [4, 256])
 @pytest.mark.parametrize("biased", [False, True])
-def test_one_factorisation_gives_what_cutting_and_fitting_anew_gives_at_each_width(biased):
+def test_one_factorisation_gives_what_cutting_and_fitting_anew_gives_at_each_width(
+    biased, rows_at_once, monkeypatch
+):
+    monkeypatch.setattr(damages, "ROWS_AT_ONCE", rows_at_once)
     folds, weights, weight, bias = folds_of()
     order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(1))
     bias = bias if biased else torch.zeros_like(bias)
@@ -84,6 +89,30 @@ def test_one_factorisation_gives_what_cutting_and_fitting_anew_gives_at_each_wid
             assert found[recovery][width].item() == pytest.approx(
                 highest[recovery], rel=2e-3, abs=1e-6
             )
+
+
+def test_many_outputs_are_judged_by_combinations(monkeypatch):
+    folds, weights, weight, _ = folds_of(hidden=400)
+    order = torch.arange(weight.shape[1])
+    given = [rows(x, w) for x, w in zip(folds, weights, strict=True)]
+    exact = errors_at_all_widths(given, weight, None, order)
+    monkeypatch.setattr(ridge_module, "JUDGED_OUTPUTS", 150)
+    found = errors_at_all_widths(given, weight, None, order)
+    for recovery in ("none", "bias"):
+        assert torch.equal(found[recovery], exact[recovery])
+    assert not torch.equal(found["least-squares"], exact["least-squares"])
+    torch.testing.assert_close(found["least-squares"], exact["least-squares"], rtol=0.15, atol=1e-6)
+
+
+def test_rows_with_the_same_second_moments_lose_the_same():
+    folds, weights, weight, bias = folds_of()
+    order = torch.arange(weight.shape[1])
+    given = [rows(x, w) for x, w in zip(folds, weights, strict=True)]
+    fewer = [damages._compressed(fold) for fold in given]
+    assert {len(fold) for fold in fewer} == {weight.shape[1] + 1}
+    exact, found = (errors_at_all_widths(each, weight, bias, order) for each in (given, fewer))
+    for recovery in RECOVERIES:
+        torch.testing.assert_close(found[recovery], exact[recovery], rtol=1e-4, atol=1e-6)
 
 
 def test_one_fold_allows_no_repair():
