@@ -330,13 +330,16 @@ class _Repair:
         attention = self.pruned.layer.self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         bare = {projection: (projection.weight, projection.bias) for projection in projections}
+        normed = torch.empty_like(before)
+        for batch in self._places():
+            normed[batch] = module_input(self.dense.layer, "mha", before[batch])
         rotary = tuple(side.arguments["position_embeddings"] for side in (self.dense, self.pruned))
         try:
             waist = fit_narrow_heads(
                 self.dense.layer.self_attn,
                 attention,
                 self.plans[self.layer_index],
-                module_input(self.dense.layer, "mha", before),
+                normed,
                 weights,
                 rotary,
                 self.judge_only,

@@ -82,12 +82,13 @@ def fit_narrow_heads(
         LinAlgError: the numbers are not finite.
     """
     generator = torch.Generator(device=normed.device).manual_seed(0)
-    halves = torch.arange(len(normed)).tensor_split(2)
     seen = normed.new_empty(*normed.shape[:2], dense.o_proj.in_features)
-    for fitted_on, judged in (halves, halves[::-1]):
-        _fit_queries_and_keys(dense, pruned, plan, normed[fitted_on], rotary, generator)
-        for windows in judged.split(windows_a_batch(normed.shape[1])):
-            seen[windows] = _dense_values(dense, pruned, normed[windows], rotary[1])
+    halves, halves_seen = (each.tensor_split(2) for each in (normed, seen))
+    for fitted_on, judged, values in zip(halves, halves[::-1], halves_seen[::-1], strict=True):
+        _fit_queries_and_keys(dense, pruned, plan, fitted_on, rotary, generator)
+        at_once = windows_a_batch(normed.shape[1])
+        for batch, into in zip(judged.split(at_once), values.split(at_once), strict=True):
+            into.copy_(_dense_values(dense, pruned, batch, rotary[1]))
     waist = _fit_values(dense, pruned, seen, weights)
     if not judge_only:
         _fit_queries_and_keys(dense, pruned, plan, normed, rotary, generator)
