@@ -11,6 +11,8 @@ GRAM_BLOCKS = 6
 lower triangle, and make smaller and less efficient products."""
 GRAM_BLOCK = 1024
 """Columns of a block where there would be more than that: products of this size are efficient."""
+SOLVED_AT_ONCE = 256
+"""Rows of a triangular matrix that are factorised or solved for before the rest is updated."""
 FLOAT64_DEVICES = ("cpu", "cuda")
 """Device types that compute in float64. Apple's GPUs ("mps") do not, and others may not."""
 
@@ -69,18 +71,52 @@ def _blocks(width: int) -> list[tuple[int, int]]:
 def factored_in_place(symmetric: torch.Tensor) -> torch.Tensor:
     """The lower Cholesky factor, in the memory of the matrix; its upper triangle is not cleared.
 
+    A block of columns at a time, so that nearly all of the work is in matrix products, which do
+    more in a second than factorisations and triangular solves.
+
     Raises:
         LinAlgError: the matrix is not positive definite.
     """
-    # A symmetric matrix is its own transpose, and that is the column-major order LAPACK works in.
-    failed = torch.empty((), dtype=torch.int32, device=symmetric.device)
-    factor, _ = torch.linalg.cholesky_ex(symmetric.mT, out=(symmetric.mT, failed))
-    if failed.item():
-        raise torch.linalg.LinAlgError("not positive definite")
-    return factor
+    for start in range(0, len(symmetric), SOLVED_AT_ONCE):
+        end = start + SOLVED_AT_ONCE
+        block, below = symmetric[start:end, start:end], symmetric[end:, start:end]
+        before = symmetric[start:end, :start]
+        block.addmm_(before, before.T, alpha=-1)
+        block.copy_(torch.linalg.cholesky(block))
+        if len(below):
+            below.addmm_(symmetric[end:, :start], before.T, alpha=-1)
+            below.copy_(below @ _inverse(block).T)
+    return symmetric
+
+
+def solve_lower(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`L⁻¹ right` for a lower triangular L, shape (width, outputs), in the memory of `right`.
+
+    Only the lower triangle of `factor` is looked at. In blocks, as `factored_in_place`.
+    """
+    for start in range(0, len(right), SOLVED_AT_ONCE):
+        end = start + SOLVED_AT_ONCE
+        block = right[start:end]
+        block.addmm_(factor[start:end, :start], right[:start], alpha=-1)
+        block.copy_(_inverse(factor[start:end, start:end]) @ block)
+    return right
 
 
 def solve_factored(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Solves a positive definite system whose lower Cholesky factor is given; (width, outputs)."""
-    half = torch.linalg.solve_triangular(factor, right, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    """Solves a positive definite system whose lower Cholesky factor is given.
+
+    `right` has shape (width, outputs) and is overwritten by the solution.
+    """
+    solve_lower(factor, right)
+    for start in reversed(range(0, len(right), SOLVED_AT_ONCE)):
+        end = start + SOLVED_AT_ONCE
+        block = right[start:end]
+        block.addmm_(factor[end:, start:end].T, right[end:], alpha=-1)
+        block.copy_(_inverse(factor[start:end, start:end]).T @ block)
+    return right
+
+
+def _inverse(triangle: torch.Tensor) -> torch.Tensor:
+    """The inverse of a small lower triangular matrix."""
+    one = torch.eye(len(triangle), dtype=triangle.dtype, device=triangle.device)
+    return torch.linalg.solve_triangular(triangle, one, upper=False)

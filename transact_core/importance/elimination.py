@@ -149,7 +149,8 @@ def damped_inverse(
     scale = (energy + damping).sqrt()
     damped.div_(scale).div_(scale[:, None])
     factor = factored_in_place(damped)
-    return scale, torch.cholesky_inverse(factor, out=factor)
+    # LAPACK's order is column-major, where the lower factor is an upper one.
+    return scale, torch.cholesky_inverse(factor.mT, upper=True, out=factor.mT)
 
 
 # --- channels --------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from transact_core.base.linalg import (
     factored_in_place,
     inverse_rms,
     second_moments,
+    solve_lower,
 )
 from transact_core.data.windows import Windows
 from transact_core.forward.layers import layers_of
@@ -323,7 +324,8 @@ def _repaired(
 ) -> torch.Tensor:
     """Errors on unseen rows after least squares on the seen moments, (width + 1,), float64.
 
-    In units of `scale`, one for each channel; `outputs` has shape (width, outputs).
+    It overwrites the rows. In units of `scale`, one for each channel; `outputs` has shape (width,
+    outputs).
     """
     damped = seen[:-1, :-1].clone()
     energy = damped.diagonal().clone()
@@ -336,7 +338,7 @@ def _repaired(
         block = slice(start, start + ROWS_AT_ONCE)
         factor[block, block].tril_()
         torch.mm(factor[start:, block].T, outputs[start:], out=z[block])
-    v = torch.linalg.solve_triangular(factor, unseen.T, upper=False)
+    v = solve_lower(factor, unseen.T)
     del factor, damped
     return _trailing_products(v, z)
 

@@ -15,8 +15,8 @@ that fit follows in two ways:
 - `Y − X (G + R − XᵀX)⁻¹ (B − XᵀY)`, a factorisation for each fold;
 - `(1 − X (G + R)⁻¹ Xᵀ)⁻¹ (Y − X (G + R)⁻¹ B)`, one factorisation for all folds and a matrix as
   large as a fold has tokens for each: the formula of leaving one out (Allen 1974, PRESS), for a
-  fold in place of a token. R must be the same for all folds here; energies on all folds but one
-  are taken to be their average.
+  fold in place of a token. R is the same for all fits here, that on all windows included: energies
+  on all folds but one are taken to be their average.
 
 The first is cheaper where a fold has more tokens than there are features, and there its error is a
 trace of second moments, which needs no rows. The second is cheaper everywhere else.
@@ -33,6 +33,7 @@ from transact_core.base.linalg import (
     in_float64,
     second_moments,
     solve_factored,
+    solve_lower,
 )
 
 FLOOR = 1e-3
@@ -149,9 +150,8 @@ class FoldedRidge:
         if chosen.error == math.inf:
             return Fitted(self._cross.fill_(torch.nan), left.fill_(torch.nan), math.nan)
         if not self.by_folds:
-            factor = self._factored(self._gram.clone(), chosen.ridge * self._share)
+            factor = self._factored(self._gram, chosen.ridge * self._share)
             change = solve_factored(factor, self._cross)
-            del factor
         for fold_index, (fold, factor) in enumerate(zip(self.folds, chosen.factors, strict=True)):
             if self.by_folds:
                 cross = self._cross - self._of_folds[fold_index][1]
@@ -163,7 +163,8 @@ class FoldedRidge:
                 y = solve_factored(factor, y)
             error += _sum_of_squares(y)
             left[fold] = (y / self._roots(fold)).unflatten(0, (len(fold), -1))
-        change = solve_factored(self._factored(self._gram, chosen.ridge), self._cross)
+        if self.by_folds:
+            change = solve_factored(self._factored(self._gram, chosen.ridge), self._cross)
         return Fitted(change / self._units[:, None], left, error)
 
     def _tried(self, ridge: float) -> Chosen:
@@ -195,14 +196,12 @@ class FoldedRidge:
         """The error under a ridge, and the factor of `1 − X (G + R)⁻¹ Xᵀ` for each fold."""
         error, factors = 0.0, []
         factor = self._factored(self._gram.clone(), ridge * self._share)
-        change = solve_factored(factor, self._judged(self._cross))
+        change = solve_factored(factor, self._judged(self._cross).clone())
         for fold in self.folds:
             x, y = self._rows(fold)
             y = torch.addmm(self._judged(y), x, change, alpha=-1)
-            half = torch.linalg.solve_triangular(factor, x.T, upper=False)
+            unexplained = second_moments([solve_lower(factor, x.T)], len(x)).neg_()
             del x
-            unexplained = second_moments([half], half.shape[1]).neg_()
-            del half
             unexplained.diagonal().add_(1)
             factors.append(factored_in_place(unexplained))
             error += _sum_of_squares(solve_factored(factors[-1], y))
