@@ -1,13 +1,14 @@
-"""A source that the user names to one text with a SHA-256: built-in, file or hub dataset."""
+"""A source that the user names to one text with a SHA-256: built-in, file, hub dataset or mix."""
 
 import codecs
 import json
 import os
 import pydoc_data.topics
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import pyarrow
@@ -30,6 +31,14 @@ from transact_core.data.conversations import (
 from transact_core.models.hub import access_refusal
 
 BUILTIN_TEXT = "builtin"
+GENERATED = "generated"
+GENERATED_TOKENS = 16_384
+"""Tokens of a text by the model itself where the source names no number."""
+MOST_GENERATED_TOKENS = 10_000_000
+"""More than these a model writes too slowly; a wrong number is told at once."""
+GENERATED_KINDS = ("any", "plain", "chat")
+MIXED = "+"
+"""Between the sources of a mix."""
 MAX_CHARACTERS = 16_000_000
 """Longer texts are read this far: some millions of tokens, more than any measurement here takes."""
 MAX_GROUP_BYTES = 500_000_000
@@ -52,6 +61,23 @@ LONGEST_MARK_BYTES = 4
 
 
 @dataclass(frozen=True)
+class GeneratedText:
+    """A text that a model is to write: `generated[:TOKENS[:SEED[:KIND]]]`."""
+
+    tokens: int = GENERATED_TOKENS
+    """How many it has at least."""
+    seed: int = 0
+    kind: str = "any"
+    """`plain` from random first tokens, `chat` answers to prompts; `any` of a model with a chat
+    template both in turn, of others `plain`."""
+
+    @property
+    def source(self) -> str:
+        kind = "" if self.kind == "any" else f":{self.kind}"
+        return f"{GENERATED}:{self.tokens}:{self.seed}{kind}"
+
+
+@dataclass(frozen=True)
 class Corpus:
     """One text, where it came from and its fingerprint."""
 
@@ -65,6 +91,11 @@ class Corpus:
     chat template does; `text` holds them as plain text meanwhile."""
     has_special_tokens: bool = False
     """Whether the text names its special tokens itself, as a chat template writes it."""
+    parts: tuple["Corpus", ...] = field(default=(), repr=False)
+    """Of a mix its texts; windows are dealt from them in turn, and `text` is empty."""
+    to_write: GeneratedText | None = None
+    """What a model has yet to write, by `forward.writing`; until then `text` is empty, and the
+    SHA-256 is that of the source's name."""
 
 
 Piece = str | Conversation | None
@@ -72,33 +103,138 @@ Piece = str | Conversation | None
 
 
 def read_corpus(source: str) -> Corpus:
-    """Reads `builtin`, a `.txt`, `.md`, `.jsonl` or `.parquet` file, or a hub dataset.
+    """Reads `builtin`, a `.txt`, `.md`, `.jsonl` or `.parquet` file, a hub dataset, or a mix.
 
     A hub dataset is named `hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]]`, its split `train` by default; a
     column of a `.jsonl` or `.parquet` file as `FILE:COLUMN`. Rows of text are joined by blank
     lines. Rows may also be conversations: a list of turns (`messages`, `conversations`), or a
     question and its answer (`instruction` and `output`, `prompt` and `completion` or `response`).
-    At most `MAX_CHARACTERS` are read. Texts are UTF-8, or what their byte-order mark says; line
-    ends are read as newlines.
+    `generated[:TOKENS[:SEED]]` is a text that a model has yet to write, and `A+B` a mix of sources.
+    At most `MAX_CHARACTERS` of each are read. Texts are UTF-8, or what their byte-order mark says;
+    line ends are read as newlines.
 
     Raises:
         TransActError: the source is missing, empty, binary or holds no text.
     """
+    sources = mixed_sources(source)
+    if len(sources) > 1:
+        return mix([read_corpus(part) for part in sources])
+    try:
+        return next(read_corpora(source))
+    except OSError as error:
+        path, _ = file_and_column(source.strip())
+        raise TransActError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def read_corpora(source: str) -> Iterator[Corpus]:
+    """The text of one source in pieces, each a corpus; the first is that of `read_corpus`.
+
+    Training takes more than `MAX_CHARACTERS`, and each piece is read only when it is asked for.
+
+    Raises:
+        TransActError: as `read_corpus` does.
+        OSError: a file cannot be read.
+    """
     source = source.strip()
     if source == BUILTIN_TEXT:
-        return corpus_from_text(source, _builtin_text())
+        yield corpus_from_text(source, _builtin_text())
+        return
+    if source == GENERATED or source.startswith(f"{GENERATED}:"):
+        wanted = _generated(source)
+        yield Corpus(wanted.source, "", sha256_of_text(wanted.source), to_write=wanted)
+        return
     if source.startswith("hub:"):
-        return _gather(source, _hub_rows(source))
+        yield from _gather_all(source, _hub_rows(source))
+        return
     path, column = file_and_column(source)
     if not os.path.isfile(path):
         raise TransActError(
             f"There is no text at {str(path)!r}: name a .txt, .jsonl or .parquet file, a column "
-            f"of one as FILE:COLUMN, hub:DATASET or {BUILTIN_TEXT!r}."
+            f"of one as FILE:COLUMN, hub:DATASET, {BUILTIN_TEXT!r}, {GENERATED!r}, or several "
+            f"with {MIXED} between them."
         )
-    try:
-        return _file_corpus(source, path, column)
-    except OSError as error:
-        raise TransActError(f"{path} cannot be read: {error.strerror or error}.") from None
+    yield from _file_corpora(source, path, column)
+
+
+def mixed_sources(source: str) -> tuple[str, ...]:
+    """The sources of a mix, `A+B+C`; one where it is none.
+
+    A file's name may hold a plus sign itself: what exists as a whole is a file.
+    """
+    pieces = source.strip().split(MIXED)
+    found = []
+    while pieces:
+        for taken in range(len(pieces), 0, -1):
+            joined = MIXED.join(pieces[:taken])
+            if taken == 1 or os.path.isfile(file_and_column(joined)[0]):
+                break
+        found.append(joined.strip())
+        pieces = pieces[taken:]
+    return tuple(found)
+
+
+def mix(parts: Sequence[Corpus]) -> Corpus:
+    """A corpus of several, from which windows are dealt in turn.
+
+    Its SHA-256 is that of the parts' SHA-256s, a line each.
+
+    Raises:
+        TransActError: two of them are the same text.
+    """
+    digests = [part.sha256 for part in parts]
+    if len(set(digests)) < len(digests):
+        raise TransActError(
+            f"Each text of a mix is named once; two of {MIXED.join(part.source for part in parts)} "
+            "are the same text."
+        )
+    return Corpus(
+        source=MIXED.join(part.source for part in parts),
+        text="",
+        sha256=sha256_of_text("".join(f"{digest}\n" for digest in digests)),
+        notices=tuple(dict.fromkeys(notice for part in parts for notice in part.notices)),
+        parts=tuple(parts),
+    )
+
+
+def texts_of(corpus: Corpus) -> tuple[Corpus, ...]:
+    """The single texts of a corpus: those of a mix, or itself."""
+    return corpus.parts or (corpus,)
+
+
+def require_written(corpus: Corpus) -> None:
+    """Refuses a text that a model has yet to write.
+
+    Raises:
+        TransActError: it is one, or a mix with one.
+    """
+    if any(part.to_write for part in texts_of(corpus)):
+        raise TransActError(
+            f"The text {corpus.source} is to be written by a model, and none is at hand here; "
+            "name a file."
+        )
+
+
+def _generated(source: str) -> GeneratedText:
+    """The generated text that a source names.
+
+    Raises:
+        TransActError: it is not of the form `generated[:TOKENS[:SEED[:KIND]]]`.
+    """
+    found = re.fullmatch(
+        rf"{GENERATED}(?::([0-9]{{1,18}}))?(?::([0-9]{{1,18}}))?(?::(plain|chat))?", source
+    )
+    if found is None:
+        raise TransActError(
+            f"{source!r} is not of the form {GENERATED}[:TOKENS[:SEED]], two numbers."
+        )
+    tokens, seed, kind = found.groups()
+    wanted = GeneratedText(int(tokens or GENERATED_TOKENS), int(seed or 0), kind or "any")
+    if not 2 <= wanted.tokens <= MOST_GENERATED_TOKENS:
+        raise TransActError(
+            f"{source!r} asks for {wanted.tokens:,} tokens; a model writes 2 to "
+            f"{MOST_GENERATED_TOKENS:,}."
+        )
+    return wanted
 
 
 def corpus_from_text(source: str, text: str) -> Corpus:
@@ -139,6 +275,9 @@ def for_model(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     Raises:
         TransActError: the chat template is faulty or refuses a conversation.
     """
+    require_written(corpus)
+    if corpus.parts:
+        return replace(corpus, parts=tuple(for_model(part, tokenizer) for part in corpus.parts))
     if not corpus.conversations:
         return corpus
     if not has_chat_template(tokenizer):
@@ -189,7 +328,10 @@ def describe(source: str) -> str:
     if source == BUILTIN_TEXT:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         return f"Python {version}'s own reference (pydoc_data.topics)"
-    return source
+    if source == GENERATED or source.startswith(f"{GENERATED}:"):
+        return f"text written by the model itself ({source})"
+    parts = mixed_sources(source)
+    return f"a mix of {' and '.join(map(describe, parts))}" if len(parts) > 1 else source
 
 
 def _builtin_text() -> str:
@@ -197,17 +339,19 @@ def _builtin_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def _file_corpus(source: str, path: Path, column: str | None) -> Corpus:
+def _file_corpora(source: str, path: Path, column: str | None) -> Iterator[Corpus]:
     kind = path.suffix.lower()
     if kind in PLAIN_KINDS:
         if column is not None:
             raise TransActError(f"{path} has no columns to name; .jsonl and .parquet files have.")
-        return corpus_from_text(source, _plain_text(path))
+        yield corpus_from_text(source, _plain_text(path))
+        yield from _further_text(source, path)
+        return
     if kind not in TABLE_READERS:
         raise TransActError(
             f"{path} is none of .txt, .jsonl and .parquet; save the text as one of these."
         )
-    return _gather(source, TABLE_READERS[kind](path, column))
+    yield from _gather_all(source, TABLE_READERS[kind](path, column))
 
 
 def _encoding(beginning: bytes) -> str:
@@ -233,6 +377,25 @@ def _plain_text(path: Path) -> str:
         raise TransActError(
             f"{path} is not {encoding} text (byte {error.start}); convert it to UTF-8."
         ) from None
+
+
+def _further_text(source: str, path: Path) -> Iterator[Corpus]:
+    """The text of a plain file behind its first `MAX_CHARACTERS`, in pieces as long as these."""
+    with path.open("rb") as file:
+        encoding = _encoding(file.read(LONGEST_MARK_BYTES))
+    with path.open(encoding=encoding) as file:  # line ends become newlines, as in the beginning
+        file.read(MAX_CHARACTERS)
+        while True:
+            try:
+                text = file.read(MAX_CHARACTERS)
+            except UnicodeDecodeError:
+                raise TransActError(
+                    f"{path} is not {encoding} text; convert it to UTF-8."
+                ) from None
+            if not text:
+                return
+            if text.strip():
+                yield corpus_from_text(source, text)
 
 
 def _json_lines(path: Path, column: str | None) -> Iterator[Piece]:
@@ -369,8 +532,20 @@ def _piece(row: Mapping[str, object], columns: tuple[str, ...], where: str) -> P
     raise TransActError(f"{where} holds {type(value).__name__} where text is expected.")
 
 
-def _gather(source: str, rows: Iterable[Piece]) -> Corpus:
+def _gather_all(source: str, rows: Iterable[Piece]) -> Iterator[Corpus]:
+    """Corpora of the rows of a table, one after the other."""
+    left = iter(rows)
+    yield _gather(source, left)
+    for row in left:
+        piece = _gather(source, chain([row], left), may_be_empty=True)
+        if piece is not None:
+            yield piece
+
+
+def _gather(source: str, rows: Iterable[Piece], may_be_empty: bool = False) -> Corpus | None:
     """A corpus of the rows of a table, those that are missing passed over.
+
+    No more rows are taken than are used; None where they hold no text and `may_be_empty`.
 
     Raises:
         TransActError: some rows are text and others conversations.
@@ -399,6 +574,8 @@ def _gather(source: str, rows: Iterable[Piece]) -> Corpus:
             f"The text {source} mixes rows of text and conversations; name one of its columns by "
             "adding :COLUMN to the source."
         )
+    if may_be_empty and not any(text.strip() for text in texts):
+        return None
     corpus = corpus_from_text(source, "\n\n".join(texts))
     return replace(corpus, conversations=tuple(conversations), notices=(*notices, *corpus.notices))
 

@@ -1,12 +1,13 @@
 """A corpus to windows of token ids; calibration and evaluation never share a token."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from transact_core.base.errors import INTERRUPTIONS, Progress, TransActError, silent
-from transact_core.data.corpus import BUILTIN_TEXT, Corpus, for_model, read_corpus
+from transact_core.data.corpus import BUILTIN_TEXT, Corpus, for_model, read_corpus, texts_of
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,19 @@ Texts = tuple[Corpus, ...]
 
 
 @dataclass(frozen=True)
+class TextUse:
+    """How many tokens of one text were taken, from where they begin."""
+
+    source: str
+    sha256: str
+    tokens: int
+    skipped: int = 0
+    """Tokens before them that something else takes."""
+
+
+@dataclass(frozen=True)
 class Windows:
-    """Windows of token ids taken from one corpus.
+    """Windows of token ids taken from one corpus, or dealt from the texts of a mix.
 
     `ids` has shape (windows, sequence_length). `tokens` counts what is fed to the model.
     """
@@ -40,6 +52,8 @@ class Windows:
     sha256: str
     ids: torch.Tensor = field(repr=False)
     notices: tuple[str, ...] = ()
+    uses: tuple[TextUse, ...] = ()
+    """What was taken of each text."""
 
     @property
     def tokens(self) -> int:
@@ -90,23 +104,38 @@ def make_windows(
     written = {id(text): for_model(text, tokenizer) for text in texts}
     calibration, *evaluated = (written[id(text)] for text in texts)
     progress("Tokenising the text", 0, len(texts))
-    calibration_ids = None
+    known: dict[str, torch.Tensor] = {}
+
+    def ids_of(text: Corpus) -> torch.Tensor:
+        if text.sha256 not in known:
+            known[text.sha256] = tokenise(text, tokenizer, vocab_size)
+        return known[text.sha256]
+
+    used: dict[str, int] = {}
     windows = []
     for text in evaluated:
-        ids = tokenise(text, tokenizer, vocab_size)
         windows.append(
-            _windows(text, ids, spec.evaluation_tokens, spec.sequence_length, context_length)
+            _windows(text, ids_of, spec.evaluation_tokens, spec.sequence_length, context_length)
         )
-        if text.sha256 == calibration.sha256:
-            calibration_ids = ids[windows[-1].tokens :]
+        count_used(used, windows[-1])
         progress("Tokenising the text", len(windows), len(texts))
-    if calibration_ids is None:
-        calibration_ids = tokenise(calibration, tokenizer, vocab_size)
     calibrated = _windows(
-        calibration, calibration_ids, spec.calibration_tokens, spec.sequence_length, context_length
+        calibration,
+        ids_of,
+        spec.calibration_tokens,
+        spec.sequence_length,
+        context_length,
+        used,
     )
     progress("Tokenising the text", len(texts), len(texts))
     return calibrated, *windows
+
+
+def count_used(used: dict[str, int], windows: Windows) -> None:
+    """Notes in `used`, by SHA-256, how far into each text the windows go, in tokens."""
+    for use in windows.uses:
+        end = use.skipped + use.tokens
+        used[use.sha256] = max(used.get(use.sha256, 0), end)
 
 
 def evaluation_windows(
@@ -116,15 +145,25 @@ def evaluation_windows(
     tokens: int,
     sequence_length: int,
     context_length: int | None = None,
+    used: Mapping[str, int] | None = None,
 ) -> Windows:
     """Windows of one text alone, from its beginning.
+
+    `used` says, by SHA-256, how many tokens at the beginning of a text something else takes; these
+    are left out.
 
     Raises:
         TransActError: the text is shorter than a window.
     """
     corpus = for_model(corpus, tokenizer)
-    ids = tokenise(corpus, tokenizer, vocab_size)
-    return _windows(corpus, ids, tokens, sequence_length, context_length)
+    return _windows(
+        corpus,
+        lambda text: tokenise(text, tokenizer, vocab_size),
+        tokens,
+        sequence_length,
+        context_length,
+        used,
+    )
 
 
 def context_length_of(config: PreTrainedConfig) -> int:
@@ -177,11 +216,13 @@ def tokenise(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 
 def _windows(
     corpus: Corpus,
-    ids: torch.Tensor,
+    ids_of: Callable[[Corpus], torch.Tensor],
     tokens: int,
     sequence_length: int,
     context_length: int | None,
+    used: Mapping[str, int] | None = None,
 ) -> Windows:
+    """Windows of a corpus, dealt evenly from the texts of a mix; `used` as `evaluation_windows`."""
     if sequence_length < 2:
         raise TransActError("The sequence length must be at least 2 tokens.")
     if tokens < sequence_length:
@@ -189,19 +230,42 @@ def _windows(
             f"{tokens:,} tokens are fewer than one window of {sequence_length:,}; "
             "ask for more tokens or a shorter sequence length."
         )
-    if ids.numel() < sequence_length:
-        raise TransActError(
-            f"The text {corpus.source} gives {ids.numel():,} tokens here, fewer than one window of "
-            f"{sequence_length:,}; choose a longer text, fewer evaluation tokens or a shorter "
-            "sequence length."
-        )
+    wanted = tokens // sequence_length
+    texts = texts_of(corpus)
+    skipped = [(used or {}).get(text.sha256, 0) for text in texts]
+    rows = []
+    for text, start in zip(texts, skipped, strict=True):
+        ids = ids_of(text)[start:]
+        if ids.numel() < sequence_length:
+            raise TransActError(
+                f"The text {text.source} gives {ids.numel():,} tokens here, fewer than one window "
+                f"of {sequence_length:,}; choose a longer text, fewer evaluation tokens or a "
+                "shorter sequence length."
+            )
+        count = min(wanted, ids.numel() // sequence_length)
+        rows.append(ids[: count * sequence_length].reshape(count, sequence_length))
+    dealt = deal([len(part) for part in rows], wanted)
+    taken = [sum(part == index for part, _ in dealt) for index in range(len(rows))]
     notices = corpus.notices
-    if ids.numel() < tokens:
+    available = sum(part.numel() for part in rows)
+    # What is left over behind the last whole window of one text is not missed.
+    if len(dealt) < wanted or (len(rows) == 1 and ids.numel() < tokens):
+        given = ids.numel() if len(rows) == 1 else available
         notices = (
             *notices,
-            f"The text {corpus.source} gives {ids.numel():,} tokens where {tokens:,} were asked "
+            f"The text {corpus.source} gives {given:,} tokens where {tokens:,} were asked "
             "for; all of them are used.",
         )
+    elif len(rows) > 1:
+        short = [
+            text.source for text, count in zip(texts, taken, strict=True) if count < max(taken) - 1
+        ]
+        if short:
+            notices = (
+                *notices,
+                f"The text {short[0]} is too short for its share of the mix; the others make up "
+                "for it.",
+            )
     if context_length is not None and sequence_length > context_length:
         notices = (
             *notices,
@@ -209,10 +273,27 @@ def _windows(
             "the model was trained to see at once (max_position_embeddings): what is measured "
             "beyond that says little about the model; choose a shorter sequence length.",
         )
-    count = min(tokens, ids.numel()) // sequence_length
     return Windows(
         source=corpus.source,
         sha256=corpus.sha256,
-        ids=ids[: count * sequence_length].reshape(count, sequence_length),
+        ids=torch.stack([rows[part][row] for part, row in dealt]),
         notices=notices,
+        uses=tuple(
+            TextUse(text.source, text.sha256, count * sequence_length, start)
+            for text, count, start in zip(texts, taken, skipped, strict=True)
+        ),
     )
+
+
+def deal(available: Sequence[int], wanted: int) -> list[tuple[int, int]]:
+    """Which windows of which text are taken, as pairs of indices: one of each text in turn.
+
+    `available` counts the windows of each text. Once a text has none left, the others go on, so
+    that fewer than `wanted` come out only where all together have fewer.
+    """
+    dealt: list[tuple[int, int]] = []
+    row = 0
+    while len(dealt) < wanted and row < max(available):
+        dealt += [(text, row) for text, count in enumerate(available) if row < count]
+        row += 1
+    return dealt[:wanted]
