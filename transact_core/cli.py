@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ import torch
 from tqdm import tqdm
 
 from transact_core import start_app
-from transact_core.base.errors import Progress, TransActError
+from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.base.files import disk_trouble, read_text, require_free_output, staged_file
-from transact_core.data.corpus import describe, read_corpus
+from transact_core.data.corpus import MIXED, describe, read_corpus
 from transact_core.data.windows import (
     Windows,
     WindowSpec,
@@ -48,6 +49,7 @@ from transact_core.export.compression import (
     read_compression,
     require_same_model,
     require_same_text,
+    tune_command,
     version_warnings,
 )
 from transact_core.export.folder import compress_to_folder, evaluation_report, report
@@ -62,6 +64,7 @@ from transact_core.export.gguf_types import QUANTIZATIONS, quantization
 from transact_core.export.model_card import add_gguf_to_card, kept_bare
 from transact_core.export.publish import publish, require_publishable
 from transact_core.export.task_table import record_tasks, require_output_folder
+from transact_core.export.tune import Tuned, TuneSpec, tune
 from transact_core.forward.in_llama_cpp import evaluate_gguf, measure_gguf_latency
 from transact_core.forward.latency import LatencyPoint, measure_latency
 from transact_core.forward.perplexity import evaluate
@@ -73,6 +76,9 @@ from transact_core.models.llama_cpp import require_llama_cpp, runtime_name
 from transact_core.models.load import LoadedModel, load_model
 from transact_core.pruning.closed_form import RECOVERIES
 from transact_core.pruning.plan import GRANULARITIES, parse_ratio, plan_notices
+from transact_core.training.loop import LEARNING_RATES, Settings, Standing
+from transact_core.training.objective import LOSSES
+from transact_core.training.student import METHODS
 
 # tqdm's monitor thread redraws slow bars at any time, even in the middle of an error message.
 tqdm.monitor_interval = 0
@@ -104,8 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # --- arguments -------------------------------------------------------------------------------
 
 _SOURCE = (
-    "builtin (Python's own reference), a .txt, .md, .jsonl or .parquet file, FILE:COLUMN, or "
-    "hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]]"
+    "builtin (Python's own reference), a .txt, .md, .jsonl or .parquet file, FILE:COLUMN, "
+    "hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]], generated[:TOKENS[:SEED]] (written by the model), or "
+    "several with + between them (windows dealt evenly)"
 )
 _TEXT_DEFAULTS = WindowSpec()
 
@@ -263,6 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(latency, "print JSON instead of a table")
 
     _add_tasks_command(command)
+    _add_tune_command(command)
 
     # Run by __main__ already, before torch is imported; here for the list of commands.
     start_app.add_arguments(command("app", start_app.run, start_app.WHAT))
@@ -546,6 +554,114 @@ def _add_tasks_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     _add_json(tasks, "print what tasks.json holds instead of a table")
 
 
+def _add_tune_command(command: Callable[..., argparse.ArgumentParser]) -> None:
+    spec, settings = TuneSpec("", Path()), Settings()
+    tune = command("tune", _tune, "train a cut, from what the dense model says of the next token")
+    _add_model(tune)
+    _add_output_folder(tune)
+    tune.add_argument(
+        "--teacher",
+        metavar="M",
+        help="the dense model (default: the one that compression.json of --model names)",
+    )
+    tune.add_argument(
+        "--text",
+        action="append",
+        metavar="SOURCE",
+        help=f"text to train on, of any length: {_SOURCE}; given again, windows are dealt evenly. "
+        "What judged or calibrated the cut is left out "
+        f"(default: {spec.text})",
+    )
+    tune.add_argument(
+        "--tokens",
+        type=_positive,
+        default=settings.tokens,
+        metavar="N",
+        help="tokens to train on; a shorter text is read again",
+    )
+    tune.add_argument(
+        "--method",
+        default=settings.method,
+        choices=METHODS,
+        help="all weights but the embedding, or small matrices beside them that are merged at the "
+        "end (lora, which needs the extra `tune`)",
+    )
+    tune.add_argument(
+        "--loss",
+        default=settings.loss,
+        choices=LOSSES,
+        help="divergence from the dense model (kl), loss on the text (ce), or half of each",
+    )
+    tune.add_argument(
+        "--held-out",
+        action="append",
+        metavar="SOURCE",
+        help="text that is watched beside a held-out part of each training text, and decides which "
+        "weights are best (default: texts of another kind than --text)",
+    )
+    tune.add_argument(
+        "--held-out-tokens",
+        type=_positive,
+        default=spec.held_out_tokens,
+        metavar="N",
+        help="tokens of each text that is watched",
+    )
+    rates = ", ".join(f"{rate:g} with {method}" for method, rate in LEARNING_RATES.items())
+    tune.add_argument(
+        "--learning-rate", type=float, metavar="R", help=f"the highest (default: {rates})"
+    )
+    tune.add_argument(
+        "--rank",
+        type=_positive,
+        default=settings.rank,
+        metavar="R",
+        help="of LoRA's matrices",
+    )
+    tune.add_argument(
+        "--windows-per-step",
+        type=_positive,
+        default=settings.windows_per_step,
+        metavar="N",
+        help="windows that one step of the optimiser averages over",
+    )
+    tune.add_argument(
+        "--evaluate-every",
+        type=_positive,
+        metavar="STEPS",
+        help="steps from one look at the held-out texts to the next (default: 16 looks)",
+    )
+    tune.add_argument(
+        "--evaluation",
+        metavar="SOURCE",
+        help="where the evaluation text of --model is on this machine (default: as recorded)",
+    )
+    tune.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="new folder for LoRA's matrices, as peft has them (default: not kept)",
+    )
+    tune.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the training that was interrupted; it is kept beside --output",
+    )
+    tune.add_argument(
+        "--finish",
+        action="store_true",
+        help="with --resume: train no further, and write the best weights so far",
+    )
+    tune.add_argument(
+        "--report-to",
+        default=spec.report_to,
+        choices=["none", "tensorboard", "wandb", "trackio"],
+        help="where losses are sent too; the package must be installed",
+    )
+    _add_sequence_length(tune)
+    _add_seed(tune)
+    _add_json(tune, "print what report.json holds instead of a table")
+
+
 # --- commands --------------------------------------------------------------------------------
 
 
@@ -606,6 +722,12 @@ def _apply(chosen: argparse.Namespace) -> None:
     require_free_output(chosen.output)
     for sentence in version_warnings(compression):
         _warn(sentence)
+    if compression.trainings:
+        commands = " and then ".join(map(tune_command, compression.trainings))
+        _warn(
+            "the cut that this file describes was trained afterwards. What is made now is the cut "
+            f"before its training, which {commands} trains again, not bit for bit."
+        )
     # Sums are split among threads, so the last bits depend on their number.
     torch.set_num_threads(compression.environment.threads)
     torch.manual_seed(compression.seed)
@@ -613,6 +735,50 @@ def _apply(chosen: argparse.Namespace) -> None:
         # Nothing here but the bench holds the dense model, which is released on the way.
         bench = _recorded_bench(compression, chosen, progress)
         _carry_out(bench, compression, chosen, progress)
+
+
+def _tune(chosen: argparse.Namespace) -> None:
+    chosen.text = MIXED.join(chosen.text or [TuneSpec.text])
+    chosen.held_out = tuple(chosen.held_out or ())
+    chosen.settings = _fields_of(Settings, chosen)
+    spec: TuneSpec = _fields_of(TuneSpec, chosen)
+    # Of several processes that train together, one tells.
+    alone = int(os.environ.get("RANK", "0")) == 0
+    with _Bar() if alone else nullcontext(silent) as progress:
+        training = tune(spec, progress)
+        while True:
+            try:
+                told = next(training)
+            except StopIteration as end:
+                tuned: Tuned = end.value
+                break
+            if alone:
+                _tell_training(told)
+    if not alone:
+        return
+    tqdm.write(tuned.sentence, file=sys.stderr)
+    if chosen.json:
+        print(json.dumps(tuned.report, indent=1))
+    elif tuned.report:
+        print(_table(tuned.report, spec.output))
+    else:
+        print(f"Written to {spec.output}")
+
+
+def _tell_training(told: Standing | str) -> None:
+    """A notice, or a look at the held-out texts, as a line on stderr."""
+    if isinstance(told, str):
+        _warn(told)
+    elif told.evaluated is not None:
+        texts = []
+        for name, watched in told.evaluated.texts.items():
+            share = told.share_back[name]
+            back = "" if share is None else f", {share:.0%} of the lost nats back"
+            texts.append(f"{describe(name)}: KL {watched.kl:.4f}{back}")
+        loss = "" if told.loss is None else f"loss {told.loss:.4f}; "
+        left = "" if told.seconds_left is None else f"; {told.seconds_left / 60:.0f} minutes left"
+        line = f"Step {told.step} of {told.steps}, {told.tokens:,} tokens: {loss}"
+        tqdm.write(f"{line}{'; '.join(texts)}{left}", file=sys.stderr)
 
 
 def _recorded_bench(

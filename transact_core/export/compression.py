@@ -39,7 +39,11 @@ class ModelReference(Data):
 class TextReference(Data):
     source: str
     sha256: Sha256
-    tokens: Annotated[int, Field(ge=2)]
+    tokens: Annotated[int, Field(ge=0)]
+    skipped: Annotated[int, Field(ge=0)] = 0
+    """Tokens at the text's beginning that something else takes."""
+    parts: tuple["TextReference", ...] = ()
+    """Of a mix, what was taken of each text."""
 
 
 class Environment(Data):
@@ -50,6 +54,53 @@ class Environment(Data):
     threads: Annotated[int, Field(ge=1)]
     cpu_capability: str
     packages: dict[str, str]
+
+
+class Watched(Data):
+    """Means over the scored tokens of a held-out text, in nats."""
+
+    kl: float
+    nll: float
+
+
+class Evaluated(Data):
+    step: Annotated[int, Field(ge=0)]
+    texts: dict[str, Watched]
+
+
+class Training(Data):
+    """One training of the cut, as it was; it is repeated by `tune_command`, and not bit for bit."""
+
+    teacher: ModelReference
+    weight_files: dict[str, Sha256]
+    """Of the model that was trained."""
+    method: Literal["full", "lora"]
+    loss: Literal["kl", "kl+ce", "ce"]
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """Of LoRA's matrices."""
+    teacher_top: Annotated[int, Field(ge=1)] | None = None
+    """How many of the teacher's most likely tokens were written down; None with it in memory."""
+    text: TextReference
+    """What was taken of it; where it is less than was trained on, it was read again."""
+    tokens: Annotated[int, Field(ge=1)]
+    """As asked for."""
+    trained_tokens: Annotated[int, Field(ge=0)]
+    """Until the training ended."""
+    best_step: Annotated[int, Field(ge=0)]
+    """Whose weights these are; 0 where none were better than those that it began with."""
+    sequence_length: Annotated[int, Field(ge=2)]
+    windows_per_step: Annotated[int, Field(ge=1)]
+    learning_rate: Annotated[float, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    held_out: tuple[TextReference, ...]
+    dense_nll: dict[str, float]
+    losses: tuple[float, ...]
+    """By step."""
+    evaluated: tuple[Evaluated, ...]
+    why_ended: str
+    seconds: Annotated[float, Field(ge=0)]
+    processes: Annotated[int, Field(ge=1)] = 1
+    environment: Environment
 
 
 class Compression(Data):
@@ -72,6 +123,8 @@ class Compression(Data):
     save_dtype: Literal["float32", "float16", "bfloat16"]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     environment: Environment
+    trainings: tuple[Training, ...] = ()
+    """What the cut was trained on afterwards, in order; `apply` does not repeat it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -114,23 +167,53 @@ def describe_compression(bench: Bench, decision: Decision, recovery: str) -> Com
         earlier_steps=decision.earlier_steps,
         sequential=decision.sequential,
         granularity_losses=decision.granularity_losses,
-        calibration=_text_reference(bench.calibration),
-        evaluation=_text_reference(bench.evaluation),
+        calibration=text_reference(bench.calibration),
+        evaluation=text_reference(bench.evaluation),
         sequence_length=bench.evaluation.sequence_length,
         save_dtype=bench.save_dtype,
         seed=bench.seed,
-        environment=Environment(
-            device=loaded.device.type,
-            dtype=dtype_name(loaded.dtype),
-            threads=torch.get_num_threads(),
-            cpu_capability=torch.backends.cpu.get_cpu_capability(),
-            packages=package_versions(),
-        ),
+        environment=environment_of(loaded),
     )
 
 
-def _text_reference(windows: Windows) -> TextReference:
-    return TextReference(source=windows.source, sha256=windows.sha256, tokens=windows.tokens)
+def environment_of(loaded: LoadedModel) -> Environment:
+    """This machine and its software, as a model computes on it."""
+    return Environment(
+        device=loaded.device.type,
+        dtype=dtype_name(loaded.dtype),
+        threads=torch.get_num_threads(),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        packages=package_versions(),
+    )
+
+
+def text_reference(windows: Windows) -> TextReference:
+    """What was taken of which text."""
+    parts = [
+        TextReference(source=use.source, sha256=use.sha256, tokens=use.tokens, skipped=use.skipped)
+        for use in windows.uses
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return TextReference(
+        source=windows.source, sha256=windows.sha256, tokens=windows.tokens, parts=tuple(parts)
+    )
+
+
+def tokens_used(compression: Compression) -> dict[str, int]:
+    """By SHA-256 of a text, how far into it what decided or judged a cut goes, in tokens."""
+    used: dict[str, int] = {}
+    references = [compression.evaluation, compression.calibration]
+    for training in compression.trainings:
+        references += training.held_out
+    for reference in references:
+        for part in reference.parts or (reference,):
+            skipped = part.skipped
+            if reference is compression.calibration and part.sha256 in used:
+                # Files of earlier versions do not say what was skipped.
+                skipped = max(skipped, used[part.sha256])
+            used[part.sha256] = max(used.get(part.sha256, 0), skipped + part.tokens)
+    return used
 
 
 def package_versions() -> dict[str, str]:
@@ -229,6 +312,27 @@ def reproduce_command(compression: Compression, output: str = "out") -> str:
     words = [word for name, value in options.items() for word in (name, str(value))]
     words += ["--sequential"] if compression.sequential else []
     return shlex.join(["python", "-m", "transact_core", "prune", *words])
+
+
+def tune_command(training: Training, model: str = "out", output: str = "trained") -> str:
+    """The command line that trains as it was trained, on the cut in the folder `model`."""
+    options = {
+        "--model": model,
+        "--teacher": training.teacher.source,
+        "--text": training.text.source,
+        "--tokens": training.tokens,
+        "--method": training.method,
+        "--loss": training.loss,
+        "--learning-rate": training.learning_rate,
+        "--windows-per-step": training.windows_per_step,
+        "--sequence-length": training.sequence_length,
+        "--seed": training.seed,
+        "--output": output,
+    }
+    if training.rank is not None:
+        options["--rank"] = training.rank
+    words = [word for name, value in options.items() for word in (name, str(value))]
+    return shlex.join(["python", "-m", "transact_core", "tune", *words])
 
 
 def apply_command(output: str = "out", file: str = "compression.json") -> str:
