@@ -68,6 +68,7 @@ from transact_core.export.tune import Tuned, TuneSpec, tune
 from transact_core.forward.in_llama_cpp import evaluate_gguf, measure_gguf_latency
 from transact_core.forward.latency import LatencyPoint, measure_latency
 from transact_core.forward.perplexity import evaluate
+from transact_core.forward.writing import written_texts
 from transact_core.importance.scores import IMPORTANCES, Evidence, score
 from transact_core.models.devices import dtype_name, resolve_device
 from transact_core.models.footprint import footprint
@@ -880,7 +881,7 @@ def _gguf(chosen: argparse.Namespace) -> None:
                 loaded.tokenizer,
                 loaded.architecture.vocab_size,
                 context_length_of(loaded.model.config),
-                texts,
+                written_texts(texts, loaded, progress),
                 progress,
             )
             _warn_all(windows.notices)
@@ -1138,7 +1139,7 @@ def _load_with_windows(
             chosen.sequence_length,
             context_length_of(loaded.model.config),
         )
-        for corpus in corpora
+        for corpus in written_texts(corpora, loaded, progress)
     ]
     _warn_all([*loaded.notices, *(notice for windows in texts for notice in windows.notices)])
     return loaded, texts

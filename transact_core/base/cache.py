@@ -1,9 +1,9 @@
 """Measured tensors kept on disk between runs, keyed by all that determined them.
 
-The cache folder holds three kinds of entries: measured tensors (`measured/*.safetensors`), models
-converted from GGUF (`models/*/`) and the SQLite file of measured points, which
-`experiments.results` writes. `evict` bounds their age and their size. Uploads have a limit of their
-own.
+The cache folder holds four kinds of entries: measured tensors (`measured/*.safetensors`), models
+converted from GGUF (`models/*/`), texts that models wrote (`generated/*.txt`), and the SQLite file
+of measured points, which `experiments.results` writes. `evict` bounds their age and their size.
+Uploads have a limit of their own.
 
 Why not the `diskcache` package: it reads its entries with pickle by default, which lets whoever can
 write to the folder run code (CVE-2025-69872, unfixed in its last release 5.6.3 of August 2023).
@@ -170,7 +170,12 @@ def _entries() -> Iterator[tuple[Path, float, int]]:
     The file of points in use is not among them: it removes single points itself.
     """
     folder = cache_folder()
-    patterns = ("measured/*.safetensors", "models/*", "results.sqlite.damaged-*")
+    patterns = (
+        "measured/*.safetensors",
+        "models/*",
+        "generated/*.txt",
+        "results.sqlite.damaged-*",
+    )
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
         # Hidden names are being written. Another process may remove an entry at any moment.
         if path.name.startswith("."):

@@ -277,7 +277,7 @@ def for_model(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """
     require_written(corpus)
     if corpus.parts:
-        return replace(corpus, parts=tuple(for_model(part, tokenizer) for part in corpus.parts))
+        return mix([for_model(part, tokenizer) for part in corpus.parts])
     if not corpus.conversations:
         return corpus
     if not has_chat_template(tokenizer):

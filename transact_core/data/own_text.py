@@ -11,7 +11,7 @@ import random
 import re
 
 from transact_core.base.errors import TransActError
-from transact_core.data.corpus import Corpus
+from transact_core.data.corpus import Corpus, require_written, texts_of
 
 CONTINUATION, LAST_WORD = "continuation", "last_word"
 OWN_TEXT_TASKS = (CONTINUATION, LAST_WORD)
@@ -38,7 +38,8 @@ def own_text_rows(kind: str, corpus: Corpus, seed: int) -> list[Row]:
     Raises:
         TransActError: the text gives fewer than `FEWEST_QUESTIONS`.
     """
-    words = corpus.text.split()
+    require_written(corpus)
+    words = " ".join(text.text for text in texts_of(corpus)).split()
     words = words[len(words) // 2 :]
     rows = _continuations(words, seed) if kind == CONTINUATION else _last_words(words)
     if len(rows) < FEWEST_QUESTIONS:

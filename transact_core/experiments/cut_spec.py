@@ -19,6 +19,7 @@ from transact_core.data.windows import (
 from transact_core.experiments.bench import Bench, Choices, Measurement
 from transact_core.experiments.results import decided, measured
 from transact_core.experiments.sweep import Pair
+from transact_core.forward.writing import written_texts
 from transact_core.models.load import BUILTIN, LoadedModel, load_model
 from transact_core.pruning.plan import Decision
 
@@ -76,6 +77,7 @@ def bench_with(
     Raises:
         TransActError: a text cannot be tokenised for this model, or is too short.
     """
+    texts = written_texts(texts, loaded, progress)
     windows = make_windows(
         spec,
         loaded.tokenizer,

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.base.files import read_text, require_free_output, staged_folder
+from transact_core.data.conversations import has_chat_template
 from transact_core.data.corpus import (
     BUILTIN_TEXT,
+    GENERATED,
     Corpus,
     describe,
     read_corpus,
@@ -46,6 +47,7 @@ from transact_core.export.licence import keep_licence
 from transact_core.export.tokenizer_files import save_tokenizer
 from transact_core.export.writer import CheckpointWriter
 from transact_core.forward.perplexity import evaluate
+from transact_core.forward.writing import written
 from transact_core.models.devices import dtype_name
 from transact_core.models.footprint import footprint
 from transact_core.models.load import LoadedModel, load_model
@@ -66,6 +68,8 @@ from transact_core.training.teacher import LiveTeacher, Teacher
 
 WORK_SUFFIX = ".training"
 """Of the folder beside the output in which a training is kept."""
+HELD_OUT_SEED = 999_983
+"""Of texts that the model writes to be watched; another one than users choose for training."""
 CARD_HEADING = "## Trained after the cut"
 
 
@@ -151,6 +155,12 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
     dense = load_model(source, spec.device, spec.dtype, progress)
     require_same_vocabulary(student_model, dense)
     yield from [*student_model.notices, *dense.notices]
+    training_text = [
+        (written(beginning, dense, progress), rest) for beginning, rest in training_text
+    ]
+    watched = [written(text, dense, progress) for text in watched]
+    for text in judged:
+        text["corpus"] = written(text["corpus"], dense, progress)
     if compression and sorted(compression.model.weight_files.values()) != sorted(
         dense.weight_files.values()
     ):
@@ -240,7 +250,7 @@ def _held_out(
     """The texts that are watched; `used` learns what they take."""
     beginnings = [beginning for beginning, _ in training_text]
     corpora = {text.sha256: text for text in beginnings}
-    others = list(watched) or _other_kinds(beginnings, judged, dense.tokenizer)
+    others = list(watched) or _other_kinds(spec, beginnings, judged, dense, progress)
     corpora |= {text.sha256: text for text in others}
     held_out = []
     for text in corpora.values():
@@ -260,21 +270,35 @@ def _held_out(
 
 
 def _other_kinds(
+    spec: TuneSpec,
     beginnings: Sequence[Corpus],
     judged: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    dense: LoadedModel,
+    progress: Progress,
 ) -> list[Corpus]:
     """Texts of another kind than the training text, where the user names none.
 
     Of several training texts each is another kind than the others. To a single one Python's own
-    reference is added, or where that is the training text the first other evaluation text.
+    reference is added, or where that is the training text another evaluation text, or else one that
+    the dense model writes. Of a chat model answers through its template are watched too.
     """
     known = {text.sha256 for text in beginnings}
     others = []
     if len(known) == 1:
         candidates = [read_corpus(BUILTIN_TEXT), *(text["corpus"] for text in judged)]
         others = [text for text in candidates if text.sha256 not in known][:1]
+        if not others:
+            others = [_by_the_model(spec, "plain", dense, progress)]
+    if has_chat_template(dense.tokenizer):
+        others.append(_by_the_model(spec, "chat", dense, progress))
     return others
+
+
+def _by_the_model(spec: TuneSpec, kind: str, dense: LoadedModel, progress: Progress) -> Corpus:
+    """A text by the dense model, a little longer than what is watched of it."""
+    tokens = max(spec.held_out_tokens, spec.sequence_length) + spec.sequence_length
+    wanted = f"{GENERATED}:{tokens}:{HELD_OUT_SEED}:{kind}"
+    return written(read_corpus(wanted), dense, progress)
 
 
 def _evaluation_texts(report: Mapping[str, Any], first_source: str | None) -> list[dict[str, Any]]:
