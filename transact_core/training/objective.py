@@ -62,19 +62,47 @@ class TopTargets:
     tokens: torch.Tensor
     """Shape (scored tokens, k), ids."""
     log_p: torch.Tensor
-    """Shape (scored tokens, k), float32."""
+    """Shape (scored tokens, k); rounded to 16 bits where it was written down."""
+    tail: torch.Tensor | None = None
+    """Shape (scored tokens,): what all others have together; None to take what is left of 1."""
 
     def compare(self, log_q: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = slice(start, start + len(log_q))
         tokens, log_p = self.tokens[rows].long(), self.log_p[rows].float()
         p, log_q_top = log_p.exp(), log_q.gather(1, tokens)
-        tail_p = (1 - p.sum(dim=1)).clamp_min(0)
+        if self.tail is None:
+            tail_p = (1 - p.sum(dim=1)).clamp_min(0)
+        else:
+            # Rounding has moved the sum a little from 1.
+            tail_p = self.tail[rows]
+            scale = (1 - tail_p) / p.sum(dim=1)
+            p, log_p = p * scale[:, None], log_p + scale.log()[:, None]
         q = log_q.exp()
         tail_q = (1 - log_q_top.exp().sum(dim=1)).clamp_min(torch.finfo(torch.float32).tiny)
         tail = torch.where(tail_p > 0, tail_p * (tail_p / tail_q).log(), 0)
         divergence = (p * (log_p - log_q_top)).sum(dim=1) + torch.nan_to_num(tail)
         target = q * (tail_p / tail_q)[:, None]
         return divergence, target.scatter_(1, tokens, p)
+
+
+@torch.no_grad()
+def top_of(
+    model: PreTrainedModel, states: torch.Tensor, following: torch.Tensor, top: int
+) -> tuple[torch.Tensor, ...]:
+    """The most likely tokens, their log-probabilities, the tail's mass, and NLL, a row a token.
+
+    `states` and `following` are as `scored_states` gives them.
+    """
+    found = []
+    for start in range(0, len(states), _tokens_at_once(model)):
+        rows = slice(start, start + _tokens_at_once(model))
+        log_p = logits_of(model, states[rows]).float().log_softmax(dim=-1)
+        values, tokens = log_p.topk(min(top, log_p.shape[1]), dim=-1)
+        # Summed over the others, as 1 minus the sum would lose a small tail to rounding.
+        others = log_p.exp().scatter_(1, tokens, 0.0)
+        nll = -log_p.gather(1, following[rows][:, None])[:, 0]
+        found.append((tokens, values, others.sum(dim=1), nll))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 @dataclass(frozen=True)
