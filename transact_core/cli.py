@@ -637,6 +637,20 @@ def _add_tune_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="where the evaluation text of --model is on this machine (default: as recorded)",
     )
     tune.add_argument(
+        "--teacher-cache",
+        type=Path,
+        metavar="DIR",
+        help="folder in which the dense model's most likely tokens are written down once, so that "
+        "training holds one model and later ones need no pass of it (default: in memory)",
+    )
+    tune.add_argument(
+        "--teacher-top",
+        type=_positive,
+        default=spec.teacher_top,
+        metavar="K",
+        help="with --teacher-cache: how many tokens of each distribution",
+    )
+    tune.add_argument(
         "--adapter",
         type=Path,
         metavar="DIR",

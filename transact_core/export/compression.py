@@ -329,6 +329,8 @@ def tune_command(training: Training, model: str = "out", output: str = "trained"
         "--seed": training.seed,
         "--output": output,
     }
+    if training.teacher_top is not None:
+        options |= {"--teacher-cache": "teacher", "--teacher-top": training.teacher_top}
     if training.rank is not None:
         options["--rank"] = training.rank
     words = [word for name, value in options.items() for word in (name, str(value))]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.base.files import read_text, require_free_output, staged_folder
@@ -53,6 +54,7 @@ from transact_core.models.footprint import footprint
 from transact_core.models.load import LoadedModel, load_model
 from transact_core.pruning.surgery import round_weights
 from transact_core.training.loop import (
+    TRAINING_TEXT,
     WINDOWS_AT_ONCE_ON_DEVICE,
     HeldOut,
     Settings,
@@ -65,6 +67,7 @@ from transact_core.training.memory import require_memory
 from transact_core.training.state import Work
 from transact_core.training.student import Student, make_student, require_method
 from transact_core.training.teacher import LiveTeacher, Teacher
+from transact_core.training.teacher_cache import TOP, Shape, TeacherCache
 
 WORK_SUFFIX = ".training"
 """Of the folder beside the output in which a training is kept."""
@@ -101,6 +104,10 @@ class TuneSpec:
     finish: bool = False
     """Whether to train no further and to write the best so far."""
     report_to: str = "none"
+    teacher_cache: Path | None = None
+    """A folder in which what the dense model says is written down, and found again."""
+    teacher_top: int = TOP
+    """How many of its most likely tokens are written down."""
     adapter: Path | None = None
     """A new folder for LoRA's adapters, written beside the merged model."""
 
@@ -193,7 +200,13 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
         at_once * spec.sequence_length,
         device,
     )
+    texts_by_name = {TRAINING_TEXT: training, **{text.name: text.windows for text in held_out}}
+    if spec.teacher_cache is not None:
+        teacher = yield from _written_down(spec, dense, texts_by_name, progress)
+        # Training holds one model; what is still asked of the dense one are its names.
+        dense = dense.release()
     same = identity(settings, training, held_out, student_model.weight_files, dense.weight_files)
+    same["teacher_top"] = spec.teacher_top if spec.teacher_cache else None
     student = make_student(student_model.model, settings.method, settings.rank, settings.seed)
     trained: Trained = yield from train(
         student,
@@ -213,6 +226,29 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
     )
     shutil.rmtree(work.folder, ignore_errors=True)
     return tuned
+
+
+def _written_down(
+    spec: TuneSpec, dense: LoadedModel, texts: Mapping[str, Windows], progress: Progress
+) -> Iterator[str]:
+    """The dense model, written down for these texts; yields what that takes."""
+    shape = Shape(
+        spec.sequence_length,
+        dense.architecture.vocab_size,
+        min(spec.teacher_top, dense.architecture.vocab_size),
+    )
+    cache = TeacherCache(spec.teacher_cache, dense.weight_files, dtype_name(dense.dtype), shape)
+    missing = cache.missing(texts)
+    yield (
+        f"The {shape.top} most likely tokens of the dense model are written down for {missing:,} "
+        f"windows, in {shape.bytes_of(missing) / 1e6:,.1f} MB in {cache.folder}."
+        if missing
+        else f"The dense model is written down already, in {cache.folder}."
+    )
+    # Of several processes the first writes, and the others find it written.
+    with PartialState().main_process_first():
+        cache.write(dense.model, texts, progress)
+    return cache
 
 
 def work_folder(output: Path) -> Path:
@@ -377,6 +413,7 @@ def _training_record(
         weight_files=student.weight_files,
         method=settings.method,
         loss=settings.loss,
+        teacher_top=spec.teacher_top if spec.teacher_cache else None,
         rank=settings.rank if settings.method == "lora" else None,
         text=text_reference(training),
         tokens=settings.tokens,
