@@ -23,10 +23,11 @@ SETUP_TASKS := $(VENV)/.setup-tasks
 SETUP_DEV := $(VENV)/.setup-dev
 SETUP_BENCHMARK := $(VENV)/.setup-benchmark
 SETUP_LLAMA_CPP := $(VENV)/.setup-llama-cpp
+SETUP_TUNE := $(VENV)/.setup-tune
 STOCK_LLAMA_CPP := $(VENV)/stock-llama-cpp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup llama-cpp app test runtimes stock-llama-cpp benchmark example screenshots lint format lock audit licences clean distclean
+.PHONY: help setup llama-cpp tune app test runtimes stock-llama-cpp benchmark example screenshots lint format lock audit licences clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +41,8 @@ setup: $(SETUP) $(SETUP_TASKS) ## install the app and the built-in model into .v
 
 llama-cpp: $(SETUP_LLAMA_CPP) ## install llama.cpp into .venv, to quantise models and run them there
 
+tune: $(SETUP_TUNE) ## install peft into .venv, to train cuts by LoRA
+
 app: $(SETUP) $(SETUP_TASKS) ## start the app on http://ADDRESS:PORT
 	$(PY) -m transact_core app --address "$(ADDRESS)" --port $(PORT)
 
@@ -49,7 +52,7 @@ test: lint runtimes ## check the code and run the tests (PYTEST_ARGS="-k name")
 
 # In CI a runtime that cannot be installed fails the run; elsewhere its tests are skipped.
 runtimes: $(SETUP_DEV) ## install the other runtimes that exported models are tried in
-	$(MAKE) --no-print-directory $(SETUP_LLAMA_CPP) $(RUNTIMES)/.setup $(TRANSFORMERS_4)/.setup || \
+	$(MAKE) --no-print-directory $(SETUP_LLAMA_CPP) $(SETUP_TUNE) $(RUNTIMES)/.setup $(TRANSFORMERS_4)/.setup || \
 		{ [ -z "$$CI" ] && echo "Going on without them: their tests will be skipped." >&2; }
 
 # Its quantiser is what tests/trust/stored/stock-quantiser.json was made with.
@@ -78,7 +81,7 @@ lock: $(TOOLS)/.setup ## write locks/ anew from the requirements (LOCK_ARGS=--up
 
 # --strict, as what could not be looked up would else count as clean.
 audit: $(TOOLS)/.setup ## look the locked packages up in the advisories of PyPI
-	for lock in app torch cuda tasks dev llama-cpp runtimes transformers-4; do \
+	for lock in app torch cuda tasks dev llama-cpp tune runtimes transformers-4; do \
 		$(TOOLS)/bin/pip-audit --strict --disable-pip --progress-spinner off \
 			-r locks/$$lock.txt || exit 1; \
 	done
@@ -129,6 +132,10 @@ $(SETUP_DEV): locks/dev.txt $(SETUP) $(SETUP_TASKS)
 
 $(SETUP_LLAMA_CPP): locks/llama-cpp.txt $(SETUP)
 	$(LOCKED) -r locks/llama-cpp.txt
+	@touch $@
+
+$(SETUP_TUNE): locks/tune.txt $(SETUP)
+	$(LOCKED) -r locks/tune.txt
 	@touch $@
 
 # In folders of their own, as each has a package in another version than the app: the converter of

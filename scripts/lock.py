@@ -85,6 +85,9 @@ def main() -> None:
     llama_cpp = compile_lock(["requirements.txt", "requirements-llama-cpp.txt"], preferred)
     if not set(app) <= set(llama_cpp):
         raise SystemExit("llama.cpp changes the app's packages; mend requirements-llama-cpp.txt")
+    tune = compile_lock(["requirements.txt", "requirements-tune.txt"], preferred)
+    if not set(app) <= set(tune):
+        raise SystemExit("peft changes the app's packages; mend requirements-tune.txt")
     runtimes = compile_lock(
         ["requirements.txt", "requirements-dev.txt", "requirements-runtimes.txt"], preferred
     )
@@ -110,6 +113,8 @@ def main() -> None:
     write_lock("cuda.txt", "What the CUDA build of torch needs, on Linux.", cuda)
     about = "The optional llama.cpp, on top of app.txt."
     write_lock("llama-cpp.txt", about, without(llama_cpp, app))
+    about = "The optional LoRA of `tune`, on top of app.txt."
+    write_lock("tune.txt", about, without(tune, app))
     about = "The runtimes that exported models are tried in, on top of app.txt and dev.txt."
     write_lock("runtimes.txt", about, without(runtimes, dev))
     about = "transformers 4 and what it needs in other versions than app.txt and dev.txt have."

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-LOCKS = ("app", "torch", "cuda", "tasks", "dev", "llama-cpp", "runtimes")
+LOCKS = ("app", "torch", "cuda", "tasks", "dev", "llama-cpp", "tune", "runtimes")
 """What shares one environment, .venv: no package twice."""
 PLATFORMS = [
     {"sys_platform": system, "platform_system": name, "platform_machine": machine}
@@ -47,6 +47,7 @@ ASKED = [
     "requirements-tasks.txt",
     "requirements-dev.txt",
     "requirements-llama-cpp.txt",
+    "requirements-tune.txt",
     "requirements-runtimes.txt",
     "requirements-transformers-4.txt",
     "requirements-model.txt",
@@ -78,6 +79,7 @@ def test_the_locks_agree_with_the_requirements():
     assert pins("requirements-tasks.txt") == pins("locks/tasks.txt")
     assert pins("requirements-dev.txt").items() <= every.items()
     assert pins("requirements-llama-cpp.txt").items() <= pins("locks/llama-cpp.txt").items()
+    assert pins("requirements-tune.txt").items() <= pins("locks/tune.txt").items()
     assert pins("requirements-runtimes.txt").items() <= every.items()
     assert sum(len(entries(file)) for file in LOCKED) == len(every), "a package is locked twice"
 
@@ -93,7 +95,7 @@ def test_the_folder_of_transformers_4_holds_only_other_versions():
 
 def test_only_the_cuda_build_needs_what_is_cudas():
     assert set(pins("locks/torch.txt")) == {"torch"}
-    others = ("app", "dev", "llama-cpp", "runtimes")
+    others = ("app", "dev", "llama-cpp", "tune", "runtimes")
     names = pins(*(f"locks/{name}.txt" for name in others), TRANSFORMERS_4)
     assert not [name for name in names if re.match("nvidia|cuda|triton", name)]
     for requirement, _ in entries("locks/cuda.txt"):

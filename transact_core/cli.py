@@ -49,7 +49,7 @@ from transact_core.export.compression import (
     read_compression,
     require_same_model,
     require_same_text,
-    tune_command,
+    training_commands,
     version_warnings,
 )
 from transact_core.export.folder import compress_to_folder, evaluation_report, report
@@ -61,6 +61,7 @@ from transact_core.export.gguf import (
     vocabulary_for,
 )
 from transact_core.export.gguf_types import QUANTIZATIONS, quantization
+from transact_core.export.iterative import prune_and_tune
 from transact_core.export.model_card import add_gguf_to_card, kept_bare
 from transact_core.export.publish import publish, require_publishable
 from transact_core.export.task_table import record_tasks, require_output_folder
@@ -152,6 +153,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_choices(prune)
     _add_calibration(prune)
     _add_evaluation(prune, several=True)
+    prune.add_argument(
+        "--tune-tokens",
+        type=_positive,
+        metavar="N",
+        help="train after each of the --steps, on N tokens in all, from what the dense model says "
+        "(default: no training)",
+    )
+    prune.add_argument(
+        "--tune-text",
+        metavar="SOURCE",
+        help=f"text that is trained on then: {_SOURCE} (default: {TuneSpec.text})",
+    )
     prune.add_argument(
         "--gguf",
         metavar="TYPE,…",
@@ -688,6 +701,11 @@ def _prune(chosen: argparse.Namespace) -> None:
     if chosen.push_to_hub:
         require_publishable(chosen.push_to_hub)
     bench_spec = _bench_spec(chosen)
+    if chosen.tune_tokens is not None:
+        _prune_and_tune(chosen, bench_spec, (mha_ratio, mlp_ratio))
+        return
+    if chosen.tune_text is not None:
+        raise TransActError("--tune-text is trained on with --tune-tokens; name how many.")
     with _Bar() as progress:
         bench = _open(bench_spec, progress)
         if files:
@@ -732,16 +750,46 @@ def _prune(chosen: argparse.Namespace) -> None:
             tqdm.write(f"Published at {published.address}.", file=sys.stderr)
 
 
+def _prune_and_tune(
+    chosen: argparse.Namespace, bench_spec: BenchSpec, ratios: tuple[float, float]
+) -> None:
+    """Cuts and trains by turns, the tokens split over the steps."""
+    if chosen.gguf or chosen.push_to_hub:
+        raise TransActError(
+            "With --tune-tokens a folder is written and no more; give it to gguf, or publish it, "
+            "afterwards."
+        )
+    choices = _choices(chosen)
+    spec = TuneSpec(
+        model=chosen.model,
+        output=chosen.output,
+        text=chosen.tune_text or TuneSpec.text,
+        sequence_length=chosen.sequence_length,
+        settings=Settings(tokens=chosen.tune_tokens, seed=chosen.seed),
+    )
+    with _Bar() as progress:
+        bench = _open(bench_spec, progress)
+        running = prune_and_tune(chosen.output, bench, ratios, choices, spec, progress)
+        while True:
+            try:
+                told = next(running)
+            except StopIteration as end:
+                measurement = end.value
+                break
+            _tell_training(told)
+    result = report(bench, measurement)
+    print(json.dumps(result, indent=1) if chosen.json else _table(result, chosen.output))
+
+
 def _apply(chosen: argparse.Namespace) -> None:
     compression = read_compression(chosen.compression)
     require_free_output(chosen.output)
     for sentence in version_warnings(compression):
         _warn(sentence)
     if compression.trainings:
-        commands = " and then ".join(map(tune_command, compression.trainings))
         _warn(
-            "the cut that this file describes was trained afterwards. What is made now is the cut "
-            f"before its training, which {commands} trains again, not bit for bit."
+            "the cut that this file describes was trained. What is made now is the cut alone; "
+            f"{training_commands(compression)} trains again, not bit for bit."
         )
     # Sums are split among threads, so the last bits depend on their number.
     torch.set_num_threads(compression.environment.threads)

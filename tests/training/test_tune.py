@@ -331,7 +331,7 @@ def test_apply_says_that_it_repeats_the_cut_alone(spec, cut, tmp_path, capsys):
     again = tmp_path / "again"
     assert main(["apply", str(spec.output / "compression.json"), "--output", str(again)]) == 0
     told = capsys.readouterr().err
-    assert "the cut before its training" in told
+    assert "the cut alone" in told
     assert "python -m transact_core tune --model" in told
     assert same_tensors(again, cut)
 

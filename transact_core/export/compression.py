@@ -73,7 +73,9 @@ class Training(Data):
 
     teacher: ModelReference
     weight_files: dict[str, Sha256]
-    """Of the model that was trained."""
+    """Of the model that was trained; empty where it was a cut that was trained at once."""
+    shot: Annotated[int, Field(ge=1)] | None = None
+    """After which of several cuts it was trained, where cuts and trainings take turns."""
     method: Literal["full", "lora"]
     loss: Literal["kl", "kl+ce", "ce"]
     rank: Annotated[int, Field(ge=1)] | None = None
@@ -312,6 +314,20 @@ def reproduce_command(compression: Compression, output: str = "out") -> str:
     words = [word for name, value in options.items() for word in (name, str(value))]
     words += ["--sequential"] if compression.sequential else []
     return shlex.join(["python", "-m", "transact_core", "prune", *words])
+
+
+def training_commands(compression: Compression, output: str = "trained") -> str:
+    """The command lines that repeat the trainings, or cuts and trainings where they took turns."""
+    trainings = compression.trainings
+    if all(training.shot is None for training in trainings):
+        return " and then ".join(tune_command(training) for training in trainings)
+    first = trainings[0]
+    words = {
+        "--tune-tokens": sum(training.tokens for training in trainings if training.shot),
+        "--tune-text": first.text.source,
+    }
+    more = shlex.join([word for name, value in words.items() for word in (name, str(value))])
+    return f"{reproduce_command(compression, output)} {more}"
 
 
 def tune_command(training: Training, model: str = "out", output: str = "trained") -> str:

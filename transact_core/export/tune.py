@@ -178,7 +178,7 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
     texts = [_evaluation_windows(text, dense) for text in judged]
     for windows in texts:
         count_used(used, windows)
-    held_out = _held_out(spec, training_text, watched, dense, used, judged, progress)
+    held_out = held_out_texts(spec, training_text, watched, dense, used, judged, progress)
     training = pack(
         training_text,
         dense.tokenizer,
@@ -220,7 +220,7 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
         spec.finish,
         spec.report_to,
     )
-    record = _training_record(spec, settings, trained, training, held_out, student_model, dense)
+    record = training_record(spec, settings, trained, training, held_out, student_model, dense)
     tuned = _write(
         spec, student, student_model, trained, record, compression, report, texts, progress
     )
@@ -274,7 +274,7 @@ def require_same_vocabulary(student: LoadedModel, teacher: LoadedModel) -> None:
 # --- texts -----------------------------------------------------------------------------------
 
 
-def _held_out(
+def held_out_texts(
     spec: TuneSpec,
     training_text: Sequence[Pieces],
     watched: Sequence[Corpus],
@@ -398,7 +398,7 @@ def _recorded(folder: Path) -> tuple[Compression | None, dict[str, Any]]:
     return compression, report
 
 
-def _training_record(
+def training_record(
     spec: TuneSpec,
     settings: Settings,
     trained: Trained,
@@ -406,11 +406,15 @@ def _training_record(
     held_out: Sequence[HeldOut],
     student: LoadedModel,
     dense: LoadedModel,
+    shot: int | None = None,
 ) -> Training:
+    """What `compression.json` says of a training; `shot` counts from 1 where it is one of several
+    between cuts."""
     curve = trained.curve
     return Training(
         teacher=ModelReference(source=dense.source, weight_files=dense.weight_files),
-        weight_files=student.weight_files,
+        weight_files=student.weight_files if shot is None else {},
+        shot=shot,
         method=settings.method,
         loss=settings.loss,
         teacher_top=spec.teacher_top if spec.teacher_cache else None,

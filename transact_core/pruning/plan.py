@@ -274,6 +274,10 @@ class Step(Data):
     head_dim: int
     intermediate_size: int
     perplexity: float
+    """Behind the training where there was one."""
+    before_training: float | None = None
+    """Perplexity after recovery, where it was trained then."""
+    trained_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,13 @@ from transact_core.experiments.side_by_side import compare as compare_models
 from transact_core.experiments.sweep import Pair, point_at
 from transact_core.export.compression import describe_compression
 from transact_core.export.folder import require_room, write_checkpoint
+from transact_core.export.tune import TuneSpec, tune
 from transact_core.forward.generation import Sampling
 from transact_core.forward.latency import LatencyPoint, measure_latency, require_lengths_fit
 from transact_core.forward.perplexity import token_losses
 from transact_core.planning.duration import Feed, evaluation_flops
 from transact_core.pruning.plan import PruningPlan
+from transact_core.training.loop import Standing
 from transact_core.workers.open_models import OpenModels
 
 PACE_TOKENS = 64
@@ -165,6 +167,17 @@ def export(
     compression = describe_compression(bench, point.decision, point.recovery)
     write_checkpoint(folder, model, bench, point, compression)
     return folder
+
+
+def train_cut(models: OpenModels, report: Progress, spec: TuneSpec) -> Iterator[Standing | str]:
+    """Trains the cut in a folder and writes another one; its result is a `Tuned`.
+
+    What it yields is where it stands after each step: loss, held-out divergences, share of the lost
+    nats that is back, seconds left. Cancelled, it has kept its state, and goes on with `resume`; with
+    `finish` as well it writes the best so far.
+    """
+    models.let_go()
+    return (yield from tune(spec, report))
 
 
 # --- both models -----------------------------------------------------------------------------

@@ -1,0 +1,183 @@
+"""The paper's whole method: score, cut a part of the way, train, and again until the width is there.
+
+Each shot scores the model as it has become, cuts it by the schedule of `decide.schedule`, repairs
+it on the calibration text and trains it by distillation from the dense model. Source: TransAct,
+iterative pruning; repair between cut and training, and distillation as the loss, are ours.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from transact_core.base.errors import Progress, TransActError, silent
+from transact_core.data.windows import Windows
+from transact_core.experiments.bench import Bench, Choices
+from transact_core.experiments.decide import schedule
+from transact_core.forward.perplexity import evaluate
+from transact_core.importance.scores import Evidence, score
+from transact_core.models.architecture import Architecture
+from transact_core.pruning.closed_form import recover
+from transact_core.pruning.plan import LayerPlan, PruningPlan, Step, make_plan, widths
+from transact_core.pruning.surgery import prune
+from transact_core.training.loop import HeldOut, Settings, Standing, Trained, identity, train
+from transact_core.training.state import Work
+from transact_core.training.student import make_student
+from transact_core.training.teacher import LiveTeacher
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One cut and its training."""
+
+    step: Step
+    """The widths and the perplexity behind the training."""
+    settings: Settings
+    training: Windows
+    trained: Trained
+
+
+def require_iterative(choices: Choices) -> None:
+    """Refuses choices that a model trained in between cannot have.
+
+    Raises:
+        TransActError: the sentence names the choice.
+    """
+    if choices.granularity in ("auto", "head-dims"):
+        raise TransActError(
+            "Training between steps takes whole heads or groups; choose the granularity "
+            "query-heads or kv-groups."
+        )
+    if choices.sequential:
+        raise TransActError("Training between steps and --sequential exclude each other.")
+
+
+def shares(training: Windows, shots: int) -> list[Windows]:
+    """The windows of each shot, none of them in two, as even as they can be.
+
+    Raises:
+        TransActError: there are fewer windows than shots.
+    """
+    if len(training) < shots:
+        raise TransActError(
+            f"{len(training)} windows of training text are fewer than the {shots} steps; train on "
+            "more tokens."
+        )
+    ends = [len(training) * shot // shots for shot in range(shots + 1)]
+    return [
+        replace(training, ids=training.ids[start:end])
+        for start, end in zip(ends, ends[1:], strict=False)
+    ]
+
+
+def prune_and_train(
+    bench: Bench,
+    mha_ratio: float,
+    mlp_ratio: float,
+    choices: Choices,
+    training: Windows,
+    held_out: Sequence[HeldOut],
+    settings: Settings,
+    folder: Path,
+    progress: Progress = silent,
+) -> Iterator[Standing | Shot]:
+    """Takes all steps; returns the trained model and the plan of what it keeps of the dense one.
+
+    Yields where each training stands, and each shot when it is done. `settings.tokens` are split
+    over the shots; the learning rate rises over them in even parts to the one that is set. The
+    trainings under way are kept in `folder`.
+
+    Raises:
+        TransActError: as `require_iterative`, `make_plan` and `train` do.
+    """
+    require_iterative(choices)
+    dense, architecture = bench.loaded.model, bench.loaded.architecture
+    targets = list(schedule(architecture, mha_ratio, mlp_ratio, choices))
+    teacher = LiveTeacher(dense)
+    current: PreTrainedModel = dense
+    kept = [
+        LayerPlan(
+            kept_heads=tuple(range(architecture.num_attention_heads)),
+            kept_channels=tuple(range(architecture.intermediate_size)),
+        )
+        for _ in range(architecture.num_hidden_layers)
+    ]
+    plan = None
+    for number, (target, part) in enumerate(
+        zip(targets, shares(training, len(targets)), strict=True), start=1
+    ):
+
+        def report(stage: str, done: int, total: int, number: int = number) -> None:
+            progress(f"Step {number} of {len(targets)}: {stage.lower()}", done, total)
+
+        last = number == len(targets)
+        own = choices if last else replace(choices, multiple_of=1, head_dim_multiple_of=1)
+        wanted = widths(architecture, *target, own.granularity, own.multiple_of)
+        shape = Architecture.from_model(current)
+        scores = score(
+            own.importance, Evidence(current, bench.calibration, shape, bench.seed, report)
+        )
+        plan = make_plan(
+            shape,
+            scores,
+            own.importance,
+            1 - wanted.num_attention_heads / shape.num_attention_heads,
+            1 - wanted.intermediate_size / shape.intermediate_size,
+            own.granularity,
+            own.multiple_of,
+        )
+        model = prune(current, plan, with_biases=choices.recovery == "bias")
+        if choices.recovery != "none" and plan.cuts_anything(shape):
+            recover(current, model, plan, bench.calibration, choices.recovery, report)
+        kept = [_composed(outer, inner) for outer, inner in zip(kept, plan.layers, strict=True)]
+        before = evaluate(model, bench.evaluation, report).perplexity
+        tokens = len(part) * part.sequence_length
+        shot_settings = replace(
+            settings,
+            tokens=min(tokens, settings.tokens // len(targets)),
+            learning_rate=settings.highest_rate * number / len(targets),
+        )
+        student = make_student(model, settings.method, settings.rank, settings.seed)
+        same = identity(shot_settings, part, held_out, {}, bench.loaded.weight_files)
+        work = Work(folder / f"step-{number}-{time.time_ns()}")
+        trained: Trained = yield from train(
+            student, teacher, part, held_out, shot_settings, work, same, report
+        )
+        current = student.merged()
+        after = Architecture.from_model(current)
+        step = Step(
+            num_attention_heads=after.num_attention_heads,
+            num_key_value_heads=after.num_key_value_heads,
+            head_dim=after.head_dim,
+            intermediate_size=after.intermediate_size,
+            perplexity=evaluate(current, bench.evaluation, report).perplexity,
+            before_training=before,
+            trained_tokens=len(trained.curve.losses)
+            * settings.windows_per_step
+            * part.sequence_length,
+        )
+        yield Shot(step, shot_settings, part, trained)
+    whole = PruningPlan(
+        mha_ratio=mha_ratio,
+        mlp_ratio=mlp_ratio,
+        granularity=choices.granularity,
+        importance=choices.importance,
+        multiple_of=choices.multiple_of,
+        head_dim_multiple_of=choices.head_dim_multiple_of,
+        num_attention_heads=plan.num_attention_heads,
+        num_key_value_heads=plan.num_key_value_heads,
+        intermediate_size=plan.intermediate_size,
+        layers=tuple(kept),
+    )
+    whole.check(architecture)
+    return current, whole
+
+
+def _composed(outer: LayerPlan, inner: LayerPlan) -> LayerPlan:
+    """What two cuts in a row keep, in the places of the first one's model."""
+    return LayerPlan(
+        kept_heads=tuple(outer.kept_heads[head] for head in inner.kept_heads),
+        kept_channels=tuple(outer.kept_channels[channel] for channel in inner.kept_channels),
+    )

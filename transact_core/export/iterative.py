@@ -1,0 +1,112 @@
+"""`prune --steps K --tune-tokens N`: cut and train by turns, and write the output folder."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from transact_core.base.errors import Progress, silent
+from transact_core.base.files import require_free_output
+from transact_core.data.packing import open_sources, pack
+from transact_core.data.windows import count_used
+from transact_core.experiments.bench import Bench, Choices, Measurement, measure
+from transact_core.experiments.iterative import Shot, prune_and_train, require_iterative
+from transact_core.export.compression import describe_compression
+from transact_core.export.folder import write_checkpoint
+from transact_core.export.tune import TuneSpec, held_out_texts, training_record, work_folder
+from transact_core.forward.writing import written
+from transact_core.pruning.plan import Decision
+from transact_core.pruning.surgery import round_weights
+from transact_core.training.loop import Standing
+
+
+def prune_and_tune(
+    output: Path,
+    bench: Bench,
+    ratios: tuple[float, float],
+    choices: Choices,
+    spec: TuneSpec,
+    progress: Progress = silent,
+) -> Iterator[Standing | str]:
+    """Takes all steps and writes the folder, whole or not at all; returns the `Measurement`.
+
+    Of `spec` the training text, the held-out texts and the settings are looked at.
+
+    Raises:
+        TransActError: as `prune_and_train` and `write_checkpoint` do.
+    """
+    require_iterative(choices)
+    require_free_output(output)
+    start = time.perf_counter()
+    dense = bench.loaded
+    sources = [
+        (written(beginning, dense, progress), rest) for beginning, rest in open_sources(spec.text)
+    ]
+    used: dict[str, int] = {}
+    for windows in (bench.evaluation, *bench.others, bench.calibration):
+        count_used(used, windows)
+    held_out = held_out_texts(spec, sources, [], dense, used, [], progress)
+    training = pack(
+        sources,
+        dense.tokenizer,
+        dense.architecture.vocab_size,
+        spec.settings.tokens,
+        spec.sequence_length,
+        used,
+        progress,
+    )
+    yield from dict.fromkeys(
+        [*training.notices, *(notice for text in held_out for notice in text.windows.notices)]
+    )
+    bench.measure_dense(progress)
+    work = work_folder(output)
+    shots: list[Shot] = []
+    steps = prune_and_train(
+        bench, *ratios, choices, training, held_out, spec.settings, work, progress
+    )
+    try:
+        while True:
+            try:
+                told = next(steps)
+            except StopIteration as end:
+                model, plan = end.value
+                break
+            if isinstance(told, Shot):
+                shots.append(told)
+                yield (
+                    f"Step {len(shots)} of {choices.steps}: "
+                    f"{told.step.num_attention_heads} heads and {told.step.intermediate_size} "
+                    f"channels, perplexity {told.step.before_training:.4f}, and "
+                    f"{told.step.perplexity:.4f} after training on "
+                    f"{told.step.trained_tokens:,} tokens."
+                )
+            else:
+                yield told
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    model.requires_grad_(False)
+    round_weights(model, getattr(torch, bench.save_dtype))
+    measurement: Measurement = measure(bench, model, plan, choices.recovery, (), start, progress)
+    decision = Decision(
+        plan, {}, steps=choices.steps, earlier_steps=tuple(shot.step for shot in shots)
+    )
+    compression = describe_compression(bench, decision, choices.recovery)
+    records = tuple(
+        training_record(
+            replace(spec, settings=shot.settings),
+            shot.settings,
+            shot.trained,
+            shot.training,
+            held_out,
+            dense,
+            dense,
+            number,
+        )
+        for number, shot in enumerate(shots, start=1)
+    )
+    compression = compression.model_copy(update={"trainings": records})
+    write_checkpoint(output, model, bench, replace(measurement, decision=decision), compression)
+    return measurement
