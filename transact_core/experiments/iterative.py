@@ -1,4 +1,4 @@
-"""The paper's whole method: score, cut a part of the way, train, and again until the width is there.
+"""The paper's whole method: score, cut a part of the way, train, and again down to the width.
 
 Each shot scores the model as it has become, cuts it by the schedule of `decide.schedule`, repairs
 it on the calibration text and trains it by distillation from the dense model. Source: TransAct,
@@ -8,6 +8,7 @@ iterative pruning; repair between cut and training, and distillation as the loss
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -66,10 +67,7 @@ def shares(training: Windows, shots: int) -> list[Windows]:
             "more tokens."
         )
     ends = [len(training) * shot // shots for shot in range(shots + 1)]
-    return [
-        replace(training, ids=training.ids[start:end])
-        for start, end in zip(ends, ends[1:], strict=False)
-    ]
+    return [replace(training, ids=training.ids[start:end]) for start, end in pairwise(ends)]
 
 
 def prune_and_train(

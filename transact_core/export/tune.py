@@ -220,6 +220,11 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
         spec.finish,
         spec.report_to,
     )
+    # Of several processes one writes, once all have read the best weights.
+    processes = PartialState(cpu=device.type == "cpu")
+    processes.wait_for_everyone()
+    if not processes.is_main_process:
+        return Tuned(spec.output, trained.improved, _sentence(trained), {})
     record = training_record(spec, settings, trained, training, held_out, student_model, dense)
     tuned = _write(
         spec, student, student_model, trained, record, compression, report, texts, progress
@@ -246,7 +251,7 @@ def _written_down(
         else f"The dense model is written down already, in {cache.folder}."
     )
     # Of several processes the first writes, and the others find it written.
-    with PartialState().main_process_first():
+    with PartialState(cpu=dense.device.type == "cpu").main_process_first():
         cache.write(dense.model, texts, progress)
     return cache
 
@@ -441,6 +446,7 @@ def training_record(
         ),
         why_ended=trained.why,
         seconds=curve.seconds,
+        processes=PartialState(cpu=student.device.type == "cpu").num_processes,
         environment=environment_of(student),
     )
 

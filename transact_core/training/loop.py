@@ -212,7 +212,7 @@ def identity(
     }
 
 
-class _Objective(nn.Module):
+class Objective(nn.Module):
     """The student as a module that gives the loss, so that processes can share its gradient."""
 
     def __init__(self, student: Student, loss: LossName) -> None:
@@ -295,7 +295,7 @@ def train(
             )
         kept = work.restore(weights, raw)
         curve, step = Curve.from_json(kept["curve"]), kept["step"]
-    module, optimizer = accelerator.prepare(_Objective(student, settings.loss), raw)
+    module, optimizer = accelerator.prepare(Objective(student, settings.loss), raw)
     watch = _Watch(student, teacher, held_out, accelerator)
     if report_to != "none":
         accelerator.init_trackers("transact-tune", config=_flat(settings))
@@ -351,7 +351,9 @@ def train(
             save()
             raise
         rows = rows_of_step(step, settings, len(training))[rank::processes]
-        loss = _step(module, optimizer, accelerator, teacher, training, rows, settings, steps, step)
+        loss = take_step(
+            module, optimizer, accelerator, teacher, training, rows, settings, steps, step
+        )
         if not math.isfinite(loss):
             raise TransActError(
                 f"The loss is not a number after step {step}; choose a lower --learning-rate. The "
@@ -397,7 +399,7 @@ def rows_of_step(step: int, settings: Settings, windows: int) -> list[int]:
     return rows
 
 
-def _step(
+def take_step(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,

@@ -173,8 +173,8 @@ def train_cut(models: OpenModels, report: Progress, spec: TuneSpec) -> Iterator[
     """Trains the cut in a folder and writes another one; its result is a `Tuned`.
 
     What it yields is where it stands after each step: loss, held-out divergences, share of the lost
-    nats that is back, seconds left. Cancelled, it has kept its state, and goes on with `resume`; with
-    `finish` as well it writes the best so far.
+    nats that is back, seconds left. Cancelled, it has kept its state, and goes on with `resume`;
+    with `finish` as well it writes the best so far.
     """
     models.let_go()
     return (yield from tune(spec, report))
