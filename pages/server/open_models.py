@@ -18,7 +18,7 @@ import torch
 from pages.server import libraries
 from pages.server.jobs import DONE, STOPPING_SECONDS, Job, JobQueue
 from pages.server.request import Request, first_look, what_to_learn
-from pages.server.settings import require_readable_source, settings
+from pages.server.settings import require_readable_source, require_readable_text, settings
 from pages.server.visitors import Visitor, size_of
 from transact_core.base.errors import Progress
 from transact_core.experiments import results
@@ -268,9 +268,9 @@ class Workbench:
         return self.lane(request).queue.submit("Measuring the dense model", measure)
 
     def _opened(self, request: Request, report: Progress) -> Bench:
-        texts = (request.calibration, request.evaluation, *request.others)
-        for source in (request.model, *texts):
-            require_readable_source(source, settings())
+        require_readable_source(request.model, settings())
+        for text in (request.calibration, request.evaluation, *request.others):
+            require_readable_text(text, settings())
         return self.run(request, work.open_bench, report)
 
 

@@ -2,7 +2,8 @@
 
 They are environment variables named `TRANSACT_…`, which SECURITY.md lists. They are read once, and
 a wrong one keeps the app from starting, with one sentence on what is wrong. Paths from the browser
-are used only after `require_readable`, `require_readable_source` or `require_writable`.
+are used only after `require_readable`, `require_readable_source`, `require_readable_text` or
+`require_writable`.
 """
 
 import ipaddress
@@ -261,6 +262,20 @@ def require_readable_source(source: str, allowed: Settings) -> None:
     # The libraries that fetch from the hub take a folder of the same name where there is one.
     if not (HUB_NAME.fullmatch(source) and not os.path.lexists(source)):
         require_readable(source, allowed)
+
+
+def require_readable_text(source: str, allowed: Settings) -> None:
+    """Like `require_readable_source`, for a text: each one of a mix must be readable.
+
+    Raises:
+        TransActError: one is a path out of what the browser may read.
+    """
+    from transact_core.data.corpus import is_generated, mixed_sources
+
+    for part in mixed_sources(source):
+        # What a model writes is read from no path that a visitor names.
+        if not is_generated(part):
+            require_readable_source(part, allowed)
 
 
 def _within(place: Path, folders: tuple[Path, ...]) -> bool:

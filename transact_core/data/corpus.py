@@ -139,7 +139,7 @@ def read_corpora(source: str) -> Iterator[Corpus]:
     if source == BUILTIN_TEXT:
         yield corpus_from_text(source, _builtin_text())
         return
-    if source == GENERATED or source.startswith(f"{GENERATED}:"):
+    if is_generated(source):
         wanted = _generated(source)
         yield Corpus(wanted.source, "", sha256_of_text(wanted.source), to_write=wanted)
         return
@@ -154,6 +154,11 @@ def read_corpora(source: str) -> Iterator[Corpus]:
             f"with {MIXED} between them."
         )
     yield from _file_corpora(source, path, column)
+
+
+def is_generated(source: str) -> bool:
+    """Whether a source is a text that a model writes; no file is read under such a name."""
+    return source == GENERATED or source.startswith(f"{GENERATED}:")
 
 
 def mixed_sources(source: str) -> tuple[str, ...]:
@@ -328,7 +333,7 @@ def describe(source: str) -> str:
     if source == BUILTIN_TEXT:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         return f"Python {version}'s own reference (pydoc_data.topics)"
-    if source == GENERATED or source.startswith(f"{GENERATED}:"):
+    if is_generated(source):
         return f"text written by the model itself ({source})"
     parts = mixed_sources(source)
     return f"a mix of {' and '.join(map(describe, parts))}" if len(parts) > 1 else source

@@ -263,6 +263,7 @@ def tiny(own_workbench, checkpoint, text_file, monkeypatch, tmp_path):
     """A workbench and a request for the tiny checkpoint, which is opened."""
     monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(open_models, "require_readable_source", lambda *_: None)
+    monkeypatch.setattr(open_models, "require_readable_text", lambda *_: None)
     text = str(text_file)
     request = Request(str(checkpoint), "cpu", "float32", text, text, 512, 512, 64)
     assert ended(own_workbench.open(request).dense).error is None
@@ -274,6 +275,7 @@ def test_an_opened_bench_says_where_windows_are_longer_than_the_models_context(
 ):
     monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(open_models, "require_readable_source", lambda *_: None)
+    monkeypatch.setattr(open_models, "require_readable_text", lambda *_: None)
     text = str(text_file)
     request = Request(str(checkpoint), "cpu", "float32", text, text, 600, 600, 300)
     bench = ended(own_workbench.open(request).bench).result

@@ -18,6 +18,7 @@ from pages.server.settings import (
     read_settings,
     require_readable,
     require_readable_source,
+    require_readable_text,
     require_writable,
     uploads_folder,
 )
@@ -224,6 +225,18 @@ def test_only_sources_that_are_paths_are_held_to_folders(tree, bounded, monkeypa
     for source in (*paths, "hub:../secret", "/etc", " /etc/passwd ", "~/x", "", "hub:"):
         with pytest.raises(TransActError):
             require_readable_source(source, bounded)
+
+
+def test_every_text_of_a_mix_is_held_to_folders(tree, bounded, monkeypatch):
+    """The mix as a whole may look like a path in an allowed folder."""
+    monkeypatch.chdir(tree / "allowed")
+    inside, outside = tree / "allowed" / "x.txt", tree / "secret" / "x.txt"
+    for path in (inside, outside):
+        path.write_text("text")
+    require_readable_text(f"builtin+{inside}+generated:100:1+hub:wikitext", bounded)
+    for source in (f"builtin+{outside}", f"{inside}+../secret/x.txt", f"x.txt+{outside}"):
+        with pytest.raises(TransActError):
+            require_readable_text(source, bounded)
 
 
 def test_a_column_of_a_file_is_held_to_the_folder_of_the_file(tree, bounded):
