@@ -350,6 +350,19 @@ def test_missing_peft_is_one_sentence(spec, monkeypatch):
         next(tune(spec))
 
 
+def test_a_teacher_that_was_written_down_serves_the_next_training(spec, tmp_path, monkeypatch):
+    spec = replace(spec, teacher_cache=tmp_path / "teacher", teacher_top=32)
+    yielded, tuned = ended(tune(spec))
+    assert any("32 most likely tokens" in told for told in yielded if isinstance(told, str))
+    assert tuned.improved
+    (training,) = read_compression(spec.output / "compression.json").trainings
+    assert training.teacher_top == 32
+    again = tune(replace(spec, output=tmp_path / "again"))
+    told = next(told for told in again if isinstance(told, str) and "written down" in told)
+    assert "already" in told
+    again.close()
+
+
 def test_the_command_prints_the_table_and_the_looks(spec, capsys):
     arguments = ["tune", "--model", spec.model, "--text", spec.text, "--output", str(spec.output)]
     arguments += ["--tokens", "256", "--windows-per-step", "2", "--sequence-length", "32"]

@@ -349,7 +349,14 @@ def tune_command(training: Training, model: str = "out", output: str = "trained"
         options |= {"--teacher-cache": "teacher", "--teacher-top": training.teacher_top}
     if training.rank is not None:
         options["--rank"] = training.rank
+    if len(training.evaluated) > 1:
+        options["--evaluate-every"] = training.evaluated[1].step
+    if training.held_out:
+        options["--held-out-tokens"] = training.held_out[0].tokens
     words = [word for name, value in options.items() for word in (name, str(value))]
+    own = {part.source for part in training.text.parts or (training.text,)}
+    for text in training.held_out:
+        words += ["--held-out", text.source] if text.source not in own else []
     return shlex.join(["python", "-m", "transact_core", "tune", *words])
 
 

@@ -5,6 +5,7 @@ written. What is written is a stock checkpoint, as `prune` writes it, with the t
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ from transact_core.export.tokenizer_files import save_tokenizer
 from transact_core.export.writer import CheckpointWriter
 from transact_core.forward.perplexity import evaluate
 from transact_core.forward.writing import written
-from transact_core.models.devices import dtype_name
+from transact_core.models.devices import dtype_name, resolve_device
 from transact_core.models.footprint import footprint
 from transact_core.models.load import LoadedModel, load_model
 from transact_core.pruning.surgery import round_weights
@@ -158,8 +159,9 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
     judged = _evaluation_texts(report, spec.evaluation)
     watched = [read_corpus(name) for name in spec.held_out]
 
-    student_model = load_model(spec.model, spec.device, "float32", progress)
-    dense = load_model(source, spec.device, spec.dtype, progress)
+    place = _device(spec.device)
+    student_model = load_model(spec.model, place, "float32", progress)
+    dense = load_model(source, place, spec.dtype, progress)
     require_same_vocabulary(student_model, dense)
     yield from [*student_model.notices, *dense.notices]
     training_text = [
@@ -231,6 +233,12 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
     )
     shutil.rmtree(work.folder, ignore_errors=True)
     return tuned
+
+
+def _device(name: str) -> str:
+    """The device of this process: each of several has a GPU of its own."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if local and resolve_device(name).type == "cuda" else name
 
 
 def _written_down(
