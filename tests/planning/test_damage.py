@@ -190,7 +190,7 @@ def test_the_mlps_curve_is_that_of_its_own_dense_stream(bench):
         lost = written = 0.0
         projection = output_projections(model.model.layers[number])["mlp"]
         gone = order[number, 25:]
-        for transitional, residual in stream.advance(number, "mlp"):
+        for transitional, residual, _ in stream.advance(number, "mlp"):
             weight = inverse_rms(residual, model.config.rms_norm_eps).sqrt()
             missing = transitional[..., gone] @ projection.weight[:, gone].T
             lost += (missing * weight).square().sum().item()
