@@ -243,8 +243,8 @@ class Stream:
 
         Gives (transitional, residual, slopes) of each batch: the module's waist, after `change`,
         from which the module writes; the residual stream after the module, a view that the next
-        module will overwrite; and what `slopes` says of the tokens. The stream has moved on once all batches are taken; a layer's modules come
-        in the order of the model, "mha" first.
+        module will overwrite; and what `slopes` says of the tokens. The stream has moved on once
+        all batches are taken; a layer's modules come in the order of the model, "mha" first.
 
         Raises:
             TransActError: a transitional activation is NaN or infinite.

@@ -80,14 +80,16 @@ def test_every_type_of_model_is_supported_or_refused_in_a_sentence(model_type, t
     with pytest.raises(TransActError) as refused:
         load_model(str(tmp_path))
     sentence = str(refused.value)
-    assert sentence.endswith(".") and "\n" not in sentence
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
     if model_type in FAMILIES:
         # Its description is read; this folder has nothing else.
         assert sentence == f"{tmp_path} holds no weights: there is no model.safetensors."
         return
     # Some bring configurations alone, for LLaMA's class.
     named = f"model of the type {model_type}" if named == "LlamaForCausalLM" else named
-    assert f" {named}" in sentence and "only dense causal language models of" in sentence
+    assert f" {named}" in sentence
+    assert "only dense causal language models of" in sentence
     called = [words for words in KINDS if f"which is {words}" in sentence]
     wanted = [words for words, members in KINDS.items() if model_type in members.split()]
     assert called == wanted or not wanted

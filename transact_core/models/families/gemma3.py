@@ -1,4 +1,7 @@
-"""Gemma 3, its models of text: norms behind the modules too, and of each head's queries and keys."""
+"""Gemma 3, its models of text: norms behind the modules too, and of each head's queries and keys.
+
+All of them scale what follows by one plus a weight, which nothing here has to know.
+"""
 
 from transact_core.models.families.description import Family, InLlamaCpp, Norms
 

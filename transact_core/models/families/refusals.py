@@ -42,11 +42,11 @@ RECURRENT_FIELDS = (
     "time_mix_extra_dim",
 )
 """Fields by which those of models are known that have recurrent layers, alone or among others."""
-WHY_NOT = {
-    name: "normalises the queries and keys of all heads together, so that no head can be removed "
-    "without a change to the others"
-    for name in ("olmo2", "olmo3")
-}
+WHY_NOT = dict.fromkeys(
+    ("olmo2", "olmo3"),
+    "normalises the queries and keys of all heads together, so that no head can be removed without "
+    "a change to the others",
+)
 """What stands in the way of dense models of attention and MLP that people try, by `model_type`."""
 
 
