@@ -85,8 +85,10 @@ def added(layer: nn.Module, module: str, written: torch.Tensor) -> torch.Tensor:
 
 
 # A norm behind a module makes what is added to the stream no longer linear in what is written. Of
-# a small error it passes on, to first order, what these two say; the part along the output itself,
-# which the norm takes away, is counted as if it stayed.
+# a small error it passes on what these two say, less the part along the output. That part is
+# counted as if it stayed, which is nearer to the truth of large errors: where a share r of the
+# output's energy is lost, orthogonal to the rest, the norm makes of it 2 (1 − √(1 − r)), which is
+# between r and 2 r, and not r (1 − r).
 def gains(layer: nn.Module, module: str) -> torch.Tensor | None:
     """The factor of each output by the norm behind a module, shape (hidden_size,), float32.
 

@@ -23,7 +23,7 @@ from transact_core.forward.continuations import Request, score_continuations
 from transact_core.forward.layers import logits_of
 from transact_core.forward.perplexity import evaluate, losses_behind_layers
 from transact_core.forward.statistics import collect
-from transact_core.forward.stream import Stream
+from transact_core.forward.stream import Stream, added, run_module
 from transact_core.forward.token_damage import measure_token_damage
 from transact_core.forward.waists import MODULES, head_rows, output_projections
 from transact_core.importance.gradients import channel_sums, collect_saliences
@@ -306,6 +306,17 @@ def test_the_repaired_stream_is_that_of_the_pruned_model(dense, bench):
     pruned = prune(dense, plan)
     found = recover(dense, pruned, plan, one, "least-squares")
     assert all(fit.is_bare for fit in found.fits)
+    # The first attention reads the embeddings, which are the stock model's own.
+    first = Stream(dense, one)
+    layers = [each.model.layers[0] for each in (dense, pruned)]
+    with torch.no_grad():
+        wanted, kept = (
+            added(layer, "mha", run_module(layer, "mha", first.hidden, first.arguments[0])[0])
+            for layer in layers
+        )
+        behind = (first.hidden + wanted).square().mean(-1, keepdim=True).sqrt()
+        lost, whole = (each.square().div(behind).sum().item() for each in (wanted - kept, wanted))
+    assert found.fits[0].bare_error == pytest.approx(lost / whole, rel=1e-4)
     stream = Stream(pruned, one)
     for layer_index in range(len(stream.layers)):
         stream.pass_layer(layer_index)
