@@ -3,7 +3,7 @@
 All of them scale what follows by one plus a weight, which nothing here has to know.
 """
 
-from transact_core.models.families.description import Family, InLlamaCpp, Norms
+from transact_core.models.families.description import Family, InCTranslate2, InLlamaCpp, Norms
 
 FAMILY = Family(
     model_type="gemma3_text",
@@ -19,4 +19,5 @@ FAMILY = Family(
     not_causal_field="use_bidirectional_attention",
     divides_hidden_size=True,
     llama_cpp=InLlamaCpp(unlimited=6, scale_is_of="query_pre_attn_scalar"),
+    ctranslate2=InCTranslate2(any_attention_width=True, refuses_longer_texts=True),
 )
