@@ -151,11 +151,8 @@ def _in_llama_cpp(config: StockConfig, rope_type: str) -> Reading:
             "its converter drops the frequencies of narrower heads, which the GGUF files that this "
             "program writes itself do have",
         )
-    scale = family.llama_cpp.scale_is_of
-    if scale and getattr(config, scale) != cut.head_dim:
-        return Reading(
-            LLAMA_CPP, "misread", f"its {family.title} takes {scale} to be head_dim, {cut.head_dim}"
-        )
+    if reason := _takes_scale(config, family.llama_cpp.scale_is_of):
+        return Reading(LLAMA_CPP, "misread", reason)
     if window is not None and (every := family.llama_cpp.unlimited):
         kinds = ["sliding_attention", "full_attention"]
         if config.layer_types != [kinds[(layer + 1) % every == 0] for layer in layers]:
@@ -200,6 +197,8 @@ def _in_ctranslate2(config: StockConfig, rope_type: str, unknown_token: bool) ->
         return Reading(
             CTRANSLATE2, "misread" if own_keys else "refused", _takes_head_dim(cut, "it")
         )
+    if reason := _takes_scale(config, reader.scale_is_of):
+        return Reading(CTRANSLATE2, "misread", reason)
     if window is not None:
         longer = f"texts of more than {window} tokens, the model's sliding window"
         if reader.refuses_longer_texts:
@@ -210,6 +209,13 @@ def _in_ctranslate2(config: StockConfig, rope_type: str, unknown_token: bool) ->
             CTRANSLATE2, "misread", "it does not find the frequencies of Llama 3 where they are"
         )
     return Reading(CTRANSLATE2, "same")
+
+
+def _takes_scale(config: StockConfig, field: str | None) -> str | None:
+    """What is wrong where the scale of the attention is not that of head_dim."""
+    if not field or getattr(config, field) == config.head_dim:
+        return None
+    return f"it takes {field} to be head_dim, {config.head_dim}"
 
 
 def _takes_head_dim(cut: Architecture, who: str) -> str:

@@ -53,6 +53,8 @@ class InCTranslate2:
     """Whether it reads heads that together are not as wide as the residual stream."""
     needs_unknown_token: bool = False
     """Whether it refuses a tokenizer without an unknown token."""
+    scale_is_of: str | None = None
+    """Field of the configuration that it takes to equal head_dim; None for none."""
     refuses_longer_texts: bool = False
     """Whether it refuses a text that is longer than the sliding window, in place of forgetting
     the window."""

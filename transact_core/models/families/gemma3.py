@@ -19,5 +19,7 @@ FAMILY = Family(
     not_causal_field="use_bidirectional_attention",
     divides_hidden_size=True,
     llama_cpp=InLlamaCpp(unlimited=6, scale_is_of="query_pre_attn_scalar"),
-    ctranslate2=InCTranslate2(any_attention_width=True, refuses_longer_texts=True),
+    ctranslate2=InCTranslate2(
+        any_attention_width=True, scale_is_of="query_pre_attn_scalar", refuses_longer_texts=True
+    ),
 )
