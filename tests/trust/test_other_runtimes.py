@@ -70,6 +70,8 @@ RELEASED = GEMMA | {
     "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
 }
 """With every sixth layer seeing all tokens, as there."""
+OTHER_SCALE = {"query_pre_attn_scalar": 3, "sliding_window": 200}
+"""And a window that is longer than the texts."""
 QWEN_TOKENS = 8
 """Rows for the tokens that transformers adds to the tests' tokenizer where it is a Qwen's."""
 CUTS = {
@@ -130,7 +132,7 @@ CUTS = {
                 "query-heads",
                 0.0,
                 "another scale",
-                RELEASED | {"query_pre_attn_scalar": 3},
+                RELEASED | OTHER_SCALE,
             ),
         )
     },
