@@ -12,13 +12,12 @@ from transact_core.cli import main
 from transact_core.experiments.bench import Choices
 from transact_core.experiments.iterative import Shot, prune_and_train, shares
 from transact_core.export.compression import read_compression
+from transact_core.pruning.surgery import prune
 from transact_core.training.loop import HeldOut, Settings
 
 
 def test_the_plan_is_that_of_what_is_left_of_the_dense_model(tokenizer, windows, tmp_path):
     """At learning rate 0 and without repair, cutting by the plan at once gives the same model."""
-    from transact_core.pruning.surgery import prune
-
     model = make_model(**KINDS["gqa"])
     before = snapshot(model)
     bench = bench_of(model, tokenizer, windows)

@@ -1,6 +1,8 @@
 """`tune` from folder to folder, on a tiny model: never worse, resumed, refused in one sentence."""
 
+import importlib.util
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,10 +21,12 @@ from transact_core.data.corpus import read_corpus
 from transact_core.export.compression import read_compression
 from transact_core.export.tune import TuneSpec, tune, work_folder
 from transact_core.models.checkpoint_folder import read_checkpoint
-from transact_core.training import loop, state
+from transact_core.training import loop, memory, state
 from transact_core.training.loop import HeldOut, Settings, train
 from transact_core.training.state import Work
 from transact_core.training.student import make_student
+from transact_core.training.teacher import LiveTeacher
+from transact_core.workers.tasks import Inline, Task
 
 ROOT = Path(__file__).parents[2]
 LORA = pytest.param(
@@ -120,7 +124,7 @@ def test_rate_zero_gives_the_same_weights_and_says_so(spec, cut):
 def test_a_rate_of_zero_changes_no_weight_bit_in_training(tokenizer, windows, tmp_path):
     student = make_student(make_model(**KINDS["gqa"]), "full")
     before = snapshot(student.model)
-    teacher = loop_teacher("gqa")
+    teacher = LiveTeacher(make_model(**KINDS["gqa"]))
     settings = Settings(tokens=256, windows_per_step=2, learning_rate=0.0)
     _, trained = ended(
         train(
@@ -131,16 +135,6 @@ def test_a_rate_of_zero_changes_no_weight_bit_in_training(tokenizer, windows, tm
     assert same_weights(student.model, before)
 
 
-def loop_teacher(kind):
-    return loop_module_teacher(make_model(**KINDS[kind]))
-
-
-def loop_module_teacher(model):
-    from transact_core.training.teacher import LiveTeacher
-
-    return LiveTeacher(model)
-
-
 def test_the_dense_model_and_what_it_shares_stay_as_they_are(tokenizer, windows, tmp_path):
     """The student is the dense model itself: every tensor is shared before it is made."""
     dense = make_model(**KINDS["gqa-tied"])
@@ -148,11 +142,7 @@ def test_the_dense_model_and_what_it_shares_stay_as_they_are(tokenizer, windows,
     student = make_student(dense, "full")
     settings = Settings(tokens=512, windows_per_step=2, learning_rate=1e-2, loss="ce")
     held_out = [HeldOut("a", windows[1])]
-    ended(
-        train(
-            student, loop_module_teacher(dense), windows[0], held_out, settings, Work(tmp_path), {}
-        )
-    )
+    ended(train(student, LiveTeacher(dense), windows[0], held_out, settings, Work(tmp_path), {}))
     assert same_weights(dense, before)
     assert not any(weight.requires_grad for weight in dense.parameters())
 
@@ -186,8 +176,6 @@ for told in tune(spec):
 
 
 def test_a_killed_training_goes_on_with_the_same_curve(spec, tmp_path):
-    import pickle
-
     packed = pickle.dumps(spec).hex()
     run = subprocess.run([sys.executable, "-c", KILLED, packed], cwd=ROOT, capture_output=True)
     assert run.returncode == -signal.SIGKILL, run.stderr.decode()[-2000:]
@@ -318,8 +306,6 @@ def test_a_teacher_of_another_vocabulary_is_refused(spec, tokenizer, tmp_path):
 
 
 def test_too_little_memory_is_told_before(spec, monkeypatch):
-    from transact_core.training import memory
-
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     with pytest.raises(TransActError, match=r"takes about .* where 0\.0 GB are free"):
         ended(tune(spec))
@@ -342,8 +328,6 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 
 def test_missing_peft_is_one_sentence(spec, monkeypatch):
-    import importlib.util
-
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     spec = replace(spec, settings=replace(spec.settings, method="lora"))
     with pytest.raises(TransActError, match="needs the package peft"):
@@ -361,6 +345,19 @@ def test_a_teacher_that_was_written_down_serves_the_next_training(spec, tmp_path
     told = next(told for told in again if isinstance(told, str) and "written down" in told)
     assert "already" in told
     again.close()
+
+
+def test_a_worker_trains_and_tells_where_it_stands(spec):
+    """Specification, standings and result are pickled on the way, as between processes."""
+    told = []
+    task = Task("transact_core.workers.work:train_cut", (spec,))
+    outcome = Inline().run(task, lambda *_: None, told.append)
+    assert outcome.state == "done", outcome.words
+    assert outcome.result.improved
+    last = told[-1]
+    assert (last.step, last.steps, last.tokens) == (12, 12, 768)
+    assert last.evaluated.kl < 10
+    assert set(last.share_back) == {spec.text, "builtin"}
 
 
 def test_the_command_prints_the_table_and_the_looks(spec, capsys):
