@@ -13,6 +13,7 @@ from transact_core.experiments.bench import Choices
 from transact_core.experiments.iterative import Shot, prune_and_train, shares
 from transact_core.export.compression import read_compression
 from transact_core.pruning.surgery import prune
+from transact_core.training import loop
 from transact_core.training.loop import HeldOut, Settings
 
 
@@ -42,7 +43,8 @@ def test_the_plan_is_that_of_what_is_left_of_the_dense_model(tokenizer, windows,
     assert torch.equal(at_once(ids).logits, trained(ids).logits)
 
 
-def test_the_command_records_every_step(checkpoint, text_file, tmp_path, capsys):
+def test_the_command_records_every_step(checkpoint, text_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "EVALUATIONS", 1)
     output = tmp_path / "out"
     arguments = ["prune", "--model", str(checkpoint), "--output", str(output)]
     arguments += ["--mha-ratio", "0.5", "--mlp-ratio", "0.5", "--steps", "2"]

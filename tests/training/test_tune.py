@@ -292,7 +292,7 @@ def test_what_cannot_be_is_refused_before_anything_is_done(spec, changes, compla
 
 
 def test_a_text_that_is_too_short_is_refused(spec, tmp_path):
-    (tmp_path / "short.txt").write_text("few words " * 30)
+    (tmp_path / "short.txt").write_text("few words " * 15)
     with pytest.raises(TransActError, match=r"too short to train on|fewer than one window"):
         ended(tune(replace(spec, text=str(tmp_path / "short.txt"))))
     assert not work_folder(spec.output).exists()
