@@ -42,6 +42,7 @@ from pages.parts.progress import (
     unfinished,
     watch_in_one_line,
 )
+from pages.parts.texts import kind_warning, on_other_texts, text_in_words
 from pages.server.estimates import cuts_seconds, learning_seconds, pace_in_words
 from pages.server.jobs import DONE, Job
 from pages.server.open_models import workbench
@@ -50,7 +51,6 @@ from pages.server.request import Cut, first_look, what_to_learn
 from pages.server.start_jobs import start_cut
 from pages.server.visits import points, visit
 from transact_core.base.errors import TransActError
-from transact_core.data.corpus import BUILTIN_TEXT
 from transact_core.experiments.bench import Bench, Choices, Measurement
 from transact_core.experiments.decide import granularities_of, require_sequential
 from transact_core.experiments.prediction import (
@@ -478,8 +478,8 @@ def show_reading(granularity: str) -> None:
         "as two trapezoids that meet at the module's inner width (its waist). The residual stream "
         "keeps its full width. Brighter heads and channels have higher scores; thin heads and "
         "veiled channels are removed. The strip under a slider shows perplexity along it: a band "
-        "where it is predicted, rings where it was measured. Energy is `Σ a²` over the calibration "
-        "tokens. A low value means that the units are seldom active, not that the model can do "
+        "where it is predicted, rings where it was measured, both on the evaluation text. Energy "
+        "is `Σ a²` over the calibration tokens. A low value means that the units are seldom active, not that the model can do "
         "without them; only a measurement shows that."
         + (
             " For narrower heads it is the energy of the value dims that the bare cut keeps; "
@@ -500,13 +500,6 @@ def times_dense(point: Measurement) -> tuple[float, float | None, float | None]:
         return math.exp(min(middle, MAX_DELTA)), None, None
     ratio, low, high = (math.exp(min(middle + side, MAX_DELTA)) for side in (0.0, -half, half))
     return ratio, low, high
-
-
-def text_in_words(bench: Bench) -> str:
-    """The evaluation text and how many tokens of it are used."""
-    windows = bench.evaluation
-    name = "the built-in text" if windows.source == BUILTIN_TEXT else plain(windows.source)
-    return f"{windows.tokens:,} tokens of {name} in windows of {windows.sequence_length:,}"
 
 
 def show_point(
@@ -563,6 +556,9 @@ def show_point(
         help="Δ NLL is the mean per-token difference from the dense model, with its standard error "
         "over evaluation windows (a single window has none).",
     )
+    # Below the figures, where it takes no room from them.
+    notes = filter(None, (on_other_texts(bench, point), kind_warning(bench)))
+    st.caption("  \n".join(notes))
 
 
 def show_fits(point: Measurement) -> None:

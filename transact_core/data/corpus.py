@@ -7,6 +7,7 @@ import pydoc_data.topics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
@@ -30,6 +31,28 @@ from transact_core.data.conversations import (
 from transact_core.models.hub import access_refusal
 
 BUILTIN_TEXT = "builtin"
+BUILTIN_CODE = "builtin-code"
+BUILTIN_TEXTS = (BUILTIN_TEXT, BUILTIN_CODE)
+"""Texts that come with every CPython: its language reference, and source code, which differs from
+it in kind."""
+CODE_MODULES = (
+    "argparse",
+    "configparser",
+    "difflib",
+    "doctest",
+    "fractions",
+    "heapq",
+    "inspect",
+    "pickle",
+    "shutil",
+    "statistics",
+    "subprocess",
+    "tarfile",
+    "textwrap",
+    "threading",
+    "typing",
+)
+"""Modules of Python's standard library that are single files of Python since long."""
 MAX_CHARACTERS = 16_000_000
 """Longer texts are read this far: some millions of tokens, more than any measurement here takes."""
 MAX_GROUP_BYTES = 500_000_000
@@ -72,14 +95,14 @@ Piece = str | Conversation | None
 
 
 def read_corpus(source: str) -> Corpus:
-    """Reads `builtin`, a `.txt`, `.md`, `.jsonl` or `.parquet` file, or a hub dataset.
+    """Reads a built-in text, a `.txt`, `.md`, `.jsonl` or `.parquet` file, or a hub dataset.
 
-    A hub dataset is named `hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]]`, its split `train` by default; a
-    column of a `.jsonl` or `.parquet` file as `FILE:COLUMN`. Rows of text are joined by blank
-    lines. Rows may also be conversations: a list of turns (`messages`, `conversations`), or a
-    question and its answer (`instruction` and `output`, `prompt` and `completion` or `response`).
-    At most `MAX_CHARACTERS` are read. Texts are UTF-8, or what their byte-order mark says; line
-    ends are read as newlines.
+    The built-in texts are `builtin` and `builtin-code`. A hub dataset is named
+    `hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]]`, its split `train` by default; a column of a `.jsonl` or
+    `.parquet` file as `FILE:COLUMN`. Rows of text are joined by blank lines. Rows may also be
+    conversations: a list of turns (`messages`, `conversations`), or a question and its answer
+    (`instruction` and `output`, `prompt` and `completion` or `response`). At most `MAX_CHARACTERS`
+    are read. Texts are UTF-8, or what their byte-order mark says; line ends are read as newlines.
 
     Raises:
         TransActError: the source is missing, empty, binary or holds no text.
@@ -87,13 +110,15 @@ def read_corpus(source: str) -> Corpus:
     source = source.strip()
     if source == BUILTIN_TEXT:
         return corpus_from_text(source, _builtin_text())
+    if source == BUILTIN_CODE:
+        return corpus_from_text(source, _builtin_code())
     if source.startswith("hub:"):
         return _gather(source, _hub_rows(source))
     path, column = file_and_column(source)
     if not os.path.isfile(path):
         raise TransActError(
             f"There is no text at {str(path)!r}: name a .txt, .jsonl or .parquet file, a column "
-            f"of one as FILE:COLUMN, hub:DATASET or {BUILTIN_TEXT!r}."
+            f"of one as FILE:COLUMN, hub:DATASET, {BUILTIN_TEXT!r} or {BUILTIN_CODE!r}."
         )
     try:
         return _file_corpus(source, path, column)
@@ -186,15 +211,66 @@ def with_newlines(text: str) -> str:
 
 def describe(source: str) -> str:
     """A source in words fit for a report."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
     if source == BUILTIN_TEXT:
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
         return f"Python {version}'s own reference (pydoc_data.topics)"
+    if source == BUILTIN_CODE:
+        return f"source code of Python {version}'s standard library"
     return source
+
+
+def short_name(source: str) -> str:
+    """A source in a few words, for labels: a built-in text, or the name of file or dataset."""
+    source = source.strip()
+    if source == BUILTIN_TEXT:
+        return "Python's reference"
+    if source == BUILTIN_CODE:
+        return "Python's source code"
+    if source.startswith("hub:"):
+        return source.split(":")[1]
+    path, column = file_and_column(source)
+    return path.name if column is None else f"{path.name}:{column}"
+
+
+def of_one_kind(source: str, other: str) -> bool:
+    """Whether two sources are known to hold text of one kind: one text, one file or one dataset.
+
+    Of others nothing is known: two files may well be of one kind.
+    """
+
+    def collection(source: str) -> str:
+        source = source.strip()
+        if source.startswith("hub:"):
+            return ":".join(source.split(":")[:2])
+        return source if source in BUILTIN_TEXTS else str(file_and_column(source)[0])
+
+    return collection(source) == collection(other)
 
 
 def _builtin_text() -> str:
     topics = pydoc_data.topics.topics
     return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _builtin_code() -> str:
+    """The modules of `CODE_MODULES`, one after the other.
+
+    Raises:
+        TransActError: this Python comes without its source code.
+    """
+    texts = []
+    for name in CODE_MODULES:
+        found = find_spec(name)
+        try:
+            texts.append(found.loader.get_source(name))
+        except (AttributeError, ImportError, OSError):
+            texts.append(None)
+    if None in texts:
+        raise TransActError(
+            f"This Python comes without the source code of its standard library, so there is no "
+            f"text {BUILTIN_CODE!r}; name a file."
+        )
+    return "\n\n".join(texts)
 
 
 def _file_corpus(source: str, path: Path, column: str | None) -> Corpus:
