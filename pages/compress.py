@@ -479,8 +479,8 @@ def show_reading(granularity: str) -> None:
         "keeps its full width. Brighter heads and channels have higher scores; thin heads and "
         "veiled channels are removed. The strip under a slider shows perplexity along it: a band "
         "where it is predicted, rings where it was measured, both on the evaluation text. Energy "
-        "is `Σ a²` over the calibration tokens. A low value means that the units are seldom active, not that the model can do "
-        "without them; only a measurement shows that."
+        "is `Σ a²` over the calibration tokens. A low value means that the units are seldom "
+        "active, not that the model can do without them; only a measurement shows that."
         + (
             " For narrower heads it is the energy of the value dims that the bare cut keeps; "
             "`least-squares` finds a better basis with as many dims."

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from pages.server.request import Request
+from pages.server.settings import read_settings
 from pages.server.task_runs import TaskRun
 from pages.server.visitors import Visit
 from tests.pages.conftest import ended
@@ -115,6 +116,8 @@ def test_a_stopped_run_keeps_its_blocks_and_goes_on(opened, open_page, scored, m
 def test_tasks_that_cannot_be_run_are_refused_before_a_cut_is_made(
     open_page, tmp_path, monkeypatch
 ):
+    allowed = read_settings({"TRANSACT_READ_FOLDERS": str(tmp_path)}, "localhost")
+    monkeypatch.setattr("pages.server.task_runs.settings", lambda: allowed)
     page = open_page("tasks")
     page.segmented_control(key="tasks_kind").set_value("By name").run()
     assert button(page, "Run the tasks").disabled
@@ -122,7 +125,6 @@ def test_tasks_that_cannot_be_run_are_refused_before_a_cut_is_made(
     page.selectbox(key="tasks_data").set_value("Folder").run()
     assert button(page, "Run the tasks").disabled
     for folder, words in (("/etc", "may not be read from the browser"), (tmp_path, "has no piqa")):
-        monkeypatch.setenv("TRANSACT_READ_FOLDERS", str(tmp_path))
         page.text_input(key="tasks_folder").set_value(str(folder)).run()
         button(page, "Run the tasks").click().run()
         job = ended(page.session_state["visit"].visitor.jobs[-1])

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -42,6 +43,7 @@ from transact_core.experiments.tasks import Standing, contestant_of, contestant_
 from transact_core.experiments.text_damage import TextDamage, damage_of_texts
 from transact_core.export.compression import describe_compression
 from transact_core.export.folder import require_room, write_checkpoint
+from transact_core.export.task_table import record_tasks
 from transact_core.forward.generation import Sampling
 from transact_core.forward.latency import LatencyPoint, measure_latency, require_lengths_fit
 from transact_core.forward.perplexity import token_losses
@@ -164,9 +166,14 @@ def curve_point(
 
 
 def export(
-    models: OpenModels, report: Progress, spec: BenchSpec, point: Measurement, folder: Path
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    point: Measurement,
+    folder: Path,
+    tasks: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes a checkpoint of a measured point."""
+    """Writes a checkpoint of a measured point, with its scores of tasks where there are any."""
     require_free_output(folder)
     require_room(folder, point.footprint)
     model = models.pruned(spec, point, report)
@@ -174,6 +181,8 @@ def export(
     bench = models.bench(spec, report)
     compression = describe_compression(bench, point.decision, point.recovery)
     write_checkpoint(folder, model, bench, point, compression)
+    if tasks is not None:
+        record_tasks(folder, tasks)
     return folder
 
 
