@@ -557,8 +557,8 @@ def show_point(
         "over evaluation windows (a single window has none).",
     )
     # Below the figures, where it takes no room from them.
-    notes = filter(None, (on_other_texts(bench, point), kind_warning(bench)))
-    st.caption("  \n".join(notes))
+    if notes := list(filter(None, (on_other_texts(bench, point), kind_warning(bench)))):
+        st.caption("  \n".join(notes))
 
 
 def show_fits(point: Measurement) -> None:

@@ -148,7 +148,7 @@ def show_run() -> None:
             list(range(len(texts))),
             default=0,
             required=True,
-            format_func=lambda place: short_name(texts[place].source),
+            format_func=lambda place: plain(short_name(texts[place].source)),
             key=f"damage_text_{len(texts)}",
         )
     show_text(texts[place], place)

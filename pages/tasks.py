@@ -7,6 +7,7 @@ import streamlit as st
 from pages.charts.tasks_chart import (
     at_chance,
     narrowing_chart,
+    shown_frame,
     tasks_chart,
     tasks_frame,
 )
@@ -172,14 +173,13 @@ def show_figures(run: TaskRun) -> None:
             else ""
         )
     )
-    frame = tasks_frame(standings)
     show(
         tasks_chart(standings),
         "tasks-chart",
         "bars are 95 % intervals over questions. Differences are paired, question by question, so "
         "their intervals are narrower than those of the accuracies suggest; one that does not "
         "reach the dashed line is a loss, or a gain, that these questions show.",
-        lambda: frame,
+        lambda: tasks_frame(standings),
     )
     for sentence in filter(None, map(chance_in_words, standings)):
         st.warning(sentence, icon=":material/casino:")
@@ -190,7 +190,7 @@ def show_figures(run: TaskRun) -> None:
             "each mark is the paired difference of accuracy after one more block; the interval "
             "shrinks with the square root of the number of questions.",
         )
-    show_table(run, frame)
+    show_table(run, standings)
 
 
 def chance_in_words(result: Standing) -> str | None:
@@ -206,17 +206,9 @@ def chance_in_words(result: Standing) -> str | None:
     )
 
 
-def show_table(run: TaskRun, frame) -> None:
-    numbers = [
-        name
-        for name in frame.columns
-        if name.startswith(("dense", "pruned", "difference", "chance"))
-    ]
-    st.dataframe(
-        frame.dropna(axis="columns", how="all"),
-        hide_index=True,
-        column_config={name: st.column_config.NumberColumn(format="%.3f") for name in numbers},
-    )
+def show_table(run: TaskRun, standings: list[Standing]) -> None:
+    st.dataframe(shown_frame(standings), hide_index=True)
+    st.caption("± is one standard error; the CSV above has the figures in full.")
     st.download_button(
         "tasks.json",
         json.dumps(run.report(), indent=1) + "\n",

@@ -16,6 +16,8 @@ CERTAIN = 1.96
 """Standard errors on each side of a 95 % interval."""
 ROW, AROUND = 44, 170
 """Pixels of a row of the chart, and of what is around the rows."""
+APART = 0.14
+"""How far the marks of the two models are from the middle of a row, in rows."""
 
 
 def tasks_frame(standings: Sequence[Standing]) -> pd.DataFrame:
@@ -43,6 +45,29 @@ def tasks_frame(standings: Sequence[Standing]) -> pd.DataFrame:
             row["at_chance"] = at_chance(result) if metric == "acc" else ""
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def shown_frame(standings: Sequence[Standing]) -> pd.DataFrame:
+    """The same in few columns, to be read: each figure with its standard error."""
+    frame = tasks_frame(standings)
+    shown = frame[["task", "metric"]].copy()
+    shown["questions"] = [
+        f"{row.questions:,} of {row.of:,}" + (f", {row.few_shot}-shot" if row.few_shot else "")
+        for row in frame.itertuples()
+    ]
+    for name in ("dense", "pruned", "difference"):
+        if name in frame:
+            sign = "+" if name == "difference" else ""
+            shown["pruned − dense" if name == "difference" else name] = [
+                f"{value:{sign}.3g} ± {error:.2g}"
+                if abs(value) >= 1
+                else f"{value:{sign}.3f} ± {error:.3f}"
+                for value, error in zip(frame[name], frame[f"{name}_stderr"], strict=True)
+            ]
+    shown["chance"] = [
+        "" if pd.isna(chance) else f"{chance:.3f}" for chance in frame["chance"].astype(float)
+    ]
+    return shown.assign(**{"at chance": frame["at_chance"]})
 
 
 def at_chance(result: Standing) -> str:
@@ -73,29 +98,32 @@ def tasks_chart(standings: Sequence[Standing]) -> go.Figure:
     sides = [("dense", DENSE, "diamond", lambda result: result.against or result.model)]
     if paired:
         sides.append(("pruned", MHA, "circle", lambda result: result.model))
-    for name, colour, symbol, figures_of in sides:
+    shifts = (-APART, APART) if paired else (0.0,)
+    for (name, colour, symbol, figures_of), shift in zip(sides, shifts, strict=True):
         figures = [figures_of(result) for result, _ in rows]
         figure.add_scatter(
             x=[side.values[metric] for side, (_, metric) in zip(figures, rows, strict=True)],
-            y=labels,
+            y=[row + shift for row in range(len(rows))],
             error_x=_bars([side.errors[m] for side, (_, m) in zip(figures, rows, strict=True)]),
             mode="markers",
             name=name,
             marker={"color": colour, "symbol": symbol, "size": 10},
-            customdata=[result.asked for result, _ in rows],
-            hovertemplate=f"{name}, %{{y}}: %{{x:.1%}} of %{{customdata:,}} questions"
-            "<extra></extra>",
+            customdata=[
+                [label, result.asked] for label, (result, _) in zip(labels, rows, strict=True)
+            ],
+            hovertemplate=f"{name}, %{{customdata[0]}}: %{{x:.1%}} of %{{customdata[1]:,}} "
+            "questions<extra></extra>",
             row=1,
             col=1,
         )
     guessed = [
-        (result.chance, label)
-        for (result, metric), label in zip(rows, labels, strict=True)
+        (result.chance, row)
+        for row, (result, metric) in enumerate(rows)
         if result.chance is not None and metric == "acc"
     ]
     figure.add_scatter(
         x=[chance for chance, _ in guessed],
-        y=[label for _, label in guessed],
+        y=[row for _, row in guessed],
         mode="markers",
         name="guessing",
         marker={"symbol": "line-ns-open", "size": 18, "color": MLP, "line": {"width": 2}},
@@ -108,14 +136,15 @@ def tasks_chart(standings: Sequence[Standing]) -> go.Figure:
         errors = [result.difference.errors[metric] for result, metric in rows]
         figure.add_scatter(
             x=[100 * value for value in differences],
-            y=labels,
+            y=list(range(len(rows))),
             error_x=_bars([100 * error for error in errors]),
             mode="markers",
             name="paired difference",
             showlegend=False,
             marker={"color": MHA, "size": 10},
-            customdata=errors,
-            hovertemplate="%{y}: %{x:+.1f} points, standard error %{customdata:.3f}<extra></extra>",
+            customdata=[[label, 100 * error] for label, error in zip(labels, errors, strict=True)],
+            hovertemplate="%{customdata[0]}: %{x:+.1f} points, standard error "
+            "%{customdata[1]:.1f}<extra></extra>",
             row=1,
             col=2,
         )
@@ -127,8 +156,16 @@ def tasks_chart(standings: Sequence[Standing]) -> go.Figure:
     )
     figure = laid_out(figure, tasks_title(standings), AROUND + ROW * max(2, len(rows)))
     return figure.update_layout(
-        margin_t=96,
-        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.12, "yanchor": "top"},
+        margin_t=76,
+        margin_b=64,
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "yref": "container",
+            "y": 0.01,
+            "yanchor": "bottom",
+        },
     )
 
 
@@ -199,4 +236,4 @@ def narrowing_chart(history: dict[str, list[Standing]]) -> go.Figure:
             f"The widest interval is ± {100 * CERTAIN * last:.1f} points by now"
             f"; after the first block ± {100 * CERTAIN * first:.1f}"
         )
-    return laid_out(figure, title, 300).update_layout(margin_t=86)
+    return laid_out(figure, title, 300).update_layout(margin_t=76)

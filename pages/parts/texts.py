@@ -26,7 +26,7 @@ def choose_text(bench: Bench, key: str) -> int:
         list(range(len(bench.evaluated))),
         default=0,
         required=True,
-        format_func=lambda place: short_name(bench.evaluated[place].source),
+        format_func=lambda place: plain(short_name(bench.evaluated[place].source)),
         key=f"{key}-text-{len(bench.evaluated)}",
     )
 

@@ -249,8 +249,8 @@ def test_rows_that_are_no_objects_have_no_columns(tmp_path):
 
 def test_the_second_builtin_text_is_code():
     code = read_corpus(BUILTIN_CODE)
-    assert len(code.text) > 500_000
-    assert code.text.count("\ndef ") > 200
+    assert len(code.text) > 400_000
+    assert code.text.count("\ndef ") > 100
     assert code.sha256 == read_corpus(BUILTIN_CODE).sha256 != read_corpus(BUILTIN_TEXT).sha256
 
 
