@@ -11,7 +11,7 @@ from pages.server.visitors import Visit
 from tests.conftest import loaded_from, windows_for
 from tests.pages.conftest import ended
 from tests.pages.test_pages import texts, work_of
-from transact_core.data.corpus import read_corpus
+from transact_core.data.corpus import corpus_from_text, read_corpus
 from transact_core.data.windows import evaluation_windows
 from transact_core.experiments.bench import Bench, Choices, compress
 
@@ -20,9 +20,8 @@ TWO = replace(Request(), others=("builtin-code",))
 
 @pytest.fixture
 def two_texts(gqa_model, tokenizer) -> Bench:
-    code = evaluation_windows(
-        read_corpus("builtin-code"), tokenizer, gqa_model.config.vocab_size, 256, 32
-    )
+    text = corpus_from_text("builtin-code", read_corpus("builtin-code").text[:20_000])
+    code = evaluation_windows(text, tokenizer, gqa_model.config.vocab_size, 256, 32)
     return Bench(loaded_from(gqa_model, tokenizer), *windows_for(tokenizer), code)
 
 
