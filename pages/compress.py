@@ -550,15 +550,15 @@ def show_point(
         else:
             offer_prediction(bench, choices, learning)
     error = f" ± {point.delta_nll_se:.3f}" if math.isfinite(point.delta_nll_se) else ""
+    warning = kind_warning(bench)
+    marked = " :orange[:material/warning: Of the calibration text's kind.]" if warning else ""
+    elsewhere = on_other_texts(bench, point)
     about.caption(
-        f"On {text_in_words(bench)}.  \nΔ NLL {point.delta_nll:.3f}{error} nats a token. "
-        f"Took {point.seconds:.0f} s.",
-        help="Δ NLL is the mean per-token difference from the dense model, with its standard error "
-        "over evaluation windows (a single window has none).",
+        f"On {text_in_words(bench)}.{marked}" + (f"  \n{elsewhere}" if elsewhere else ""),
+        help=f"{warning or ''}\n\nΔ NLL {point.delta_nll:.3f}{error} nats a token: the mean "
+        "difference from the dense model, with its standard error over evaluation windows (a "
+        f"single window has none). Took {point.seconds:.0f} s.",
     )
-    # Below the figures, where it takes no room from them.
-    if notes := list(filter(None, (on_other_texts(bench, point), kind_warning(bench)))):
-        st.caption("  \n".join(notes))
 
 
 def show_fits(point: Measurement) -> None:

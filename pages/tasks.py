@@ -82,7 +82,12 @@ def choose_tasks() -> TaskChoice | None:
                 )
             )
         folder = choose_data(columns[0])
+    # In a new tab, and after a reload, the controls are as in the last run.
+    last = last_tasks()
+    alike = last is not None and last.choice.names == names
     count = FIRST if kind == OWN_TEXT else USUAL
+    if alike and last.choice.limit:
+        count = last.choice.limit
     limit = columns[1].number_input(
         "Questions a task",
         FEWEST,
@@ -95,7 +100,13 @@ def choose_tasks() -> TaskChoice | None:
         "about 2 points on a paired difference.",
     )
     seed = columns[2].number_input(
-        "Seed", 0, 2**31, 0, 1, key="tasks_seed", persist_state="session"
+        "Seed",
+        0,
+        2**31,
+        last.choice.seed if alike else 0,
+        1,
+        key="tasks_seed",
+        persist_state="session",
     )
     if not names or folder == "":
         return None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from pages.charts.common import MHA, laid_out
+from pages.charts.common import DENSE, MHA, laid_out
 from pages.charts.text import plain_in_chart
 from transact_core.data.corpus import short_name
 from transact_core.experiments.text_damage import DamagedPiece, TextDamage
@@ -62,6 +62,7 @@ def texts_chart(texts: Sequence[TextDamage]) -> go.Figure:
                 "type": "data",
                 "array": [1.96 * text.error for text in texts],
                 "thickness": 1.4,
+                "color": DENSE,
             },
             customdata=[[text.tokens, text.worst_share] for text in texts],
             hovertemplate="%{x:.3f} nats a token over %{customdata[0]:,} tokens; the worst fifth "

@@ -1,9 +1,10 @@
 """Which text a perplexity was measured on, in words, and what that text cannot tell."""
 
+import math
+
 import streamlit as st
 
 from pages.charts.text import plain
-from pages.parts.sizes import times_dense
 from transact_core.data.corpus import of_one_kind, short_name
 from transact_core.experiments.bench import Bench, Measurement
 
@@ -55,10 +56,11 @@ def kind_warning(bench: Bench, place: int = 0) -> str | None:
 
 
 def on_other_texts(bench: Bench, point: Measurement) -> str | None:
-    """What a cut costs on the bench's other texts, in a sentence; None where there are none."""
+    """Times dense of a cut on the bench's other texts, in a sentence; None without such texts."""
     said = [
-        f"**{times_dense(point.on_text(bench, place))}** on {plain(short_name(windows.source))}"
+        f"{plain(short_name(windows.source))} **{math.exp(there.delta_nll):.2f} ×**"
         for place, windows in enumerate(bench.others, start=1)
         if bench.dense_known(windows)
+        for there in [point.on_text(bench, place)]
     ]
-    return f"Times dense: {', '.join(said)}." if said else None
+    return f"On {', '.join(said)}." if said else None

@@ -48,11 +48,10 @@ def test_every_text_is_measured_drawn_and_named(opened, open_page, two_texts):
     there = point.on_text(bench, 1)
     page.run()
     assert not page.exception
-    assert f"{math.exp(there.delta_nll):.3f} ×" in texts(page)
-    assert "on Python's source code" in texts(page)
+    assert f"On Python's source code **{math.exp(there.delta_nll):.2f} ×**" in texts(page)
     # Calibrated on Python's reference, as the first text is; the second differs in kind.
-    assert "are of one kind" in texts(page)
-    assert "Choose a second evaluation text" not in texts(page)
+    (about,) = [each for each in page.caption if "Of the calibration text's kind" in each.value]
+    assert "Choose a second evaluation text" not in about.help
 
     page = open_page("perplexity", mine)
     assert not page.exception
@@ -75,7 +74,8 @@ def test_with_one_text_of_the_calibration_texts_kind_a_second_is_advised(opened,
     page = open_page("compress")
     work_of(page, "Prune and measure perplexity")
     page.run()
-    assert "Choose a second evaluation text in the sidebar" in texts(page)
+    (about,) = [each for each in page.caption if "Of the calibration text's kind" in each.value]
+    assert "Choose a second evaluation text in the sidebar" in about.help
 
 
 def test_the_sidebar_takes_a_second_and_a_third_text(opened, open_app):
