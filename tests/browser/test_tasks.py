@@ -66,7 +66,7 @@ def test_tasks_of_a_cut(page: Page, address: str, model_folder: Path, tmp_path: 
         button(page, "tasks.json").click()
     report = json.loads(Path(download.value.path()).read_text())
     with page.expect_download() as download:
-        page.locator(".st-key-tasks-chart-csv button").click()
+        button(page, "CSV").click()
     with Path(download.value.path()).open() as file:
         rows = {(row["task"], row["metric"]): row for row in csv.DictReader(file)}
     for task, entry in report["tasks"].items():
