@@ -42,6 +42,7 @@ from pages.parts.progress import (
     unfinished,
     watch_in_one_line,
 )
+from pages.parts.texts import kind_warning, on_other_texts, text_in_words
 from pages.server.estimates import cuts_seconds, learning_seconds, pace_in_words
 from pages.server.jobs import DONE, Job
 from pages.server.open_models import workbench
@@ -50,7 +51,6 @@ from pages.server.request import Cut, first_look, what_to_learn
 from pages.server.start_jobs import start_cut
 from pages.server.visits import points, visit
 from transact_core.base.errors import TransActError
-from transact_core.data.corpus import BUILTIN_TEXT
 from transact_core.experiments.bench import Bench, Choices, Measurement
 from transact_core.experiments.decide import granularities_of, require_sequential
 from transact_core.experiments.prediction import (
@@ -478,9 +478,9 @@ def show_reading(granularity: str) -> None:
         "as two trapezoids that meet at the module's inner width (its waist). The residual stream "
         "keeps its full width. Brighter heads and channels have higher scores; thin heads and "
         "veiled channels are removed. The strip under a slider shows perplexity along it: a band "
-        "where it is predicted, rings where it was measured. Energy is `Σ a²` over the calibration "
-        "tokens. A low value means that the units are seldom active, not that the model can do "
-        "without them; only a measurement shows that."
+        "where it is predicted, rings where it was measured, both on the evaluation text. Energy "
+        "is `Σ a²` over the calibration tokens. A low value means that the units are seldom "
+        "active, not that the model can do without them; only a measurement shows that."
         + (
             " For narrower heads it is the energy of the value dims that the bare cut keeps; "
             "`least-squares` finds a better basis with as many dims."
@@ -500,13 +500,6 @@ def times_dense(point: Measurement) -> tuple[float, float | None, float | None]:
         return math.exp(min(middle, MAX_DELTA)), None, None
     ratio, low, high = (math.exp(min(middle + side, MAX_DELTA)) for side in (0.0, -half, half))
     return ratio, low, high
-
-
-def text_in_words(bench: Bench) -> str:
-    """The evaluation text and how many tokens of it are used."""
-    windows = bench.evaluation
-    name = "the built-in text" if windows.source == BUILTIN_TEXT else plain(windows.source)
-    return f"{windows.tokens:,} tokens of {name} in windows of {windows.sequence_length:,}"
 
 
 def show_point(
@@ -557,11 +550,14 @@ def show_point(
         else:
             offer_prediction(bench, choices, learning)
     error = f" ± {point.delta_nll_se:.3f}" if math.isfinite(point.delta_nll_se) else ""
+    warning = kind_warning(bench)
+    marked = " :orange[:material/warning: Of the calibration text's kind.]" if warning else ""
+    elsewhere = on_other_texts(bench, point)
     about.caption(
-        f"On {text_in_words(bench)}.  \nΔ NLL {point.delta_nll:.3f}{error} nats a token. "
-        f"Took {point.seconds:.0f} s.",
-        help="Δ NLL is the mean per-token difference from the dense model, with its standard error "
-        "over evaluation windows (a single window has none).",
+        f"On {text_in_words(bench)}.{marked}" + (f"  \n{elsewhere}" if elsewhere else ""),
+        help=f"{warning or ''}\n\nΔ NLL {point.delta_nll:.3f}{error} nats a token: the mean "
+        "difference from the dense model, with its standard error over evaluation windows (a "
+        f"single window has none). Took {point.seconds:.0f} s.",
     )
 
 

@@ -15,6 +15,7 @@ from pages.server.request import Cut, choices_in_name
 from pages.server.settings import settings
 from pages.server.side_by_side import last_latency
 from pages.server.start_jobs import start_export
+from pages.server.task_runs import tasks_of
 from pages.server.visits import points, visit
 from transact_core.base.files import expanded
 from transact_core.experiments.bench import Bench
@@ -67,12 +68,13 @@ def offer_report(bench: Bench, decision: Decision, recovery: str) -> None:
     """The button that downloads the report, with the latest times if they are of this cut."""
     plan = decision.plan
     measured, point, timed = list(points()), find_point(plan, recovery), last_latency()
+    tasks = tasks_of(plan, recovery)
     if timed and not timed.is_of(plan, recovery):
         timed = None
 
     def make() -> bytes:
         now = datetime.now().astimezone()
-        return make_report(bench, decision, recovery, point, measured, timed, now).encode()
+        return make_report(bench, decision, recovery, point, measured, timed, now, tasks).encode()
 
     st.download_button(
         "Report",
@@ -118,12 +120,14 @@ def show_blocks(bench: Bench, cut: Cut, decision: Decision | None) -> None:
 def write_checkpoint(bench: Bench, cut: Cut) -> None:
     st.subheader("Checkpoint")
     decision = find_cut(bench, cut)
+    tasks = tasks_of(decision.plan, cut.recovery) if decision else None
     size = "A folder"
     if decision:
         size += f" of {bench.footprint(decision.plan, cut.recovery).weight_bytes / 1e6:,.0f} MB"
     st.write(
         f"{size} that stock `transformers` loads, with the tokenizer, "
         "`compression.json`, `report.json` and a model card."
+        + (" What the cut answered on the Tasks page goes into both." if tasks else "")
     )
     show_other_runtimes(bench, cut, decision)
     show_blocks(bench, cut, decision)
@@ -146,7 +150,7 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
             language="python",
         )
     if not busy and st.button("Write the checkpoint", type="primary", disabled=not folder.strip()):
-        start_export(cut, expanded(folder.strip()))
+        start_export(cut, expanded(folder.strip()), tasks.report() if tasks else None)
         st.rerun()
     if not busy and (decision is None or find_point(decision.plan, cut.recovery) is None):
         seconds = cuts_seconds(bench, visit().request, [cut.ratios], cut.choices)

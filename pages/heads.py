@@ -8,12 +8,14 @@ import streamlit as st
 
 from pages.charts import common as charts
 from pages.charts import exploring_charts
+from pages.charts.text import plain
 from pages.parts.figure import show
 from pages.parts.help_texts import IMPORTANCE_HELP
 from pages.parts.progress import SOON, require_bench, require_prepared, show_dense, show_job, watch
 from pages.server.exploring import findings, pattern_job, start_without_heads
 from pages.server.jobs import DONE
 from pages.server.visits import visit
+from transact_core.data.corpus import short_name
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.importance.scores import IMPORTANCES, Scores
 
@@ -154,7 +156,8 @@ def show_measured(bench: Bench, layer: int, head: int) -> None:
         certain = "" if np.isnan(half) else f" ± {half:.4f} (95 %, paired by window)"
         st.caption(
             f"With its output set to zero the loss changes by {mine.delta_nll:+.4f}{certain} nats "
-            f"per token, over {mine.evaluation.scored_tokens:,} scored tokens."
+            f"per token, over {mine.evaluation.scored_tokens:,} scored tokens of "
+            f"{plain(short_name(bench.evaluation.source))}."
         )
     table = without_table(bench)
     if not table.empty:

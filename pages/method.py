@@ -175,7 +175,8 @@ def show_measuring() -> None:
     st.markdown(
         r"$\bar\delta$ is the mean over the $n$ windows of the difference in loss from the dense "
         "model on the same tokens, and $s$ its standard deviation over windows: the interval "
-        "covers the choice of windows, not other texts. Before a cut is measured, its loss is "
+        "covers the choice of windows, not other texts, on which a repair that was fitted to one "
+        "kind may cost far more. Before a cut is measured, its loss is "
         "predicted from $m$ and $p$, the relative errors of the outputs of MHA and MLP, averaged "
         "over layers,"
     )
@@ -189,6 +190,34 @@ def show_measuring() -> None:
         "This part is ours, not the paper's."
     )
     computed_by("models/footprint", "forward/perplexity", "planning/damage", "planning/law")
+
+
+def show_tasks() -> None:
+    st.subheader("What a cut costs in tasks, and where in a text", anchor="tasks")
+    st.markdown(
+        "Tasks are the stock ones of EleutherAI's lm-evaluation-harness, with their prompts and "
+        "metrics: the answer with the largest $\\log p(\\text{answer} \\mid \\text{question})$ is "
+        "taken, for `acc_norm` after a division by the answer's number of characters. Both models "
+        "answer the same $n$ questions, so the difference of accuracies is paired, with $d_i$ the "
+        "difference on question $i$ and $s_d$ the standard deviation of these:"
+    )
+    st.latex(
+        r"\bar d = \tfrac1n \textstyle\sum_i d_i, \qquad \operatorname{se}(\bar d) = s_d / \sqrt{n}"
+    )
+    st.markdown(
+        "An accuracy that is not above guessing by two standard errors is said to be at chance. "
+        "Tasks from one's own text need no data set: which of four continuations is the true one, "
+        f"and what is the last word of a sentence, as LAMBADA asks ({cited('1606.06031')}). The "
+        "damage to a token is the divergence of the pruned model's distribution $q$ of the next "
+        "token from the dense model's $p$, whatever the text says next:"
+    )
+    st.latex(r"D_t = \sum_v p_t(v)\, \log \frac{p_t(v)}{q_t(v)}")
+    computed_by(
+        "experiments/tasks", "forward/continuations", "data/own_text", "forward/token_damage"
+    )
+    with st.container(horizontal=True, gap="medium"):
+        for name in ("tasks", "damage"):
+            link(name)
 
 
 def show_differences() -> None:
@@ -273,6 +302,7 @@ with st.container(width=LINE_WIDTH):
     show_widths()
     show_repair()
     show_measuring()
+    show_tasks()
     show_differences()
     show_families()
     show_rooms()

@@ -6,9 +6,11 @@ Until there is one, the recorded curve of the built-in model stands in its place
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import streamlit as st
 
 from pages.charts import curve_chart, tradeoff_charts
+from pages.charts.common import on_text
 from pages.charts.text import counted
 from pages.parts.example import Example, example
 from pages.parts.figure import show
@@ -22,12 +24,14 @@ from pages.parts.progress import (
     unfinished,
     watch_in_one_line,
 )
+from pages.parts.texts import choose_text, kind_warning, text_in_words
 from pages.server.estimates import cuts_seconds, pace_in_words
 from pages.server.jobs import DONE, Job
 from pages.server.open_models import workbench
 from pages.server.request import first_look
 from pages.server.start_jobs import start_curve
 from pages.server.visits import points, visit
+from transact_core.data.corpus import short_name
 from transact_core.experiments.bench import Bench, Choices, Measurement
 from transact_core.experiments.sweep import Pair
 from transact_core.importance.scores import IMPORTANCES
@@ -185,7 +189,10 @@ def show_recorded(recorded: Example) -> None:
     )
     title = figure.layout.title.text
     show(
-        figure.update_layout(title_text=f"Recorded: {title[:1].lower()}{title[1:]}"),
+        on_text(
+            figure.update_layout(title_text=f"Recorded: {title[:1].lower()}{title[1:]}"),
+            recorded.text.partition(" (")[0],
+        ),
         "recorded-curve",
         "the further right, the more width is removed; the higher, the worse the model predicts "
         "the text. Bars are 95 % intervals of the paired difference from the dense model, over "
@@ -227,23 +234,49 @@ def show_charts(bench: Bench) -> None:
         if dense is not None:
             st.caption(
                 f"The dense model's perplexity here is **{dense.perplexity:.2f}**, on "
-                f"{bench.evaluation.tokens:,} tokens. No cut of it is measured yet: measure a "
+                f"{text_in_words(bench)}. No cut of it is measured yet: measure a "
                 "curve above, or one cut on the Compress page."
             )
         show_recorded(example())
         return
+    place = choose_text(bench, "perplexity")
+    if place and not bench.dense_known(bench.evaluated[place]):
+        st.caption("The dense model is not measured on this text yet.")
+        return
+    if warning := kind_warning(bench, place):
+        st.caption(warning)
+    if dense is not None:
+        dense = bench.dense(windows=bench.evaluated[place])
+    on_first, text = measured, short_name(bench.evaluated[place].source)
+    measured = [point.on_text(bench, place) for point in on_first]
     shown, coloured_by, logarithmic = choose_shown(measured)
     show(
-        curve_chart.perplexity_curve(shown, dense, widths_of_dense, logarithmic, coloured_by),
+        on_text(
+            curve_chart.perplexity_curve(shown, dense, widths_of_dense, logarithmic, coloured_by),
+            text,
+        ),
         "curve-chart",
         "bars are 95 % intervals of the paired difference from the dense model; two points whose "
-        f"bars overlap are not told apart by these {bench.evaluation.tokens:,} tokens, in windows "
-        f"of {bench.evaluation.sequence_length}.",
+        f"bars overlap are not told apart by these {text_in_words(bench, place)}.",
         lambda: curve_chart.points_table(shown),
     )
+    if bench.others and all(map(bench.dense_known, bench.evaluated)):
+        on_texts = [
+            (short_name(windows.source), [point.on_text(bench, other) for point in on_first])
+            for other, windows in enumerate(bench.evaluated)
+        ]
+        show(
+            curve_chart.other_texts_chart(on_texts),
+            "other-texts-chart",
+            "each mark is a cut; above the dashed line it costs more on the other text than on the "
+            "first one. Bars are 95 % intervals.",
+            lambda: pd.concat(
+                curve_chart.points_table(found).assign(text=name) for name, found in on_texts
+            ),
+        )
     best = tradeoff_charts.best_at_each_pair(shown, widths_of_dense)
     show(
-        tradeoff_charts.ratio_map(shown, widths_of_dense),
+        on_text(tradeoff_charts.ratio_map(shown, widths_of_dense), text),
         "ratio-map",
         "each square is a pair of ratios that was measured, the best of what is shown above, in "
         "times the dense perplexity; between the squares nothing is known.",
@@ -254,8 +287,11 @@ def show_charts(bench: Bench) -> None:
         for column, field in zip(st.columns(2, gap="large"), tradeoff_charts.COSTS, strict=True):
             with column:
                 show(
-                    tradeoff_charts.frontier_chart(
-                        shown, whole, widths_of_dense, field, logarithmic
+                    on_text(
+                        tradeoff_charts.frontier_chart(
+                            shown, whole, widths_of_dense, field, logarithmic
+                        ),
+                        text,
                     ),
                     f"frontier-{field}",
                     "full marks on the line are the best measured for their size; for each open "
@@ -264,6 +300,7 @@ def show_charts(bench: Bench) -> None:
                     narrow=True,
                 )
     st.subheader("All points")
+    st.caption(f"Measured on {text_in_words(bench, place)}.")
     st.dataframe(
         curve_chart.points_table(measured)[
             [

@@ -4,10 +4,12 @@ import pandas as pd
 import streamlit as st
 
 from pages.charts import exploring_charts
+from pages.charts.common import on_text
 from pages.parts.figure import show
 from pages.parts.progress import require_bench, show_dense, show_job
 from pages.server.exploring import findings, start_layers, start_strengths
 from pages.server.visits import visit
+from transact_core.data.corpus import short_name
 from transact_core.experiments.bench import Bench
 from transact_core.experiments.premise import DISTURBANCES, Disturbed
 from transact_core.forward.perplexity import Evaluation
@@ -125,7 +127,7 @@ def show_points(bench: Bench, dense: Evaluation, wanted: list[tuple]) -> None:
     )
     single = " With a single window there is no interval." if windows == 1 else ""
     show(
-        figure,
+        on_text(figure, short_name(bench.evaluation.source)),
         "premise",
         "a line far above the dotted one is an activation that is sensitive to disturbances; one "
         "that stays near it has width to spare. Bars are 95 % intervals of the paired difference."

@@ -7,6 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from pages.charts import exploring_charts
+from pages.charts.common import on_text
 from pages.parts.figure import show
 from pages.parts.help_texts import GRANULARITY_HELP, IMPORTANCE_HELP
 from pages.parts.progress import (
@@ -16,10 +17,12 @@ from pages.parts.progress import (
     show_dense,
     show_job,
 )
+from pages.parts.texts import text_in_words
 from pages.server.estimates import cuts_seconds, pace_in_words
 from pages.server.points import find_point
 from pages.server.start_jobs import start_curve
 from pages.server.visits import visit
+from transact_core.data.corpus import short_name
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.forward.perplexity import Evaluation
 from transact_core.importance.scores import IMPORTANCES
@@ -98,11 +101,14 @@ def show_measured(bench: Bench, plans: dict[str, list[PruningPlan]], dense: Eval
         st.caption("The chart begins with the first measured point.")
         return
     show(
-        exploring_charts.bare_perplexities(frame, dense.perplexity),
+        on_text(
+            exploring_charts.bare_perplexities(frame, dense.perplexity),
+            short_name(bench.evaluation.source),
+        ),
         "redundancy-measured",
         "the module with the lower line loses less at the same share removed. Bars are 95 % "
         "intervals of the paired "
-        f"difference from the dense model, over {bench.evaluation.tokens:,} tokens. The points "
+        f"difference from the dense model, over {text_in_words(bench)}. The points "
         "are on the Perplexity page too.",
         lambda: frame,
     )

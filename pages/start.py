@@ -157,7 +157,10 @@ def show_truth(recorded: Example) -> None:
         st.success(f"You measured this cut on this machine: {own.perplexity:.2f}.")
     widths = recorded.architecture.mha_width, recorded.architecture.intermediate_size
     show(
-        curve_chart.perplexity_curve(recorded.points, recorded.dense, widths, logarithmic=True),
+        charts.on_text(
+            curve_chart.perplexity_curve(recorded.points, recorded.dense, widths, logarithmic=True),
+            recorded.text.partition(" (")[0],
+        ),
         "example-curve",
         "the further right, the more width is gone; the higher, the worse the model predicts the "
         f"text. Bars are 95 % intervals of the difference from the dense model, over "

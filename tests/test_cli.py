@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import make_model
 from transact_core import cli
 from transact_core.cli import main
+from transact_core.data.corpus import read_corpus
 from transact_core.experiments import bench as bench_module
 from transact_core.experiments import cut_spec as cut_spec_module
 from transact_core.experiments import sweep as sweep_module
@@ -471,6 +472,29 @@ def test_apply_takes_the_model_and_the_texts_from_elsewhere(prune, checkpoint, t
     compression = str(made / "compression.json")
     assert main(["apply", compression, "--output", str(again), *places]) == 0
     assert (again / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+
+
+def test_apply_measures_the_other_texts_too(prune, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text(read_corpus("builtin-code").text[:20_000])
+    _, made = prune("made", "0.5", "0.3", "--evaluation", str(other))
+    report = json.loads((made / "report.json").read_text())
+    (measured,) = report["other_texts"]
+    assert measured["source"] == str(other)
+    moved = other.rename(tmp_path / "moved.txt")
+    command = ["apply", str(made / "compression.json"), "--output"]
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "again")]) == 2
+    refused(capsys, "There is no text at")
+    recorded = report["evaluation"]["source"]
+    places = ["--evaluation", recorded, "--evaluation", str(moved)]
+    assert main([*command, str(tmp_path / "again"), *places]) == 0
+    again = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert again["other_texts"] == [{**measured, "source": str(moved)}]
+    assert {**again, "other_texts": []} == {**report, "other_texts": []}
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "more"), *places, "--evaluation", recorded]) == 2
+    refused(capsys, "is given 3 times")
 
 
 def test_apply_refuses_another_model(prune, tmp_path, tokenizer, capsys):

@@ -112,9 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # --- arguments -------------------------------------------------------------------------------
 
 _SOURCE = (
-    "builtin (Python's own reference), a .txt, .md, .jsonl or .parquet file, FILE:COLUMN, "
-    "hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]], generated[:TOKENS[:SEED]] (written by the model), or "
-    "several with + between them (windows dealt evenly)"
+    "builtin (Python's own reference), builtin-code (source code of its standard library), a .txt, "
+    ".md, .jsonl or .parquet file, FILE:COLUMN, hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]], "
+    "generated[:TOKENS[:SEED]] (written by the model), or several with + between them (windows "
+    "dealt evenly)"
 )
 _TEXT_DEFAULTS = WindowSpec()
 
@@ -197,12 +198,14 @@ def _parser() -> argparse.ArgumentParser:
         help="where the model is on this machine; the SHA-256 of its weights must be the recorded "
         "one (default: the recorded place)",
     )
-    for text in ("calibration", "evaluation"):
+    for text, again in (("calibration", ""), ("evaluation", "; given again, the other texts'")):
         apply.add_argument(
             f"--{text}",
+            dest=f"{text}s" if again else text,
+            action="append" if again else "store",
             metavar="SOURCE",
             help=f"where the {text} text is on this machine; its SHA-256 must be the recorded one "
-            "(default: the recorded source)",
+            f"(default: the recorded source{again})",
         )
     _add_json(apply, "print what report.json holds instead of a table")
 
@@ -858,12 +861,22 @@ def _recorded_bench(
             "will differ."
         )
         device = "cpu"
+    recorded = (compression.evaluation, *compression.other_texts)
+    named = chosen.evaluations or []
+    if len(named) > len(recorded):
+        raise TransActError(
+            f"--evaluation is given {len(named)} times and this compression was measured on "
+            f"{len(recorded)} of its texts; name no more than those."
+        )
+    sources = [*named, *(text.source for text in recorded[len(named) :])]
     spec = WindowSpec(
         chosen.calibration or compression.calibration.source,
-        chosen.evaluation or compression.evaluation.source,
+        sources[0],
         compression.calibration.tokens,
-        compression.evaluation.tokens,
+        # A text that was shorter than asked for gives the same windows again.
+        max(text.tokens for text in recorded),
         compression.sequence_length,
+        tuple(sources[1:]),
     )
     texts = read_texts(spec)
     model = chosen.model or compression.model.source
@@ -872,7 +885,8 @@ def _recorded_bench(
     compression.plan.check(loaded.architecture)
     bench = bench_with(loaded, spec, texts, compression.save_dtype, compression.seed, progress)
     require_same_text("calibration", compression.calibration, bench.calibration)
-    require_same_text("evaluation", compression.evaluation, bench.evaluation)
+    for text, windows in zip(recorded, bench.evaluated, strict=True):
+        require_same_text("evaluation", text, windows)
     _warn_all(bench.notices)
     return bench
 

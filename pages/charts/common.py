@@ -13,6 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
+from pages.charts.text import plain_in_chart
 from transact_core.importance.shares import are_positions, relative
 
 if TYPE_CHECKING:
@@ -59,6 +60,22 @@ def laid_out(figure: go.Figure, title: str, height: int = 380) -> go.Figure:
         margin={"l": 10, "r": 10, "t": 70, "b": 10},
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"},
     )
+
+
+PERPLEXITY = "perplexity"
+"""Title of axes of perplexity; `on_text` says of which text."""
+
+
+def on_text(figure: go.Figure, text: str) -> go.Figure:
+    """The figure with the text that perplexity was measured on in the titles of its axes."""
+    name = plain_in_chart(text)
+    for axis in figure.select_yaxes(lambda axis: axis.title.text == PERPLEXITY):
+        axis.title.text = f"{PERPLEXITY} on {name}"
+    for trace in figure.select_traces({"type": "scatter"}):
+        bar = trace.marker.colorbar.title
+        if bar.text and bar.text.endswith(PERPLEXITY):
+            bar.text = f"{bar.text}<br>on {name}"
+    return figure
 
 
 # --- importance ------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
-from pages.charts.common import BOTH, DENSE, MHA, MLP, laid_out
+from pages.charts.common import BOTH, DENSE, MHA, MLP, PERPLEXITY, laid_out
+from pages.charts.text import plain_in_chart
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,7 +143,7 @@ def perplexity_curve(
     figure.update_xaxes(title="width removed (of both, the larger share)", tickformat=".0%")
     largest = max((removed for group in series.values() for removed, _ in group), default=0.5)
     figure.update_xaxes(range=[-0.03, largest + 0.05])
-    figure.update_yaxes(title="perplexity", type="log" if logarithmic else "linear")
+    figure.update_yaxes(title=PERPLEXITY, type="log" if logarithmic else "linear")
     figure = laid_out(figure, _curve_title(points, dense), 460)
     if len(series) > 3:
         figure.update_layout(
@@ -150,6 +151,62 @@ def perplexity_curve(
             legend={"orientation": "v", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"},
         )
     return figure
+
+
+def other_texts_chart(on_texts: Sequence[tuple[str, Sequence[Measurement]]]) -> go.Figure:
+    """What each cut costs on other texts, against what it costs on the first; × dense.
+
+    `on_texts` are the names of the texts, each with the same cuts as measured on it, in one order.
+    """
+    (first, reference), *others = on_texts
+    figure = go.Figure()
+    times = {name: np.exp([point.delta_nll for point in points]) for name, points in on_texts}
+    for (name, points), colour in zip(others, PALETTE, strict=False):
+        figure.add_scatter(
+            x=times[first],
+            y=times[name],
+            mode="markers",
+            name=plain_in_chart(name),
+            marker={"color": colour, "size": 10},
+            error_y={
+                "type": "data",
+                "array": times[name] * np.expm1([1.96 * point.delta_nll_se for point in points]),
+                "arrayminus": times[name]
+                * -np.expm1([-1.96 * point.delta_nll_se for point in points]),
+                "thickness": 1.2,
+            },
+            customdata=[[point.plan.mha_ratio, point.plan.mlp_ratio] for point in reference],
+            hovertemplate="MHA −%{customdata[0]:.0%}, MLP −%{customdata[1]:.0%}<br>"
+            "%{y:.3f} × dense here, %{x:.3f} × there<extra></extra>",
+        )
+    highest = max((float(values.max()) for values in times.values() if len(values)), default=2.0)
+    figure.add_scatter(
+        x=[1, highest],
+        y=[1, highest],
+        mode="lines",
+        name="as much on both",
+        line={"color": DENSE, "dash": "dash", "width": 1},
+        hoverinfo="skip",
+    )
+    axis = {"type": "log", "exponentformat": "none"}
+    figure.update_xaxes(title=f"times dense on {plain_in_chart(first)}", **axis)
+    figure.update_yaxes(title="times dense on the other text", **axis)
+    worst = max(
+        (
+            (times[name][place] / times[first][place], name, place)
+            for name, points in others
+            for place in range(len(points))
+        ),
+        default=None,
+    )
+    title = "No cut is measured on another text yet"
+    if worst is not None:
+        _, name, place = worst
+        title = (
+            f"A cut that costs {times[first][place]:.2f} × on {plain_in_chart(first)} costs "
+            f"{times[name][place]:.2f} × on {plain_in_chart(name)}"
+        )
+    return laid_out(figure, title, 420)
 
 
 def _series(

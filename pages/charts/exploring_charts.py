@@ -7,7 +7,16 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pages.charts.common import COLOURS, DENSE, MAGNITUDE, NAMES, head_map, laid_out, layer_axis
+from pages.charts.common import (
+    COLOURS,
+    DENSE,
+    MAGNITUDE,
+    NAMES,
+    PERPLEXITY,
+    head_map,
+    laid_out,
+    layer_axis,
+)
 from pages.charts.text import plain_in_chart
 from transact_core.experiments.premise import Disturbed
 from transact_core.forward.waists import MODULES, SITES
@@ -36,7 +45,7 @@ def _perplexity_axis(figure: go.Figure) -> go.Figure:
     """A logarithmic axis; where it spans two decades or more, with ticks at powers of ten only."""
     drawn = [value for trace in figure.data for value in trace.y]
     return figure.update_yaxes(
-        title="perplexity",
+        title=PERPLEXITY,
         type="log",
         exponentformat="power",
         dtick=1 if drawn and max(drawn) > 100 * min(drawn) else None,

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pages.charts.common import DENSE, MAGNITUDE, laid_out
+from pages.charts.common import DENSE, MAGNITUDE, PERPLEXITY, laid_out
 from pages.charts.curve_chart import (
     KINDS,
     TOLERATED,
@@ -124,7 +124,7 @@ def frontier_chart(
         hovertemplate=f"dense: %{{x:,.1f}} {unit}, perplexity %{{y:.3f}}<extra></extra>",
     )
     figure.update_xaxes(title=axis).update_yaxes(
-        title="perplexity", type="log" if logarithmic else "linear"
+        title=PERPLEXITY, type="log" if logarithmic else "linear"
     )
     figure = laid_out(figure, _frontier_title(table, field), 450)
     return figure.update_layout(

@@ -22,6 +22,8 @@ SECTIONS = {
     "Decide": {"compress": ("Compress", ":material/compress:")},
     "Measure": {
         "perplexity": ("Perplexity", ":material/trending_up:"),
+        "tasks": ("Tasks", ":material/quiz:"),
+        "damage": ("Token damage", ":material/format_color_text:"),
         "compare": ("Compare", ":material/compare:"),
         "latency": ("Latency", ":material/timer:"),
     },

@@ -13,7 +13,7 @@ from pages.server.settings import settings
 from pages.server.uploads import KINDS, keep_upload
 from pages.server.visits import visit
 from transact_core.base.errors import TransActError
-from transact_core.data.corpus import BUILTIN_TEXT
+from transact_core.data.corpus import BUILTIN_CODE, BUILTIN_TEXT
 from transact_core.experiments import results
 from transact_core.models.load import BUILTIN, BUILTIN_NAME
 
@@ -24,7 +24,11 @@ MODEL_KINDS = {
     "Hub id": ("Hub id", "owner/name"),
 }
 """For each kind of model source the label of its text field and an example."""
-TEXT_KINDS = ("Built-in", "Uploaded file", "Hub dataset")
+TEXT_KINDS = {"Built-in": BUILTIN_TEXT, "Built-in code": BUILTIN_CODE}
+"""The built-in texts by what they are called."""
+UPLOAD, DATASET, NONE = "Uploaded file", "Hub dataset", "None"
+OTHER_TEXTS = ("Second evaluation", "Third evaluation")
+"""Further texts that perplexity is measured on."""
 
 
 def model_kind(model: str) -> str:
@@ -37,10 +41,13 @@ def model_kind(model: str) -> str:
 
 
 def text_kind(source: str) -> str:
-    """Which of `TEXT_KINDS` a text source is."""
-    if source == BUILTIN_TEXT:
-        return "Built-in"
-    return "Hub dataset" if source.startswith("hub:") else "Uploaded file"
+    """What a text source is called; an empty one is none."""
+    for kind, builtin in TEXT_KINDS.items():
+        if source == builtin:
+            return kind
+    if not source:
+        return NONE
+    return DATASET if source.startswith("hub:") else UPLOAD
 
 
 def choose_model(before: str) -> str:
@@ -62,19 +69,26 @@ def choose_model(before: str) -> str:
     )
 
 
-def choose_text(name: str, before: str) -> str:
-    """The calibration or evaluation text that the widgets name; empty where they name none yet."""
+def choose_text(name: str, before: str, optional: bool = False) -> str | None:
+    """The text that the widgets name; empty where they name none yet, None where none is wanted."""
     kind_before = text_kind(before)
+    kinds = [*([NONE] if optional else []), *TEXT_KINDS, UPLOAD, DATASET]
     kind = st.selectbox(
         f"{name} text",
-        TEXT_KINDS,
-        TEXT_KINDS.index(kind_before),
+        kinds,
+        kinds.index(kind_before),
         key=f"{name}_kind",
         persist_state="session",
+        help="Every cut is measured on it too. A repair that was fitted on one kind of text can "
+        "ruin another, so choose one that differs from the calibration text."
+        if optional
+        else None,
     )
-    if kind == "Built-in":
-        return BUILTIN_TEXT
-    if kind == "Hub dataset":
+    if kind == NONE:
+        return None
+    if kind in TEXT_KINDS:
+        return TEXT_KINDS[kind]
+    if kind == DATASET:
         dataset = st.text_input(
             f"{name} dataset",
             before.removeprefix("hub:") if kind == kind_before else "",
@@ -105,6 +119,13 @@ def choose_request() -> Request:
         st.caption(
             "Both come from one text: evaluation takes its beginning, calibration what follows."
         )
+    others = []
+    for place, name in enumerate(OTHER_TEXTS):
+        before = defaults.others[place] if place < len(defaults.others) else ""
+        other = choose_text(name, before, optional=True)
+        if other is None:
+            break
+        others.append(other)
     with st.expander("How much, and on what"):
         calibration_tokens = st.number_input(
             "Calibration tokens",
@@ -161,6 +182,7 @@ def choose_request() -> Request:
         calibration_tokens=int(calibration_tokens),
         evaluation_tokens=int(evaluation_tokens),
         sequence_length=int(sequence_length),
+        others=tuple(others),
     )
 
 
@@ -168,7 +190,7 @@ def show_sidebar() -> None:
     """The controls, what is open, and the jobs; what is chosen is opened when Load is pressed."""
     mine = visit()
     chosen = choose_request()
-    complete = chosen.model and chosen.calibration and chosen.evaluation
+    complete = chosen.model and all((chosen.calibration, chosen.evaluation, *chosen.others))
     changed = chosen != mine.request
     if st.button(
         "Load",
@@ -195,9 +217,7 @@ def show_sidebar() -> None:
                 f"{shape.intermediate_size:,} · computing in {str(loaded.dtype)[6:]} on "
                 f"{loaded.device}"
             )
-        for notice in dict.fromkeys(
-            loaded.notices + opened.calibration.notices + opened.evaluation.notices
-        ):
+        for notice in opened.notices:
             st.warning(plain(notice))
     for notice in results.notices:
         st.warning(plain(notice))

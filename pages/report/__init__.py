@@ -20,10 +20,12 @@ from plotly.offline import get_plotlyjs
 from pages.charts import common as charts
 from pages.charts import curve_chart, plan_charts, tradeoff_charts
 from pages.charts.latency_chart import latency_chart
+from pages.charts.tasks_chart import tasks_chart
 from pages.charts.text import counted
 from pages.parts.sizes import SIZES, times_dense
 from pages.server.side_by_side import LatencyRun
-from transact_core.data.corpus import describe
+from pages.server.task_runs import TaskRun
+from transact_core.data.corpus import describe, of_one_kind, short_name
 from transact_core.experiments.bench import Bench, Measurement
 from transact_core.export.compression import (
     Compression,
@@ -35,8 +37,9 @@ from transact_core.export.compression import (
 from transact_core.pruning.plan import Decision, PruningPlan
 
 LIMITS = (
-    "Perplexity was measured on the one text named above. It says nothing about other texts, other "
-    "languages, tasks, instructions or safety.",
+    "Perplexity was measured on the texts named above. It says nothing about other texts, other "
+    "languages, instructions or safety; of tasks it says nothing that the table of tasks, where "
+    "there is one, does not show.",
     "The interval covers the choice of windows within that text, not the choice of the text.",
     "Curves and frontiers show what was measured in one session. A cut that was not tried may be "
     "better.",
@@ -53,12 +56,13 @@ def make_report(
     points: Sequence[Measurement],
     latency: LatencyRun | None,
     made: datetime,
+    tasks: TaskRun | None = None,
 ) -> str:
     """Returns the report as HTML.
 
     `point` is the measurement of this cut, or None if it is not measured. `points` are all
     measurements on the bench; if there are any, the dense model must be measured too. `latency` has
-    times of this cut, if any.
+    times of this cut, and `tasks` what it answered, if any.
     """
     plan, compression = decision.plan, describe_compression(bench, decision, recovery)
     template = Environment(
@@ -76,6 +80,9 @@ def make_report(
         cut_figures=_drawn(_cut_figures(bench, plan)),
         standing=_standing(point, points),
         standing_figures=_drawn(_standing_figures(bench, point, points)),
+        tasks=_tasks(tasks),
+        tasks_note=_tasks_note(tasks),
+        tasks_figures=_drawn(_tasks_figures(tasks)),
         repair_figures=_drawn(_repair_figures(point)),
         latency_figures=_drawn(_latency_figures(bench, latency)),
         facts=_facts(bench, compression),
@@ -145,9 +152,19 @@ def _sizes(
         rows.append((label, *values, f"{after / before:.1%}"))
     if point is None:
         return [*rows, ("Perplexity", "–", "not measured", "–")]
-    before = bench.dense().perplexity
-    times = math.exp(point.delta_nll)
-    return [*rows, ("Perplexity", f"{before:.2f}", f"{point.perplexity:.2f}", f"{times:.1%}")]
+    for place, windows in enumerate(bench.evaluated):
+        if not bench.dense_known(windows):
+            continue
+        there, name = point.on_text(bench, place), short_name(windows.source)
+        rows.append(
+            (
+                "Perplexity" if not bench.others else f"Perplexity on {name}",
+                f"{bench.dense(windows=windows).perplexity:.2f}",
+                f"{there.perplexity:.2f}",
+                f"{math.exp(there.delta_nll):.1%}",
+            )
+        )
+    return rows
 
 
 def _perplexity_note(bench: Bench, point: Measurement | None) -> str:
@@ -160,10 +177,21 @@ def _perplexity_note(bench: Bench, point: Measurement | None) -> str:
         else f"difference of the loss from the dense model's {point.delta_nll:+.4f} ± "
         f"{point.delta_nll_se:.4f} nats a token (standard error over windows, paired)"
     )
+    texts = " and ".join(
+        f"{evaluation.scored_tokens:,} scored tokens of {describe(windows.source)}"
+        for windows, evaluation in zip(
+            bench.evaluated, (point.evaluation, *point.others), strict=True
+        )
+    )
+    alike = (
+        " Calibration and evaluation are of one kind: on other kinds of text the cut may cost more."
+        if all(of_one_kind(windows.source, bench.calibration.source) for windows in bench.evaluated)
+        else ""
+    )
+    of_which = f" on {short_name(bench.evaluation.source)}" if bench.others else ""
     return (
-        f"{flops}Perplexity on {point.evaluation.scored_tokens:,} scored tokens of "
-        f"{describe(bench.evaluation.source)}, windows of {bench.evaluation.sequence_length}, each "
-        f"scored alone; {interval}."
+        f"{flops}Perplexity on {texts}, windows of {bench.evaluation.sequence_length}, each "
+        f"scored alone; {interval}{of_which}.{alike}"
     )
 
 
@@ -242,13 +270,15 @@ def _standing_figures(
         return []
     shape, dense = bench.loaded.architecture, bench.dense()
     widths = (shape.mha_width, shape.intermediate_size)
-    curve = curve_chart.perplexity_curve(points, dense, widths)
+    name = short_name(bench.evaluation.source)
+    curve = charts.on_text(curve_chart.perplexity_curve(points, dense, widths), name)
     figures = [(curve, "bars are 95 % intervals of the paired difference from the dense model.")]
     if point is not None:
         _mark(curve, max(curve_chart.removed_shares(point, widths)), point.perplexity)
     for field, (_, scale, *_) in tradeoff_charts.COSTS.items():
-        figure = tradeoff_charts.frontier_chart(
-            points, (bench.dense_footprint, dense), widths, field
+        figure = charts.on_text(
+            tradeoff_charts.frontier_chart(points, (bench.dense_footprint, dense), widths, field),
+            name,
         )
         if point is not None:
             _mark(figure, getattr(point.footprint, field) / scale, point.perplexity)
@@ -282,6 +312,51 @@ def _repair_figures(point: Measurement | None) -> list[Figure]:
     ]
 
 
+def _tasks(run: TaskRun | None) -> list[tuple[str, ...]]:
+    """For each metric of each task its name, questions, and the figures of both models."""
+    rows = []
+    for result in run.standings.values() if run else ():
+        for metric in result.model.values:
+            cells = (
+                f"{figures.values[metric]:.3f} ± {figures.errors[metric]:.3f}"
+                for figures in (result.against, result.model, result.difference)
+                if figures is not None
+            )
+            shots = f" ({result.shots}-shot)" if result.shots else ""
+            rows.append((f"{result.task}{shots}, {metric}", f"{result.asked:,}", *cells))
+    return rows
+
+
+def _tasks_note(run: TaskRun | None) -> str:
+    if run is None:
+        return ""
+    guessing = ", ".join(
+        f"{result.task} {result.chance:.2f}"
+        for result in run.standings.values()
+        if result.chance is not None
+    )
+    versions = run.report()["versions"]
+    return (
+        "± is one standard error; differences are paired, question by question. "
+        + (f"Guessing gives an accuracy of: {guessing}. " if guessing else "")
+        + f"lm-evaluation-harness {versions['lm_eval']}, questions drawn with seed "
+        f"{run.choice.seed}."
+    )
+
+
+def _tasks_figures(run: TaskRun | None) -> list[Figure]:
+    standings = list(run.standings.values()) if run else []
+    if not any("acc" in result.model.values for result in standings):
+        return []
+    return [
+        (
+            tasks_chart(standings),
+            "bars are 95 % intervals over questions; a difference whose bar does not reach the "
+            "dashed line is one that these questions show.",
+        )
+    ]
+
+
 def _latency_figures(bench: Bench, run: LatencyRun | None) -> list[Figure]:
     if run is None or not run.points:
         return []
@@ -311,6 +386,7 @@ def _facts(bench: Bench, compression: Compression) -> list[tuple[str, str]]:
         ),
         ("Calibration", text(compression.calibration)),
         ("Evaluation", text(compression.evaluation)),
+        *(("Also evaluated on", text(other)) for other in compression.other_texts),
         ("Saved as", compression.save_dtype),
         (
             "Computed",

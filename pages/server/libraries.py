@@ -71,7 +71,8 @@ def _import() -> None:
         # With these come all of transact_core that any page uses.
         import pages.server.exploring
         import pages.server.side_by_side
-        import pages.server.start_jobs  # noqa: F401
+        import pages.server.start_jobs
+        import pages.server.task_runs  # noqa: F401
     except BaseException as error:
         logging.getLogger(__name__).exception("The libraries could not be imported")
         _error = f"{type(error).__name__}: {error}"

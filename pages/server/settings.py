@@ -245,17 +245,14 @@ def require_readable_source(source: str, allowed: Settings) -> None:
         TransActError: it is one.
     """
     # Imported late: these bring torch with them, and the first page is drawn before that.
-    from transact_core.data.corpus import BUILTIN_TEXT
+    from transact_core.data.corpus import BUILTIN_TEXTS, file_and_column
     from transact_core.models.load import BUILTIN
 
     source = source.strip()
-    if source in (BUILTIN, BUILTIN_TEXT):
+    if source in (BUILTIN, *BUILTIN_TEXTS):
         return
     if source.startswith("hub:"):
         source = source.removeprefix("hub:").partition(":")[0]
-    # Imported late, as torch comes with it.
-    from transact_core.data.corpus import file_and_column
-
     path, column = file_and_column(source)
     if column is not None:
         source = str(path)

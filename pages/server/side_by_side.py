@@ -1,4 +1,4 @@
-"""Jobs that need the dense and a pruned model at once: generation and latency."""
+"""Jobs that need the dense and a pruned model at once: generation, latency, token damage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,11 +7,13 @@ from pages.server.jobs import Job
 from pages.server.open_models import workbench
 from pages.server.points import point_of
 from pages.server.request import Cut
+from pages.server.settings import require_readable_source, settings
 from pages.server.start_jobs import start
 from pages.server.visits import holding, points, visit
 from transact_core.base.errors import Progress
 from transact_core.experiments.bench import identity
 from transact_core.experiments.side_by_side import DENSE, PRUNED, Said, TokenLosses
+from transact_core.experiments.text_damage import TextDamage
 from transact_core.forward.generation import Sampling, Token
 from transact_core.forward.latency import LatencyPoint
 from transact_core.pruning.plan import PruningPlan
@@ -52,6 +54,21 @@ class LatencyRun:
         """Whether the pruned model of this cut was timed."""
         mine = self.plan and identity(self.plan, self.cut.recovery)
         return mine == identity(plan, recovery)
+
+
+@dataclass
+class DamageRun:
+    """Damage to texts. A job writes it while the page reads it."""
+
+    cut: Cut
+    sources: tuple[str, ...]
+    job: Job | None = None
+    texts: list[TextDamage] = field(default_factory=list)
+
+
+def last_damage() -> DamageRun | None:
+    """The damage to texts that the visitor measured last with the model and texts in view."""
+    return holding().found.get("damage")
 
 
 def last_comparison() -> Comparison | None:
@@ -99,6 +116,29 @@ def start_comparison(
 
     comparison.job = start("Generating side by side", comparing, ("compare", request))
     holding().found["compare"] = comparison
+
+
+def start_damage(cut: Cut, sources: Sequence[str], tokens: int) -> None:
+    """Queues the comparison of both models' predictions; each text is added once it is done."""
+    request, known = visit().request, points()
+    run = DamageRun(cut, tuple(sources))
+
+    def comparing(report: Progress) -> None:
+        for source in run.sources:
+            require_readable_source(source, settings())
+        point = point_of(cut, request, known, report)
+        workbench().run(
+            request,
+            work.damage_texts,
+            report,
+            point,
+            run.sources,
+            tokens,
+            received=run.texts.append,
+        )
+
+    run.job = start("Comparing predictions", comparing, ("damage", request))
+    holding().found["damage"] = run
 
 
 def start_latency(cut: Cut, lengths: Sequence[int], decode: int, repeats: int) -> None:

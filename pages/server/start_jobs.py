@@ -83,8 +83,11 @@ def in_words(ratios: Pair) -> str:
     return f"MHA {ratios[0]:.0%}, MLP {ratios[1]:.0%}"
 
 
-def start_export(cut: Cut, folder: Path) -> None:
-    """Queues the writing of a checkpoint; its cut is made and measured where that is not known."""
+def start_export(cut: Cut, folder: Path, tasks: dict[str, object] | None = None) -> None:
+    """Queues the writing of a checkpoint; its cut is made and measured where that is not known.
+
+    `tasks` is what `tasks.json` would hold of this cut, for report.json and the model card.
+    """
     mine, request = points(), visit().request
 
     def writing(report: Progress) -> Path:
@@ -92,6 +95,6 @@ def start_export(cut: Cut, folder: Path) -> None:
         # Looked at before the cut is measured, which may take long; the worker looks again.
         require_free_output(folder)
         point = point_of(cut, request, mine, report)
-        return workbench().run(request, work.export, report, point, folder)
+        return workbench().run(request, work.export, report, point, folder, tasks)
 
     start("Writing the checkpoint", writing, ("export", request))

@@ -6,7 +6,16 @@ import pytest
 
 from transact_core.base.errors import TransActError
 from transact_core.base.files import sha256_of_text
-from transact_core.data.corpus import corpus_from_text, file_and_column, read_corpus
+from transact_core.data import corpus as corpus_module
+from transact_core.data.corpus import (
+    BUILTIN_CODE,
+    BUILTIN_TEXT,
+    corpus_from_text,
+    file_and_column,
+    of_one_kind,
+    read_corpus,
+    short_name,
+)
 
 ROWS = ["one fish", "two fish", "red fish"]
 
@@ -233,3 +242,42 @@ def test_rows_that_are_no_objects_have_no_columns(tmp_path):
     (tmp_path / "rows.jsonl").write_text('"a"')
     with pytest.raises(TransActError, match=r"Line 1 .* has no columns"):
         read_corpus(f"{tmp_path / 'rows.jsonl'}:text")
+
+
+# --- kinds of text ---------------------------------------------------------------------------
+
+
+def test_the_second_builtin_text_is_code():
+    code = read_corpus(BUILTIN_CODE)
+    assert len(code.text) > 400_000
+    assert code.text.count("\ndef ") > 100
+    assert code.sha256 == read_corpus(BUILTIN_CODE).sha256 != read_corpus(BUILTIN_TEXT).sha256
+
+
+def test_python_without_its_source_code_is_said(monkeypatch):
+    monkeypatch.setattr(corpus_module, "CODE_MODULES", ("argparse", "sys"))
+    with pytest.raises(TransActError, match="without the source code"):
+        read_corpus(BUILTIN_CODE)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        ("builtin", "builtin ", True),
+        ("builtin", "builtin-code", False),
+        ("hub:wikitext:wikitext-2-raw-v1", "hub:wikitext:wikitext-103-v1:test", True),
+        ("hub:wikitext", "hub:c4", False),
+        ("a.txt", "a.txt", True),
+        ("a.txt", "b.txt", False),
+    ],
+)
+def test_texts_of_one_kind(one, other, alike):
+    assert of_one_kind(one, other) is alike
+
+
+def test_columns_of_one_file_are_of_one_kind_and_named(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n')
+    assert of_one_kind(f"{path}:question", f"{path}:answer")
+    assert short_name(f"{path}:answer") == "chat.jsonl:answer"
+    assert short_name("hub:owner/data:config:test") == "owner/data"

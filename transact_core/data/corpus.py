@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
 
@@ -39,6 +40,12 @@ MOST_GENERATED_TOKENS = 10_000_000
 GENERATED_KINDS = ("any", "plain", "chat")
 MIXED = "+"
 """Between the sources of a mix."""
+BUILTIN_CODE = "builtin-code"
+BUILTIN_TEXTS = (BUILTIN_TEXT, BUILTIN_CODE)
+"""Texts that come with every CPython: its language reference, and source code, which differs from
+it in kind."""
+CODE_MODULES = ("argparse", "difflib", "heapq", "inspect", "shutil", "subprocess", "textwrap")
+"""Modules of the standard library, each a single file, together about as long as the reference."""
 MAX_CHARACTERS = 16_000_000
 """Longer texts are read this far: some millions of tokens, more than any measurement here takes."""
 MAX_GROUP_BYTES = 500_000_000
@@ -103,12 +110,13 @@ Piece = str | Conversation | None
 
 
 def read_corpus(source: str) -> Corpus:
-    """Reads `builtin`, a `.txt`, `.md`, `.jsonl` or `.parquet` file, a hub dataset, or a mix.
+    """Reads a built-in text, a `.txt`, `.md`, `.jsonl` or `.parquet` file, a hub dataset, or a mix.
 
-    A hub dataset is named `hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]]`, its split `train` by default; a
-    column of a `.jsonl` or `.parquet` file as `FILE:COLUMN`. Rows of text are joined by blank
-    lines. Rows may also be conversations: a list of turns (`messages`, `conversations`), or a
-    question and its answer (`instruction` and `output`, `prompt` and `completion` or `response`).
+    The built-in texts are `builtin` and `builtin-code`. A hub dataset is named
+    `hub:DATASET[:CONFIG[:SPLIT[:COLUMN]]]`, its split `train` by default; a column of a `.jsonl` or
+    `.parquet` file as `FILE:COLUMN`. Rows of text are joined by blank lines. Rows may also be
+    conversations: a list of turns (`messages`, `conversations`), or a question and its answer
+    (`instruction` and `output`, `prompt` and `completion` or `response`).
     `generated[:TOKENS[:SEED]]` is a text that a model has yet to write, and `A+B` a mix of sources.
     At most `MAX_CHARACTERS` of each are read. Texts are UTF-8, or what their byte-order mark says;
     line ends are read as newlines.
@@ -139,6 +147,9 @@ def read_corpora(source: str) -> Iterator[Corpus]:
     if source == BUILTIN_TEXT:
         yield corpus_from_text(source, _builtin_text())
         return
+    if source == BUILTIN_CODE:
+        yield corpus_from_text(source, _builtin_code())
+        return
     if is_generated(source):
         wanted = _generated(source)
         yield Corpus(wanted.source, "", sha256_of_text(wanted.source), to_write=wanted)
@@ -150,8 +161,8 @@ def read_corpora(source: str) -> Iterator[Corpus]:
     if not os.path.isfile(path):
         raise TransActError(
             f"There is no text at {str(path)!r}: name a .txt, .jsonl or .parquet file, a column "
-            f"of one as FILE:COLUMN, hub:DATASET, {BUILTIN_TEXT!r}, {GENERATED!r}, or several "
-            f"with {MIXED} between them."
+            f"of one as FILE:COLUMN, hub:DATASET, {BUILTIN_TEXT!r}, {BUILTIN_CODE!r}, "
+            f"{GENERATED!r}, or several with {MIXED} between them."
         )
     yield from _file_corpora(source, path, column)
 
@@ -330,18 +341,77 @@ def with_newlines(text: str) -> str:
 
 def describe(source: str) -> str:
     """A source in words fit for a report."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
     if source == BUILTIN_TEXT:
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
         return f"Python {version}'s own reference (pydoc_data.topics)"
+    if source == BUILTIN_CODE:
+        return f"source code of Python {version}'s standard library"
     if is_generated(source):
         return f"text written by the model itself ({source})"
     parts = mixed_sources(source)
     return f"a mix of {' and '.join(map(describe, parts))}" if len(parts) > 1 else source
 
 
+def short_name(source: str) -> str:
+    """A source in a few words, for labels: a built-in text, or the name of file or dataset."""
+    source = source.strip()
+    parts = mixed_sources(source)
+    if len(parts) > 1:
+        return " + ".join(map(short_name, parts))
+    if is_generated(source):
+        return "text by the model"
+    if source == BUILTIN_TEXT:
+        return "Python's reference"
+    if source == BUILTIN_CODE:
+        return "Python's source code"
+    if source.startswith("hub:"):
+        return source.split(":")[1]
+    path, column = file_and_column(source)
+    return path.name if column is None else f"{path.name}:{column}"
+
+
+def of_one_kind(source: str, other: str) -> bool:
+    """Whether two sources are known to hold text of one kind: one text, one file or one dataset.
+
+    Of others nothing is known: two files may well be of one kind. A mix is of the kinds of its
+    parts.
+    """
+
+    def collection(source: str) -> str:
+        if source.startswith("hub:"):
+            return ":".join(source.split(":")[:2])
+        if is_generated(source):
+            return GENERATED
+        return source if source in BUILTIN_TEXTS else str(file_and_column(source)[0])
+
+    ours, theirs = ({collection(part) for part in mixed_sources(each)} for each in (source, other))
+    return not ours.isdisjoint(theirs)
+
+
 def _builtin_text() -> str:
     topics = pydoc_data.topics.topics
     return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _builtin_code() -> str:
+    """The modules of `CODE_MODULES`, one after the other.
+
+    Raises:
+        TransActError: this Python comes without its source code.
+    """
+    texts = []
+    for name in CODE_MODULES:
+        found = find_spec(name)
+        try:
+            texts.append(found.loader.get_source(name))
+        except (AttributeError, ImportError, OSError):
+            texts.append(None)
+    if None in texts:
+        raise TransActError(
+            f"This Python comes without the source code of its standard library, so there is no "
+            f"text {BUILTIN_CODE!r}; name a file."
+        )
+    return "\n\n".join(texts)
 
 
 def _file_corpora(source: str, path: Path, column: str | None) -> Iterator[Corpus]:

@@ -168,8 +168,17 @@ class Bench:
 
     def measure_dense(self, progress: Progress = silent) -> None:
         """Measures the dense model on every text, as long as its weights are there."""
-        for windows in (self.evaluation, *self.others):
+        for windows in self.evaluated:
             self.dense(progress, windows)
+
+    def dense_known(self, windows: Windows) -> bool:
+        """Whether the dense model was measured on these windows."""
+        return sha256_of_tokens(windows.ids) in self._dense
+
+    @property
+    def evaluated(self) -> tuple[Windows, ...]:
+        """The windows of all texts that every cut is evaluated on, the evaluation text's first."""
+        return self.evaluation, *self.others
 
     def _determined_by(self, windows: Windows) -> dict[str, object]:
         return {**self._model_identity, "tokens": sha256_of_tokens(windows.ids)}
@@ -384,6 +393,20 @@ class Measurement:
     @property
     def perplexity(self) -> float:
         return self.evaluation.perplexity
+
+    def on_text(self, bench: "Bench", place: int) -> "Measurement":
+        """The same cut as if another of the bench's evaluation texts were the first.
+
+        Place 0 is the first, 1 the first of `others`. The dense model must be measured there.
+        """
+        if place == 0:
+            return self
+        evaluation = self.others[place - 1]
+        dense = bench.dense(windows=bench.others[place - 1])
+        delta_nll, delta_nll_se = paired_difference(evaluation, dense)
+        return replace(
+            self, evaluation=evaluation, delta_nll=delta_nll, delta_nll_se=delta_nll_se, others=()
+        )
 
     def row(self) -> dict[str, float]:
         """A row of `points.csv`."""

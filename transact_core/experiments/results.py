@@ -36,7 +36,7 @@ from transact_core.data.windows import Windows
 from transact_core.experiments.bench import Bench, Choices, Measurement, compress
 from transact_core.experiments.decide import decide
 from transact_core.forward.continuations import Answer
-from transact_core.forward.perplexity import Evaluation, paired_difference
+from transact_core.forward.perplexity import Evaluation
 from transact_core.models.footprint import Footprint
 from transact_core.pruning.closed_form import LayerFit
 from transact_core.pruning.plan import Decision, PruningPlan
@@ -159,12 +159,8 @@ def keep(bench: Bench, point: Measurement) -> None:
     Does nothing where the file cannot be written.
     """
     _keep_on(bench, point)
-    for windows, evaluation in zip(bench.others, point.others, strict=True):
-        delta_nll, delta_nll_se = paired_difference(evaluation, bench.dense(windows=windows))
-        there = replace(
-            point, evaluation=evaluation, delta_nll=delta_nll, delta_nll_se=delta_nll_se
-        )
-        _keep_on(bench, there, windows)
+    for place, windows in enumerate(bench.others, start=1):
+        _keep_on(bench, point.on_text(bench, place), windows)
 
 
 def _keep_on(bench: Bench, point: Measurement, windows: Windows | None = None) -> None:

@@ -83,6 +83,25 @@ class TaskSpec:
     shots: int = 0
 
 
+@dataclass(frozen=True)
+class TaskChoice:
+    """Which questions are to be put, as a value; the fields are as in `open_tasks`."""
+
+    names: str | None = None
+    limit: int | None = None
+    shots: int | None = None
+    folder: str | None = None
+    text: str = BUILTIN_TEXT
+    seed: int = 0
+
+    def open(self, progress: Progress = silent) -> list[HarnessTask]:
+        """What `open_tasks` gives for it."""
+        folder = None if self.folder is None else Path(self.folder)
+        return open_tasks(
+            self.names, self.limit, self.shots, folder, self.text, self.seed, progress
+        )
+
+
 def chosen_tasks(
     names: str | None, folder: Path | None = None, shots: int | None = None
 ) -> list[TaskSpec]:
@@ -336,7 +355,7 @@ def _from_hub(name: str, shots: int) -> TaskData:
     except Exception as error:
         raise TransActError(
             f"The data of the task {name} could not be read from the hub ({first_line(error)}); "
-            f"put its rows as {name}.jsonl into a folder and name that by --task-data."
+            f"put its rows as {name}.jsonl into a folder of task data (--task-data) and name that."
         ) from None
     return _data(name, config, parts[0], parts[1] if shots else (), f"hub:{path}:{split}")
 
@@ -355,7 +374,7 @@ def _require_dataset(task: str, path: str) -> None:
     except Exception as error:
         reason = access_refusal(path, error, "dataset") or (
             f"The hub cannot be reached for the data of the task {task} ({first_line(error)}); "
-            f"name a folder with {task}.jsonl by --task-data, or choose the tasks from a text of "
-            f"your own: {', '.join(OWN_TEXT_TASKS)}."
+            f"name a folder of task data (--task-data) with {task}.jsonl, or choose the tasks from "
+            f"a text of your own: {', '.join(OWN_TEXT_TASKS)}."
         )
         raise TransActError(reason) from None

@@ -121,6 +121,8 @@ class Compression(Data):
     """Held-out loss in nats a token of each granularity that `auto` tried."""
     calibration: TextReference
     evaluation: TextReference
+    other_texts: tuple[TextReference, ...] = ()
+    """Further texts that perplexity was measured on."""
     sequence_length: Annotated[int, Field(ge=2)]
     save_dtype: Literal["float32", "float16", "bfloat16"]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -171,6 +173,7 @@ def describe_compression(bench: Bench, decision: Decision, recovery: str) -> Com
         granularity_losses=decision.granularity_losses,
         calibration=text_reference(bench.calibration),
         evaluation=text_reference(bench.evaluation),
+        other_texts=tuple(map(text_reference, bench.others)),
         sequence_length=bench.evaluation.sequence_length,
         save_dtype=bench.save_dtype,
         seed=bench.seed,
@@ -312,6 +315,7 @@ def reproduce_command(compression: Compression, output: str = "out") -> str:
         "--output": output,
     }
     words = [word for name, value in options.items() for word in (name, str(value))]
+    words += [word for text in compression.other_texts for word in ("--evaluation", text.source)]
     words += ["--sequential"] if compression.sequential else []
     return shlex.join(["python", "-m", "transact_core", "prune", *words])
 

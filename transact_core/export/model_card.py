@@ -137,8 +137,8 @@ def _origin_lines(compression: Compression) -> str:
     source = compression.model.source
     on_hub = is_hub_id(source) and not os.path.exists(source)
     base = BUILTIN_BASE if source == BUILTIN else source if on_hub else None
-    texts = (compression.calibration.source, compression.evaluation.source)
-    named = [text.split(":")[1] for text in texts if text.startswith("hub:")]
+    texts = (compression.calibration, compression.evaluation, *compression.other_texts)
+    named = [text.source.split(":")[1] for text in texts if text.source.startswith("hub:")]
     lines = [f"base_model: {json.dumps(base)}\n"] if base else []
     if named:
         lines.append(f"datasets: {json.dumps(list(dict.fromkeys(named)))}\n")

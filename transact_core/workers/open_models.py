@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
@@ -10,6 +11,7 @@ from transact_core.base.errors import Progress, TransActError
 from transact_core.data.windows import read_texts
 from transact_core.experiments.bench import Bench, Findings, Measurement, carry_out
 from transact_core.experiments.cut_spec import BenchSpec, bench_with
+from transact_core.experiments.tasks import Standing
 from transact_core.models.load import LoadedModel, load_model
 
 MODELS_KEPT = 2
@@ -17,6 +19,19 @@ BENCHES_KEPT = 12
 """More than models: without its model a bench is small."""
 
 ModelKey = tuple[str, str, str]
+
+
+@dataclass
+class TaskRun:
+    """A run of tasks that goes on piece by piece; it holds no model. See `work.answer`."""
+
+    standings: Iterator[Standing]
+    report: Progress
+    """Of the piece under way."""
+    total: int
+    """Questions of all tasks."""
+    asked: dict[str, int] = field(default_factory=dict)
+    """Of them those answered so far, by task."""
 
 
 class OpenModels:
@@ -29,6 +44,8 @@ class OpenModels:
         """For each task under way, the innermost last, the models that it has asked for."""
         self._closed: set[BenchSpec] = set()
         self._last_cut: tuple[BenchSpec, tuple, PreTrainedModel] | None = None
+        self.task_runs: OrderedDict[str, TaskRun] = OrderedDict()
+        """Runs of tasks between two of their pieces, by the names that the server gave them."""
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -8,13 +8,16 @@ back beside the result (`tasks.Outcome.learned`).
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress
 from transact_core.base.files import require_free_output
+from transact_core.data.corpus import read_corpus
 from transact_core.experiments.bench import Bench, Choices, Measurement, compress
 from transact_core.experiments.cut_spec import BenchSpec
 from transact_core.experiments.head_probe import (
@@ -35,17 +38,25 @@ from transact_core.experiments.side_by_side import (
 )
 from transact_core.experiments.side_by_side import compare as compare_models
 from transact_core.experiments.sweep import Pair, point_at
+from transact_core.experiments.task_data import TaskChoice
+from transact_core.experiments.tasks import Standing, contestant_of, contestant_of_cut, run_tasks
+from transact_core.experiments.text_damage import TextDamage, damage_of_texts
 from transact_core.export.compression import describe_compression
 from transact_core.export.folder import require_room, write_checkpoint
+from transact_core.export.task_table import record_tasks
 from transact_core.export.tune import TuneSpec, tune
 from transact_core.forward.generation import Sampling
 from transact_core.forward.latency import LatencyPoint, measure_latency, require_lengths_fit
 from transact_core.forward.perplexity import token_losses
 from transact_core.planning.duration import Feed, evaluation_flops
 from transact_core.pruning.plan import PruningPlan
-from transact_core.training.loop import Standing
-from transact_core.workers.open_models import OpenModels
+from transact_core.training import loop
+from transact_core.workers.open_models import OpenModels, TaskRun
 
+PIECE_SECONDS = 20.0
+"""How long a run of tasks goes on, after which others who wait have their turn."""
+TASK_RUNS_KEPT = 12
+"""Runs of tasks that wait for their next piece; one that was dropped begins with kept blocks."""
 PACE_TOKENS = 64
 """Length of the pass that is timed where the dense model's losses are kept from an earlier run."""
 
@@ -83,9 +94,10 @@ def open_bench(models: OpenModels, report: Progress, spec: BenchSpec) -> Bench:
 
 
 def measure_dense(models: OpenModels, report: Progress, spec: BenchSpec) -> float:
-    """Measures the dense model; gives the FLOPs a second that it was seen to do."""
+    """Measures the dense model on every text; gives the FLOPs a second that it was seen to do."""
     bench, timer = models.bench(spec, report), StageTimer(report)
     bench.dense(timer)
+    bench.measure_dense(report)
     return measured_pace(bench, timer.seconds)
 
 
@@ -156,9 +168,14 @@ def curve_point(
 
 
 def export(
-    models: OpenModels, report: Progress, spec: BenchSpec, point: Measurement, folder: Path
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    point: Measurement,
+    folder: Path,
+    tasks: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes a checkpoint of a measured point."""
+    """Writes a checkpoint of a measured point, with its scores of tasks where there are any."""
     require_free_output(folder)
     require_room(folder, point.footprint)
     model = models.pruned(spec, point, report)
@@ -166,10 +183,14 @@ def export(
     bench = models.bench(spec, report)
     compression = describe_compression(bench, point.decision, point.recovery)
     write_checkpoint(folder, model, bench, point, compression)
+    if tasks is not None:
+        record_tasks(folder, tasks)
     return folder
 
 
-def train_cut(models: OpenModels, report: Progress, spec: TuneSpec) -> Iterator[Standing | str]:
+def train_cut(
+    models: OpenModels, report: Progress, spec: TuneSpec
+) -> Iterator[loop.Standing | str]:
     """Trains the cut in a folder and writes another one; its result is a `Tuned`.
 
     What it yields is where it stands after each step: loss, held-out divergences, share of the lost
@@ -232,6 +253,86 @@ def _both_models(
 ) -> dict[str, PreTrainedModel]:
     pruned = models.pruned(spec, point, report)
     return {DENSE: models.bench(spec, report).loaded.model, PRUNED: pruned}
+
+
+def damage_texts(
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    point: Measurement,
+    sources: Sequence[str],
+    tokens: int,
+) -> Iterator[TextDamage]:
+    """How far a point's predictions are from the dense model's, on one text after the other."""
+    # Texts are read before a cut may be made anew: a wrong name costs no wait.
+    texts = [read_corpus(source) for source in sources]
+    both = _both_models(models, report, spec, point)
+    yield from damage_of_texts(
+        both, models.bench(spec, report).loaded, texts, tokens, spec.windows.sequence_length, report
+    )
+
+
+# --- tasks -----------------------------------------------------------------------------------
+
+
+def require_tasks(models: OpenModels, report: Progress, spec: BenchSpec, choice: TaskChoice) -> int:
+    """Refuses tasks that cannot be run, before a cut is made for them; how many there are."""
+    return len(replace(choice, limit=1).open(report))
+
+
+def answer(
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    point: Measurement | None,
+    choice: TaskChoice,
+    name: str,
+) -> Iterator[Standing]:
+    """Goes on with the run of that name for `PIECE_SECONDS`: the standings of one block each.
+
+    Both the point's model and the dense one answer, or the dense one alone. Where the run is not
+    under way here, it begins, and its kept blocks come at once. Gives the numbers of questions
+    answered by now and of all.
+    """
+    run = models.task_runs.pop(name, None)
+    if run is None:
+        run = _begin_tasks(models, report, spec, point, choice)
+    run.report = report
+    began = time.monotonic()
+    for standing in run.standings:
+        run.asked[standing.task] = standing.asked
+        yield replace(standing, questions=())
+        if time.monotonic() - began > PIECE_SECONDS:
+            models.task_runs[name] = run
+            while len(models.task_runs) > TASK_RUNS_KEPT:
+                models.task_runs.popitem(last=False)
+            break
+    return sum(run.asked.values()), run.total
+
+
+def _begin_tasks(
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    point: Measurement | None,
+    choice: TaskChoice,
+) -> TaskRun:
+    bench = models.bench(spec, report)
+    tasks = choice.open(report)
+    # Models are asked for anew at each block, so that others may take their room between pieces.
+    dense = replace(
+        contestant_of(bench.loaded), open=lambda progress: models.bench(spec, progress).loaded.model
+    )
+    sides = [dense]
+    if point is not None:
+        pruned = contestant_of_cut(bench, point.plan, point.recovery)
+        sides = [
+            replace(pruned, open=lambda progress: models.pruned(spec, point, progress)),
+            dense,
+        ]
+    run = TaskRun(iter(()), report, sum(len(task.items) for task in tasks))
+    run.standings = run_tasks(tasks, *sides, progress=lambda *reported: run.report(*reported))
+    return run
 
 
 # --- probes of the dense model ---------------------------------------------------------------
