@@ -466,6 +466,7 @@ def export_gguf(
     progress: Progress = silent,
     threads: int | None = None,
     told: Callable[[FilePlan], None] = lambda _: None,
+    imatrix: Imatrix | None = None,
 ) -> list[WrittenFile]:
     """Writes a model in several types, each file whole or not at all; all are planned before.
 
@@ -476,6 +477,7 @@ def export_gguf(
         vocabulary: The tokenizer's metadata, where it is not that of `loaded`.
         name: What the files call the model, where it is not the name of its source.
         told: Called with the plan of each file before anything is computed.
+        imatrix: The importance matrix of these calibration windows, where it is measured already.
 
     Raises:
         TransActError: as `describe` and `write_file` do.
@@ -491,7 +493,8 @@ def export_gguf(
     if any(not plan.quantization.is_float for plan in plans.values()):
         require_llama_cpp()
     weighted = [plan for plan in plans.values() if calibration and plan.quantization.wants_imatrix]
-    imatrix = importance_matrix(loaded.model, calibration, progress) if weighted else None
+    if weighted and imatrix is None:
+        imatrix = importance_matrix(loaded.model, calibration, progress)
     written = []
     for output, plan in zip(outputs.values(), plans.values(), strict=True):
         own = imatrix if plan in weighted else None
