@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import bench_of, loaded_from, make_model, windows_for
+from tests.models.families.made import make_member
 from tests.trust.installed import require_llama_cpp_installed
 from tests.trust.test_hostile import read_or_refused
 from tests.trust.test_other_runtimes import LINEAR, LLAMA3, OTHER_BASE, SHAPE, YARN
@@ -90,9 +91,64 @@ def test_losses_are_those_of_transformers(case, tokenizer, texts, tmp_path):
     assert difference(tmp_path / "x.gguf", model, texts) < 2e-4
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_layers_of_their_own_widths_are_a_deci_model(tied, tokenizer, texts, tmp_path):
-    model = make_model(**SHAPE | EIGHT | {"tie_word_embeddings": tied, "rope_parameters": LLAMA3})
+FAMILIES = {
+    "mistral": {},
+    "qwen2": {"tied": True},
+    "qwen3": {},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+    "granite": {"attention_bias": True, "mlp_bias": True},
+    "phi3": {},
+}
+"""What makes a member of each family one that llama.cpp has an architecture for."""
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+@pytest.mark.parametrize("member", FAMILIES)
+def test_losses_of_other_families_are_those_of_transformers(
+    member, is_cut, tokenizer, texts, tmp_path
+):
+    # llama.cpp takes Phi-3 to have heads as wide as the residual stream.
+    cut = ("query-heads", 0.0 if member == "phi3" else 0.5, False) if is_cut else None
+    model = make_member(member, grouped=not is_cut, **FAMILIES[member])
+    left = cut_of(model, tokenizer, texts, cut)
+    written(tmp_path / "x.gguf", left, tokenizer)
+    assert difference(tmp_path / "x.gguf", left, texts) < 2e-4
+
+
+@pytest.mark.parametrize("member", ["qwen2", "granite"])
+def test_heads_of_other_families_can_be_narrowed(member, tokenizer, texts, tmp_path):
+    model = make_member(member, grouped=False)
+    left = cut_of(model, tokenizer, texts, ("head-dims", 0.5, False))
+    written(tmp_path / "x.gguf", left, tokenizer)
+    assert difference(tmp_path / "x.gguf", left, texts) < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("member", "changes", "cut", "complaint"),
+    [
+        ("mistral, sliding", {}, None, "sliding_window is 5"),
+        ("qwen2, half sliding", {}, None, "sliding_window is 5"),
+        ("smollm3", {}, None, r"no_rope_layers is \[1, 0, 1\]"),
+        ("qwen3", {"attention_bias": True}, None, "attention_bias is True"),
+        ("qwen3", {"rope_parameters": LLAMA3}, None, "cannot hold rotary frequencies"),
+        ("phi3", {}, ("query-heads", 0.5, False), r"as wide as the hidden size \(24 of 48"),
+        ("phi3", {"partial_rotary_factor": 0.5}, None, "partial_rotary_factor is 0.5"),
+    ],
+)
+def test_what_an_architecture_cannot_say_is_refused(
+    member, changes, cut, complaint, tokenizer, texts, tmp_path
+):
+    model = make_member(member, grouped=False, **changes)
+    with pytest.raises(TransActError, match=complaint):
+        written(tmp_path / "x.gguf", cut_of(model, tokenizer, texts, cut), tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "qwen2"])
+def test_layers_of_their_own_widths_are_a_deci_model(kind, tokenizer, texts, tmp_path):
+    own = {"tie_word_embeddings": kind == "tied", "rope_parameters": LLAMA3}
+    model = make_model(**SHAPE | EIGHT | own)
+    if kind == "qwen2":
+        model = make_member("qwen2", grouped=True, num_attention_heads=6, num_key_value_heads=2)
     bench = bench_of(model, tokenizer, texts)
     plans = [
         bench.plan(mha, mlp, Choices(granularity=granularity))
