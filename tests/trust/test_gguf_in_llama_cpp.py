@@ -253,6 +253,36 @@ def test_damaged_files_end_in_one_line(tokenizer, texts, tmp_path):
         read_or_refused(lambda: evaluate_gguf(tmp_path / "damaged.gguf", texts[1], threads=1))
 
 
+def test_hostile_headers_end_in_one_line(tokenizer, texts, tmp_path):
+    """Counts, lengths, widths and offsets that no file can have."""
+    written(tmp_path / "whole.gguf", make_model(**SHAPE), tokenizer)
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    huge, negative = (2**62).to_bytes(8, "little"), b"\xff" * 8
+
+    def after(name: bytes, skipped: int, value: bytes) -> bytes:
+        place = whole.index(name) + len(name) + skipped
+        return whole[:place] + value + whole[place + len(value) :]
+
+    cases = [
+        whole[:8] + huge + whole[16:],  # tensors
+        whole[:16] + huge + whole[24:],  # entries
+        whole[:24] + huge + whole[32:],  # the length of the first key
+        after(b"tokenizer.ggml.tokens", 8, huge),  # the length of an array
+        after(b"llama.block_count", 4, b"\xff\xff\xff\x7f"),
+        after(b"llama.attention.head_count", 4, bytes(4)),
+        after(b"llama.rope.dimension_count", 4, b"\xff\xff\xff\x7f"),
+        after(b"token_embd.weight", 4, huge),  # rows of a tensor
+        after(b"token_embd.weight", 4 + 16 + 4, negative),  # where a tensor begins
+        after(b"token_embd.weight", 4 + 16, b"\xff\xff\xff\xff"),  # its type
+    ]
+    for content in cases:
+        assert content != whole
+        (tmp_path / "hostile.gguf").write_bytes(content)
+        with pytest.raises(TransActError) as refusal:
+            evaluate_gguf(tmp_path / "hostile.gguf", texts[1], threads=1)
+        assert "\n" not in str(refusal.value)
+
+
 def test_a_crash_of_the_native_library_ends_in_one_line(tokenizer, texts, tmp_path):
     path = tmp_path / "x.gguf"
     written(path, make_model(**SHAPE), tokenizer)
