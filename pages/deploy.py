@@ -167,7 +167,7 @@ def show_table(kept: Sequence[FilePoint]) -> None:
 def show_difference(kept: Sequence[FilePoint]) -> None:
     """One file against another: every figure, and the paired difference of their losses."""
     named = {
-        f"{each.name} · {each.bytes / 1e6:,.1f} MB"
+        f"{each.name} · {each.bytes / 1e6:,.1f} MB · perplexity {each.perplexity:.3f}"
         + (f" · {each.recovery}, {each.importance}" if each.recovery else ""): each
         for each in kept
     }
