@@ -17,7 +17,7 @@ def test_a_file_is_written_and_weighed_against_others(
     require_llama_cpp_installed()
     open_with_few_tokens(page, f"{address}/export", checkpoint, 256, 64)
     expect(page.get_by_text("which pruning leaves as they are").first).to_be_visible()
-    place = page.get_by_label("File on the machine that runs this app")
+    place = page.get_by_label("File on the machine that runs this app", exact=True)
     place.fill(str(tmp_path / "cut.gguf"))
     place.press("Enter")
     settle(page)
