@@ -95,9 +95,9 @@ def show_files(bench: Bench) -> None:
             "Nothing is measured in llama.cpp yet on this model and text.", icon=":material/info:"
         )
         return
-    if sentence := verdict(kept):
-        st.info(sentence, icon=":material/lightbulb:")
-    columns = st.columns([3, 2, 5], vertical_alignment="bottom")
+    if sentences := verdict(kept):
+        st.info("\n\n".join(sentences), icon=":material/lightbulb:")
+    columns = st.columns([5, 2, 4], vertical_alignment="bottom")
     cost = columns[0].segmented_control(
         "Against perplexity", list(COSTS), default="Size", required=True, key="deploy_cost"
     )

@@ -415,15 +415,16 @@ def _model_identity(bench: Bench, point: Measurement | None) -> dict[str, object
 # --- judging ---------------------------------------------------------------------------------
 
 
-def verdict(points: Sequence[FilePoint]) -> str | None:
-    """What measured files say about pruning for size and for speed; None without both kinds.
+def verdict(points: Sequence[FilePoint]) -> list[str]:
+    """What measured files say about pruning, for size and for each phase; nothing without both
+    kinds.
 
     A pruned file is worth its size where no dense file is as small and as good.
     """
     dense = [each for each in points if each.is_dense]
     pruned = [each for each in points if not each.is_dense]
     if not dense or not pruned:
-        return None
+        return []
 
     def rivals(cut: FilePoint) -> list[FilePoint]:
         return [
@@ -441,30 +442,30 @@ def verdict(points: Sequence[FilePoint]) -> str | None:
         cut = min(pruned, key=lambda each: each.bytes)
         rival = min(rivals(cut), key=lambda each: each.bytes)
         size = (
-            "For size, do not prune, quantise: for every pruned file there is a dense one that is "
-            f"no larger and no worse, as {_weighed(rival)}, is for {_weighed(cut)}."
+            "For size, **do not prune, quantise**: for every pruned file there is a dense one that "
+            f"is no larger and no worse, as {_weighed(rival)}, is for {_weighed(cut)}."
         )
-    return size + _speed(dense, pruned)
+    return [size, *_speed(dense, pruned)]
 
 
 def _weighed(point: FilePoint) -> str:
-    return f"{point.name} ({point.bytes / 1e6:,.1f} MB, perplexity {point.perplexity:.2f})"
+    return f"{point.name} ({point.bytes / 1e6:,.1f} MB, perplexity {point.perplexity:,.2f})"
 
 
-def _speed(dense: Sequence[FilePoint], pruned: Sequence[FilePoint]) -> str:
+def _speed(dense: Sequence[FilePoint], pruned: Sequence[FilePoint]) -> list[str]:
     """The fastest files of both kinds, a sentence for each phase; nothing where none is timed."""
-    sentences = ""
+    sentences = []
     for what, phase in (("prefill_speedup", "prefill"), ("decode_speedup", "decoding")):
         timed = [[each for each in kind if each.times] for kind in (dense, pruned)]
         if not all(timed):
-            return ""
+            return []
         whole, cut = (max(kind, key=lambda each: getattr(each.times, what)) for kind in timed)
         ratio = getattr(cut.times, what) / getattr(whole.times, what)
         gains = "pays" if ratio > 1 + UNCLEAR else "does not pay"
-        sentences += (
-            f" For {phase}, it {gains}: the fastest pruned file, {cut.name} at perplexity "
-            f"{cut.perplexity:.2f}, is {ratio:.2f} times as fast as the fastest dense one, "
-            f"{whole.quantization} at {whole.perplexity:.2f}."
+        sentences.append(
+            f"For {phase}, pruning {gains}: the fastest pruned file, {cut.name} at perplexity "
+            f"{cut.perplexity:,.2f}, is {ratio:.2f} times as fast as the fastest dense one, "
+            f"{whole.quantization} at {whole.perplexity:,.2f}."
         )
     return sentences
 
