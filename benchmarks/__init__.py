@@ -11,5 +11,6 @@ prediction       error of predicted perplexity
 pages            response time of the live Compress page, in a browser
 importance_page  time to draw the Importance page of a large model, in a browser
 load             ten visitors at the same time on one server
+families         models of every family, trained for a minute, cut and checked
 gguf_frontier    size, perplexity and speed of GGUF files, dense and pruned, in llama.cpp
 """

@@ -233,7 +233,9 @@ def show_families() -> None:
         "Whole query heads, whole key-value groups and channels of the MLP can be removed from a "
         "model of any of these families, by every importance and with the recovery "
         "`least-squares`; sliding windows, layers without rotary embedding, norms and factors stay "
-        "as they are. The rest is allowed where it is exact, and refused by name where it is not. "
+        "as they are. Where a norm stands behind the modules, as in Gemma 3, a repair is fitted "
+        "before it and judged behind it. The rest is allowed where it is exact, and refused by "
+        "name where it is not. "
         "Narrower heads are fitted on whole windows of text, so they also need a sliding window "
         "that is no shorter than those."
     )

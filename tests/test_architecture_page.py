@@ -52,3 +52,12 @@ def test_every_file_that_is_named_exists():
     assert len(named - written) > 10
     for name in named - written:
         assert (ROOT / name).is_file() or (LIBRARY / name).is_file(), name
+
+
+def test_the_family_that_was_added_last_is_shown_as_it_is():
+    families = LIBRARY / "models" / "families"
+    added = (families / "table.py").read_text(encoding="utf-8").partition("_MODULES = (")[2]
+    last = added.partition(")")[0].split(", ")[-1]
+    source = (families / f"{last}.py").read_text(encoding="utf-8")
+    shown = PAGE.partition("```python\n")[2].partition("```")[0]
+    assert source.endswith(f"\n\n{shown}")

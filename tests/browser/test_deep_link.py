@@ -33,7 +33,6 @@ def test_a_first_visit_is_shown_an_example_while_the_model_is_opened(
     [
         ("compress?mha=60&mlp=50", "/compress.*mha=60&mlp=50"),
         ("method", "/method$"),
-        ("start", "/$"),
     ],
 )
 def test_a_page_is_never_drawn_without_the_app_around_it(

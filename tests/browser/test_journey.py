@@ -167,54 +167,47 @@ def test_a_link_reopens_its_view_and_another_page_keeps_it(page: Page, address: 
     expect_no_exception(page)
 
 
-@pytest.mark.parametrize(
-    ("kind", "label", "source", "sentence"),
-    [
-        ("Local folder", "Checkpoint folder", "{tmp_path}/none", "There is no model at"),
-        ("Local folder", "Checkpoint folder", "/etc", "may not be read from the browser"),
-        ("GGUF file", "GGUF file", "{tmp_path}/broken.gguf", "is truncated, corrupt or not a GGUF"),
-    ],
-)
-def test_a_model_that_is_none_is_refused_in_a_sentence(
-    page: Page, address: str, tmp_path: Path, kind: str, label: str, source: str, sentence: str
-):
+REFUSED_MODELS = [
+    ("Local folder", "Checkpoint folder", "{tmp_path}/none", "There is no model at"),
+    ("Local folder", "Checkpoint folder", "/etc", "may not be read from the browser"),
+    ("GGUF file", "GGUF file", "{tmp_path}/broken.gguf", "is truncated, corrupt or not a GGUF"),
+]
+"""Kind of the source, label of its field, what is filled in, and a part of what is said."""
+REFUSED_TEXTS = [(b"", "is empty"), (b"one\0two", "is a binary file")]
+"""Content of an uploaded file, and a part of what is said."""
+
+
+def test_what_cannot_be_used_is_refused_in_a_sentence(page: Page, address: str, tmp_path: Path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(range(256)))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mine.txt").write_text("precious")
     open_with_few_tokens(page, address)
-    choose(page, "Model", kind)
-    name = page.get_by_label(label, exact=True)
-    name.fill(source.format(tmp_path=tmp_path))
-    name.press("Enter")
-    button(page, "Load").click()
-    expect(page.get_by_test_id("stAlert")).to_contain_text(sentence)
-    expect_no_exception(page)
+    refused = page.get_by_test_id("stAlert")
 
-
-@pytest.mark.parametrize(
-    ("content", "sentence"), [(b"", "is empty"), (b"one\0two", "is a binary file")]
-)
-def test_an_uploaded_text_that_is_none_is_refused_in_a_sentence(
-    page: Page, address: str, content: bytes, sentence: str
-):
-    open_with_few_tokens(page, address)
-    choose(page, "Calibration text", "Uploaded file")
-    upload = {"name": "mine.txt", "mimeType": "text/plain", "buffer": content}
-    page.get_by_test_id("stFileUploader").locator("input").set_input_files(upload)
-    expect(button(page, "Load")).to_be_enabled()
-    button(page, "Load").click()
-    expect(page.get_by_test_id("stAlert")).to_contain_text(sentence)
-    expect_no_exception(page)
-
-
-def test_an_output_that_holds_something_is_refused_in_a_sentence(
-    page: Page, address: str, tmp_path: Path
-):
-    (tmp_path / "mine.txt").write_text("precious")
-    open_with_few_tokens(page, address)
     go_to(page, "Export")
     folder = page.get_by_role("textbox", name="Folder on the machine")
-    folder.fill(str(tmp_path))
+    folder.fill(str(tmp_path / "mine"))
     folder.press("Enter")
     page.get_by_role("button", name="Write the checkpoint").click()
-    alert = page.get_by_test_id("stAlert").filter(has_text="Writing the checkpoint failed")
-    expect(alert).to_contain_text("is not empty")
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    expect(refused.filter(has_text="Writing the checkpoint failed")).to_contain_text("is not empty")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["mine.txt"]
+
+    choose(page, "Calibration text", "Uploaded file")
+    for content, sentence in REFUSED_TEXTS:
+        upload = {"name": f"{sentence}.txt", "mimeType": "text/plain", "buffer": content}
+        page.get_by_test_id("stFileUploader").locator("input").set_input_files(upload)
+        expect(page.get_by_test_id("stFileUploader")).to_contain_text(upload["name"])
+        settle(page)
+        button(page, "Load").click()
+        expect(refused.filter(has_text=sentence)).to_be_visible()
+
+    choose(page, "Calibration text", "Built-in")
+    for kind, label, source, sentence in REFUSED_MODELS:
+        choose(page, "Model", kind)
+        name = page.get_by_label(label, exact=True)
+        name.fill(source.format(tmp_path=tmp_path))
+        name.press("Enter")
+        settle(page)
+        button(page, "Load").click()
+        expect(refused.filter(has_text=sentence)).to_be_visible()
+    expect_no_exception(page)

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.builtin]
 
 MODELS = {
     # Large enough that a point of its curve takes seconds, also on a fast machine.
-    "long": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 16},
+    "long": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8},
     **{f"small-{layers}": {"num_hidden_layers": layers} for layers in (2, 3, 4)},
 }
 TEXTS = 4_000, 128

@@ -66,7 +66,7 @@ def wait_for_points(page: Page, condition: str) -> None:
 
 
 def test_a_reload_in_the_middle_of_a_sweep(page: Page, address: str, model_folder: Path):
-    open_tiny_model(page, address, model_folder, 64_000)
+    open_tiny_model(page, address, model_folder, 24_000)
     measure_mlp_curve(page, 20)
     # A reload before the click has reached the server would lose it.
     expect(sidebar(page).get_by_text(CURVE)).to_be_visible()
@@ -95,8 +95,8 @@ def test_a_reload_in_the_middle_of_a_sweep(page: Page, address: str, model_folde
 
 def test_two_visitors_at_once(page: Page, another_page: Page, address: str, model_folder: Path):
     # Another number of tokens than in the test above, so that no point is kept from there.
-    open_tiny_model(page, address, model_folder, 60_000)
-    open_tiny_model(another_page, address, model_folder, 60_000)
+    open_tiny_model(page, address, model_folder, 22_000)
+    open_tiny_model(another_page, address, model_folder, 22_000)
     measure_mlp_curve(page, 20)
     expect(sidebar(page).get_by_text(CURVE)).to_be_visible()
 

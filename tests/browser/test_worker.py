@@ -34,7 +34,7 @@ def test_a_worker_killed_in_the_middle_of_a_cut_costs_that_cut_alone(
     browser: Browser, tmp_path: Path
 ):
     expect.set_options(timeout=TIMEOUT_MS)
-    large = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 16}
+    large = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8}
     (folder,) = write_models(tmp_path, {"large": large})
     of_others = workers()
     with server(tmp_path) as (address, _):
@@ -42,7 +42,7 @@ def test_a_worker_killed_in_the_middle_of_a_cut_costs_that_cut_alone(
         for _ in range(2):
             page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
             page.set_default_timeout(TIMEOUT_MS)
-            open_with_few_tokens(page, f"{address}/compress", folder, 8_000, 128)
+            open_with_few_tokens(page, f"{address}/compress", folder, 4_000, 128)
             pages.append(page)
         mine, other = pages
         other.goto(f"{address}/compress?mha=0&mlp=20")

@@ -328,6 +328,14 @@ def test_the_card_says_which_multiple_a_block_quantisation_takes(gqa_bench, cut,
     assert f"- {advice}\n" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def llama_3_pairs():
+    """Random effects of the rotary pairs of one layer; ordering 64 pairs takes seconds."""
+    inv_freq = torch.rand(64, dtype=torch.float64)
+    effects = torch.rand(1, 8, 64, dtype=torch.float64)
+    return PairEffects(effects, drop_order(effects, inv_freq), inv_freq)
+
+
 @pytest.mark.parametrize(
     ("ratios", "choices", "words"),
     [
@@ -337,14 +345,17 @@ def test_the_card_says_which_multiple_a_block_quantisation_takes(gqa_bench, cut,
         ((0.3, 0.0), Choices(granularity="head-dims"), []),
     ],
 )
-def test_advice_on_llama_3(ratios, choices, words):
+def test_advice_on_llama_3(llama_3_pairs, ratios, choices, words):
     shape = Architecture(4096, 14336, 1, 32, 8, 128, 10, False, False, False)
     scores = Scores(torch.rand(1, 32), torch.rand(1, 4096), torch.rand(1, 14336))
-    inv_freq = torch.rand(64, dtype=torch.float64)
-    effects = torch.rand(1, 8, 64, dtype=torch.float64)
-    pairs = PairEffects(effects, drop_order(effects, inv_freq), inv_freq)
     plan = make_plan(
-        shape, scores, "activation", *ratios, choices.granularity, choices.multiple_of, pairs
+        shape,
+        scores,
+        "activation",
+        *ratios,
+        choices.granularity,
+        choices.multiple_of,
+        llama_3_pairs,
     )
     advice = block_advice(plan, shape)
     assert all(word in advice for word in words) if words else advice is None

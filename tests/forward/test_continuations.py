@@ -76,7 +76,9 @@ def test_a_context_is_fed_once_and_the_head_reads_scored_positions_alone():
     model.model.embed_tokens.register_forward_pre_hook(
         lambda _, given: fed.append(given[0].numel())
     )
-    model.lm_head.register_forward_pre_hook(lambda _, given: read.append(given[0].shape[0]))
+    model.lm_head.register_forward_pre_hook(
+        lambda _, given: read.append(given[0].shape[:-1].numel())
+    )
     context = tuple(range(30))
     group = [Request(context, (100 + answer, 7, 8)) for answer in range(4)]
     score_continuations(model, [group], MAX_LENGTH)

@@ -25,7 +25,7 @@ def test_the_stream_is_the_models_own(model, windows):
         for module in ("mha", "mlp"):
             batches = [
                 (transitional.clone(), residual.clone())
-                for transitional, residual in stream.advance(number, module)
+                for transitional, residual, _ in stream.advance(number, module)
             ]
             transitional, residual = (torch.cat(each) for each in zip(*batches, strict=True))
             torch.testing.assert_close(transitional, seen[number, module], rtol=1e-4, atol=1e-4)

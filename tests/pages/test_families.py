@@ -22,7 +22,7 @@ PAGES = (
 )
 
 
-@pytest.fixture(params=["mistral, sliding", "qwen2", "qwen3", "smollm3", "granite"])
+@pytest.fixture(params=["mistral, sliding", "qwen2", "qwen3", "smollm3", "granite", "gemma3"])
 def gqa_bench(request, tokenizer, windows):
     return bench_of(make_member(request.param), tokenizer, windows)
 

@@ -3,6 +3,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from tests.conftest import bench_of
+from tests.models.families.made import make_member
 from transact_core.base.linalg import inverse_rms
 from transact_core.experiments.bench import Choices, compress
 from transact_core.forward.stream import Stream
@@ -178,7 +180,10 @@ def test_it_is_the_error_that_a_repair_of_the_dense_stream_reports(
     assert known == pytest.approx(fit.bare_error, rel=0.01)
 
 
-def test_the_mlps_curve_is_that_of_its_own_dense_stream(bench):
+@pytest.mark.parametrize("member", ["llama", "gemma3"])
+def test_the_mlps_curve_is_that_of_its_own_dense_stream(member, tokenizer, windows):
+    """And of the norm behind it, where one is, what it passes on of a small error."""
+    bench = bench_of(make_member(member), tokenizer, windows)
     choices = Choices(recovery="none")
     curve = bench.damage(choices).mlp
     model, windows = bench.loaded.model, bench.calibration
@@ -190,11 +195,15 @@ def test_the_mlps_curve_is_that_of_its_own_dense_stream(bench):
         lost = written = 0.0
         projection = output_projections(model.model.layers[number])["mlp"]
         gone = order[number, 25:]
-        for transitional, residual in stream.advance(number, "mlp"):
+        for transitional, residual, _ in stream.advance(number, "mlp"):
             weight = inverse_rms(residual, model.config.rms_norm_eps).sqrt()
             missing = transitional[..., gone] @ projection.weight[:, gone].T
+            whole = projection(transitional)
+            if norm := getattr(model.model.layers[number], "post_feedforward_layernorm", None):
+                rms = whole.square().mean(-1, keepdim=True).sqrt()
+                weight = weight * (1 + norm.weight) / rms
             lost += (missing * weight).square().sum().item()
-            written += (projection(transitional) * weight).square().sum().item()
+            written += (whole * weight).square().sum().item()
         assert curve.errors[number, 24].item() == pytest.approx(lost / written, rel=1e-3)
 
 

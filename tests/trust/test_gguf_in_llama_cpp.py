@@ -130,6 +130,7 @@ def test_heads_of_other_families_can_be_narrowed(member, tokenizer, texts, tmp_p
         ("qwen2, half sliding", {}, None, "sliding_window is 5"),
         ("smollm3", {}, None, r"no_rope_layers is \[1, 0, 1\]"),
         ("qwen3", {"attention_bias": True}, None, "attention_bias is True"),
+        ("gemma3", {}, None, "GGUF files of Gemma 3 models are not written"),
         ("qwen3", {"rope_parameters": LLAMA3}, None, "cannot hold rotary frequencies"),
         ("phi3", {}, ("query-heads", 0.5, False), r"as wide as the hidden size \(24 of 48"),
         ("phi3", {"partial_rotary_factor": 0.5}, None, "partial_rotary_factor is 0.5"),

@@ -53,7 +53,8 @@ def benches(request, tokenizer, there):
     """The same model on the CPU and on the simulated device."""
     windows = windows_for(tokenizer, calibration_tokens=320, evaluation_tokens=64)
     on_cpu, on_device = (
-        bench_of(make_model(**KINDS[request.param]), tokenizer, windows) for _ in range(2)
+        bench_of(make_model(**KINDS[request.param], num_hidden_layers=2), tokenizer, windows)
+        for _ in range(2)
     )
     # What is measured is kept by the weights' fingerprint, and must not be shared here.
     on_device.loaded.weight_files["device"] = "simulated"

@@ -62,6 +62,16 @@ SENTENCEPIECE_TOKENS = 400
 WITH_FACTORS = "head-dims, with their factors written into the file"
 ROTATED = {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}
 """As in every released SmolLM3."""
+GEMMA = {"vocab_size": VOCAB_SIZE, "query_pre_attn_scalar": 8, "final_logit_softcapping": None}
+"""As in the released Gemma 3 of text alone: as many rows as tokens, which llama.cpp's converter counts
+by the tokenizer, the scale of head_dim, and logits as they are."""
+RELEASED = GEMMA | {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+}
+"""With every sixth layer seeing all tokens, as there."""
+OTHER_SCALE = {"query_pre_attn_scalar": 3, "sliding_window": 200}
+"""And a window that is longer than the texts."""
 QWEN_TOKENS = 8
 """Rows for the tokens that transformers adds to the tests' tokenizer where it is a Qwen's."""
 CUTS = {
@@ -115,6 +125,15 @@ CUTS = {
             ("smollm3", "query-heads", 0.0, "others rotate", {}),
             ("granite", "query-heads", 0.0, "", {}),
             ("granite", "kv-groups", 0.5, "", {}),
+            ("gemma3", "kv-groups", 0.5, "", RELEASED),
+            ("gemma3", "query-heads", 0.0, "other layers slide", GEMMA),
+            (
+                "gemma3",
+                "query-heads",
+                0.0,
+                "another scale",
+                RELEASED | OTHER_SCALE,
+            ),
         )
     },
 }

@@ -63,3 +63,7 @@ def crash(models, report):
 
 def sleep(models, report, seconds):
     time.sleep(seconds)
+
+
+def niceness(models, report):
+    return os.nice(0)

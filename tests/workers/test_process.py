@@ -1,5 +1,6 @@
 """Tasks in a process of its own: what passes, what ends it, and what is said when it dies."""
 
+import os
 import signal
 import threading
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from tests.workers import tasks_for_tests
 from transact_core.base.errors import Cancelled, TransActError, silent
 from transact_core.workers import process
 from transact_core.workers.process import WorkerProcess
+from transact_core.workers.serve import NICENESS
 from transact_core.workers.tasks import Task, WorkerDied, WorkFailed, result_of
 
 MODULE = tasks_for_tests.__name__
@@ -38,6 +40,10 @@ def test_results_things_and_reports_come_back(worker):
     # Reports that follow each other at once are left out, but for the last one of a stage.
     assert reports[0] == ("Counting", 1, 3)
     assert reports[-1] == ("Counting", 3, 3)
+
+
+def test_a_worker_gives_way_to_whoever_draws_pages(worker):
+    assert result(worker, "niceness") == min(19, os.nice(0) + NICENESS)
 
 
 def test_tensors_pass_by_value(worker):

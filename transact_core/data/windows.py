@@ -135,6 +135,7 @@ def context_length_of(config: PreTrainedConfig) -> int:
     length before; for these the longer one is taken, as nothing tells them from the others.
     """
     length = config.max_position_embeddings
+    # Where kinds of layers have their own, the length is written out.
     rope = config.rope_parameters or {}
     factor = rope.get("factor") or 1.0
     if rope.get("rope_type") in ("linear", "dynamic"):

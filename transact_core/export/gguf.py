@@ -319,6 +319,8 @@ def _kind_of(config: StockConfig, architecture: Architecture, with_factors: bool
     """
     family = architecture.family
     kind = AsGguf() if family.computes_as_llama(config) else family.as_gguf
+    if kind is None:
+        raise TransActError(f"GGUF files of {family.title} models are not written.")
     is_narrow = architecture.mha_width != architecture.hidden_size
     does_not_fit = (
         (is_narrow and not kind.any_attention_width)

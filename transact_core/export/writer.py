@@ -95,6 +95,9 @@ def older_fields(config: dict) -> dict:
     the older fields and gives them precedence, so both have to say the same.
     """
     rope = config.get("rope_parameters") or {}
+    local = rope.get("sliding_attention")
+    # Gemma 3's, one for each kind of layer.
+    rope = rope.get("full_attention", rope)
     scaling = {
         name: float(value) if name in FLOAT_ROPE_FIELDS and isinstance(value, int) else value
         for name, value in rope.items()
@@ -106,6 +109,8 @@ def older_fields(config: dict) -> dict:
         "rope_scaling": None if is_default else scaling,
         "torch_dtype": config.get("dtype"),
     }
+    if local:
+        older["rope_local_base_freq"] = local["rope_theta"]
     original = scaling.get("original_max_position_embeddings")
     if scaling.get("rope_type") == "longrope" and original != config["max_position_embeddings"]:
         # Version 4 looks for this one beside `rope_scaling`, not in it.

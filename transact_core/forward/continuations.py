@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError, silent
+from transact_core.forward.layers import logits_of
 from transact_core.forward.perplexity import LOGITS_AT_ONCE, require_losses
 
 TOKENS_AT_ONCE = 256
@@ -254,7 +255,7 @@ def _token_scores(
     scores = torch.empty(len(targets), device=states.device)
     greedy = torch.empty(len(targets), dtype=torch.bool, device=states.device)
     for start in range(0, len(used), at_once):
-        logits = model.lm_head(states[used[start : start + at_once]]).float()
+        logits = logits_of(model, states[used[start : start + at_once]]).float()
         here = ((which >= start) & (which < start + at_once)).nonzero()[:, 0]
         state, target = which[here] - start, targets[here]
         scores[here] = logits[state, target] - logits.logsumexp(dim=-1)[state]

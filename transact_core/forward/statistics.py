@@ -131,7 +131,7 @@ def collect(
                 for hidden in stream.batches():
                     sums["residual"].add(layer_index, hidden)
                 for module in MODULES:
-                    for transitional, _ in stream.advance(layer_index, module):
+                    for transitional, *_ in stream.advance(layer_index, module):
                         # A batch may take many seconds, so each one reports in each layer.
                         if module == MODULES[0]:
                             progress("Measuring activations", done, total)

@@ -19,9 +19,15 @@ from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
+from transact_core.base.linalg import inverse_rms
 from transact_core.data.windows import Windows
 from transact_core.forward.layers import Arguments, before_layers, layers_of
-from transact_core.forward.waists import MODULES, require_finite, windows_a_batch
+from transact_core.forward.waists import (
+    MODULES,
+    output_projections,
+    require_finite,
+    windows_a_batch,
+)
 from transact_core.models.families.table import family_of_layer
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -76,6 +82,41 @@ def added(layer: nn.Module, module: str, written: torch.Tensor) -> torch.Tensor:
     if family.residual_multiplier:
         written = written * getattr(layer, family.residual_multiplier)
     return written
+
+
+# A norm behind a module makes what is added to the stream no longer linear in what is written. Of
+# a small error it passes on what these two say, less the part along the output. That part is
+# counted as if it stayed, which is nearer to the truth of large errors: where a share r of the
+# output's energy is lost, orthogonal to the rest, the norm makes of it 2 (1 − √(1 − r)), which is
+# between r and 2 r, and not r (1 − r).
+def gains(layer: nn.Module, module: str) -> torch.Tensor | None:
+    """The factor of each output by the norm behind a module, shape (hidden_size,), float32.
+
+    None where no norm is there.
+    """
+    if not (norm := family_of_layer(layer).norms[module].after):
+        return None
+    # Some families store one less than the factor, so the norm itself is asked.
+    weight = output_projections(layer)[module].weight
+    ones = weight.new_ones(len(weight), dtype=torch.float32)
+    return layer.get_submodule(norm)(ones)
+
+
+def slopes(layer: nn.Module, module: str, written: torch.Tensor) -> torch.Tensor | None:
+    """The factor of each token's error by the norm behind a module, shape (…, 1), float32.
+
+    `written` is what the output projection writes, shape (…, hidden_size). None where no norm is
+    there.
+    """
+    if family_of_layer(layer).norms[module].after is None:
+        return None
+    return inverse_rms(written, layer.self_attn.config.rms_norm_eps)
+
+
+def output_weight(layer: nn.Module, module: str) -> torch.Tensor:
+    """The weight of a module's output projection, times the `gains` of a norm behind it."""
+    weight, factors = output_projections(layer)[module].weight, gains(layer, module)
+    return weight if factors is None else weight.float() * factors[:, None]
 
 
 def _observed(
@@ -199,13 +240,13 @@ class Stream:
     @torch.no_grad()
     def advance(
         self, layer_index: int, module: str, change: Change = unchanged
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """Passes every window through one module of a layer, a batch at a time.
 
-        Gives (transitional, residual) of each batch: the module's waist, after `change`, from which
-        the module writes, and the residual stream after the module, a view that the next module
-        will overwrite. The stream has moved on once all batches are taken; a layer's modules come
-        in the order of the model, "mha" first.
+        Gives (transitional, residual, slopes) of each batch: the module's waist, after `change`,
+        from which the module writes; the residual stream after the module, a view that the next
+        module will overwrite; and what `slopes` says of the tokens. The stream has moved on once
+        all batches are taken; a layer's modules come in the order of the model, "mha" first.
 
         Raises:
             TransActError: a transitional activation is NaN or infinite.
@@ -216,7 +257,7 @@ class Stream:
                 written, transitional = run_module(layer, module, hidden, arguments, change)
                 require_finite(transitional, layer_index, module)
                 hidden += added(layer, module, written)
-                yield transitional, hidden
+                yield transitional, hidden, slopes(layer, module, written)
 
     def pass_layer(self, layer_index: int, changes: Changes = MappingProxyType({})) -> None:
         """Passes every window through a layer, with those of the `changes` that are in it.

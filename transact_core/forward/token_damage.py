@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
+from transact_core.forward.layers import logits_of
 from transact_core.forward.perplexity import LOGITS_AT_ONCE
 
 WORST_SHARE = 0.2
@@ -115,7 +116,10 @@ def _compare(
     parts = []
     for start in range(0, len(targets), at_once):
         p, q = (
-            model.lm_head(state[start : start + at_once]).float().log_softmax(-1).to(dense.device)
+            logits_of(model, state[start : start + at_once])
+            .float()
+            .log_softmax(-1)
+            .to(dense.device)
             for model, state in zip(models, states, strict=True)
         )
         here = targets[start : start + at_once, None]

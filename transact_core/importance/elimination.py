@@ -13,7 +13,9 @@ the remaining channels, the least error that removing a set J adds, and the upda
 
 A token's row is divided by the root mean square of the residual stream after the module, as the
 next RMSNorm divides the stream: an error matters relative to the stream it is added to, and a few
-tokens of enormous norm would otherwise decide alone.
+tokens of enormous norm would otherwise decide alone. Where a norm stands behind the module, errors
+count as it passes them on to first order: W is multiplied by its gains, and a token's row is
+divided by the root mean square of what the module writes too.
 
 Sources: Hassibi & Stork 1993, Second order derivatives for network pruning: optimal brain surgeon;
 Frantar & Alistarh 2022, Optimal brain compression (arXiv 2208.11580); Kurtic, Frantar & Alistarh
@@ -30,7 +32,7 @@ from transformers import LlamaForCausalLM
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.base.linalg import factored_in_place, in_float64, inverse_rms, second_moments
 from transact_core.data.windows import Windows
-from transact_core.forward.stream import Stream
+from transact_core.forward.stream import Stream, output_weight
 from transact_core.forward.waists import MODULES, head_rows, output_projections
 
 RIDGE = 1e-2
@@ -102,12 +104,13 @@ def eliminate_module(
             "so the weights are damaged."
         ) from None
     found = {}
-    columns = projection.weight.to(scale.device, torch.float32) * scale.float()
+    written_by = output_weight(layer, module)
+    columns = written_by.to(scale.device, torch.float32) * scale.float()
     if module == "mha":
         attention = layer.self_attn
         found["heads"] = head_energies(
             inverse,
-            in_float64(projection.weight).to(scale.device) * scale,
+            in_float64(written_by).to(scale.device) * scale,
             attention.head_dim,
             attention.num_key_value_groups,
         )
@@ -122,8 +125,11 @@ def weighted_rows(
 
     Shape (tokens, width), float32; moves the stream past the module. `eps` is the RMSNorm's.
     """
-    for transitional, residual in stream.advance(layer_index, module):
-        yield (transitional.float() * inverse_rms(residual, eps)).flatten(0, -2)
+    for transitional, residual, slopes in stream.advance(layer_index, module):
+        factor = inverse_rms(residual, eps)
+        if slopes is not None:
+            factor *= slopes
+        yield (transitional.float() * factor).flatten(0, -2)
 
 
 def damped_inverse(

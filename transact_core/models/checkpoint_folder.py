@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from transact_core.base.errors import INTERRUPTIONS, TransActError, first_line, last_line
 from transact_core.base.files import MAX_NAME_BYTES, MAX_TEXT_BYTES, read_text
 from transact_core.models.architecture import Architecture
+from transact_core.models.families.description import rotary_kinds, rotary_parameters
 from transact_core.models.families.refusals import require_known_family
 from transact_core.models.families.table import family_of
 from transact_core.models.stock_class import StockModel
@@ -158,16 +159,19 @@ def _read_architecture(folder: Path, raw: dict) -> Architecture:
             raise ValueError("return_dict is off")
         config = family_of(raw.get("model_type", "llama")).read_config(raw)
         architecture = Architecture.from_config(config)
-        rotary = (config.rope_parameters or {}).get("rope_type", "default")
-        if rotary != "default" and rotary not in ROPE_INIT_FUNCTIONS:
-            raise ValueError(f"the rope_type {rotary!r} is not one that transformers knows")
+        for rotary in rotary_kinds(config):
+            if rotary != "default" and rotary not in ROPE_INIT_FUNCTIONS:
+                raise ValueError(f"the rope_type {rotary!r} is not one that transformers knows")
         if config.max_position_embeddings < 1:
             raise ValueError(f"max_position_embeddings is {config.max_position_embeddings}")
         if not 0 <= config.rms_norm_eps < math.inf:
             raise ValueError(f"rms_norm_eps is {config.rms_norm_eps}")
-        theta = (config.rope_parameters or {}).get("rope_theta", 1.0)
-        if not 0 < theta < math.inf:
-            raise ValueError(f"rope_theta is {theta}")
+        for parameters in rotary_parameters(config):
+            if not 0 < (theta := parameters.get("rope_theta", 1.0)) < math.inf:
+                raise ValueError(f"rope_theta is {theta}")
+        ahead = family_of(config.model_type).not_causal_field
+        if ahead and getattr(config, ahead):
+            raise ValueError(f"{ahead} is on, so that this is no model of the next token")
     except Exception as error:
         reason = last_line(error)
         raise TransActError(

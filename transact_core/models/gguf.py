@@ -12,13 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from gguf import (
     MODEL_ARCH_NAMES,
     GGMLQuantizationType,
     GGUFReader,
     GGUFValueType,
+    ReaderField,
     ReaderTensor,
     get_tensor_name_map,
 )
@@ -35,6 +35,7 @@ from transact_core.models.checkpoint_folder import (
 )
 from transact_core.models.devices import MemoryEstimate, available_memory, dtype_name
 from transact_core.models.families.table import FAMILIES
+from transact_core.models.gguf_reader import read_gguf, used_by_transformers
 from transact_core.models.gguf_tokenizer import (
     pre_tokenizer_notice,
     tokenizer_from_metadata,
@@ -59,8 +60,6 @@ VOCABULARY_METADATA = {
     "llama": ("tokenizer.ggml.scores",),
 }
 """Further keys that each kind of tokenizer needs, by the value of `tokenizer.ggml.model`."""
-MOST_ITEMS = 10_000_000
-"""Largest accepted array of a GGUF file's metadata; vocabularies have some 100,000 items."""
 CONVERSION = 4
 """Version of what `convert_gguf` makes of a file, raised whenever that changes. Folders that an
 older version made are not used."""
@@ -83,7 +82,7 @@ def inspect_gguf(path: Path) -> Inspection:
         TransActError: another architecture, one part of a split file, a damaged file, or something
             that transformers' GGUF reader drops and that changes what the model computes.
     """
-    reader = _read_gguf(path)
+    reader = read_gguf(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def value(key: str, default: object = None) -> object:
@@ -175,7 +174,7 @@ def inspect_gguf(path: Path) -> Inspection:
 
 
 def _tokenizer_metadata(reader: GGUFReader, without_arrays: bool = False) -> dict[str, Any]:
-    """The file's metadata about its tokenizer; reading its arrays takes some seconds."""
+    """The file's metadata about its tokenizer."""
     return {
         key: field.contents()
         for key, field in reader.fields.items()
@@ -213,47 +212,11 @@ def _huggingface_shapes(
     return zeros | shapes
 
 
-class _BoundedReader(GGUFReader):
-    """The reader of the gguf package, kept from reading past the end of the file."""
-
-    def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
-        end = int(offset) + int(count) * np.dtype(dtype).itemsize
-        if int(count) < 0 or not 0 <= offset <= end <= len(self.data):
-            raise ValueError("something is claimed to lie past the end of the file")
-        return super()._get(offset, dtype, count, *rest, **named)
-
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        if raw_type == GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > MOST_ITEMS:
-            raise ValueError("an array is longer than any vocabulary")
-        return super()._get_field_parts(orig_offs, raw_type)
-
-
 def require_plausible_size(path: Path, device: torch.device) -> None:
     """Refuses a file that cannot fit into memory, before all of it is read for its SHA-256."""
     # Its weights are converted to float32, which takes no less than any GGUF type.
     size = path.stat().st_size
     MemoryEstimate(needed=size, available=available_memory(), device=str(device)).verdict()
-
-
-def _read_gguf(path: Path) -> GGUFReader:
-    try:
-        reader = _BoundedReader(path)
-        parts = reader.fields.get("split.count")
-        part_count = 1 if parts is None else int(parts.contents())
-    except Exception:
-        raise TransActError(f"{path} is truncated, corrupt or not a GGUF file.") from None
-    if part_count > 1:
-        raise TransActError(
-            f"{path} is one of {part_count} parts of a split GGUF file; join them first "
-            "(llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf) and name the whole file."
-        )
-    try:
-        end = max(int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors)
-    except Exception:
-        raise TransActError(f"{path} is truncated, corrupt or not a GGUF file.") from None
-    if end > path.stat().st_size:
-        raise TransActError(f"{path} is truncated: its tensors end past the end of the file.")
-    return reader
 
 
 def converted_folder(fingerprint: str) -> Path:
@@ -287,23 +250,26 @@ def convert_gguf(path: Path, found: Inspection, folder: Path) -> None:
     Raises:
         TransActError: transformers cannot read the file, or the dtype cannot hold its weights.
     """
-    tokenizer, metadata = _read_tokenizer(path)
+    reader = read_gguf(path)
+    tokenizer, metadata = _read_tokenizer(path, reader)
     try:
         model_class = found.architecture.family.model_class
-        config = model_class.config_class.from_pretrained(path.parent, gguf_file=path.name)
+        with used_by_transformers():
+            config = model_class.config_class.from_pretrained(path.parent, gguf_file=path.name)
         # Of a file that calls itself "mistral" the reader makes another type than its own classes.
         config.model_type = found.architecture.model_type
         # The reader knows of no biases nor head_dim, and takes its vocabulary's size from the
         # tokenizer.
         for name, value in written_values(found.architecture).items():
             setattr(config, name, value)
-        model, loading = model_class.from_pretrained(
-            path.parent,
-            config=config,
-            gguf_file=path.name,
-            attn_implementation=ATTENTION,
-            output_loading_info=True,
-        )
+        with used_by_transformers():
+            model, loading = model_class.from_pretrained(
+                path.parent,
+                config=config,
+                gguf_file=path.name,
+                attn_implementation=ATTENTION,
+                output_loading_info=True,
+            )
     except Exception as error:
         raise TransActError(f"transformers could not read {path}: {first_line(error)}.") from None
     for name in loading["missing_keys"]:
@@ -315,7 +281,7 @@ def convert_gguf(path: Path, found: Inspection, folder: Path) -> None:
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None
     model.is_quantized = False
-    _set_special_token_ids(model, path)
+    _set_special_token_ids(model, reader.fields)
     model = model.to(found.dtype)
     if not all(torch.isfinite(weight).all() for weight in model.parameters()):
         raise TransActError(
@@ -328,7 +294,7 @@ def convert_gguf(path: Path, found: Inspection, folder: Path) -> None:
             if metadata["tokenizer.ggml.model"] == "llama":
                 write_sentencepiece_model(metadata, staging / "tokenizer.model")
             (staging / NOTICES_FILE).write_text(json.dumps(found.notices))
-            _write_licence(staging, path)
+            _write_licence(staging, reader.fields)
     except TransActError:
         # Another process that converts the same file may have been faster.
         if not folder.is_dir():
@@ -354,7 +320,8 @@ def read_gguf_text(path: Path) -> GgufText:
     """
     if not path.is_file():
         raise TransActError(f"There is no GGUF file at {path}.")
-    fields = _read_gguf(path).fields
+    reader = read_gguf(path)
+    fields = reader.fields
     for key in ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.tokens"):
         if key not in fields:
             raise TransActError(f"{path} does not say {key}, which llama.cpp needs.")
@@ -364,7 +331,7 @@ def read_gguf_text(path: Path) -> GgufText:
             f"{path} holds a tokenizer of the kind {kind}; only gpt2 and llama, that is byte-level "
             "BPE and SentencePiece, can be read."
         )
-    tokenizer, metadata = _read_tokenizer(path)
+    tokenizer, metadata = _read_tokenizer(path, reader)
     length = fields.get(f"{fields['general.architecture'].contents()}.context_length")
     notice = pre_tokenizer_notice(path, metadata)
     return GgufText(
@@ -375,10 +342,12 @@ def read_gguf_text(path: Path) -> GgufText:
     )
 
 
-def _read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
+def _read_tokenizer(
+    path: Path, reader: GGUFReader
+) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
     """The tokenizer that a file describes, and the metadata that it was made from."""
     try:
-        metadata = _tokenizer_metadata(_read_gguf(path))
+        metadata = _tokenizer_metadata(reader)
         return tokenizer_from_metadata(metadata), metadata
     except INTERRUPTIONS:
         raise
@@ -388,12 +357,11 @@ def _read_tokenizer(path: Path) -> tuple[PreTrainedTokenizerFast, dict[str, Any]
         ) from None
 
 
-def _set_special_token_ids(model: PreTrainedModel, path: Path) -> None:
+def _set_special_token_ids(model: PreTrainedModel, fields: Mapping[str, ReaderField]) -> None:
     """Gives the configurations the ids that the file names; the reader leaves LLaMA 1's there.
 
     Generation ends at each of the tokens at which llama.cpp ends it.
     """
-    fields = _read_gguf(path).fields
 
     def token_id(name: str) -> int | None:
         stored = fields.get(f"tokenizer.ggml.{name}_token_id")
@@ -409,9 +377,8 @@ def _set_special_token_ids(model: PreTrainedModel, path: Path) -> None:
         model.generation_config.eos_token_id = ends
 
 
-def _write_licence(folder: Path, path: Path) -> None:
+def _write_licence(folder: Path, fields: Mapping[str, ReaderField]) -> None:
     """Writes the licence that a GGUF file names as the front matter of a model card."""
-    fields = _read_gguf(path).fields
     keys = {f"general.license{part}": f"license{part.replace('.', '_')}" for part in LICENCE_PARTS}
     stated = {name: fields[key].contents() for key, name in keys.items() if key in fields}
     lines = [f"{name}: {json.dumps(str(value))}" for name, value in stated.items()]

@@ -4,8 +4,10 @@ One pass over the calibration windows, on the dense model's residual stream, giv
 moments of each module's waist in each fold. For one order of its channels, those kept longest
 first, they give the error of the module's output at *all* widths at once. It is the error of
 `closed_form.LayerFit`: squared, relative to the dense module's output, each token weighted by
-`linalg.inverse_rms`, and held out from the repair. The only difference is that the stream is the
-dense model's, and not that of the model pruned up to this layer.
+`linalg.inverse_rms`, and held out from the repair. The difference is that the stream is the dense
+model's, and not that of the model pruned up to this layer; and where a norm stands behind the
+module, errors count as it passes them on to first order (`stream.gains` and `stream.slopes`), while
+a fit is judged by the norm itself.
 
 With X the weighted rows of a fold, H = XᵀX and W the output projection, all in that order, the
 error of the bare cut to width k is the sum over the trailing block of `H ∘ WᵀW` from k on, and that
@@ -36,7 +38,7 @@ from transact_core.base.linalg import (
 )
 from transact_core.data.windows import Windows
 from transact_core.forward.layers import layers_of
-from transact_core.forward.stream import Stream
+from transact_core.forward.stream import Stream, gains, output_weight
 from transact_core.forward.waists import output_projections
 from transact_core.importance.scores import Scores
 from transact_core.models.architecture import Architecture
@@ -170,6 +172,9 @@ def measure_curves(
         with stream.layers.borrow(layer_index) as layer:
             for module, projection in output_projections(layer).items():
                 eps = model.config.rms_norm_eps
+                bias, factors = projection.bias, gains(layer, module)
+                if bias is not None and factors is not None:
+                    bias = bias.float() * factors
                 rows = _rows_of_folds(stream, layer_index, module, eps, folds)
                 measured: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
                 for name, order in orders[module].items():
@@ -180,8 +185,8 @@ def measure_curves(
                         None,
                     ) or errors_at_all_widths(
                         rows,
-                        projection.weight,
-                        projection.bias,
+                        output_weight(layer, module),
+                        bias,
                         order[layer_index],
                         lambda part, share=share: report(part * share),
                     )
@@ -239,8 +244,10 @@ def _rows_of_folds(
     moments. Moves the stream past the module.
     """
     rows, start = torch.empty(0), 0
-    for transitional, residual in stream.advance(layer_index, module):
+    for transitional, residual, slopes in stream.advance(layer_index, module):
         root = inverse_rms(residual, eps).sqrt()
+        if slopes is not None:
+            root *= slopes
         if not start:
             shape = (*stream.hidden.shape[:2], transitional.shape[-1] + 1)
             rows = torch.empty(shape, device=root.device)

@@ -42,7 +42,9 @@ def cut_bytes(
     if recovery == "none" or not widths:
         return needed
     hidden, width = dense.hidden_size, max(widths)
-    needed += calibration_tokens * (STREAMS * hidden + width) * itemsize
+    # Where a norm stands behind the modules, what they write is kept beside what of it is missing.
+    behind = any(norms.after for norms in dense.family.norms.values())
+    needed += calibration_tokens * ((STREAMS + behind) * hidden + width) * itemsize
     if recovery == "least-squares":
         # Of each fold its second moments, or its rows where they are fewer.
         of_folds = min(FOLDS * width, calibration_tokens) * (width + hidden)

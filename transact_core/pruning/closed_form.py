@@ -11,6 +11,11 @@ layers. So repairs are cross-fitted. The windows are divided into eight folds, a
 stream runs through repairs that were fitted on the other folds only: every error, every choice of a
 ridge and every later layer is judged on text that is held out from the repairs before it. The
 repair that is written into the model is then fitted on all windows.
+
+Some families have a norm behind their modules, so that what enters the stream is not linear in what
+the output projection writes. There a repair is fitted to the missing output before the norm, the
+tokens weighted as the norm passes their errors on to first order, and it is judged behind the norm
+as it is: errors, the choice of keeping the bare cut, and the stream that later layers see.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +31,14 @@ from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.base.linalg import inverse_rms
 from transact_core.data.windows import Windows
 from transact_core.forward.layers import Arguments, before_layers, layers_of
-from transact_core.forward.stream import Stream, added, module_input, run_module
+from transact_core.forward.stream import (
+    Stream,
+    added,
+    gains,
+    module_input,
+    run_module,
+    slopes,
+)
 from transact_core.forward.waists import (
     MODULES,
     head_rows,
@@ -59,7 +71,8 @@ def require_recovery(name: str) -> None:
 
 @dataclass(frozen=True)
 class LayerFit:
-    """Relative squared error of one module's output, on windows held out from its fit.
+    """Relative squared error of what one module adds to the stream, on windows held out from its
+    fit.
 
     1 is the error of an output of zero. `ridge` is None where no fit of the output projection was
     better than none, and 0 for a bias.
@@ -92,8 +105,9 @@ Choose = Callable[[int, str, torch.Tensor, torch.Tensor], LayerPlan]
 """Cuts a module of the pruned model again before it is repaired, and gives its layer's new plan.
 
 Called with the layer's index, the module, the dense module's transitional activation on the pruned
-stream, shape (windows, sequence_length, width), and the tokens' weights, shape (windows,
-sequence_length); not called for an attention whose heads became narrower.
+stream, shape (windows, sequence_length, width), and what the tokens' rows of it are to be
+multiplied by in an elimination, shape (windows, sequence_length); not called for an attention whose
+heads became narrower.
 """
 
 
@@ -142,6 +156,22 @@ def recover(
         after_layer(layer_index)
     progress("Repairing layers", layers, layers)
     return Recovery(fits=tuple(fits), hidden=repair.hidden)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What the tokens' errors count, each of shape (windows, sequence_length)."""
+
+    fit: torch.Tensor
+    """Weights of squared errors in what the output projection writes."""
+    judge: torch.Tensor
+    """Weights of squared errors in what is added to the stream; the same where that is linear in
+    what is written."""
+    row: torch.Tensor
+    """Factors of rows in an elimination."""
+    written: torch.Tensor | None = None
+    """What the dense module's output projection writes, shaped like the stream, where a norm
+    behind it makes that matter; None elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -223,10 +253,10 @@ class _Repair:
             def look(written: torch.Tensor, waist: torch.Tensor) -> tuple[torch.Tensor, ...]:
                 return functional.linear(waist[..., gone], columns), waist[..., kept]
 
-            weights, scale, (missing, inputs) = self._past_dense(module, look)
+            tokens, scale, (missing, inputs) = self._past_dense(module, look)
         else:
-            weights, scale, (waist,) = self._past_dense(module, lambda _, waist: (waist,))
-            self.plans[self.layer_index] = self.choose(self.layer_index, module, waist, weights)
+            tokens, scale, (waist,) = self._past_dense(module, lambda _, waist: (waist,))
+            self.plans[self.layer_index] = self.choose(self.layer_index, module, waist, tokens.row)
             kept, gone = self._kept_and_gone(module)
             columns = written_by[:, gone]
             missing = torch.empty_like(self.hidden)
@@ -234,10 +264,10 @@ class _Repair:
                 missing[batch] = functional.linear(waist[batch][..., gone], columns)
             inputs = waist[..., kept]
             del waist
-        bare_error = energy(missing, weights)
-        found = self._solved(module, inputs, missing, weights, bare_error)
+        bare_error = self._error(module, missing, tokens)
+        found = self._solved(module, inputs, missing, tokens, bare_error)
         if found is None:
-            self._take_away(module, missing)
+            self._take_away(module, missing, tokens)
         error, ridge = found or (bare_error, None)
         return LayerFit(self.layer_index, module, bare_error / scale, error / scale, ridge)
 
@@ -245,21 +275,21 @@ class _Repair:
         """Repairs an attention whose heads became narrower, whose attention weights are others."""
         projection = output_projections(self.pruned.layer)[module]
         before = self.hidden.clone()
-        weights, scale, (wanted,) = self._past_dense(module, lambda written, _: (written,))
+        tokens, scale, (wanted,) = self._past_dense(module, lambda written, _: (written,))
         missing = torch.empty_like(wanted)
         inputs = wanted.new_empty(*wanted.shape[:2], projection.in_features)
         for batch, written, waist in self._batches(self.pruned, module, before):
             missing[batch], inputs[batch] = wanted[batch] - written, waist
-        bare_error = energy(missing, weights)
+        bare_error = self._error(module, missing, tokens)
         narrowed = {}
         if self.recovery == "least-squares" and len(self.folds) > 1:
-            narrowed, waist = self._narrow(before, weights)
+            narrowed, waist = self._narrow(before, tokens.fit)
             if narrowed:
                 inputs = waist
                 for batch in self._places():
                     missing[batch] = wanted[batch] - projection(inputs[batch])
         del wanted
-        found = self._solved(module, inputs, missing, weights, bare_error)
+        found = self._solved(module, inputs, missing, tokens, bare_error)
         if found is None:
             _put_back(narrowed)
             self.hidden = before
@@ -272,7 +302,7 @@ class _Repair:
         module: str,
         inputs: torch.Tensor,
         missing: torch.Tensor,
-        weights: torch.Tensor,
+        tokens: _Tokens,
         bare_error: float,
     ) -> tuple[float, float | None] | None:
         """Fits what is missing to the pruned waist, and moves each window on by the other folds'
@@ -281,19 +311,25 @@ class _Repair:
         if len(self.folds) < 2:
             return None
         features = inputs if self.recovery == "least-squares" else _constant(inputs)
-        folded = FoldedRidge(features, missing, weights, self.folds)
+        factors = gains(self.dense.layer, module)
+        folded = FoldedRidge(features, missing, tokens.fit, self.folds, gains=factors)
         chosen = folded.choose(self.ridges, self.last_ridge[module])
         fitted = folded.fit(chosen)
-        if fitted.error < min(folded.energy, bare_error):
+        error, unrepaired = fitted.error, folded.energy
+        if tokens.written is not None:
+            error, unrepaired = (
+                self._error(module, lost, tokens) for lost in (fitted.left, missing)
+            )
+        if error < min(unrepaired, bare_error):
             self.last_ridge[module] = self.ridges.index(chosen.ridge)
-            self._take_away(module, fitted.left)
+            self._take_away(module, fitted.left, tokens)
             if not self.judge_only:
                 projection = output_projections(self.pruned.layer)[module]
                 _change(projection, fitted.change, self.recovery)
-            return fitted.error, chosen.ridge
-        if folded.energy < bare_error:
-            self._take_away(module, missing)
-            return folded.energy, None
+            return error, chosen.ridge
+        if unrepaired < bare_error:
+            self._take_away(module, missing, tokens)
+            return unrepaired, None
         return None
 
     def _kept_and_gone(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -309,15 +345,29 @@ class _Repair:
         kept, gone = (which.nonzero().flatten() for which in (stays, ~stays))
         return kept.to(self.hidden.device), gone.to(self.hidden.device)
 
-    def _take_away(self, module: str, lost: torch.Tensor) -> None:
-        """Takes from the stream behind the dense module what the pruned one does not write.
-
-        What is `added` must be linear in what is written: a family with a norm behind its modules
-        needs the dense module's output here too.
-        """
+    def _take_away(self, module: str, lost: torch.Tensor, tokens: _Tokens) -> None:
+        """Takes from the stream behind the dense module what the pruned one does not write."""
         for batch in self._places():
-            missing = lost[batch].to(self.hidden.dtype)
-            self.hidden[batch] -= added(self.pruned.layer, module, missing)
+            self.hidden[batch] -= self._not_added(module, lost, tokens, batch)
+
+    def _error(self, module: str, lost: torch.Tensor, tokens: _Tokens) -> float:
+        """The weighted squared error where the pruned module does not write `lost`."""
+        if tokens.written is None:
+            return energy(lost, tokens.judge)
+        return sum(
+            energy(self._not_added(module, lost, tokens, batch), tokens.judge[batch])
+            for batch in self._places()
+        )
+
+    def _not_added(
+        self, module: str, lost: torch.Tensor, tokens: _Tokens, batch: slice
+    ) -> torch.Tensor:
+        """What the stream of some windows misses where the pruned module does not write `lost`."""
+        layer, missing = self.dense.layer, lost[batch].to(self.hidden.dtype)
+        if tokens.written is None:
+            return added(layer, module, missing)
+        written = tokens.written[batch]
+        return added(layer, module, written) - added(layer, module, written - missing)
 
     def _narrow(
         self, before: torch.Tensor, weights: torch.Tensor
@@ -360,28 +410,41 @@ class _Repair:
         self,
         module: str,
         look: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]],
-    ) -> tuple[torch.Tensor, float, list[torch.Tensor]]:
+    ) -> tuple[_Tokens, float, list[torch.Tensor]]:
         """Moves the stream past the dense module, and gives what is seen on the way.
 
-        That is the tokens' weights, the weighted energy of the module's output, or 1 where that is
-        0, and of all windows what `look` makes of a batch's output and transitional activation.
+        That is what the tokens' errors count, the weighted energy of the module's output, or 1
+        where that is 0, and of all windows what `look` makes of a batch's output and transitional
+        activation.
         """
         weights = torch.empty(self.hidden.shape[:2], device=self.hidden.device)
+        tokens = _Tokens(weights, weights, weights)
+        if gains(self.dense.layer, module) is not None:
+            fit, row = (torch.empty_like(weights) for _ in range(2))
+            tokens = _Tokens(fit, weights, row, torch.empty_like(self.hidden))
         scale = 0.0
         whole: list[torch.Tensor] = []
         for batch, written, waist in self._batches(self.dense, module, self.hidden):
-            self.hidden[batch] += added(self.dense.layer, module, written)
+            entering = added(self.dense.layer, module, written)
+            self.hidden[batch] += entering
             # The next RMSNorm divides the stream by its RMS, so a squared error would be weighted
             # by one over the mean square, as in `elimination`; the root of that weight gave
             # slightly lower perplexity on other text (docs/engine.md).
             weights[batch] = inverse_rms(self.hidden[batch], self.eps).squeeze(-1)
-            scale += energy(written, weights[batch])
+            if tokens.written is None:
+                scale += energy(written, weights[batch])
+            else:
+                scale += energy(entering, weights[batch])
+                tokens.written[batch] = written
+                slope = slopes(self.dense.layer, module, written).squeeze(-1)
+                tokens.row[batch] = weights[batch] * slope
+                tokens.fit[batch] = tokens.row[batch] * slope
             parts = look(written, waist)
             # Filled batch by batch: concatenating all batches at the end takes twice the memory.
             whole = whole or [part.new_empty(len(self.hidden), *part.shape[1:]) for part in parts]
             for target, part in zip(whole, parts, strict=True):
                 target[batch] = part
-        return weights, scale or 1.0, whole
+        return tokens, scale or 1.0, whole
 
     def _batches(
         self, side: _Side, module: str, hidden: torch.Tensor

@@ -325,20 +325,21 @@ def head_counts(
     """Numbers of query heads that can be kept, ascending; the last is the dense model's.
 
     `query-heads` keeps all groups and the same number of queries in each; `kv-groups` keeps whole
-    groups. Without grouping the two are the same. With `dividing_hidden_size` those that
-    `LlamaConfig` refuses are left out, as they were in schema 1.
+    groups. Without grouping the two are the same. Those that no class can hold are left out; with
+    `dividing_hidden_size` all that `LlamaConfig` refuses, as they were in schema 1.
     """
     groups, queries = architecture.num_key_value_heads, architecture.queries_per_group
     if granularity == "query-heads" and queries > 1:
         counts = [groups * kept for kept in range(1, queries + 1)]
     else:
         counts = [kept * queries for kept in range(1, groups + 1)]
-    if not dividing_hidden_size:
-        return counts
+    hidden_size, family = architecture.hidden_size, architecture.family
     return [
         count
         for count in counts
-        if architecture.hidden_size % count == 0 or count == architecture.num_attention_heads
+        if count == architecture.num_attention_heads
+        or (family.allows_heads(count, hidden_size) and not dividing_hidden_size)
+        or hidden_size % count == 0
     ]
 
 

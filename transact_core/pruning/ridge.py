@@ -88,6 +88,8 @@ class FoldedRidge:
         missing: the outputs to be fitted, shape (windows, sequence_length, outputs).
         weights: the tokens' weights, positive, shape (windows, sequence_length).
         folds: indices of the windows of each fold, two folds or more.
+        gains: shape (outputs,); by what each output's error is multiplied where ridges are
+            compared. None is 1.
         by_folds: whether each fold is factorised by itself; the cheaper way if not given.
     """
 
@@ -98,8 +100,10 @@ class FoldedRidge:
         weights: torch.Tensor,
         folds: Sequence[torch.Tensor],
         by_folds: bool | None = None,
+        gains: torch.Tensor | None = None,
     ) -> None:
         self.features, self.missing, self.weights, self.folds = features, missing, weights, folds
+        self.gains = gains
         width, outputs = features.shape[-1], missing.shape[-1]
         if by_folds is None:
             by_folds = width <= min(len(fold) for fold in folds) * features.shape[1]
@@ -218,6 +222,8 @@ class FoldedRidge:
 
     def _judged(self, outputs: torch.Tensor) -> torch.Tensor:
         """The outputs, or their combinations, by which ridges are compared; (…, outputs)."""
+        if self.gains is not None:
+            outputs = outputs * self.gains
         return outputs @ self._mixed if self._mixed.numel() else outputs
 
     def _roots(self, fold: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from transact_core.base.errors import TransActError
-from transact_core.models.families.description import sliding_window
+from transact_core.models.families.description import rotary_parameters, sliding_window
 from transact_core.models.families.table import family_of
 
 EXACT_KINDS = ("default", "llama3", "linear", "yarn")
@@ -40,7 +40,7 @@ def require_narrowable(config: PreTrainedConfig, sequence_length: int = 0) -> No
             f"narrower heads are fitted on whole windows of {sequence_length} tokens, and this "
             f"model's attention reaches back {window} only"
         )
-    elif not _is_exact(config.rope_parameters):
+    elif not all(map(_is_exact, rotary_parameters(config))):
         kind = config.rope_parameters["rope_type"]
         reason = (
             "it needs rotary frequencies that do not depend on the length of the text, and this "

@@ -20,13 +20,17 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection, Listener
+from pathlib import Path
 from typing import Any
 
 from transact_core.base.errors import Cancelled
 
 SECONDS_BETWEEN_REPORTS = 0.05
 """Reports of one stage that follow each other sooner are left out: each waits for its answer."""
+NICENESS = 5
+"""By how much a worker's priority is lowered, as of `nice`: pages are drawn before it goes on."""
 
 
 class Worker:
@@ -81,6 +85,16 @@ class Worker:
             os._exit(0)
 
 
+def give_way() -> None:
+    """Lowers this process' priority, where the system has such a thing."""
+    with suppress(OSError, AttributeError):
+        os.nice(NICENESS)
+    # Linux divides the processor among sessions before it looks at niceness, and a worker has a
+    # session of its own. The file is not there where that is switched off.
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(NICENESS))
+
+
 def end_with_standard_input() -> None:
     """Ends this process, whatever it does, when standard input is closed."""
     sys.stdin.buffer.read()
@@ -92,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, required=True, help="threads that a task uses")
     chosen = parser.parse_args()
+    give_way()
     key = bytes.fromhex(sys.stdin.buffer.readline().decode())
     threading.Thread(target=end_with_standard_input, daemon=True).start()
     with Listener(authkey=key) as listener:

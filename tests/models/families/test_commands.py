@@ -13,7 +13,7 @@ from transact_core.cli import main
 IDS = torch.arange(3, 27)[None]
 
 
-@pytest.fixture(params=["mistral", "qwen2", "qwen3", "smollm3", "granite"])
+@pytest.fixture(params=["mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma3"])
 def source(request, tokenizer, tmp_path):
     folder = tmp_path / "source"
     make_member(request.param, tied=True).save_pretrained(folder)

@@ -33,6 +33,8 @@ def gguf_files(family: Family) -> str:
 def written_files(family: Family) -> str:
     """Whether such models are written as GGUF files; `export.gguf` refuses the others."""
     kind = family.as_gguf
+    if kind is None:
+        return "no"
     if family.as_llama and not family.rotates_field and family.gguf is None:
         return "yes, as LLaMA, without a sliding window"
     conditions = []

@@ -37,6 +37,11 @@ class InLlamaCpp:
     """Whether it reads heads that together are not as wide as the residual stream."""
     unrotated: int | None = None
     """It takes every layer of this number to be one that does not rotate; None for none."""
+    unlimited: int | None = None
+    """It takes every layer of this number to be one that sees all tokens, and the others to have
+    the sliding window; None where it forgets sliding windows."""
+    scale_is_of: str | None = None
+    """Field of the configuration that it takes to equal head_dim; None for none."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class InCTranslate2:
     """Whether it reads heads that together are not as wide as the residual stream."""
     needs_unknown_token: bool = False
     """Whether it refuses a tokenizer without an unknown token."""
+    scale_is_of: str | None = None
+    """Field of the configuration that it takes to equal head_dim; None for none."""
     refuses_longer_texts: bool = False
     """Whether it refuses a text that is longer than the sliding window, in place of forgetting
     the window."""
@@ -117,17 +124,20 @@ class Family:
     """Attribute of a decoder layer: what the module's output is multiplied by before it is added to
     the residual stream."""
     attention_multiplier: str | None = None
-    """Field of the configuration that holds the factor of the attention's logits; None where it is
-    one over the root of head_dim."""
+    """Field of the configuration that the factor of the attention's logits follows from; None where
+    it is one over the root of head_dim."""
     rotates_field: str | None = None
     """Field of the configuration with an entry for each layer, 0 for one that does not rotate its
     queries and keys; None where all do."""
+    not_causal_field: str | None = None
+    """Field of the configuration that lets the attention look at later tokens, which a model of
+    language must not; models that set it are refused."""
     divides_hidden_size: bool = False
     """Whether the configuration refuses a number of heads that does not divide hidden_size."""
     gguf: str | None = None
     """`general.architecture` of the GGUF files that transformers reads as this family."""
-    as_gguf: AsGguf = AsGguf()
-    """How it is written as a GGUF file. A model that computes what a LLaMA does is written as one,
+    as_gguf: AsGguf | None = None
+    """How it is written as a GGUF file; None where it is not. A model that computes what a LLaMA does is written as one,
     whatever its class."""
     as_llama: Callable[[int], dict[str, object]] | None = None
     """Takes a number of layers and gives the fields with which the class computes what a LLaMA
@@ -165,6 +175,11 @@ class Family:
         wanted = {"attention_bias": attention_bias, "mlp_bias": mlp_bias}
         return all(name in self.bias_fields for name, wants in wanted.items() if wants)
 
+    def allows_heads(self, heads: int, hidden_size: int) -> bool:
+        """Whether a cut to this number of heads can be saved, in this class or in another one that
+        computes the same."""
+        return not self.divides_hidden_size or bool(self.as_llama) or hidden_size % heads == 0
+
     def read_config(self, raw: Mapping[str, Any]) -> "PreTrainedConfig":
         """The configuration that a `config.json` of this family holds.
 
@@ -185,6 +200,19 @@ class Family:
             and sliding_window(config) is None
             and all(self.rotates(config, layer_index) for layer_index in layers)
         )
+
+
+def rotary_parameters(config: "PreTrainedConfig") -> list[Mapping[str, Any]]:
+    """The parameters of the rotary embedding, or of each kind of layers where kinds have their
+    own."""
+    parameters = config.rope_parameters or {}
+    of_kinds = [each for each in parameters.values() if isinstance(each, dict)]
+    return of_kinds or [parameters]
+
+
+def rotary_kinds(config: "PreTrainedConfig") -> list[str]:
+    """The `rope_type` of each of `rotary_parameters`."""
+    return [each.get("rope_type", "default") for each in rotary_parameters(config)]
 
 
 def sliding_window(config: "PreTrainedConfig") -> int | None:

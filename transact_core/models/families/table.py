@@ -2,13 +2,22 @@
 
 from typing import TYPE_CHECKING
 
-from transact_core.models.families import granite, llama, mistral, phi3, qwen2, qwen3, smollm3
+from transact_core.models.families import (
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from transact_core.models.families.description import Family
 
 if TYPE_CHECKING:
     from torch import nn
 
-_MODULES = (llama, mistral, qwen2, qwen3, smollm3, granite, phi3)
+_MODULES = (llama, mistral, qwen2, qwen3, smollm3, granite, phi3, gemma3)
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 """By `model_type`. Of those that compute what a LLaMA does, the first that can hold a cut is taken
 where the source's own class cannot."""
