@@ -137,8 +137,8 @@ class Family:
     gguf: str | None = None
     """`general.architecture` of the GGUF files that transformers reads as this family."""
     as_gguf: AsGguf | None = None
-    """How it is written as a GGUF file; None where it is not. A model that computes what a LLaMA does is written as one,
-    whatever its class."""
+    """How it is written as a GGUF file; None where it is not. A model that computes what a LLaMA
+    does is written as one, whatever its class."""
     as_llama: Callable[[int], dict[str, object]] | None = None
     """Takes a number of layers and gives the fields with which the class computes what a LLaMA
     does, from the same tensors; None where it cannot."""
