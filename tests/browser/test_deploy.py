@@ -37,7 +37,7 @@ def test_a_file_is_written_and_weighed_against_others(
     expect(page.locator(CHART)).to_have_count(1)
     expect(page.get_by_text("8 files of 8")).to_be_visible()
     with page.expect_download() as saved:
-        page.get_by_role("button", name="CSV").last.click()
+        page.get_by_test_id("stDownloadButton").last.get_by_role("button").click()
     lines = Path(saved.value.path()).read_text().splitlines()
     assert len(lines) == 9
     assert lines[0].startswith("model,type,MB,perplexity")
