@@ -12,6 +12,7 @@ text. With --resume the rows of an earlier run with the same settings are kept.
 import argparse
 import gc
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,12 +21,13 @@ import torch
 
 from transact_core.base.files import staged_file
 from transact_core.data.windows import WindowSpec
-from transact_core.experiments.bench import Choices
+from transact_core.experiments.bench import Bench, Choices
 from transact_core.experiments.cut_spec import BenchSpec, CutSpec, decide_spec, open_bench
 from transact_core.export.compression import describe_compression
 from transact_core.export.folder import compress_to_folder
 from transact_core.export.gguf import export_gguf, vocabulary_for
 from transact_core.export.gguf_types import QUANTIZATIONS
+from transact_core.forward.imatrix import importance_matrix
 from transact_core.forward.in_llama_cpp import evaluate_gguf, measure_gguf_latency
 from transact_core.models.llama_cpp import default_threads, runtime_name
 from transact_core.models.load import load_model
@@ -84,25 +86,30 @@ def _slug(name: str) -> str:
     return name.replace(",", "").replace(" ", "-")
 
 
-def rows_of(name: str, types: list[str], place: Path, spec: BenchSpec, chosen) -> list[Row]:
-    """Writes and measures one model in these types."""
+def rows_of(
+    name: str, types: list[str], place: Path, spec: BenchSpec, chosen: argparse.Namespace
+) -> Iterator[Row]:
+    """Writes and measures one model in each of these types; a row as soon as it is measured."""
     folder = folder_of(name, place, spec)
     gc.collect()
     bench = open_bench(spec)
     vocabulary = vocabulary_for(bench.loaded)
+    reference = place / "dense-F16.gguf"
+    if not reference.exists():
+        export_gguf({"F16": reference}, bench.loaded, vocabulary=vocabulary, name=DENSE)
     if folder is None:
         stock = bench.dense().perplexity
         loaded = bench.loaded
     else:
         stock = json.loads((folder / "report.json").read_text())["pruned"]["perplexity"]
         loaded = load_model(str(folder))
-    files = {
-        kind: place / f"{name.replace(' ', '-').replace(',', '')}-{kind}.gguf" for kind in types
-    }
-    written = export_gguf(files, loaded, bench.calibration, vocabulary, name)
-    rows = []
-    for file in written:
-        measured = evaluate_gguf(file.path, bench.evaluation, chosen.threads)
+    imatrix = importance_matrix(loaded.model, bench.calibration)
+    for kind in types:
+        path = place / f"{_slug(name)}-{kind}.gguf"
+        (file,) = export_gguf(
+            {kind: path}, loaded, bench.calibration, vocabulary, name, imatrix=imatrix
+        )
+        measured = evaluate_gguf(path, bench.evaluation, chosen.threads)
         row = Row(
             name,
             file.quantization,
@@ -112,16 +119,17 @@ def rows_of(name: str, types: list[str], place: Path, spec: BenchSpec, chosen) -
             stock,
         )
         if not chosen.no_latency:
-            row = with_latency(row, file.path, place, bench, chosen)
+            row = with_latency(row, path, reference, bench, chosen)
         print(row, flush=True)
-        rows.append(row)
-        if file.path.name != "dense-F16.gguf":
-            file.path.unlink()
-    return rows
+        if path != reference:
+            path.unlink()
+        yield row
 
 
-def with_latency(row: Row, path: Path, place: Path, bench, chosen) -> Row:
-    reference = place / "dense-F16.gguf"
+def with_latency(
+    row: Row, path: Path, reference: Path, bench: Bench, chosen: argparse.Namespace
+) -> Row:
+    """The row with the times of its file, in turns with the reference."""
     files = {"this": path} | ({} if path == reference else {"reference": reference})
     ids = bench.evaluation.ids.flatten()
     measured = measure_gguf_latency(files, ids, [PROMPT], NEW, chosen.repeats, chosen.threads)
@@ -164,7 +172,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    """Measures what is asked for and not there yet; writes CSV and Markdown after every model."""
+    """Measures what is asked for and not there yet; writes CSV and Markdown after every row."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gguf_frontier", description=__doc__.splitlines()[0]
     )
@@ -208,9 +216,8 @@ def main() -> None:
     for name in names:
         known = set(table.loc[table["model"] == name, "type"])
         types = [kind for kind in chosen.types.split(",") if kind not in known]
-        for kind in types:  # one at a time, so that nothing is lost
-            rows = rows_of(name, [kind], chosen.folder, spec, chosen)
-            new = pd.DataFrame(list(map(asdict, rows)))
+        for row in rows_of(name, types, chosen.folder, spec, chosen) if types else ():
+            new = pd.DataFrame([asdict(row)])
             table = new if table.empty else pd.concat([table, new], ignore_index=True)
             with staged_file(chosen.output) as staging:
                 table.to_csv(staging, index=False)

@@ -6,6 +6,7 @@ from pages.charts.text import counted
 from pages.parts import marked_text
 from pages.parts.cut_picker import in_words, require_cut
 from pages.parts.progress import show_job
+from pages.parts.runtime_picker import choose_runtime, usable
 from pages.server.request import Cut
 from pages.server.side_by_side import Comparison, last_comparison, start_comparison
 from pages.server.visits import visit
@@ -60,15 +61,18 @@ def choose_and_start(bench: Bench, cut: Cut) -> None:
     seed = columns[3].number_input(
         "Seed", 0, 2**31, 0, 1, key="seed", persist_state="session", disabled=temperature == 0
     )
+    quantization = choose_runtime("compare")
+    ready = usable(quantization)
     if show_job("compare", visit().request):
         return
-    if st.button("Run both", type="primary", icon=":material/play_arrow:"):
+    if st.button("Run both", type="primary", icon=":material/play_arrow:", disabled=not ready):
         start_comparison(
             cut,
             prompt,
             chat and has_template,
             int(count),
             Sampling(temperature=temperature, seed=int(seed)),
+            quantization,
         )
         st.rerun()
 
@@ -149,6 +153,11 @@ def show_losses(comparison: Comparison) -> None:
         )
 
 
+def where(comparison: Comparison) -> str:
+    kind = comparison.quantization
+    return f"in llama.cpp as {kind}," if kind else "in transformers,"
+
+
 @st.fragment(run_every=0.4 if visit().visitor.unfinished_jobs else None)
 def show() -> None:
     comparison = last_comparison()
@@ -164,7 +173,8 @@ def show() -> None:
     st.caption(f"Pruned: {in_words(comparison.cut)}")
     show_answers(comparison)
     st.caption(
-        f"Both models take turns, token by token, on {counted(worker_threads(), 'thread')} of this "
+        f"Both models take turns, token by token, {where(comparison)} on "
+        f"{counted(worker_threads(), 'thread')} of this "
         "machine; other jobs wait meanwhile. The Latency page measures with repeats."
     )
     if comparison.losses and comparison.job.finished:

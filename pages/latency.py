@@ -9,8 +9,9 @@ from pages.charts.text import counted
 from pages.parts.cut_picker import in_words, require_cut
 from pages.parts.figure import show
 from pages.parts.progress import show_job
+from pages.parts.runtime_picker import choose_runtime, usable
 from pages.server.request import Cut
-from pages.server.side_by_side import last_latency, start_latency
+from pages.server.side_by_side import LatencyRun, last_latency, start_latency
 from pages.server.visits import visit
 from transact_core.experiments.bench import Bench
 
@@ -42,10 +43,12 @@ def choose_and_start(bench: Bench, cut: Cut) -> None:
         persist_state="session",
         help="Of each model at each length, after one warm-up repeat that is not counted.",
     )
+    quantization = choose_runtime("latency")
+    ready = usable(quantization) and bool(lengths)
     if show_job("latency", visit().request):
         return
-    if st.button("Time both models", type="primary", icon=":material/timer:", disabled=not lengths):
-        start_latency(cut, sorted(lengths), DECODE, int(repeats))
+    if st.button("Time both models", type="primary", icon=":material/timer:", disabled=not ready):
+        start_latency(cut, sorted(lengths), DECODE, int(repeats), quantization)
         st.rerun()
 
 
@@ -62,14 +65,12 @@ def show_run(bench: Bench) -> None:
     points = list(run.points)
     table = latency_table(points)
     st.caption(f"Pruned: {in_words(run.cut)}")
-    loaded = bench.loaded
     show(
         latency_chart(points),
         "latency-chart",
         f"marks are medians of {run.repeats} repeats, bars their interquartile range; decode is "
-        f"the mean over the {run.decode} tokens after the prompt. Both models take turns in "
-        f"{str(loaded.dtype)[6:]} on {loaded.device.type} with "
-        f"{counted(run.threads, 'thread')} of this machine's "
+        f"the mean over the {run.decode} tokens after the prompt. Both models take turns "
+        f"{how(run, bench)} with {counted(run.threads, 'thread')} of this machine's "
         f"{counted(os.cpu_count() or 1, 'core')}, batch 1; other jobs waited, the pages did not.",
         lambda: table,
     )
@@ -82,10 +83,41 @@ def show_run(bench: Bench) -> None:
             if name.endswith(("ms", "lower", "upper", "per_s"))
         },
     )
-    if table["working_bytes"].isna().all():
+    if run.quantization:
+        show_files(run)
+    elif table["working_bytes"].isna().all():
         st.caption(
             "Memory is not measured: this device does not report how much a pass takes. The "
             "Compress page has the exact size of the KV cache."
+        )
+
+
+def how(run: LatencyRun, bench: Bench) -> str:
+    """In which runtime and which numbers the models computed."""
+    if run.quantization:
+        return f"in llama.cpp as {run.quantization}"
+    return f"in {str(bench.loaded.dtype)[6:]} on {bench.loaded.device.type}"
+
+
+def show_files(run: LatencyRun) -> None:
+    """Size, memory and load time of both files."""
+    rows = [
+        {
+            "model": name,
+            "file MB": figures.file_bytes / 1e6,
+            "peak memory MB": figures.peak_bytes and figures.peak_bytes / 1e6,
+            "load s": figures.load_seconds,
+            "threads": figures.threads,
+        }
+        for name, figures in run.files.items()
+    ]
+    if rows:
+        number = st.column_config.NumberColumn(format="%.1f")
+        columns = {"file MB": number, "peak memory MB": number}
+        st.dataframe(rows, hide_index=True, column_config=columns)
+        st.caption(
+            f"In {next(iter(run.files.values())).runtime}, with its defaults. Peak memory is that "
+            "of the whole process, its weights included."
         )
 
 

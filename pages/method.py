@@ -189,7 +189,19 @@ def show_measuring() -> None:
         "are fitted to every measured point; a Gaussian process models the residuals of this law. "
         "This part is ours, not the paper's."
     )
-    computed_by("models/footprint", "forward/perplexity", "planning/damage", "planning/law")
+    st.markdown(
+        "As a GGUF file in llama.cpp, a model is measured by the same formula, from llama.cpp's "
+        "own logits; times there are ratios to the dense F16 file, which takes turns with it. What "
+        "a file weighs follows from the widths and the rules of its type, to the byte."
+    )
+    computed_by(
+        "models/footprint",
+        "forward/perplexity",
+        "forward/in_llama_cpp",
+        "export/gguf_types",
+        "planning/damage",
+        "planning/law",
+    )
 
 
 def show_tasks() -> None:

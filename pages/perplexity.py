@@ -4,6 +4,7 @@ Until there is one, the recorded curve of the built-in model stands in its place
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -24,8 +25,10 @@ from pages.parts.progress import (
     unfinished,
     watch_in_one_line,
 )
+from pages.parts.runtime_picker import choose_runtime, usable
 from pages.parts.texts import choose_text, kind_warning, text_in_words
 from pages.server.estimates import cuts_seconds, pace_in_words
+from pages.server.gguf_files import known_file, start_files
 from pages.server.jobs import DONE, Job
 from pages.server.open_models import workbench
 from pages.server.request import first_look
@@ -34,6 +37,7 @@ from pages.server.visits import points, visit
 from transact_core.data.corpus import short_name
 from transact_core.experiments.bench import Bench, Choices, Measurement
 from transact_core.experiments.sweep import Pair
+from transact_core.forward.perplexity import Evaluation, paired_difference
 from transact_core.importance.scores import IMPORTANCES
 from transact_core.pruning.closed_form import RECOVERIES
 from transact_core.pruning.plan import GRANULARITIES, head_counts, widths
@@ -223,6 +227,47 @@ def choose_shown(measured: Sequence[Measurement]) -> tuple[list[Measurement], st
     return shown, coloured_by, logarithmic
 
 
+def in_llama_cpp(
+    bench: Bench, measured: Sequence[Measurement], quantization: str
+) -> tuple[list[Measurement], Evaluation | None]:
+    """The points as llama.cpp computes them in a type, as far as measured, and the dense model.
+
+    Shows a button for those that are missing.
+    """
+    files = {point.identity: known_file(bench, point, quantization) for point in measured}
+    whole = known_file(bench, None, quantization)
+    subjects = [point for point in measured if files[point.identity] is None]
+    missing = len(subjects) + (whole is None)
+    job = visit().latest_job(("files", visit().request))
+    if missing and job and not job.finished:
+        st.caption(
+            f"{counted(missing, 'file')} of {len(measured) + 1} to measure; see the jobs in the "
+            "sidebar."
+        )
+    elif missing and usable(quantization):
+        if st.button(f"Measure {counted(missing, 'file')} as {quantization} in llama.cpp"):
+            start_files(
+                [*([None] if whole is None else []), *subjects], [quantization], False, "files"
+            )
+            st.rerun()
+        show_end(job)
+    if whole is None:
+        return [], None
+    found = []
+    for point in measured:
+        if file := files[point.identity]:
+            mean, error = paired_difference(file.evaluation, whole.evaluation)
+            found.append(
+                replace(point, evaluation=file.evaluation, delta_nll=mean, delta_nll_se=error)
+            )
+    if found:
+        st.caption(
+            f"Every perplexity below is that of a {quantization} file in llama.cpp, and the dense "
+            "model is such a file too."
+        )
+    return found, whole.evaluation
+
+
 @st.fragment(run_every=1.0 if visit().visitor.unfinished_jobs else None)
 def show_charts(bench: Bench) -> None:
     dense_job = workbench().open(visit().request).dense
@@ -249,6 +294,12 @@ def show_charts(bench: Bench) -> None:
         dense = bench.dense(windows=bench.evaluated[place])
     on_first, text = measured, short_name(bench.evaluated[place].source)
     measured = [point.on_text(bench, place) for point in on_first]
+    # Files are measured on the first text alone.
+    quantization = None if place else choose_runtime("curve")
+    if quantization:
+        measured, dense = in_llama_cpp(bench, measured, quantization)
+        if not measured:
+            return
     shown, coloured_by, logarithmic = choose_shown(measured)
     show(
         on_text(
@@ -260,7 +311,7 @@ def show_charts(bench: Bench) -> None:
         f"bars overlap are not told apart by these {text_in_words(bench, place)}.",
         lambda: curve_chart.points_table(shown),
     )
-    if bench.others and all(map(bench.dense_known, bench.evaluated)):
+    if bench.others and not quantization and all(map(bench.dense_known, bench.evaluated)):
         on_texts = [
             (short_name(windows.source), [point.on_text(bench, other) for point in on_first])
             for other, windows in enumerate(bench.evaluated)

@@ -175,8 +175,9 @@ def show_result(recorded: Example) -> None:
         5,
         "Give it to me.",
         "The result is an ordinary checkpoint that stock `transformers` loads, with a "
-        "configuration to reproduce it and a report for a colleague. The Export page writes it; "
-        "so does the command line:",
+        "configuration to reproduce it and a report for a colleague. The Export page writes it, as "
+        "a GGUF file for llama.cpp too, and the Deploy page says which such file to take. From the "
+        "command line:",
     )
     st.code(
         f"python -m transact_core prune --model {recorded.model.source} "
@@ -185,7 +186,7 @@ def show_result(recorded: Example) -> None:
         language="bash",
         wrap_lines=True,
     )
-    links("export", "method")
+    links("deploy", "export", "method")
 
 
 def show_turn() -> None:

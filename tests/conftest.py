@@ -5,9 +5,11 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from filelock import FileLock
@@ -15,6 +17,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.trust.hub import TOKEN, hub_of
 from transact_core.data.corpus import corpus_from_text, read_corpus
 from transact_core.data.windows import WindowSpec, make_windows
 from transact_core.experiments.bench import Bench
@@ -240,3 +243,26 @@ def snapshot(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
 def same_weights(model: LlamaForCausalLM, before: dict[str, torch.Tensor]) -> bool:
     now = model.state_dict()
     return now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in now)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The folder of an empty hub that takes what comes with `TOKEN`."""
+    place = tmp_path / "on-the-hub"
+    place.mkdir()
+    server = hub_of(place, 0, token=TOKEN)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield place
+    server.shutdown()
+    server.server_close()

@@ -22,7 +22,13 @@ from tqdm import tqdm
 
 from transact_core import start_app
 from transact_core.base.errors import Progress, TransActError, silent
-from transact_core.base.files import disk_trouble, read_text, require_free_output, staged_file
+from transact_core.base.files import (
+    disk_trouble,
+    read_text,
+    require_free_output,
+    require_new_file,
+    staged_file,
+)
 from transact_core.data.corpus import MIXED, describe, read_corpus
 from transact_core.data.windows import (
     Windows,
@@ -908,7 +914,7 @@ def _gguf_files_of_folder(chosen: argparse.Namespace) -> dict[str, Path]:
     folder = chosen.output.absolute()
     files = {name: folder.with_name(f"{folder.name}-{name}.gguf") for name in names}
     for path in files.values():
-        _require_new_file(path, needs_folder=False)
+        require_new_file(path, needs_folder=False)
     if files:
         require_llama_cpp()
     return files
@@ -937,7 +943,7 @@ def _tell_plan(plan: FilePlan) -> None:
 
 
 def _gguf(chosen: argparse.Namespace) -> None:
-    _require_new_file(chosen.output)
+    require_new_file(chosen.output)
     name = quantization(chosen.quantization).name
     if not quantization(name).is_float:
         require_llama_cpp()
@@ -1103,7 +1109,7 @@ def _evaluate(chosen: argparse.Namespace) -> None:
 
 
 def _analyze(chosen: argparse.Namespace) -> None:
-    _require_new_file(chosen.output)
+    require_new_file(chosen.output)
     with _Bar() as progress:
         loaded, (windows,) = _load_with_windows(
             chosen, [chosen.calibration], chosen.calibration_tokens, progress
@@ -1144,7 +1150,7 @@ def _sweep(chosen: argparse.Namespace) -> None:
 
 def _tasks(chosen: argparse.Namespace) -> None:
     if chosen.output is not None:
-        _require_new_file(chosen.output)
+        require_new_file(chosen.output)
     if chosen.record:
         require_output_folder(Path(chosen.model))
     with _Bar() as progress:
@@ -1277,7 +1283,7 @@ def _lines_of_sweep(path: Path, pairs: Sequence[Pair]) -> list[str]:
             and that would be lost.
     """
     if not os.path.exists(path):
-        _require_new_file(path)
+        require_new_file(path)
         return []
     try:
         header, *lines = read_text(path).splitlines()
@@ -1304,21 +1310,6 @@ def _as_csv(rows: dict[Pair, dict[str, float]], pairs: Sequence[Pair]) -> str:
 def _without_seconds(lines: Sequence[str]) -> set[str]:
     """Lines of a sweep's file without their last column, which differs from run to run."""
     return {line.rpartition(",")[0] for line in lines}
-
-
-def _require_new_file(path: Path, needs_folder: bool = True) -> None:
-    try:
-        path.stat()
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise TransActError(
-            f"The output {path} cannot be written: {disk_trouble(error) or error.strerror}."
-        ) from None
-    else:
-        raise TransActError(f"The output {path} exists; name a new file.")
-    if needs_folder and not path.absolute().parent.is_dir():
-        raise TransActError(f"The folder of {path} does not exist.")
 
 
 def _write_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -27,7 +27,10 @@ SECTIONS = {
         "compare": ("Compare", ":material/compare:"),
         "latency": ("Latency", ":material/timer:"),
     },
-    "Take away": {"export": ("Export", ":material/download:")},
+    "Take away": {
+        "deploy": ("Deploy", ":material/smartphone:"),
+        "export": ("Export", ":material/download:"),
+    },
 }
 """Title and icon by file name, by section. The first page is shown at the bare address."""
 FIRST = "start"

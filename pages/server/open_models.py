@@ -75,6 +75,8 @@ class Workbench:
         torch.set_num_threads(worker_threads())
         self._new_worker = new_worker
         self._lanes: dict[str, Lane] = {}
+        self.uploads = JobQueue()
+        """For jobs that send files to the hub and compute nothing: they keep no device waiting."""
         # Sessions come in threads of their own, and so do the lanes' jobs.
         self._lock = threading.RLock()
         self._visitors: OrderedDict[str, Visitor] = OrderedDict()
@@ -97,7 +99,7 @@ class Workbench:
         """Cancels all jobs and ends the workers; whether all jobs ended within so many seconds."""
         with self._lock:
             lanes = list(self._lanes.values())
-        ended = [lane.queue.stop(seconds) for lane in lanes]
+        ended = [self.uploads.stop(seconds), *(lane.queue.stop(seconds) for lane in lanes)]
         for lane in lanes:
             lane.worker.stop()
         return all(ended)

@@ -15,6 +15,7 @@ from transact_core.experiments.bench import identity
 from transact_core.experiments.side_by_side import DENSE, PRUNED, Said, TokenLosses
 from transact_core.experiments.text_damage import TextDamage
 from transact_core.forward.generation import Sampling, Token
+from transact_core.forward.in_llama_cpp import FileFigures
 from transact_core.forward.latency import LatencyPoint
 from transact_core.pruning.plan import PruningPlan
 from transact_core.workers import work
@@ -26,6 +27,8 @@ class Comparison:
     """One prompt continued by both models. A job writes it while the page reads it."""
 
     cut: Cut
+    quantization: str | None = None
+    """The type of the files that llama.cpp ran; None for transformers."""
     job: Job | None = None
     prompt_tokens: int | None = None
     """Known once the prompt is tokenised."""
@@ -45,6 +48,10 @@ class LatencyRun:
     repeats: int
     decode: int
     threads: int
+    quantization: str | None = None
+    """As `Comparison` has it."""
+    files: dict[str, FileFigures] = field(default_factory=dict)
+    """What each file took in llama.cpp besides, by model."""
     job: Job | None = None
     plan: PruningPlan | None = None
     """Known once the pruned model is made."""
@@ -82,14 +89,20 @@ def last_latency() -> LatencyRun | None:
 
 
 def start_comparison(
-    cut: Cut, text: str, chat: bool, max_new_tokens: int, sampling: Sampling
+    cut: Cut,
+    text: str,
+    chat: bool,
+    max_new_tokens: int,
+    sampling: Sampling,
+    quantization: str | None = None,
 ) -> None:
     """Queues the continuation of a prompt by both models, and then their losses on the texts.
 
-    With `chat` the text is put into the model's chat template.
+    With `chat` the text is put into the model's chat template. With a `quantization` both run as
+    files of that type in llama.cpp.
     """
     request, known = visit().request, points()
-    comparison = Comparison(cut)
+    comparison = Comparison(cut, quantization)
 
     def keep(thing: Said | TokenLosses) -> None:
         if isinstance(thing, TokenLosses):
@@ -103,11 +116,10 @@ def start_comparison(
         prompt = workbench().run(request, work.read_prompt, report, text, chat)
         comparison.prompt_tokens = len(prompt.ids)
         point = point_of(cut, request, known, report)
+        comparing = (work.compare_files, report, point, quantization)
         workbench().run(
             request,
-            work.compare,
-            report,
-            point,
+            *(comparing if quantization else (work.compare, report, point)),
             prompt,
             max_new_tokens,
             sampling,
@@ -141,24 +153,39 @@ def start_damage(cut: Cut, sources: Sequence[str], tokens: int) -> None:
     holding().found["damage"] = run
 
 
-def start_latency(cut: Cut, lengths: Sequence[int], decode: int, repeats: int) -> None:
-    """Queues the timing of both models; the points of a length are added once it is timed."""
+def start_latency(
+    cut: Cut,
+    lengths: Sequence[int],
+    decode: int,
+    repeats: int,
+    quantization: str | None = None,
+) -> None:
+    """Queues the timing of both models; the points of a length are added once it is timed.
+
+    With a `quantization` both run as files of that type in llama.cpp, and their points are added
+    at the end.
+    """
     request, known = visit().request, points()
-    run = LatencyRun(cut, repeats, decode, worker_threads())
+    run = LatencyRun(cut, repeats, decode, worker_threads(), quantization)
+
+    def keep(found: LatencyPoint | dict[str, FileFigures]) -> None:
+        if isinstance(found, dict):
+            run.files.update(found)
+        else:
+            run.points.append(found)
 
     def timing(report: Progress) -> None:
         workbench().run(request, work.require_lengths, report, lengths, decode)
         point = point_of(cut, request, known, report)
         run.plan = point.plan
+        timing = (work.time_files, report, point, quantization)
         workbench().run(
             request,
-            work.time_both,
-            report,
-            point,
+            *(timing if quantization else (work.time_both, report, point)),
             lengths,
             decode,
             repeats,
-            received=run.points.append,
+            received=keep,
         )
 
     run.job = start("Timing both models", timing, ("latency", request))

@@ -3,12 +3,13 @@
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 
-from pages.server.jobs import Job, Work
+from pages.server.jobs import Job, JobQueue, Work
 from pages.server.open_models import workbench
 from pages.server.points import add_point, kept_at_hand, measure, point_of
 from pages.server.request import Cut, first_look
 from pages.server.settings import require_writable, settings
 from pages.server.visits import points, visit
+from pages.server.written import written_of
 from transact_core.base.errors import Progress
 from transact_core.base.files import require_free_output
 from transact_core.experiments.bench import Bench, Choices, Measurement
@@ -18,11 +19,18 @@ from transact_core.workers import work
 FINISHED_JOBS_KEPT = 4
 
 
-def start(title: str, doing: Work, about: Hashable) -> Job:
-    """Queues work of this visitor's, in the lane of the request in view."""
+def start(
+    title: str,
+    doing: Work,
+    about: Hashable,
+    background: bool = False,
+    queue: JobQueue | None = None,
+) -> Job:
+    """Queues work of this visitor's, in the lane of the request in view or in another queue."""
     visitor, request = visit().visitor, visit().request
     finished = [job for job in visitor.jobs if job.finished][-FINISHED_JOBS_KEPT:]
-    job = workbench().lane(request).queue.submit(title, doing, owner=visitor, about=about)
+    queue = queue or workbench().lane(request).queue
+    job = queue.submit(title, doing, owner=visitor, about=about, background=background)
     visitor.jobs[:] = [old for old in visitor.jobs if not old.finished or old in finished]
     visitor.jobs.append(job)
     return job
@@ -88,13 +96,15 @@ def start_export(cut: Cut, folder: Path, tasks: dict[str, object] | None = None)
 
     `tasks` is what `tasks.json` would hold of this cut, for report.json and the model card.
     """
-    mine, request = points(), visit().request
+    mine, request, written = points(), visit().request, written_of()
 
     def writing(report: Progress) -> Path:
         require_writable(folder, settings())
         # Looked at before the cut is measured, which may take long; the worker looks again.
         require_free_output(folder)
         point = point_of(cut, request, mine, report)
-        return workbench().run(request, work.export, report, point, folder, tasks)
+        place = workbench().run(request, work.export, report, point, folder, tasks)
+        written.keep_folder(point.identity, place)
+        return place
 
     start("Writing the checkpoint", writing, ("export", request))

@@ -77,7 +77,6 @@ def test_names_of_types_are_taken_in_any_case_and_others_refused():
 @pytest.mark.parametrize(
     ("field", "value", "complaint"),
     [
-        ("model_type", "qwen3", "kind qwen3"),
         ("hidden_act", "gelu", "hidden_act is gelu"),
         ("sliding_window", 4096, "sliding_window is 4096"),
         (

@@ -2,43 +2,17 @@
 
 import json
 import logging
-import threading
 
 import huggingface_hub
 import pytest
 from huggingface_hub import metadata_load
 
 from tests.conftest import make_model
-from tests.trust.hub import hub_of
+from tests.trust.hub import TOKEN
 from transact_core.base.errors import TransActError
 from transact_core.cli import main
 from transact_core.export.publish import publish
 from transact_core.models.hub import download
-
-TOKEN = "hf_" + "t" * 34
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """The folder of an empty hub that takes what comes with `TOKEN`."""
-    place = tmp_path / "on-the-hub"
-    place.mkdir()
-    server = hub_of(place, 0, token=TOKEN)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield place
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 COMMIT = "c" * 40
+TOKEN = "hf_" + "t" * 34
+"""The token that the fixture `hub` of `tests/conftest.py` takes."""
 
 
 class _Hub(BaseHTTPRequestHandler):

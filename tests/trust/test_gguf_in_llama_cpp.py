@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import bench_of, loaded_from, make_model, windows_for
+from tests.models.families.made import make_member
 from tests.trust.installed import require_llama_cpp_installed
 from tests.trust.test_hostile import read_or_refused
 from tests.trust.test_other_runtimes import LINEAR, LLAMA3, OTHER_BASE, SHAPE, YARN
@@ -90,9 +91,65 @@ def test_losses_are_those_of_transformers(case, tokenizer, texts, tmp_path):
     assert difference(tmp_path / "x.gguf", model, texts) < 2e-4
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_layers_of_their_own_widths_are_a_deci_model(tied, tokenizer, texts, tmp_path):
-    model = make_model(**SHAPE | EIGHT | {"tie_word_embeddings": tied, "rope_parameters": LLAMA3})
+FAMILIES = {
+    "mistral": {},
+    "qwen2": {"tied": True},
+    "qwen3": {},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+    "granite": {"attention_bias": True, "mlp_bias": True},
+    "phi3": {},
+}
+"""What makes a member of each family one that llama.cpp has an architecture for."""
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+@pytest.mark.parametrize("member", FAMILIES)
+def test_losses_of_other_families_are_those_of_transformers(
+    member, is_cut, tokenizer, texts, tmp_path
+):
+    # llama.cpp takes Phi-3 to have heads as wide as the residual stream.
+    cut = ("query-heads", 0.0 if member == "phi3" else 0.5, False) if is_cut else None
+    model = make_member(member, grouped=not is_cut, **FAMILIES[member])
+    left = cut_of(model, tokenizer, texts, cut)
+    written(tmp_path / "x.gguf", left, tokenizer)
+    assert difference(tmp_path / "x.gguf", left, texts) < 2e-4
+
+
+@pytest.mark.parametrize("member", ["qwen2", "granite"])
+def test_heads_of_other_families_can_be_narrowed(member, tokenizer, texts, tmp_path):
+    model = make_member(member, grouped=False)
+    left = cut_of(model, tokenizer, texts, ("head-dims", 0.5, False))
+    written(tmp_path / "x.gguf", left, tokenizer)
+    assert difference(tmp_path / "x.gguf", left, texts) < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("member", "changes", "cut", "complaint"),
+    [
+        ("mistral, sliding", {}, None, "sliding_window is 5"),
+        ("qwen2, half sliding", {}, None, "sliding_window is 5"),
+        ("smollm3", {}, None, r"no_rope_layers is \[1, 0, 1\]"),
+        ("qwen3", {"attention_bias": True}, None, "attention_bias is True"),
+        ("gemma3", {}, None, "GGUF files of Gemma 3 models are not written"),
+        ("qwen3", {"rope_parameters": LLAMA3}, None, "cannot hold rotary frequencies"),
+        ("phi3", {}, ("query-heads", 0.5, False), r"as wide as the hidden size \(24 of 48"),
+        ("phi3", {"partial_rotary_factor": 0.5}, None, "partial_rotary_factor is 0.5"),
+    ],
+)
+def test_what_an_architecture_cannot_say_is_refused(
+    member, changes, cut, complaint, tokenizer, texts, tmp_path
+):
+    model = make_member(member, grouped=False, **changes)
+    with pytest.raises(TransActError, match=complaint):
+        written(tmp_path / "x.gguf", cut_of(model, tokenizer, texts, cut), tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "qwen2"])
+def test_layers_of_their_own_widths_are_a_deci_model(kind, tokenizer, texts, tmp_path):
+    own = {"tie_word_embeddings": kind == "tied", "rope_parameters": LLAMA3}
+    model = make_model(**SHAPE | EIGHT | own)
+    if kind == "qwen2":
+        model = make_member("qwen2", grouped=True, num_attention_heads=6, num_key_value_heads=2)
     bench = bench_of(model, tokenizer, texts)
     plans = [
         bench.plan(mha, mlp, Choices(granularity=granularity))
@@ -195,6 +252,36 @@ def test_damaged_files_end_in_one_line(tokenizer, texts, tmp_path):
     for content in cases:
         (tmp_path / "damaged.gguf").write_bytes(content)
         read_or_refused(lambda: evaluate_gguf(tmp_path / "damaged.gguf", texts[1], threads=1))
+
+
+def test_hostile_headers_end_in_one_line(tokenizer, texts, tmp_path):
+    """Counts, lengths, widths and offsets that no file can have."""
+    written(tmp_path / "whole.gguf", make_model(**SHAPE), tokenizer)
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    huge, negative = (2**62).to_bytes(8, "little"), b"\xff" * 8
+
+    def after(name: bytes, skipped: int, value: bytes) -> bytes:
+        place = whole.index(name) + len(name) + skipped
+        return whole[:place] + value + whole[place + len(value) :]
+
+    cases = [
+        whole[:8] + huge + whole[16:],  # tensors
+        whole[:16] + huge + whole[24:],  # entries
+        whole[:24] + huge + whole[32:],  # the length of the first key
+        after(b"tokenizer.ggml.tokens", 8, huge),  # the length of an array
+        after(b"llama.block_count", 4, b"\xff\xff\xff\x7f"),
+        after(b"llama.attention.head_count", 4, bytes(4)),
+        after(b"llama.rope.dimension_count", 4, b"\xff\xff\xff\x7f"),
+        after(b"token_embd.weight", 4, huge),  # rows of a tensor
+        after(b"token_embd.weight", 4 + 16 + 4, negative),  # where a tensor begins
+        after(b"token_embd.weight", 4 + 16, b"\xff\xff\xff\xff"),  # its type
+    ]
+    for content in cases:
+        assert content != whole
+        (tmp_path / "hostile.gguf").write_bytes(content)
+        with pytest.raises(TransActError) as refusal:
+            evaluate_gguf(tmp_path / "hostile.gguf", texts[1], threads=1)
+        assert "\n" not in str(refusal.value)
 
 
 def test_a_crash_of_the_native_library_ends_in_one_line(tokenizer, texts, tmp_path):

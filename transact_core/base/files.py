@@ -126,6 +126,26 @@ def require_free_output(folder: Path) -> None:
         ) from None
 
 
+def require_new_file(path: Path, needs_folder: bool = True) -> None:
+    """Refuses an output file that exists, cannot be looked at, or has no folder.
+
+    Raises:
+        TransActError: so; with `needs_folder` also where the folder does not exist yet.
+    """
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise TransActError(
+            f"The output {path} cannot be written: {disk_trouble(error) or error.strerror}."
+        ) from None
+    else:
+        raise TransActError(f"The output {path} exists; name a new file.")
+    if needs_folder and not path.absolute().parent.is_dir():
+        raise TransActError(f"The folder of {path} does not exist.")
+
+
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
     """A folder beside `final` to write into; it is renamed to `final` if no error occurred.

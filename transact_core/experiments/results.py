@@ -41,9 +41,10 @@ from transact_core.models.footprint import Footprint
 from transact_core.pruning.closed_form import LayerFit
 from transact_core.pruning.plan import Decision, PruningPlan
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Of the SQLite file. Schema 1 had no time of last use, and its keys held the package's version:
-none of its records can be found any more, so they are dropped. Schema 2 had no answers."""
+none of its records can be found any more, so they are dropped. Schema 2 had no answers, schema 3 no
+GGUF files."""
 BUSY_SECONDS = 10
 """How long a transaction waits for another one to end."""
 SHARE_OF_CACHE = 0.1
@@ -55,8 +56,8 @@ EVICTED_AT_ONCE = 8
 """Records of each table removed at a time while the file holds too much."""
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _DECISION = TypeAdapter(Decision)
-_POINTS, _DECISIONS, _ANSWERS = "points", "decisions", "answers"
-_TABLES = (_POINTS, _DECISIONS, _ANSWERS)
+_POINTS, _DECISIONS, _ANSWERS, _FILES = "points", "decisions", "answers", "files"
+_TABLES = (_POINTS, _DECISIONS, _ANSWERS, _FILES)
 _CREATE = """
 CREATE TABLE IF NOT EXISTS {table} (
     key TEXT PRIMARY KEY, used INTEGER NOT NULL, record TEXT, nll BLOB, sha256 TEXT
@@ -196,6 +197,32 @@ def keep_answers(key: str, answers: list[list[Answer]]) -> None:
         [(answer.log_likelihood, answer.is_greedy) for answer in question] for question in answers
     ]
     _write(_ANSWERS, key, {"answers": record})
+
+
+def find_file(key: str) -> tuple[dict[str, Any], torch.Tensor] | None:
+    """The kept record of a GGUF file and its losses, or None; see `export.gguf_points`."""
+    return _read(_FILES, key, _with_losses)
+
+
+def keep_file(key: str, record: dict[str, Any], nll: torch.Tensor) -> None:
+    """Keeps the record of a GGUF file; does nothing where the file cannot be written.
+
+    The field `group` of the record is what `files_of` finds it by.
+    """
+    record = record | {"nll_shape": list(nll.shape)}
+    _write(_FILES, key, record, nll.numpy().astype(np.float32).tobytes())
+
+
+def files_of(group: str) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    """The kept records of all GGUF files of a group, damaged ones left out."""
+    query = f"SELECT key FROM {_FILES} WHERE json_extract(record, '$.group') = ?"
+    keys = _transaction(lambda database: database.execute(query, (group,)).fetchall()) or ()
+    return [found for (key,) in keys if (found := find_file(key)) is not None]
+
+
+def _with_losses(record: dict[str, Any], nll: bytes) -> tuple[dict[str, Any], torch.Tensor]:
+    shape = record.pop("nll_shape")
+    return record, torch.from_numpy(np.frombuffer(nll, np.float32).reshape(shape).copy())
 
 
 # --- keys ------------------------------------------------------------------------------------

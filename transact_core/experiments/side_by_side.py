@@ -1,8 +1,11 @@
 """The dense and a pruned model on one prompt: their answers in turns, and where losses differ."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +21,9 @@ from transact_core.forward.generation import (
     pieces,
     require_prompt_fits,
 )
+from transact_core.forward.in_llama_cpp import generate_in_llama_cpp
 from transact_core.forward.perplexity import token_losses
+from transact_core.models.llama_cpp import running
 from transact_core.models.load import LoadedModel
 
 DENSE, PRUNED = "dense", "pruned"
@@ -86,11 +91,66 @@ def compare(
     `models` are by `DENSE` and `PRUNED`.
     """
     dense = models[DENSE]
+    ends = end_tokens(dense)
     streams = {
-        name: generate(model, prompt.ids, max_new_tokens, sampling, end_tokens(dense))
+        name: generate(model, prompt.ids, max_new_tokens, sampling, ends)
         for name, model in models.items()
     }
-    made: dict[str, list[int]] = {name: [] for name in models}
+
+    def losses(name: str, ids: list[int]) -> torch.Tensor:
+        return token_losses(models[name], torch.tensor(ids, device=dense.device)).cpu()
+
+    yield from compare_streams(streams, losses, tokenizer, prompt, max_new_tokens, progress)
+
+
+def compare_in_llama_cpp(
+    files: Mapping[str, Path],
+    loaded: LoadedModel,
+    prompt: Prompt,
+    max_new_tokens: int,
+    sampling: Sampling,
+    threads: int,
+    progress: Progress,
+) -> Iterator[Said | TokenLosses]:
+    """The same of two GGUF files, both open in llama.cpp at once.
+
+    Raises:
+        TransActError: llama.cpp is not installed or cannot read a file.
+    """
+    longest = loaded.model.config.max_position_embeddings
+    new_tokens = min(max_new_tokens, longest - len(prompt.ids))
+    tokens = max(len(prompt.ids) + new_tokens, len(prompt.text_ids))
+    with ExitStack() as stack:
+        runtimes = {}
+        for done, (name, path) in enumerate(files.items()):
+            progress("Loading into llama.cpp", done, len(files))
+            runtimes[name] = stack.enter_context(running(threads))
+            runtimes[name].open(path, tokens)
+        ends = end_tokens(loaded.model)
+        streams = {
+            name: generate_in_llama_cpp(runtime, prompt.ids, new_tokens, sampling, ends)
+            for name, runtime in runtimes.items()
+        }
+
+        def losses(name: str, ids: list[int]) -> torch.Tensor:
+            return torch.from_numpy(runtimes[name].losses(np.array(ids)).copy())
+
+        yield from compare_streams(streams, losses, loaded.tokenizer, prompt, new_tokens, progress)
+
+
+def compare_streams(
+    streams: Mapping[str, Iterator[Token]],
+    losses: Callable[[str, list[int]], torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    max_new_tokens: int,
+    progress: Progress,
+) -> Iterator[Said | TokenLosses]:
+    """Takes the tokens of both models in turns, then scores the texts by both.
+
+    `losses` gives a model's losses on token ids, in nats, shape (tokens − 1,).
+    """
+    made: dict[str, list[int]] = {name: [] for name in streams}
     progress("Generating", 0, max_new_tokens)
     for name, token in in_turns(streams):
         made[name].append(token.id)
@@ -101,7 +161,6 @@ def compare(
     if len(prompt.text_ids) > 1:
         texts[TEXT] = prompt.text_ids, 1
     for on, (ids, start) in texts.items():
-        tensor = torch.tensor(ids, device=dense.device)
-        losses = {name: token_losses(model, tensor).cpu() for name, model in models.items()}
-        yield TokenLosses(on, pieces(tokenizer, ids), losses, start)
+        by_model = {name: losses(name, ids) for name in streams}
+        yield TokenLosses(on, pieces(tokenizer, ids), by_model, start)
     progress("Scoring the texts", 1, 1)

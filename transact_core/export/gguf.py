@@ -3,14 +3,15 @@
 What a file will hold, and how many bytes it takes, is planned from widths and tokenizer before any
 weight is touched (`plan_file`). Writing goes tensor by tensor, whole or not at all (`write_file`).
 
-Models whose layers are alike are of llama.cpp's architecture `llama`, whatever stock class they are
-saved as; models with widths of their own in each layer are of `deci`, which computes the same.
+A model that computes what a LLaMA does is of llama.cpp's architecture `llama`, whatever stock class
+it is saved as; with widths of its own in each layer it is of `deci`, which computes the same. Other
+families have an architecture of their own, of which their description says what it can hold.
 """
 
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from gguf import (
     GGML_QUANT_SIZES,
     GGML_QUANT_VERSION,
     GGUF_DEFAULT_ALIGNMENT,
-    MODEL_ARCH,
+    MODEL_ARCH_NAMES,
     GGMLQuantizationType,
     GGUFValueType,
     GGUFWriter,
@@ -45,6 +46,7 @@ from transact_core.export.gguf_vocabulary import Entry, vocabulary_of, vocabular
 from transact_core.export.runtimes import BLOCK, SUPER_BLOCK
 from transact_core.forward.imatrix import Imatrix, importance_matrix
 from transact_core.models.architecture import Architecture
+from transact_core.models.families.description import AsGguf, sliding_window
 from transact_core.models.llama_cpp import LlamaCpp, require_llama_cpp, running
 from transact_core.models.load import BUILTIN, LoadedModel, builtin_gguf
 from transact_core.models.stock_class import StockConfig
@@ -52,8 +54,17 @@ from transact_core.pruning.plan import widths
 
 ROPE_FACTORS = "rope_freqs.weight"
 """The tensor that each rotary frequency is divided by, float32 of shape (head_dim / 2,)."""
-LLAMA_TYPES = ("llama", "mistral", "smollm3")
-"""The `model_type` of the classes that compute what llama.cpp's `llama` does."""
+ARCHITECTURES = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
+VALUE_BYTES = {
+    kind: size
+    for size, kinds in {
+        1: (GGUFValueType.BOOL, GGUFValueType.INT8, GGUFValueType.UINT8),
+        2: (GGUFValueType.INT16, GGUFValueType.UINT16),
+        4: (GGUFValueType.INT32, GGUFValueType.UINT32, GGUFValueType.FLOAT32),
+        8: (GGUFValueType.INT64, GGUFValueType.UINT64, GGUFValueType.FLOAT64),
+    }.items()
+    for kind in kinds
+}
 KINDS = {bool: GGUFValueType.BOOL, float: GGUFValueType.FLOAT32, str: GGUFValueType.STRING}
 """The kind of a metadata value by its type; whole numbers are `uint32`."""
 
@@ -63,6 +74,8 @@ class Description:
     """What a GGUF file says of a model whatever type its weights are written in."""
 
     architecture: Architecture
+    kind: AsGguf
+    """What llama.cpp computes of it."""
     entries: tuple[Entry, ...] = field(repr=False)
     rope_factors: np.ndarray | None = field(default=None, repr=False)
     """What default frequencies are divided by, None where the metadata says it all."""
@@ -118,13 +131,16 @@ class FilePlan:
 
     quantization: Quantization
     tensors: tuple[PlannedTensor, ...] = field(repr=False)
-    header: bytes = field(repr=False)
+    entries: tuple[Entry, ...] = field(repr=False)
+    in_pairs: bool = True
+    """As `AsGguf` has it."""
     rope_factors: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def bytes(self) -> int:
         """The exact size of the file."""
-        return _padded(len(self.header)) + sum(_padded(tensor.bytes) for tensor in self.tensors)
+        header = _header_bytes(self.entries, self.tensors)
+        return _padded(header) + sum(_padded(tensor.bytes) for tensor in self.tensors)
 
     @property
     def embedding_bytes(self) -> int:
@@ -254,19 +270,23 @@ def describe_model(
     """What a file says of a model with this configuration and these widths.
 
     Raises:
-        TransActError: it computes something else than llama.cpp's `llama`, such as rotary
+        TransActError: no architecture of llama.cpp computes it, such as one with rotary
             frequencies that depend on the length of the text.
     """
-    _require_llama(config)
     factors, rope = _rotary(config, architecture.head_dim)
-    kind = "llama" if architecture.uniform else "deci"
+    kind = _kind_of(config, architecture, with_factors=factors is not None)
+    if factors is not None and not kind.rope_factors:
+        raise TransActError(
+            f"A GGUF file of the architecture {kind.architecture} cannot hold rotary frequencies "
+            f"of the kind {config.rope_parameters['rope_type']!r}."
+        )
     layers = architecture.layers
 
     def each(width: str) -> int | list[int]:
         widths = [getattr(layer, width) for layer in layers]
         return widths[0] if architecture.uniform else widths
 
-    general = {"architecture": kind, "type": "model", "name": name}
+    general = {"architecture": kind.architecture, "type": "model", "name": name}
     if licence:
         general["license"] = licence
     own = {
@@ -282,31 +302,65 @@ def describe_model(
         "vocab_size": architecture.vocab_size,
         "rope.dimension_count": architecture.head_dim,
         **rope,
+        **{key: float(getattr(config, name)) for key, name in kind.scales.items()},
     }
     entries = [_entry(f"general.{key}", value) for key, value in general.items()]
-    entries += [_entry(f"{kind}.{key}", value) for key, value in own.items()]
-    return Description(architecture, (*entries, *vocabulary), factors)
+    entries += [_entry(f"{kind.architecture}.{key}", value) for key, value in own.items()]
+    return Description(architecture, kind, (*entries, *vocabulary), factors)
 
 
-def _require_llama(config: StockConfig) -> None:
-    """Refuses what `llama` does not compute: llama.cpp would read it and say nothing."""
-    kind = config.model_type
-    if kind not in LLAMA_TYPES:
+def _kind_of(config: StockConfig, architecture: Architecture, with_factors: bool) -> AsGguf:
+    """How a model is written; refuses what llama.cpp would read otherwise and say nothing.
+
+    `with_factors` is whether its rotary frequencies are divided by factors of their own.
+
+    Raises:
+        TransActError: no architecture of llama.cpp computes what the model does.
+    """
+    family = architecture.family
+    kind = AsGguf() if family.computes_as_llama(config) else family.as_gguf
+    if kind is None:
+        raise TransActError(f"GGUF files of {family.title} models are not written.")
+    is_narrow = architecture.mha_width != architecture.hidden_size
+    does_not_fit = (
+        (is_narrow and not kind.any_attention_width)
+        or (with_factors and not kind.rope_factors)
+        or not architecture.uniform
+    )
+    if does_not_fit and kind.or_llama:
+        kind = AsGguf()
+    if not architecture.uniform:
+        if kind != AsGguf():
+            raise TransActError(
+                f"Layers of different widths cannot be written as a GGUF file of {family.title}; "
+                "choose the same widths for all layers."
+            )
+        kind = replace(kind, architecture="deci")
+    if is_narrow and not kind.any_attention_width:
         raise TransActError(
-            f"GGUF files of models of the kind {kind} are not written; only of those that compute "
-            "what a LLaMA does."
+            f"llama.cpp reads a {family.title} model only where its heads together are as wide as "
+            f"the hidden size ({architecture.mha_width} of {architecture.hidden_size} here); "
+            "choose a ratio of 0 for the attention."
         )
+    every = kind.unrotated
+    rotates = [family.rotates(config, layer) for layer in range(architecture.num_hidden_layers)]
+    expected = [every is None or (layer + 1) % every != 0 for layer in range(len(rotates))]
     odd = {
         "hidden_act": getattr(config, "hidden_act", "silu") not in ("silu", "swish"),
-        "sliding_window": getattr(config, "sliding_window", None) is not None,
-        "no_rope_layers": not all(getattr(config, "no_rope_layers", None) or [1]),
+        "sliding_window": sliding_window(config) is not None,
+        "attention_bias": architecture.attention_bias and not kind.attention_bias,
+        "mlp_bias": architecture.mlp_bias and not kind.mlp_bias,
+        family.rotates_field: rotates != expected,
+        "partial_rotary_factor": getattr(config, "partial_rotary_factor", None)
+        not in (None, 1, 1.0),
     }
     for name, is_odd in odd.items():
         if is_odd:
             raise TransActError(
                 f"The model's {name} is {getattr(config, name)}, which a GGUF file of the "
-                "architecture llama cannot say."
+                f"architecture {kind.architecture} cannot say."
             )
+    return kind
 
 
 def _rotary(config: StockConfig, head_dim: int) -> tuple[np.ndarray | None, dict[str, object]]:
@@ -378,14 +432,15 @@ def plan_file(
             Entry("quantize.imatrix.dataset", imatrix.source, GGUFValueType.STRING),
             Entry("quantize.imatrix.chunks_count", imatrix.windows, GGUFValueType.INT32),
         ]
-    return FilePlan(chosen, tensors, _header(entries, tensors), description.rope_factors)
+    pairs, factors = description.kind.in_pairs, description.rope_factors
+    return FilePlan(chosen, tensors, tuple(entries), pairs, factors)
 
 
 def _planned(
     description: Description, chosen: Quantization, with_imatrix: bool
 ) -> Iterator[PlannedTensor]:
     architecture = description.architecture
-    kind = MODEL_ARCH.LLAMA if architecture.uniform else MODEL_ARCH.DECI
+    kind = ARCHITECTURES[description.kind.architecture]
     names = get_tensor_name_map(kind, architecture.num_hidden_layers)
     if description.rope_factors is not None:
         shape = description.rope_factors.shape
@@ -402,7 +457,32 @@ def _planned(
         yield PlannedTensor(name, source, shape, possible_type(wanted, shape[-1]), wanted)
 
 
-def _header(entries: list[Entry], tensors: tuple[PlannedTensor, ...]) -> bytes:
+def _header_bytes(entries: Sequence[Entry], tensors: Sequence[PlannedTensor]) -> int:
+    """The length of `_header`, which takes long to make where the vocabulary is large."""
+    start = 4 + 4 + 8 + 8  # magic, version, numbers of tensors and of entries
+    named = sum(
+        _string_bytes(tensor.name) + 4 + 8 * len(tensor.shape) + 4 + 8 for tensor in tensors
+    )
+    return start + named + sum(_entry_bytes(entry) for entry in entries)
+
+
+def _entry_bytes(entry: Entry) -> int:
+    start = _string_bytes(entry.key) + 4
+    if entry.kind != GGUFValueType.ARRAY:
+        return start + _value_bytes(entry.value, entry.kind)
+    items = entry.items or GGUFValueType.get_type(entry.value[0])
+    return start + 4 + 8 + sum(_value_bytes(value, items) for value in entry.value)
+
+
+def _value_bytes(value: object, kind: GGUFValueType) -> int:
+    return _string_bytes(value) if kind == GGUFValueType.STRING else VALUE_BYTES[kind]
+
+
+def _string_bytes(text: str | bytes) -> int:
+    return 8 + len(text.encode() if isinstance(text, str) else text)
+
+
+def _header(entries: Sequence[Entry], tensors: tuple[PlannedTensor, ...]) -> bytes:
     """Everything of a file before its first tensor, without padding."""
     writer = GGUFWriter(None, "llama")
     for entry in entries:
@@ -466,6 +546,7 @@ def export_gguf(
     progress: Progress = silent,
     threads: int | None = None,
     told: Callable[[FilePlan], None] = lambda _: None,
+    imatrix: Imatrix | None = None,
 ) -> list[WrittenFile]:
     """Writes a model in several types, each file whole or not at all; all are planned before.
 
@@ -476,6 +557,7 @@ def export_gguf(
         vocabulary: The tokenizer's metadata, where it is not that of `loaded`.
         name: What the files call the model, where it is not the name of its source.
         told: Called with the plan of each file before anything is computed.
+        imatrix: The importance matrix of these calibration windows, where it is measured already.
 
     Raises:
         TransActError: as `describe` and `write_file` do.
@@ -491,7 +573,8 @@ def export_gguf(
     if any(not plan.quantization.is_float for plan in plans.values()):
         require_llama_cpp()
     weighted = [plan for plan in plans.values() if calibration and plan.quantization.wants_imatrix]
-    imatrix = importance_matrix(loaded.model, calibration, progress) if weighted else None
+    if weighted and imatrix is None:
+        imatrix = importance_matrix(loaded.model, calibration, progress)
     written = []
     for output, plan in zip(outputs.values(), plans.values(), strict=True):
         own = imatrix if plan in weighted else None
@@ -547,8 +630,9 @@ def _write(
     stage = f"Writing {plan.quantization.name}"
     try:
         with staged_file(output) as staging, staging.open("wb") as file:
-            file.write(plan.header)
-            file.write(bytes(_padded(len(plan.header)) - len(plan.header)))
+            header = _header(plan.entries, plan.tensors)
+            file.write(header)
+            file.write(bytes(_padded(len(header)) - len(header)))
             for done, tensor in enumerate(plan.tensors):
                 progress(stage, done, len(plan.tensors))
                 content = _content(tensor, plan, architecture, weight, imatrix, runtime)
@@ -577,7 +661,7 @@ def _content(
     if tensor.source is None:
         return plan.rope_factors.tobytes()
     values = weight(tensor.source).detach()
-    heads = _heads_of(tensor.name, architecture)
+    heads = _heads_of(tensor.name, architecture) if plan.in_pairs else None
     if heads:
         values = in_pairs(values, heads)
     if tensor.kind in FLOATS:

@@ -1,7 +1,8 @@
 """Which type each tensor of a GGUF file has under each quantisation, and how many bytes it takes.
 
 A quantisation such as Q4_K_M is a mix: some matrices of some layers get a larger type. The rules
-are those of llama.cpp (`llama-quant.cpp`), for the architectures `llama` and `deci`, so that a file
+are those of llama.cpp (`llama-quant.cpp`), which are the same for all
+architectures that are written here, so that a file
 holds the bytes that llama.cpp's own quantiser would write.
 """
 
@@ -118,7 +119,7 @@ def wanted_type(
         return base
     layers, first = architecture.num_hidden_layers, architecture.widths_of(0)
     many = first.num_attention_heads // first.num_key_value_heads >= MANY_QUERIES
-    if name == "attn_v":
+    if name in ("attn_v", "attn_qkv"):  # a matrix that holds the values counts as them
         kind = _type_of_values(mix, base, layer_index, layers, many)
         grouped = first.num_attention_heads != first.num_key_value_heads
         if layers == LAYERS_OF_70B and grouped and kind in (Type.Q3_K, Type.Q4_K):

@@ -104,14 +104,14 @@ def generate(
     for _ in range(min(max_new_tokens, room)):
         start = time.perf_counter()
         logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        ids = _next(logits.float(), sampling, draw)
+        ids = next_token(logits.float(), sampling, draw)
         token = int(ids)  # waits for the device, so that its work is timed
         yield Token(token, time.perf_counter() - start)
         if token in ends:
             return
 
 
-def _next(logits: torch.Tensor, sampling: Sampling, draw: torch.Generator) -> torch.Tensor:
+def next_token(logits: torch.Tensor, sampling: Sampling, draw: torch.Generator) -> torch.Tensor:
     """The next token of shape (1, 1) from logits of shape (1, vocabulary)."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)

@@ -5,21 +5,20 @@ as llama.cpp's own tool (`llama-imatrix`) collects it. Quantisation then minimis
 by these. Embedding and LM head have none there either.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, silent
 from transact_core.data.windows import Windows
+from transact_core.models.families.table import family_of
 
 SMALLEST = 1e-12
 """Smallest mean square that is kept: a channel that is always zero would have no weight at all, and
 a block of such channels no scale."""
-SHARED = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
-"""Projections of a module that read the same input; it is observed at the first."""
 ALONE = {"self_attn": "o_proj", "mlp": "down_proj"}
 """The projection of each module that reads the transitional activation."""
 
@@ -29,19 +28,22 @@ Imatrix = dict[str, np.ndarray]
 
 @torch.inference_mode()
 def importance_matrix(
-    model: LlamaForCausalLM, windows: Windows, progress: Progress = silent
+    model: PreTrainedModel, windows: Windows, progress: Progress = silent
 ) -> Imatrix:
     """Mean squares of the input channels of every projection, each window fed alone."""
     stage = "Measuring the importance matrix"
-    with _observed(model) as sums:
+    family = family_of(model.config.model_type)
+    # Projections of a module that read the same input, which is observed at the first.
+    shared = {"self_attn": tuple(family.attention_inputs), "mlp": tuple(family.mlp_inputs)}
+    with _observed(model, shared) as sums:
         for done, window in enumerate(windows.ids.to(model.device)):
             progress(stage, done, len(windows))
             model.model(window[None], use_cache=False)
     progress(stage, len(windows), len(windows))
     matrix: Imatrix = {}
     for layer_index in range(len(model.model.layers)):
-        for module, shared in SHARED.items():
-            for first, names in ((shared[0], shared), (ALONE[module], (ALONE[module],))):
+        for module, inputs in shared.items():
+            for first, names in ((inputs[0], inputs), (ALONE[module], (ALONE[module],))):
                 prefix = f"model.layers.{layer_index}.{module}"
                 means = (sums[f"{prefix}.{first}"] / windows.tokens).float().cpu().numpy()
                 for name in names:
@@ -50,7 +52,9 @@ def importance_matrix(
 
 
 @contextmanager
-def _observed(model: LlamaForCausalLM) -> Iterator[dict[str, torch.Tensor]]:
+def _observed(
+    model: PreTrainedModel, shared: Mapping[str, Sequence[str]]
+) -> Iterator[dict[str, torch.Tensor]]:
     """Sums of squares of inputs, by the name of the projection, while the model runs."""
     sums: dict[str, torch.Tensor] = {}
     hooks = []
@@ -65,8 +69,8 @@ def _observed(model: LlamaForCausalLM) -> Iterator[dict[str, torch.Tensor]]:
 
     try:
         for layer_index, layer in enumerate(model.model.layers):
-            for module in SHARED:
-                for part in (SHARED[module][0], ALONE[module]):
+            for module, inputs in shared.items():
+                for part in (inputs[0], ALONE[module]):
                     name = f"{module}.{part}"
                     hook = observe(f"model.layers.{layer_index}.{name}")
                     hooks.append(layer.get_submodule(name).register_forward_pre_hook(hook))

@@ -1,5 +1,6 @@
 """GGUF files measured in llama.cpp: perplexity by the contract's windows, latency, memory."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ import torch
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
+from transact_core.forward.generation import Sampling, Token, next_token
 from transact_core.forward.latency import LatencyPoint, in_turns
 from transact_core.forward.perplexity import Evaluation, require_losses
-from transact_core.models.llama_cpp import OpenedFile, running, runtime_name
+from transact_core.models.llama_cpp import LlamaCpp, OpenedFile, running, runtime_name
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,29 @@ def measure_gguf_latency(
                 for name, path in files.items()
             },
         )
+
+
+def generate_in_llama_cpp(
+    runtime: LlamaCpp,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    ends: frozenset[int] = frozenset(),
+) -> Iterator[Token]:
+    """Continues a prompt by the model that is open, as `forward.generation.generate` does.
+
+    The runtime must have been opened for as many tokens as the prompt and the new ones.
+    """
+    draw = torch.Generator().manual_seed(sampling.seed)
+    ids, position = list(prompt), 0
+    for _ in range(max_new_tokens):
+        start = time.perf_counter()
+        logits = torch.from_numpy(runtime.feed(np.array(ids), position).copy())
+        position += len(ids)
+        ids = [int(next_token(logits[None], sampling, draw))]
+        yield Token(ids[0], time.perf_counter() - start)
+        if ids[0] in ends:
+            return
 
 
 def logits_in_llama_cpp(path: Path, windows: np.ndarray, threads: int | None = None) -> Iterator:

@@ -117,6 +117,16 @@ class LlamaCpp:
         _, payload = self._ask({"ask": "logits"}, np.asarray(ids, dtype=np.int32).tobytes())
         return np.frombuffer(payload, dtype=np.float32).reshape(len(ids), -1)
 
+    def feed(self, ids: np.ndarray, position: int) -> np.ndarray:
+        """Logits after the last of these tokens, shape (vocabulary,), float32.
+
+        They go on from `position` tokens that were fed before; 0 begins a new text.
+        """
+        _, payload = self._ask(
+            {"ask": "feed", "position": position}, np.asarray(ids, dtype=np.int32).tobytes()
+        )
+        return np.frombuffer(payload, dtype=np.float32)
+
     def time(self, ids: np.ndarray, new_tokens: int) -> tuple[float, float]:
         """Seconds of a prompt, and seconds for each token decoded greedily after it."""
         header, _ = self._ask(

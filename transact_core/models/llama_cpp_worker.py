@@ -223,6 +223,14 @@ class Runtime:
             found.append(np.log(np.exp(logits, out=logits).sum(axis=1)) - chosen)
         return np.concatenate(found)
 
+    def feed(self, ids: np.ndarray, position: int) -> np.ndarray:
+        """Logits after the last token, of tokens that go on from `position` earlier ones."""
+        if position == 0:
+            self._clear()
+        self._decode(ids, position, every=False)
+        last = self.library.llama_get_logits_ith(self.context, -1)
+        return np.ctypeslib.as_array(last, (self.vocab_size,)).copy()
+
     def time(self, ids: np.ndarray, new_tokens: int) -> dict[str, float]:
         """Seconds of a prompt, and seconds for each token that is decoded greedily after it."""
         self._clear()
@@ -357,6 +365,8 @@ def answer(runtime: Runtime, header: dict[str, Any], payload: bytes) -> tuple[di
     ids = np.frombuffer(payload, dtype=np.int32)
     if asked == "time":
         return runtime.time(ids, header["new_tokens"]), b""
+    if asked == "feed":
+        return {}, runtime.feed(ids, header["position"]).tobytes()
     return {}, {"losses": runtime.losses, "logits": runtime.logits}[asked](ids).tobytes()
 
 

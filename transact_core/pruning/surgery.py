@@ -16,7 +16,7 @@ from transact_core.forward.waists import head_rows
 from transact_core.models.architecture import Architecture
 from transact_core.models.families.description import Block
 from transact_core.models.families.table import family_of
-from transact_core.models.stock_class import StockModel, config_for
+from transact_core.models.stock_class import StockConfig, StockModel, config_for
 from transact_core.pruning.plan import LayerPlan, PruningPlan, kept_groups
 from transact_core.pruning.rope import narrowed_rope, require_narrowable
 
@@ -116,12 +116,9 @@ def _empty_like(
     model: StockModel, architecture: Architecture, slots: tuple[int, ...] = ()
 ) -> StockModel:
     """A model of these widths without weights, of the stock class that holds them."""
-    config = config_for(model.config, architecture)
+    config = config_of_cut(model, architecture, slots)
     rotary = model.model.rotary_emb
     if slots:
-        require_narrowable(config)
-        frequencies = rotary.inv_freq[list(slots)]
-        config.rope_parameters = narrowed_rope(config, frequencies, rotary.attention_scaling)
         rotary = type(rotary)(config).to(rotary.inv_freq.device)
     with torch.device("meta"):
         pruned = family_of(config.model_type).model_class(config)
@@ -134,6 +131,23 @@ def _empty_like(
     pruned.model.rotary_emb = rotary
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned
+
+
+def config_of_cut(
+    model: StockModel, architecture: Architecture, slots: tuple[int, ...] = ()
+) -> StockConfig:
+    """The configuration of a cut of `model` that leaves these widths and rotary pairs.
+
+    Raises:
+        TransActError: no stock class holds it.
+    """
+    config = config_for(model.config, architecture)
+    if slots:
+        require_narrowable(config)
+        rotary = model.model.rotary_emb
+        frequencies = rotary.inv_freq[list(slots)]
+        config.rope_parameters = narrowed_rope(config, frequencies, rotary.attention_scaling)
+    return config
 
 
 def _narrow_layers(empty: StockModel, architecture: Architecture) -> None:

@@ -7,7 +7,7 @@ back beside the result (`tasks.Outcome.learned`).
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress
-from transact_core.base.files import require_free_output
+from transact_core.base.files import require_free_output, require_new_file
 from transact_core.data.corpus import read_corpus
 from transact_core.experiments.bench import Bench, Choices, Measurement, compress
 from transact_core.experiments.cut_spec import BenchSpec
@@ -34,6 +34,7 @@ from transact_core.experiments.side_by_side import (
     Prompt,
     Said,
     TokenLosses,
+    compare_in_llama_cpp,
     prompt_of,
 )
 from transact_core.experiments.side_by_side import compare as compare_models
@@ -43,11 +44,23 @@ from transact_core.experiments.tasks import Standing, contestant_of, contestant_
 from transact_core.experiments.text_damage import TextDamage, damage_of_texts
 from transact_core.export.compression import describe_compression
 from transact_core.export.folder import require_room, write_checkpoint
+from transact_core.export.gguf import WrittenFile
+from transact_core.export.gguf_points import (
+    FilePoint,
+    PlannedFile,
+    find_point,
+    measure_files,
+    planned_files,
+    temporary_folder,
+    write_gguf,
+)
 from transact_core.export.task_table import record_tasks
 from transact_core.export.tune import TuneSpec, tune
 from transact_core.forward.generation import Sampling
+from transact_core.forward.in_llama_cpp import FileFigures, evaluate_gguf, measure_gguf_latency
 from transact_core.forward.latency import LatencyPoint, measure_latency, require_lengths_fit
 from transact_core.forward.perplexity import token_losses
+from transact_core.models.llama_cpp import llama_cpp_version, require_llama_cpp
 from transact_core.planning.duration import Feed, evaluation_flops
 from transact_core.pruning.plan import PruningPlan
 from transact_core.training import loop
@@ -333,6 +346,134 @@ def _begin_tasks(
     run = TaskRun(iter(()), report, sum(len(task.items) for task in tasks))
     run.standings = run_tasks(tasks, *sides, progress=lambda *reported: run.report(*reported))
     return run
+
+
+# --- GGUF files ------------------------------------------------------------------------------
+
+
+def plan_gguf(
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    plan: PruningPlan | None,
+    recovery: str,
+    name: str,
+    with_imatrix: bool,
+) -> list[PlannedFile]:
+    """What the GGUF files of a cut will be in every type; nothing is cut for it."""
+    report("Working out the sizes", 0, 1)
+    bench = models.bench(spec, report)
+    return planned_files(bench, plan, recovery, name, with_imatrix)
+
+
+def export_gguf(
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    point: Measurement | None,
+    chosen: str,
+    name: str,
+    with_imatrix: bool,
+    output: Path,
+) -> tuple[WrittenFile, float | None]:
+    """Writes a GGUF file; with it its perplexity in llama.cpp, None where that is not installed."""
+    require_new_file(output, needs_folder=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    bench = models.bench(spec, report)
+    model = _model_of(models, report, spec, point)
+    written = write_gguf(output, bench, model, point, chosen, name, with_imatrix, report)
+    if llama_cpp_version() is None:
+        return written, None
+    found = evaluate_gguf(output, bench.evaluation, torch.get_num_threads(), report)
+    return written, found.perplexity
+
+
+def measure_gguf(
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    point: Measurement | None,
+    types: Sequence[str],
+    timed: bool,
+) -> Iterator[FilePoint]:
+    """Measures a model as GGUF files of these types, kept ones without writing them again."""
+    bench = models.bench(spec, report)
+    known = [find_point(bench, point, chosen) for chosen in types]
+    if all(each and (each.times or not timed) for each in known):
+        yield from known
+        return
+    yield from measure_files(
+        bench, _model_of(models, report, spec, point), point, types, timed, report
+    )
+
+
+def time_files(
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    point: Measurement,
+    chosen: str,
+    lengths: Sequence[int],
+    decode: int,
+    repeats: int,
+) -> Iterator[LatencyPoint | dict[str, FileFigures]]:
+    """Times the dense model and a point's in llama.cpp, then says what the files took."""
+    bench = models.bench(spec, report)
+    with _both_files(models, report, spec, point, chosen) as files:
+        measured = measure_gguf_latency(
+            files,
+            bench.evaluation.ids.flatten(),
+            lengths,
+            decode,
+            repeats,
+            torch.get_num_threads(),
+            report,
+        )
+    yield from measured.points
+    yield measured.files
+
+
+def compare_files(
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    point: Measurement,
+    chosen: str,
+    prompt: Prompt,
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> Iterator[Said | TokenLosses]:
+    """As `compare`, of both models as GGUF files in llama.cpp."""
+    loaded = models.bench(spec, report).loaded
+    threads = torch.get_num_threads()
+    with _both_files(models, report, spec, point, chosen) as files:
+        yield from compare_in_llama_cpp(
+            files, loaded, prompt, max_new_tokens, sampling, threads, report
+        )
+
+
+@contextmanager
+def _both_files(
+    models: OpenModels, report: Progress, spec: BenchSpec, point: Measurement, chosen: str
+) -> Iterator[dict[str, Path]]:
+    """The dense model and a point's as temporary files of one type."""
+    require_llama_cpp()
+    both = _both_models(models, report, spec, point)
+    bench = models.bench(spec, report)
+    with temporary_folder() as folder:
+        files = {name: folder / f"{name}.gguf" for name in both}
+        for name, path in files.items():
+            own = point if name == PRUNED else None
+            write_gguf(path, bench, both[name], own, chosen, name, progress=report)
+        yield files
+
+
+def _model_of(
+    models: OpenModels, report: Progress, spec: BenchSpec, point: Measurement | None
+) -> PreTrainedModel:
+    if point is None:
+        return models.bench(spec, report).loaded.model
+    return models.pruned(spec, point, report)
 
 
 # --- probes of the dense model ---------------------------------------------------------------

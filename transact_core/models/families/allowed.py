@@ -30,12 +30,32 @@ def gguf_files(family: Family) -> str:
     return "yes, as LLaMA" if family.as_llama and not family.rotates_field else "no"
 
 
+def written_files(family: Family) -> str:
+    """Whether such models are written as GGUF files; `export.gguf` refuses the others."""
+    kind = family.as_gguf
+    if kind is None:
+        return "no"
+    if family.as_llama and not family.rotates_field and family.gguf is None:
+        return "yes, as LLaMA, without a sliding window"
+    conditions = []
+    if kind.unrotated:
+        conditions.append(f"where one layer in {kind.unrotated} does not rotate, or all do")
+    if not kind.any_attention_width and not kind.or_llama:
+        conditions.append("cuts of the MLP")
+    if "attention_bias" in family.bias_fields and not kind.attention_bias and not kind.unrotated:
+        conditions.append("without biases")
+    if not kind.rope_factors and not kind.or_llama:
+        conditions.append("with default or linear frequencies")
+    return ", ".join(conditions) or "yes"
+
+
 def table(families: list[Family]) -> str:
     """A Markdown table with a row for each family."""
-    head = "| family | `model_type` | `head-dims` | recovery `bias` | GGUF files |"
+    columns = ("family", "`model_type`", "`head-dims`", "recovery `bias`")
+    head = f"| {' | '.join((*columns, 'read from GGUF', 'written as GGUF'))} |"
     rows = [
         f"| {family.title} | `{family.model_type}` | {narrower_heads(family)} | {biases(family)} "
-        f"| {gguf_files(family)} |"
+        f"| {gguf_files(family)} | {written_files(family)} |"
         for family in families
     ]
-    return "\n".join([head, "| --- | --- | --- | --- | --- |", *rows])
+    return "\n".join([head, "| --- | --- | --- | --- | --- | --- |", *rows])

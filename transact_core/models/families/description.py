@@ -45,6 +45,30 @@ class InLlamaCpp:
 
 
 @dataclass(frozen=True)
+class AsGguf:
+    """How a model of a family is written for llama.cpp. The defaults are LLaMA's."""
+
+    architecture: str = "llama"
+    """`general.architecture`, which decides what llama.cpp computes."""
+    in_pairs: bool = True
+    """Whether it rotates dims 2i and 2i + 1 of a head together, where transformers rotates i and
+    i + head_dim / 2."""
+    rope_factors: bool = True
+    """Whether it reads factors that every rotary frequency is divided by."""
+    any_attention_width: bool = True
+    """Whether it reads heads that together are not as wide as the residual stream."""
+    or_llama: bool = False
+    """Whether the architecture `llama` computes the same, for what this one cannot hold."""
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    """Whether it reads a model with biases on all projections of the module."""
+    unrotated: int | None = None
+    """It takes every layer of this number to be one that does not rotate; None for none."""
+    scales: Mapping[str, str] = field(default_factory=dict)
+    """For each factor that its metadata holds, by key, the configuration's field."""
+
+
+@dataclass(frozen=True)
 class InCTranslate2:
     """What CTranslate2's converter makes of a family. The defaults are LLaMA's."""
 
@@ -112,6 +136,9 @@ class Family:
     """Whether the configuration refuses a number of heads that does not divide hidden_size."""
     gguf: str | None = None
     """`general.architecture` of the GGUF files that transformers reads as this family."""
+    as_gguf: AsGguf | None = None
+    """How it is written as a GGUF file; None where it is not. A model that computes what a LLaMA
+    does is written as one, whatever its class."""
     as_llama: Callable[[int], dict[str, object]] | None = None
     """Takes a number of layers and gives the fields with which the class computes what a LLaMA
     does, from the same tensors; None where it cannot."""

@@ -1,6 +1,6 @@
 """LLaMA, in all its versions, and what was trained in its shape (SmolLM2, Yi, TinyLlama)."""
 
-from transact_core.models.families.description import Family
+from transact_core.models.families.description import AsGguf, Family
 
 FAMILY = Family(
     model_type="llama",
@@ -9,5 +9,6 @@ FAMILY = Family(
     divides_hidden_size=True,
     # llama.cpp's converter writes Mistral under that name too.
     gguf="llama",
+    as_gguf=AsGguf(),
     as_llama=lambda layers: {},
 )

@@ -1,6 +1,6 @@
 """Phi-3: a LLaMA that keeps queries, keys and values in one matrix, and gate and up in another."""
 
-from transact_core.models.families.description import Family
+from transact_core.models.families.description import AsGguf, Family
 
 FAMILY = Family(
     model_type="phi3",
@@ -9,6 +9,14 @@ FAMILY = Family(
     attention_inputs={"qkv_proj": ("queries", "keys", "values")},
     mlp_inputs={"gate_up_proj": ("channels", "channels")},
     bias_fields=(),
+    as_gguf=AsGguf(
+        architecture="phi3",
+        in_pairs=False,
+        rope_factors=False,
+        any_attention_width=False,
+        attention_bias=False,
+        mlp_bias=False,
+    ),
     llama_cpp=None,
     ctranslate2=None,
 )

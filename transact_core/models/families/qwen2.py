@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5: a LLaMA with biases on queries, keys and values, and none elsewhere."""
 
-from transact_core.models.families.description import Family, InLlamaCpp
+from transact_core.models.families.description import AsGguf, Family, InLlamaCpp
 
 FAMILY = Family(
     model_type="qwen2",
@@ -9,5 +9,14 @@ FAMILY = Family(
     bias_fields=(),
     always_biased=("q_proj", "k_proj", "v_proj"),
     gguf="qwen2",
+    as_gguf=AsGguf(
+        architecture="qwen2",
+        in_pairs=False,
+        rope_factors=False,
+        any_attention_width=False,
+        or_llama=True,
+        attention_bias=False,
+        mlp_bias=False,
+    ),
     llama_cpp=InLlamaCpp(any_attention_width=False),
 )

@@ -1,6 +1,6 @@
 """SmolLM3: a LLaMA of which some layers, every fourth by default, rotate nothing."""
 
-from transact_core.models.families.description import Family, InCTranslate2, InLlamaCpp
+from transact_core.models.families.description import AsGguf, Family, InCTranslate2, InLlamaCpp
 
 FAMILY = Family(
     model_type="smollm3",
@@ -14,6 +14,13 @@ FAMILY = Family(
         "no_rope_layers": [1] * layers,
         "layer_types": ["full_attention"] * layers,
     },
+    as_gguf=AsGguf(
+        architecture="smollm3",
+        rope_factors=False,
+        attention_bias=False,
+        mlp_bias=False,
+        unrotated=4,
+    ),
     llama_cpp=InLlamaCpp(biases=False, unrotated=4),
     ctranslate2=InCTranslate2(has_converter=False),
 )

@@ -1,0 +1,479 @@
+"""Models as GGUF files of every type, measured in llama.cpp: what decides which file to take away.
+
+A point is one file: its exact size, its losses on the evaluation windows, and, where times are
+wanted, prefill and decoding in turns with the dense F16 file. Points are kept with the other
+results, under a key that names the weights, the type and the windows; the files themselves are
+temporary.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from transact_core.base.cache import digest, remembered, sha256_of_tokens
+from transact_core.base.errors import Progress, silent
+from transact_core.base.files import cache_folder, remove_whole
+from transact_core.experiments import results
+from transact_core.experiments.bench import Bench, Measurement
+from transact_core.export.gguf import (
+    Fallback,
+    ImatrixSource,
+    WrittenFile,
+    describe,
+    export_gguf,
+    plan_file,
+    vocabulary_for,
+)
+from transact_core.export.gguf_types import QUANTIZATIONS, quantization
+from transact_core.export.gguf_vocabulary import Entry
+from transact_core.forward.imatrix import Imatrix, importance_matrix
+from transact_core.forward.in_llama_cpp import evaluate_gguf, measure_gguf_latency
+from transact_core.forward.perplexity import Evaluation
+from transact_core.models.architecture import Architecture
+from transact_core.models.llama_cpp import require_llama_cpp, runtime_name
+from transact_core.models.load import LoadedModel
+from transact_core.models.stock_class import StockModel
+from transact_core.pruning.plan import PruningPlan
+from transact_core.pruning.surgery import config_of_cut
+
+PROMPT, NEW = 256, 64
+"""Tokens of the paper's phone measurement: of the prompt, and generated after it."""
+REPEATS = 3
+"""Timed runs of each file, after one that is not counted."""
+REFERENCE = "F16"
+"""The type of the dense file that others are timed against."""
+TEMPORARY = ".gguf-"
+LEFT_SECONDS = 24 * 3600
+"""Temporary folders that nobody wrote to for this long are removed."""
+FILES_VERSION = 1
+"""Version of what is written into the files; part of the key of every point."""
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """What a file of one type will be, before it is written."""
+
+    quantization: str
+    bytes: int
+    """Exact."""
+    embedding_bytes: int
+    """Of embedding and LM head, which pruning leaves as they are."""
+    fallbacks: tuple[Fallback, ...]
+
+
+@dataclass(frozen=True)
+class Times:
+    """What running a file took, medians of `REPEATS` runs."""
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    prefill_speedup: float
+    """Over the dense F16 file, timed in turns with it."""
+    decode_speedup: float
+    peak_bytes: int | None
+    """The most memory that the process held; None where the system does not say."""
+    load_seconds: float
+    threads: int
+
+
+@dataclass(frozen=True)
+class FilePoint:
+    """One model in one type, measured in llama.cpp."""
+
+    model: str
+    """`dense`, or what is left of it."""
+    quantization: str
+    imatrix: bool
+    bytes: int
+    evaluation: Evaluation = field(repr=False)
+    stock_perplexity: float
+    """Of the weights before quantisation, in transformers."""
+    mha_width: int
+    mlp_width: int
+    runtime: str
+    measured: str
+    """The day, as YYYY-MM-DD."""
+    recovery: str | None = None
+    """None for the dense model, like the two fields below."""
+    granularity: str | None = None
+    importance: str | None = None
+    times: Times | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return self.evaluation.perplexity
+
+    @property
+    def is_dense(self) -> bool:
+        return self.recovery is None
+
+    @property
+    def name(self) -> str:
+        """Model and type, which together name one file of a bench."""
+        return f"{self.model} · {self.quantization}"
+
+
+# --- planning --------------------------------------------------------------------------------
+
+
+def planned_files(
+    bench: Bench,
+    plan: PruningPlan | None,
+    recovery: str,
+    name: str,
+    with_imatrix: bool = True,
+    types: Sequence[str] = tuple(QUANTIZATIONS),
+) -> list[PlannedFile]:
+    """What the files of a cut will be, in every type; of the dense model where there is no plan.
+
+    Nothing is cut and nothing written; the dense model must be at hand. `name` is what the files
+    call the model.
+
+    Raises:
+        TransActError: llama.cpp cannot be given this model.
+    """
+    loaded = bench.loaded
+    config, architecture = loaded.model.config, loaded.architecture
+    if plan is not None:
+        architecture = plan.applied_to(architecture, with_biases=recovery == "bias")
+        config = config_of_cut(loaded.model, architecture, plan.slots)
+        architecture = replace(architecture, model_type=config.model_type)
+    description = describe(loaded, config, architecture, vocabulary(bench), name)
+    source = ImatrixSource(bench.calibration.source, len(bench.calibration))
+    plans = [
+        plan_file(description, chosen, source if with_imatrix and chosen.wants_imatrix else None)
+        for chosen in map(quantization, types)
+    ]
+    return [
+        PlannedFile(each.quantization.name, each.bytes, each.embedding_bytes, each.fallbacks)
+        for each in plans
+    ]
+
+
+_vocabularies: WeakKeyDictionary[Bench, tuple[Entry, ...]] = WeakKeyDictionary()
+
+
+def vocabulary(bench: Bench) -> tuple[Entry, ...]:
+    """The tokenizer's metadata; read once for each bench, as it takes seconds."""
+    if bench not in _vocabularies:
+        _vocabularies[bench] = vocabulary_for(bench.loaded)
+    return _vocabularies[bench]
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def write_gguf(
+    output: Path,
+    bench: Bench,
+    model: StockModel,
+    point: Measurement | None,
+    chosen: str,
+    name: str,
+    with_imatrix: bool = True,
+    progress: Progress = silent,
+) -> WrittenFile:
+    """Writes a pruned model of a bench, or the dense one where `point` is None, in one type.
+
+    Raises:
+        TransActError: as `export_gguf` does.
+    """
+    wanted = quantization(chosen)
+    uses = with_imatrix and wanted.wants_imatrix
+    if not wanted.is_float:
+        require_llama_cpp()
+    (written,) = export_gguf(
+        {wanted.name: output},
+        _as_loaded(bench, model, point),
+        bench.calibration if uses else None,
+        vocabulary(bench),
+        name,
+        progress,
+        torch.get_num_threads(),
+        imatrix=_imatrix(bench, model, point, progress) if uses else None,
+    )
+    return written
+
+
+def _as_loaded(bench: Bench, model: StockModel, point: Measurement | None) -> LoadedModel:
+    if point is None:
+        return bench.loaded
+    return replace(
+        bench.loaded,
+        model=model,
+        architecture=Architecture.from_model(model),
+        source_dtype=getattr(torch, bench.save_dtype),
+    )
+
+
+def _imatrix(
+    bench: Bench, model: StockModel, point: Measurement | None, progress: Progress
+) -> Imatrix:
+    """The importance matrix of a model, kept from an earlier run or measured now."""
+    key = {"measured": "importance matrix", "model": _model_identity(bench, point)}
+    key["tokens"] = sha256_of_tokens(bench.calibration.ids)
+    found = remembered(
+        key,
+        lambda: {
+            name: torch.from_numpy(values)
+            for name, values in importance_matrix(model, bench.calibration, progress).items()
+        },
+    )
+    return {name: values.numpy() for name, values in found.items()}
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for files that are measured and not kept."""
+    place = cache_folder()
+    place.mkdir(parents=True, exist_ok=True)
+    for left in place.glob(f"{TEMPORARY}*"):  # by a process that was killed
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                remove_whole(left)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=place) as folder:
+        yield Path(folder)
+
+
+# --- measuring -------------------------------------------------------------------------------
+
+
+def measure_files(
+    bench: Bench,
+    model: StockModel,
+    point: Measurement | None,
+    types: Sequence[str],
+    timed: bool,
+    progress: Progress = silent,
+) -> Iterator[FilePoint]:
+    """Measures a model in each of these types; what is kept from earlier is not measured again.
+
+    `model` is the pruned model of `point`, or the dense one where that is None.
+
+    Raises:
+        TransActError: llama.cpp is not installed, or the model cannot be given to it.
+    """
+    require_llama_cpp()
+    with temporary_folder() as folder:
+        for chosen in types:
+            kept = find_point(bench, point, chosen)
+            if kept is None or (timed and kept.times is None):
+                kept = _measured(bench, model, point, chosen, timed, folder, kept, progress)
+                _keep(bench, point, kept)
+            yield kept
+
+
+def _measured(
+    bench: Bench,
+    model: StockModel,
+    point: Measurement | None,
+    chosen: str,
+    timed: bool,
+    folder: Path,
+    known: FilePoint | None,
+    progress: Progress,
+) -> FilePoint:
+    threads = torch.get_num_threads()
+    name = model_in_words(bench, point)
+    reference = folder / f"dense-{REFERENCE}.gguf"
+    if timed and not reference.exists():
+        dense = bench.loaded.model
+        write_gguf(reference, bench, dense, None, REFERENCE, "dense", progress=progress)
+    is_reference = timed and point is None and chosen == REFERENCE
+    path = reference if is_reference else folder / f"{chosen}.gguf"
+    imatrix = quantization(chosen).wants_imatrix
+    if not path.exists():
+        write_gguf(path, bench, model, point, chosen, name, progress=progress)
+    times = _times(path, reference, bench, threads, progress) if timed else None
+    found = known.evaluation if known else evaluate_gguf(path, bench.evaluation, threads, progress)
+    plan = point and point.plan
+    shape = bench.loaded.architecture
+    cut = plan.applied_to(shape) if plan else shape
+    made = FilePoint(
+        model=name,
+        quantization=quantization(chosen).name,
+        imatrix=imatrix,
+        bytes=path.stat().st_size,
+        evaluation=found,
+        stock_perplexity=point.perplexity if point else bench.dense(progress).perplexity,
+        mha_width=cut.mha_width,
+        mlp_width=cut.intermediate_size,
+        runtime=runtime_name(),
+        measured=date.today().isoformat(),
+        recovery=point and point.recovery,
+        granularity=plan and plan.granularity,
+        importance=plan and plan.importance,
+        times=times,
+    )
+    if path != reference:
+        path.unlink()
+    return made
+
+
+def _times(path: Path, reference: Path, bench: Bench, threads: int, progress: Progress) -> Times:
+    files = {"this": path} | ({} if path == reference else {"reference": reference})
+    ids = bench.evaluation.ids.flatten()
+    measured = measure_gguf_latency(files, ids, [PROMPT], NEW, REPEATS, threads, progress)
+    by_name = {each.model: each for each in measured.points}
+    mine, figures = by_name["this"], measured.files["this"]
+    other = by_name.get("reference", mine)
+    return Times(
+        prefill_tokens_per_second=mine.prefill_tokens_per_second,
+        decode_tokens_per_second=mine.decode_tokens_per_second,
+        prefill_speedup=other.prefill.median / mine.prefill.median,
+        decode_speedup=other.decode.median / mine.decode.median,
+        peak_bytes=figures.peak_bytes,
+        load_seconds=figures.load_seconds,
+        threads=figures.threads,
+    )
+
+
+def model_in_words(bench: Bench, point: Measurement | None) -> str:
+    """What a point leaves of the model, in few words; `dense` for no point."""
+    return "dense" if point is None else cut_in_words(bench.loaded.architecture, point.plan)
+
+
+def cut_in_words(shape: Architecture, plan: PruningPlan) -> str:
+    """What a plan leaves of each layer, in few words."""
+    cut = plan.applied_to(shape)
+    parts = []
+    if cut.num_attention_heads != shape.num_attention_heads:
+        parts.append(f"{cut.num_attention_heads} heads")
+    if cut.head_dim != shape.head_dim:
+        parts.append(f"head_dim {cut.head_dim}")
+    if cut.intermediate_size != shape.intermediate_size:
+        parts.append(f"MLP {cut.intermediate_size:,}")
+    return ", ".join(parts) or "not cut"
+
+
+# --- keeping ---------------------------------------------------------------------------------
+
+
+def find_point(bench: Bench, point: Measurement | None, chosen: str) -> FilePoint | None:
+    """The kept measurement of a model in a type, or None."""
+    found = results.find_file(_key(bench, point, chosen))
+    return None if found is None else _restored(*found)
+
+
+def kept_points(bench: Bench) -> list[FilePoint]:
+    """All kept points of this model on this evaluation text, from the largest file to the smallest.
+
+    What is kept was measured with the number of threads that this process has.
+    """
+    found = [_restored(*each) for each in results.files_of(_group(bench))]
+    return sorted(found, key=lambda each: (-each.bytes, each.name))
+
+
+def _restored(record: dict[str, Any], nll: torch.Tensor) -> FilePoint:
+    times = record.pop("times")
+    del record["group"]
+    return FilePoint(**record, evaluation=Evaluation(nll), times=times and Times(**times))
+
+
+def _keep(bench: Bench, point: Measurement | None, made: FilePoint) -> None:
+    record = asdict(replace(made, evaluation=None)) | {"group": _group(bench)}
+    del record["evaluation"]
+    results.keep_file(_key(bench, point, made.quantization), record, made.evaluation.nll)
+
+
+def _group(bench: Bench) -> str:
+    """What the points of one model on one evaluation text have in common."""
+    tokens = sha256_of_tokens(bench.evaluation.ids)
+    return digest({"weights": _model_identity(bench, None), "evaluation": tokens})
+
+
+def _key(bench: Bench, point: Measurement | None, chosen: str) -> str:
+    wanted = quantization(chosen)
+    calibration = sha256_of_tokens(bench.calibration.ids)
+    return digest(
+        {
+            "model": _model_identity(bench, point),
+            "type": wanted.name,
+            "imatrix": calibration if wanted.wants_imatrix else None,
+            "evaluation": sha256_of_tokens(bench.evaluation.ids),
+            "runtime": runtime_name(),
+            "files": FILES_VERSION,
+        }
+    )
+
+
+def _model_identity(bench: Bench, point: Measurement | None) -> dict[str, object]:
+    if point is not None:
+        return results.cut_identity(bench, point.plan, point.recovery)
+    left_out = ("calibration", "evaluation", "save_dtype", "seed")
+    return {key: value for key, value in bench.identity.items() if key not in left_out}
+
+
+# --- judging ---------------------------------------------------------------------------------
+
+
+def verdict(points: Sequence[FilePoint]) -> list[str]:
+    """What measured files say about pruning, for size and for each phase; nothing without both
+    kinds.
+
+    A pruned file is worth its size where no dense file is as small and as good.
+    """
+    dense = [each for each in points if each.is_dense]
+    pruned = [each for each in points if not each.is_dense]
+    if not dense or not pruned:
+        return []
+
+    def rivals(cut: FilePoint) -> list[FilePoint]:
+        return [
+            each for each in dense if each.bytes <= cut.bytes and each.perplexity <= cut.perplexity
+        ]
+
+    good = [cut for cut in pruned if not rivals(cut)]
+    if good:
+        best = min(good, key=lambda each: each.bytes)
+        size = (
+            f"For size, pruning pays in {len(good)} of {len(pruned)} pruned files, which no dense "
+            f"file measured equals: such as {_weighed(best)}."
+        )
+    else:
+        cut = min(pruned, key=lambda each: each.bytes)
+        rival = min(rivals(cut), key=lambda each: each.bytes)
+        size = (
+            "For size, **do not prune, quantise**: for every pruned file there is a dense one that "
+            f"is no larger and no worse, as {_weighed(rival)}, is for {_weighed(cut)}."
+        )
+    return [size, *_speed(dense, pruned)]
+
+
+def _weighed(point: FilePoint) -> str:
+    return f"{point.name} ({point.bytes / 1e6:,.1f} MB, perplexity {point.perplexity:,.2f})"
+
+
+def _speed(dense: Sequence[FilePoint], pruned: Sequence[FilePoint]) -> list[str]:
+    """The fastest files of both kinds, a sentence for each phase; nothing where none is timed."""
+    sentences = []
+    for what, phase in (("prefill_speedup", "prefill"), ("decode_speedup", "decoding")):
+        timed = [[each for each in kind if each.times] for kind in (dense, pruned)]
+        if not all(timed):
+            return []
+        whole, cut = (max(kind, key=lambda each: getattr(each.times, what)) for kind in timed)
+        ratio = getattr(cut.times, what) / getattr(whole.times, what)
+        gains = "pays" if ratio > 1 + UNCLEAR else "does not pay"
+        sentences.append(
+            f"For {phase}, pruning {gains}: the fastest pruned file, {cut.name} at perplexity "
+            f"{cut.perplexity:,.2f}, is {ratio:.2f} times as fast as the fastest dense one, "
+            f"{whole.quantization} at {whole.perplexity:,.2f}."
+        )
+    return sentences
+
+
+UNCLEAR = 0.03
+"""Ratios of times that are closer to 1 than this are taken for the same."""
+
+
+def bench_command(file: str = "out.gguf", threads: int = 4) -> str:
+    """llama.cpp's own bench, as the paper times phones: for a device that has the file."""
+    return f"llama-bench -m {file} -p {PROMPT} -n {NEW} -t {threads} -r 5"
