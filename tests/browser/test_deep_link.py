@@ -47,7 +47,7 @@ def test_a_page_is_never_drawn_without_the_app_around_it(
         expect(page).to_have_url(re.compile(address_then))
         links = page.get_by_test_id("stSidebarNavLink").all_inner_texts()
         page.close()
-    assert len(links) == 12
+    assert len(links) == 15
     assert "Start here" in links[0]
     assert "Method" in links[1]
 
