@@ -240,6 +240,9 @@ def show_sizes(bench: Bench, cut: Cut, chosen: str, with_imatrix: bool) -> None:
     if not job.wait(SOON):
         watch("gguf-sizes", job)
         return
+    if job.refused:
+        st.info(plain(job.error), icon=":material/block:")
+        return
     if job.state != DONE:
         st.error(plain(job.error or "The sizes were not worked out."), icon=":material/error:")
         return

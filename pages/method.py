@@ -156,9 +156,26 @@ def show_repair() -> None:
         rf"The ridge $\rho$ is one of {', '.join(f'{ridge:g}' for ridge in RIDGES)}, chosen by "
         f"cross-fitting: the calibration windows are split into {FOLDS} folds, and the error on "
         "each fold is that of repairs fitted on the other folds. Where no repair lowers that "
-        "error, the weights stay as cut. There is no training."
+        "error, the weights stay as cut. No step of this follows a gradient."
     )
     computed_by("pruning/closed_form", "pruning/ridge", "pruning/narrow_heads", "forward/stream")
+
+
+def show_training() -> None:
+    st.subheader("What the repair leaves lost is trained back", anchor="training")
+    st.markdown(
+        "The command `tune` trains a written cut so that its distribution $q_t$ of the next token "
+        f"comes nearer to the dense model's $p_t$ ({cited('1503.02531')}, at temperature 1), on "
+        "text that has calibrated and judged nothing:"
+    )
+    st.latex(r"L = \frac1N \sum_t \sum_v p_t(v)\, \log \frac{p_t(v)}{q_t(v)}")
+    st.markdown(
+        "Held-out parts of several texts are watched; the weights with the lowest mean divergence "
+        "over all of them are kept, and where nothing got better, the cut comes back as it was. "
+        "Wherever a text is chosen, it may be one that the dense model writes itself, from random "
+        f"first tokens, after {cited('2305.17888')}."
+    )
+    computed_by("training/objective", "training/loop", "forward/writing")
 
 
 def show_measuring() -> None:
@@ -313,6 +330,7 @@ with st.container(width=LINE_WIDTH):
     show_importances()
     show_widths()
     show_repair()
+    show_training()
     show_measuring()
     show_tasks()
     show_differences()

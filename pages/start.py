@@ -167,7 +167,7 @@ def show_truth(recorded: Example) -> None:
         f"{recorded.scored_tokens:,} scored tokens.",
         lambda: curve_chart.points_table(recorded.points),
     )
-    links("perplexity", "compare", "latency")
+    links("perplexity", "tasks", "damage", "compare", "latency")
 
 
 def show_result(recorded: Example) -> None:

@@ -15,6 +15,7 @@ ROOMS = (
     "forward",
     "importance",
     "pruning",
+    "training",
     "planning",
     "experiments",
     "export",

@@ -78,6 +78,9 @@ SOURCES = {
     "1608.08710": "Li et al. 2017. *Pruning Filters for Efficient ConvNets*. ICLR.",
     "1606.06031": "Paperno et al. 2016. *The LAMBADA dataset: Word prediction requiring a broad "
     "discourse context*. ACL.",
+    "1503.02531": "Hinton, Vinyals & Dean 2015. *Distilling the Knowledge in a Neural Network*.",
+    "2305.17888": "Liu et al. 2023. *LLM-QAT: Data-Free Quantization Aware Training for Large "
+    "Language Models*.",
     "1993": "Hassibi & Stork 1993. *Second order derivatives for network pruning: Optimal Brain "
     "Surgeon*. Advances in Neural Information Processing Systems 5.",
     "2208.11580": "Frantar & Alistarh 2022. *Optimal Brain Compression: A Framework for Accurate "

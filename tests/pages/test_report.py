@@ -137,7 +137,7 @@ def test_a_cut_measured_beside_others_stands_among_them(gqa_bench):
 def test_latency_is_told_where_it_was_timed(gqa_bench):
     timing = Timing((0.5,))
     timed = [LatencyPoint(name, 16, timing, timing, None) for name in ("dense", "pruned")]
-    run = LatencyRun(Cut(), 1, 16, 1, None, gqa_bench.plan(0.5, 0.5, Choices()), timed)
+    run = LatencyRun(Cut(), 1, 16, 1, plan=gqa_bench.plan(0.5, 0.5, Choices()), points=timed)
     document = report(gqa_bench, latency=run)
     assert "Time on the machine that measured" in Page(document).text
     assert r"takes 1.00 \u00d7 (within the spread) the dense one" in document
@@ -154,8 +154,10 @@ def test_hostile_names_stay_text(gqa_bench, hostile):
         weight_files={hostile: "0" * 64},
     )
     gqa_bench.loaded = loaded
-    gqa_bench.evaluation = dataclasses.replace(gqa_bench.evaluation, source=hostile)
-    gqa_bench.calibration = dataclasses.replace(gqa_bench.calibration, source=f"hub:{hostile}")
+    gqa_bench.evaluation = dataclasses.replace(gqa_bench.evaluation, source=hostile, uses=())
+    gqa_bench.calibration = dataclasses.replace(
+        gqa_bench.calibration, source=f"hub:{hostile}", uses=()
+    )
     page = Page(report(gqa_bench))
     assert page.tags == plain.tags
     assert page.text.count(hostile) >= 3
