@@ -268,7 +268,7 @@ def in_llama_cpp(
     return found, whole.evaluation
 
 
-@st.fragment(run_every=1.0 if visit().visitor.unfinished_jobs else None)
+@st.fragment(run_every=2.0 if visit().visitor.unfinished_jobs else None)
 def show_charts(bench: Bench) -> None:
     dense_job = workbench().open(visit().request).dense
     dense = bench.dense() if dense_job.state == DONE else None

@@ -19,6 +19,10 @@ from transact_core.forward.perplexity import Evaluation
 SOON = 0.4
 """Seconds that a page waits for a job before it shows progress: a bar that flashes tells nothing.
 """
+FOLLOWED_EVERY, LISTED_EVERY = 1.0, 2.0
+"""Seconds between two looks at a job, where it was begun and in the sidebar's list. Each look of
+each open page costs the server and the browser some hundredths of a second of the processor, which
+the job itself may want."""
 MINUTE, HOUR, DAY = 60, 3600, 86_400
 """In seconds."""
 
@@ -69,7 +73,7 @@ def job_in_words(job: Job) -> str:
     return " · ".join(parts)
 
 
-@st.fragment(run_every=0.5)
+@st.fragment(run_every=FOLLOWED_EVERY)
 def watch(key: str, *jobs: Job) -> None:
     """Follows jobs until one of them ends, then draws the whole page again."""
     if any(job.finished for job in jobs):
@@ -92,7 +96,7 @@ def titled(job: Job) -> str:
     return " · ".join(filter(None, (f"**{job.title}**", job_in_words(job))))
 
 
-@st.fragment(run_every=0.5)
+@st.fragment(run_every=FOLLOWED_EVERY)
 def watch_in_one_line(key: str, *jobs: Job) -> None:
     """As `watch`, in the same height whatever the number of jobs: the one that runs is shown."""
     if any(job.finished for job in jobs):
@@ -167,7 +171,7 @@ def show_jobs() -> None:
     visitor = visit().visitor
     unfinished = visitor.unfinished_jobs
 
-    @st.fragment(run_every=1.0 if unfinished else None)
+    @st.fragment(run_every=LISTED_EVERY if unfinished else None)
     def list_jobs() -> None:
         if any(job.finished for job in unfinished):
             st.rerun()

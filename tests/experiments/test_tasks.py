@@ -439,7 +439,9 @@ def test_without_a_hub_the_refusal_is_one_sentence_at_once(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
     monkeypatch.setattr("datasets.load_dataset", None)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    with pytest.raises(TransActError, match=r"cannot be reached .*piqa\.jsonl by --task-data"):
+    with pytest.raises(
+        TransActError, match=r"cannot be reached .*\(--task-data\) with piqa\.jsonl"
+    ):
         open_tasks("piqa")
     assert asked == ["baber/piqa"]
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.conftest import bench_of, make_model, make_tokenizer, windows_for
 from tests.models.test_load import write_gguf
 from transact_core.base.errors import TransActError
-from transact_core.data.corpus import read_corpus
+from transact_core.data.corpus import corpus_from_text, read_corpus
 from transact_core.data.windows import tokenise
 from transact_core.experiments.bench import Choices
 from transact_core.export.compression import (
@@ -113,7 +113,7 @@ def read_or_refused(read) -> None:
 
 def load_and_tokenise(folder) -> None:
     loaded = load_model(str(folder))
-    text = read_corpus("builtin")
+    text = corpus_from_text("some", read_corpus("builtin").text[:20_000])
     tokenise(text, loaded.tokenizer, loaded.architecture.vocab_size)
 
 
