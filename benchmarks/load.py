@@ -286,6 +286,7 @@ def go_through(
         settle(visitor.page)
         visitor.charted = charted(visitor.page)
         expect(visitor.page.get_by_test_id("stException")).to_have_count(0)
+        visitor.page.context.close()
     # All widths are others where the model has that many channels.
     asked = [(0.0, round(float(step), 2)) for step in np.linspace(0, 0.7, curve_points + 1)[1:]]
     seen.curve = most_informative_first(asked)[: len(first.charted)]
