@@ -183,7 +183,7 @@ def write_gguf(bench: Bench, cut: Cut) -> None:
     missing = llama_cpp_missing()
     if missing:
         st.info(
-            plain(missing) + " Without it, files are written in F32, F16 and BF16 only, and none "
+            missing + " Without it, files are written in F32, F16 and BF16 only, and none "
             "is measured.",
             icon=":material/info:",
         )

@@ -2,7 +2,6 @@
 
 import streamlit as st
 
-from pages.charts.text import plain
 from pages.server.gguf_files import llama_cpp_missing
 from transact_core.export.gguf_types import QUANTIZATIONS
 
@@ -38,5 +37,5 @@ def usable(quantization: str | None) -> bool:
     """Whether the runtime can be used; a sentence where llama.cpp is not installed."""
     missing = llama_cpp_missing() if quantization else None
     if missing:
-        st.info(plain(missing), icon=":material/info:")
+        st.info(missing, icon=":material/info:")
     return not missing

@@ -26,7 +26,7 @@ Subject = tuple | None
 
 
 def llama_cpp_missing() -> str | None:
-    """Why llama.cpp cannot be used here, in a sentence; None where it can."""
+    """Why llama.cpp cannot be used here, in a sentence of Markdown; None where it can."""
     try:
         require_llama_cpp()
     except TransActError as missing:
