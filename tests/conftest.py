@@ -49,6 +49,10 @@ KINDS = {
 }
 
 
+FEW_KINDS = ("mha", "gqa-biased-tied", "wide-heads")
+"""Kinds that differ in all that distinguishes the others, for tests that are slow."""
+
+
 def made_once(place: Path, make: Callable[[Path], None]) -> Path:
     """A folder that the first of the test processes makes, and for which the others wait."""
     with FileLock(f"{place}.lock"):

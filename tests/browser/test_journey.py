@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,6 +23,32 @@ from tests.browser.driving import (
 )
 
 pytestmark = [pytest.mark.browser, pytest.mark.builtin]
+
+STOCK = """
+import json, math, sys
+import pydoc_data.topics
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, tokens, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+topics = pydoc_data.topics.topics
+text = "\\n\\n".join(topics[name] for name in sorted(topics))
+ids = tokenizer(text, return_tensors="pt")["input_ids"][0, :tokens]
+total, count = 0.0, 0
+with torch.no_grad():
+    for start in range(0, tokens - length + 1, length):
+        window = ids[None, start : start + length]
+        loss = model(window, labels=window).loss
+        total, count = total + loss.item() * (length - 1), count + length - 1
+prompt = [{"role": "user", "content": "Name a colour."}]
+chat = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")
+generated = model.generate(**chat, max_new_tokens=8, do_sample=False)
+print(json.dumps({"class": type(model).__name__, "perplexity": math.exp(total / count),
+                  "new": generated.shape[1] - chat["input_ids"].shape[1],
+                  "parameters": sum(weight.numel() for weight in model.parameters())}))
+"""
 
 
 def go_to(page: Page, name: str) -> None:
@@ -64,6 +91,9 @@ def test_journey(page: Page, address: str, tmp_path: Path):
     choose(page, "Importance", "activation-weight")
     expect(page).to_have_url(re.compile("importance=activation-weight"))
     at(page, 0, 31)
+    slider(page, "MHA").fill("33")
+    at(page, 33, 31)
+    expect(numbers).to_contain_text("384 of 576")
 
     page.get_by_role("button", name="Prune and measure perplexity").click()
     measured = metric(page, "Perplexity, measured")
@@ -79,7 +109,7 @@ def test_journey(page: Page, address: str, tmp_path: Path):
         "chart => chart.data.map(trace => [trace.name, Array.from(trace.y.bdata ? [] : trace.y)])"
     )
     points = dict(series)
-    assert points["MLP only, least-squares"] == [pytest.approx(perplexity, abs=0.006)]
+    assert points["both, least-squares"] == [pytest.approx(perplexity, abs=0.006)]
     assert points["dense"][0] < perplexity
     expect_no_exception(page)
 
@@ -89,7 +119,7 @@ def test_journey(page: Page, address: str, tmp_path: Path):
     configuration = tmp_path / "compression.json"
     download.value.save_as(configuration)
     plan = json.loads(configuration.read_text())["plan"]
-    assert (plan["mha_ratio"], plan["mlp_ratio"]) == (0.0, 0.31)
+    assert (plan["mha_ratio"], plan["mlp_ratio"]) == (0.33, 0.31)
     assert plan["importance"] == "activation-weight"
 
     written = tmp_path / "from-the-browser"
@@ -105,6 +135,23 @@ def test_journey(page: Page, address: str, tmp_path: Path):
     assert weights_sha256(applied) == weights_sha256(written)
     report = json.loads((applied / "report.json").read_text())
     assert report["pruned"]["perplexity"] == pytest.approx(perplexity, abs=0.006)
+    assert (report["pruned"]["mha_width"], report["pruned"]["mlp_width"]) == (6 * 64, 1060)
+    assert report["dense"]["parameters"] == 134_515_008
+    assert report["dense"]["perplexity"] < report["pruned"]["perplexity"]
+
+    # Nothing but stock transformers.
+    stock = subprocess.run(
+        [sys.executable, "-c", STOCK, str(applied), "512", "128"],
+        check=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        cwd=tmp_path,
+    )
+    seen = json.loads(stock.stdout.splitlines()[-1])
+    assert seen["class"] == "LlamaForCausalLM"
+    assert seen["perplexity"] == pytest.approx(report["pruned"]["perplexity"], rel=1e-4)
+    assert seen["parameters"] == report["pruned"]["parameters"]
+    assert 1 <= seen["new"] <= 8
 
 
 def test_cancel_keeps_the_page_usable(page: Page, address: str):

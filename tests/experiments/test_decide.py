@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import KINDS, bench_of, make_model, same_weights, snapshot
+from tests.conftest import FEW_KINDS, KINDS, bench_of, make_model, same_weights, snapshot
 from tests.pruning.test_plan import architectures, ratios
 from transact_core.base.errors import TransActError
 from transact_core.experiments.bench import Bench, Choices
@@ -79,6 +79,7 @@ def test_auto_tries_on_half_of_the_windows_if_those_can_be_dealt(gqa_bench, coun
         assert loss == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("model", FEW_KINDS, indirect=True)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_steps_end_at_the_asked_widths_and_only_ever_remove(bench, granularity):
     dense = snapshot(bench.loaded.model)
@@ -150,6 +151,7 @@ def test_scores_return_to_their_places_in_the_dense_model(gqa_bench):
 SEQUENTIAL = Choices(importance="reconstruction", sequential=True)
 
 
+@pytest.mark.parametrize("model", FEW_KINDS, indirect=True)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("recovery", ["least-squares", "bias"])
 def test_sequential_choices_are_those_of_the_stream_they_lead_to(bench, granularity, recovery):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import bench_of, make_model, same_weights, snapshot
+from tests.conftest import FEW_KINDS, bench_of, make_model, same_weights, snapshot
 from tests.pruning.test_plan import uneven
 from transact_core.base.errors import TransActError
 from transact_core.experiments.bench import Choices, compress
@@ -99,6 +99,7 @@ def test_weights_are_stored_as_asked_and_measured_as_stored(gqa_bench, tmp_path,
     assert same_weights(again, snapshot(model))
 
 
+@pytest.mark.parametrize("model", FEW_KINDS, indirect=True)
 @pytest.mark.parametrize("recovery", RECOVERIES)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_layer_by_layer_gives_the_same_folder(bench, tmp_path, granularity, recovery):
