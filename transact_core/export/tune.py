@@ -56,13 +56,13 @@ from transact_core.models.load import LoadedModel, load_model
 from transact_core.pruning.surgery import round_weights
 from transact_core.training.loop import (
     TRAINING_TEXT,
-    WINDOWS_AT_ONCE_ON_DEVICE,
     HeldOut,
     Settings,
     Standing,
     Trained,
     identity,
     train,
+    windows_at_once,
 )
 from transact_core.training.memory import require_memory
 from transact_core.training.state import Work
@@ -194,12 +194,11 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
         [*training.notices, *(notice for text in held_out for notice in text.windows.notices)]
     )
     device = student_model.device
-    at_once = 1 if device.type == "cpu" else WINDOWS_AT_ONCE_ON_DEVICE
     require_memory(
         student_model.architecture,
         settings.method,
         settings.rank,
-        at_once * spec.sequence_length,
+        windows_at_once(spec.sequence_length, device) * spec.sequence_length,
         device,
     )
     texts_by_name = {TRAINING_TEXT: training, **{text.name: text.windows for text in held_out}}

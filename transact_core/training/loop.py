@@ -414,7 +414,7 @@ def take_step(
     for group in optimizer.param_groups:
         group["lr"] = rate_at(step, steps, settings.highest_rate)
     total = torch.zeros((), device=accelerator.device)
-    batches = _batches(rows, accelerator.device)
+    batches = _batches(rows, training.sequence_length, accelerator.device)
     for index, batch in enumerate(batches):
         ids = training.ids[batch].long().to(accelerator.device)
         with accelerator.autocast():
@@ -435,12 +435,20 @@ def take_step(
     return float(total)
 
 
-WINDOWS_AT_ONCE_ON_DEVICE = 4
-"""Windows that run through the model together on a GPU, which needs many tokens to be busy."""
+TOKENS_AT_ONCE, TOKENS_AT_ONCE_ON_DEVICE = 512, 2048
+"""Tokens that run through the model together, on the CPU and on a GPU, which needs many of them to
+be busy; one window where it is longer."""
 
 
-def _batches(rows: Sequence[int], device: torch.device) -> list[list[int]]:
-    at_once = 1 if device.type == "cpu" else WINDOWS_AT_ONCE_ON_DEVICE
+def windows_at_once(length: int, device: torch.device) -> int:
+    """Windows of `length` tokens that run through the model together."""
+    tokens = TOKENS_AT_ONCE if device.type == "cpu" else TOKENS_AT_ONCE_ON_DEVICE
+    return max(1, tokens // length)
+
+
+def _batches(rows: Sequence[int], length: int, device: torch.device) -> list[list[int]]:
+    """Rows of windows of `length` tokens, so many together as run together."""
+    at_once = windows_at_once(length, device)
     return [list(rows[start : start + at_once]) for start in range(0, len(rows), at_once)]
 
 
@@ -473,12 +481,19 @@ class _Watch:
         means = {}
         for text in self.held_out:
             total = 0.0
-            for row, ids in enumerate(text.windows.ids):
-                progress("Measuring the dense model", row, len(text.windows))
-                placed = ids[None].long().to(self.accelerator.device)
-                total += self.teacher.nll(text.name, [row], placed).double().mean().item()
+            for rows, ids in self._batches(text, range(len(text.windows))):
+                progress("Measuring the dense model", rows[0], len(text.windows))
+                total += self.teacher.nll(text.name, rows, ids).double().mean().item() * len(rows)
             means[text.name] = total / len(text.windows)
         return means
+
+    def _batches(
+        self, text: HeldOut, rows: Sequence[int]
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Rows of a text that are looked at together, and their token ids."""
+        device = self.accelerator.device
+        for batch in _batches(rows, text.windows.sequence_length, device):
+            yield batch, text.windows.ids[batch].long().to(device)
 
     def look(self, step: int, progress: Progress) -> Evaluated:
         """Divergence and NLL on each text; processes share the windows."""
@@ -488,16 +503,16 @@ class _Watch:
         found = {}
         for text in self.held_out:
             sums = torch.zeros(2, dtype=torch.float64)
-            for row in range(rank, len(text.windows), processes):
-                progress(f"Looking at {text.name}", row, len(text.windows))
-                ids = text.windows.ids[row][None].long().to(self.accelerator.device)
-                key = text.name, row
+            mine = range(rank, len(text.windows), processes)
+            for rows, ids in self._batches(text, mine):
+                progress(f"Looking at {text.name}", rows[0], len(text.windows))
+                key = text.name, rows[0]
                 with self.accelerator.autocast():
                     if key not in self._targets:
-                        self._targets[key] = self.teacher.targets(text.name, [row], ids)
+                        self._targets[key] = self.teacher.targets(text.name, rows, ids)
                     losses = token_losses(self.model, ids, self._targets[key])
-                sums[0] += losses.kl.double().mean()
-                sums[1] += losses.nll.double().mean()
+                sums[0] += losses.kl.double().mean() * len(rows)
+                sums[1] += losses.nll.double().mean() * len(rows)
             sums = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
             kl, nll = (sums / len(text.windows)).tolist()
             found[text.name] = Watched(kl, nll)
