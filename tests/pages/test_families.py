@@ -16,8 +16,11 @@ PAGES = (
     "redundancy",
     "compress",
     "perplexity",
+    "tasks",
+    "damage",
     "compare",
     "latency",
+    "deploy",
     "export",
 )
 

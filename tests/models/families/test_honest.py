@@ -5,6 +5,7 @@ Of each there are models with heads of their own keys and in groups, tied and un
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,19 +116,28 @@ def test_a_removed_unit_is_a_zeroed_one_before_and_after_stock_reload(dense, ben
 
 
 def test_a_cut_keeps_its_class(dense, bench):
-    """Five of six heads do not divide the hidden size of 48; four do."""
-    shape = bench.loaded.architecture
-    plan = bench.plan(0.34, 0.4, Choices(importance="magnitude", granularity="kv-groups"))
-    assert type(prune(dense, plan)) is type(dense)
+    """But for a LLaMA with a number of heads that does not divide its hidden size."""
+
+    def class_with(heads: int) -> str:
+        config = dense.config
+        if config.model_type != "llama" or config.hidden_size % heads == 0:
+            return type(dense).__name__
+        biased = config.attention_bias or config.mlp_bias
+        return "SmolLM3ForCausalLM" if biased else "MistralForCausalLM"
+
+    shape, choices = bench.loaded.architecture, Choices(importance="magnitude")
+    plans = [bench.plan(0.34, 0.4, replace(choices, granularity="kv-groups"))]
     if shape.queries_per_group == 1:
-        plan = bench.plan(0.17, 0.4, Choices(importance="magnitude"))
-        llama = dense.config.model_type == "llama"
-        name = "MistralForCausalLM" if llama else type(dense).__name__
-        pruned = prune(dense, plan)
-        assert type(pruned).__name__ == name
-        # Gemma's has no such numbers of heads, so that the nearest one that it has is taken.
-        heads = 4 if dense.config.model_type == "gemma3_text" else 5
-        assert pruned.config.num_attention_heads == heads
+        # Of the six heads of the models that the tests make, five do not divide the hidden size.
+        plans.append(bench.plan(round(1 / shape.num_attention_heads, 2), 0.4, choices))
+        heads = plans[1].num_attention_heads
+        if dense.config.model_type == "gemma3_text":
+            # Its class has the rule too, and no other one computes the same.
+            assert dense.config.hidden_size % heads == 0
+        else:
+            assert heads == shape.num_attention_heads - 1
+    for plan in plans:
+        assert type(prune(dense, plan)).__name__ == class_with(plan.num_attention_heads)
 
 
 def test_narrower_heads_are_exact_or_refused_by_name(dense, bench):
