@@ -29,6 +29,7 @@ from transact_core.base.files import (
     require_new_file,
     staged_file,
 )
+from transact_core.base.generators import WithResult
 from transact_core.data.corpus import MIXED, describe, read_corpus
 from transact_core.data.windows import (
     Windows,
@@ -778,15 +779,10 @@ def _prune_and_tune(
     )
     with _Bar() as progress:
         bench = _open(bench_spec, progress)
-        running = prune_and_tune(chosen.output, bench, ratios, choices, spec, progress)
-        while True:
-            try:
-                told = next(running)
-            except StopIteration as end:
-                measurement = end.value
-                break
+        running = WithResult(prune_and_tune(chosen.output, bench, ratios, choices, spec, progress))
+        for told in running:
             _tell_training(told)
-    result = report(bench, measurement)
+    result = report(bench, running.result)
     print(json.dumps(result, indent=1) if chosen.json else _table(result, chosen.output))
 
 
@@ -817,17 +813,13 @@ def _tune(chosen: argparse.Namespace) -> None:
     # Of several processes that train together, one tells.
     alone = int(os.environ.get("RANK", "0")) == 0
     with _Bar() if alone else nullcontext(silent) as progress:
-        training = tune(spec, progress)
-        while True:
-            try:
-                told = next(training)
-            except StopIteration as end:
-                tuned: Tuned = end.value
-                break
+        training = WithResult(tune(spec, progress))
+        for told in training:
             if alone:
                 _tell_training(told)
     if not alone:
         return
+    tuned: Tuned = training.result
     tqdm.write(tuned.sentence, file=sys.stderr)
     if chosen.json:
         print(json.dumps(tuned.report, indent=1))

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import KINDS, bench_of, make_model, same_weights, snapshot
 from transact_core.base.errors import TransActError
+from transact_core.base.generators import WithResult
 from transact_core.cli import main
 from transact_core.experiments.bench import Choices
 from transact_core.experiments.iterative import Shot, prune_and_train, shares
@@ -24,18 +25,13 @@ def test_the_plan_is_that_of_what_is_left_of_the_dense_model(tokenizer, windows,
     bench = bench_of(model, tokenizer, windows)
     choices = Choices(steps=3, recovery="none")
     settings = Settings(tokens=6 * 64, windows_per_step=2, learning_rate=0.0)
-    steps = prune_and_train(
-        bench, 0.5, 0.5, choices, windows[0], [HeldOut("a", windows[1])], settings, tmp_path
+    steps = WithResult(
+        prune_and_train(
+            bench, 0.5, 0.5, choices, windows[0], [HeldOut("a", windows[1])], settings, tmp_path
+        )
     )
-    shots = []
-    while True:
-        try:
-            told = next(steps)
-        except StopIteration as end:
-            trained, plan = end.value
-            break
-        if isinstance(told, Shot):
-            shots.append(told)
+    shots = [told for told in steps if isinstance(told, Shot)]
+    trained, plan = steps.result
     assert [shot.step.intermediate_size for shot in shots] == [34, 27, 20]
     assert same_weights(bench.loaded.model, before)
     at_once = prune(bench.loaded.model, plan)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import KINDS, make_model, same_weights, snapshot
 from transact_core.base.errors import Cancelled, TransActError
+from transact_core.base.generators import WithResult
 from transact_core.cli import main
 from transact_core.data.corpus import read_corpus
 from transact_core.export.compression import read_compression
@@ -36,12 +37,8 @@ LORA = pytest.param(
 
 def ended(training) -> tuple[list, object]:
     """What a generator yields, and what it returns."""
-    yielded = []
-    while True:
-        try:
-            yielded.append(next(training))
-        except StopIteration as end:
-            return yielded, end.value
+    steps = WithResult(training)
+    return list(steps), steps.result
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import torch
 
 from transact_core.base.errors import Progress, silent
 from transact_core.base.files import require_free_output
+from transact_core.base.generators import WithResult
 from transact_core.data.packing import open_sources, pack
 from transact_core.data.windows import count_used
 from transact_core.experiments.bench import Bench, Choices, Measurement, measure
@@ -64,16 +65,11 @@ def prune_and_tune(
     bench.measure_dense(progress)
     work = work_folder(output)
     shots: list[Shot] = []
-    steps = prune_and_train(
-        bench, *ratios, choices, training, held_out, spec.settings, work, progress
+    steps = WithResult(
+        prune_and_train(bench, *ratios, choices, training, held_out, spec.settings, work, progress)
     )
     try:
-        while True:
-            try:
-                told = next(steps)
-            except StopIteration as end:
-                model, plan = end.value
-                break
+        for told in steps:
             if isinstance(told, Shot):
                 shots.append(told)
                 yield (
@@ -87,6 +83,7 @@ def prune_and_tune(
                 yield told
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    model, plan = steps.result
     model.requires_grad_(False)
     round_weights(model, getattr(torch, bench.save_dtype))
     measurement: Measurement = measure(bench, model, plan, choices.recovery, (), start, progress)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from transact_core.base.errors import Cancelled, Progress, TransActError
+from transact_core.base.generators import WithResult
 from transact_core.experiments import results
 from transact_core.experiments.bench import Findings
 from transact_core.experiments.cut_spec import BenchSpec
@@ -105,12 +106,10 @@ def _run(task: Task, models: OpenModels, report: Progress, received: Received) -
     made = getattr(importlib.import_module(module), name)(models, report, *task.arguments)
     if not isgenerator(made):
         return made
-    while True:
-        try:
-            item = next(made)
-        except StopIteration as end:
-            return end.value
+    items = WithResult(made)
+    for item in items:
         received(item)
+    return items.result
 
 
 def result_of(outcome: Outcome) -> Any:
