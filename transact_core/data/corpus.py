@@ -127,11 +127,7 @@ def read_corpus(source: str) -> Corpus:
     sources = mixed_sources(source)
     if len(sources) > 1:
         return mix([read_corpus(part) for part in sources])
-    try:
-        return next(read_corpora(source))
-    except OSError as error:
-        path, _ = file_and_column(source.strip())
-        raise TransActError(f"{path} cannot be read: {error.strerror or error}.") from None
+    return next(read_corpora(source))
 
 
 def read_corpora(source: str) -> Iterator[Corpus]:
@@ -140,10 +136,16 @@ def read_corpora(source: str) -> Iterator[Corpus]:
     Training takes more than `MAX_CHARACTERS`, and each piece is read only when it is asked for.
 
     Raises:
-        TransActError: as `read_corpus` does.
-        OSError: a file cannot be read.
+        TransActError: as `read_corpus` does, at any piece.
     """
-    source = source.strip()
+    try:
+        yield from _read_corpora(source.strip())
+    except OSError as error:
+        path, _ = file_and_column(source.strip())
+        raise TransActError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _read_corpora(source: str) -> Iterator[Corpus]:
     if source == BUILTIN_TEXT:
         yield corpus_from_text(source, _builtin_text())
         return
@@ -269,7 +271,7 @@ def corpus_from_text(source: str, text: str) -> Corpus:
     text = with_newlines(text)
     if len(text) >= MAX_CHARACTERS:
         text = text[:MAX_CHARACTERS]
-        notices.append(f"Only the first {MAX_CHARACTERS:,} characters of {source} are used.")
+        notices.append(shortened_notice(source))
     if not text.replace(BYTE_ORDER_MARK, "").strip():
         raise TransActError(f"The text {source} is empty.")
     try:
@@ -280,6 +282,11 @@ def corpus_from_text(source: str, text: str) -> Corpus:
             "write it anew as UTF-8."
         ) from None
     return Corpus(source=source, text=text, sha256=sha256, notices=tuple(notices))
+
+
+def shortened_notice(source: str) -> str:
+    """The notice of a text that goes on behind its first `MAX_CHARACTERS`."""
+    return f"Only the first {MAX_CHARACTERS:,} characters of {source} are used."
 
 
 def for_model(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Corpus:

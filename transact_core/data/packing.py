@@ -11,7 +11,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from transact_core.base.errors import Progress, TransActError, silent
-from transact_core.data.corpus import MIXED, Corpus, for_model, mix, mixed_sources, read_corpora
+from transact_core.data.corpus import (
+    MIXED,
+    Corpus,
+    for_model,
+    mix,
+    mixed_sources,
+    read_corpora,
+    shortened_notice,
+)
 from transact_core.data.windows import TextUse, Windows, tokenise
 
 Pieces = tuple[Corpus, Iterator[Corpus]]
@@ -26,11 +34,8 @@ def open_sources(source: str) -> list[Pieces]:
     """
     opened = []
     for part in mixed_sources(source):
-        try:
-            corpora = read_corpora(part)
-            opened.append((next(corpora), corpora))
-        except OSError as error:
-            raise TransActError(f"{part} cannot be read: {error.strerror or error}.") from None
+        corpora = read_corpora(part)
+        opened.append((next(corpora), corpora))
     if len(opened) > 1:
         mix([beginning for beginning, _ in opened])  # refuses the same text twice
     return opened
@@ -69,12 +74,7 @@ def pack(
         for index in list(running):
             if len(dealt) == wanted:
                 break
-            try:
-                window = next(streams[index], None)
-            except OSError as error:
-                raise TransActError(
-                    f"{beginnings[index].source} cannot be read: {error.strerror or error}."
-                ) from None
+            window = next(streams[index], None)
             if window is None:
                 if not counts[index]:
                     raise TransActError(
@@ -89,8 +89,12 @@ def pack(
             counts[index] += 1
         progress("Reading the text", len(dealt), wanted)
     joined = mix(beginnings) if len(beginnings) > 1 else beginnings[0]
+    # More than the beginning of a text is used here.
     notices = tuple(
-        notice for text in beginnings for notice in text.notices if "are used" not in notice
+        notice
+        for text in beginnings
+        for notice in text.notices
+        if notice != shortened_notice(text.source)
     )
     if len(dealt) < wanted:
         notices = (
