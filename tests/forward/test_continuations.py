@@ -6,7 +6,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from tests.conftest import KINDS, VOCAB_SIZE, make_model
 from transact_core.base.errors import Cancelled, TransActError
-from transact_core.forward import continuations
+from transact_core.forward import continuations, perplexity
 from transact_core.forward.continuations import (
     Request,
     _common_beginning,
@@ -92,7 +92,7 @@ def test_a_context_is_fed_once_and_the_head_reads_scored_positions_alone():
 def test_batches_change_nothing_but_rounding(monkeypatch, tokens_at_once):
     model, groups = make_model(), some_groups(1)
     monkeypatch.setattr(continuations, "TOKENS_AT_ONCE", tokens_at_once)
-    monkeypatch.setattr(continuations, "LOGITS_AT_ONCE", tokens_at_once * VOCAB_SIZE // 10)
+    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", tokens_at_once * VOCAB_SIZE // 10)
     for group, found in zip(groups, score_continuations(model, groups, MAX_LENGTH), strict=True):
         for request, answer in zip(group, found, strict=True):
             assert answer.log_likelihood == pytest.approx(separately(model, request)[0], abs=2e-4)

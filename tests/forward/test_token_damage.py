@@ -6,7 +6,7 @@ import torch
 
 from tests.conftest import make_model, windows_for
 from transact_core.base.errors import Cancelled, TransActError
-from transact_core.forward import token_damage
+from transact_core.forward import perplexity
 from transact_core.forward.perplexity import evaluate
 from transact_core.forward.token_damage import TokenDamage, measure_token_damage
 from transact_core.pruning.surgery import round_weights
@@ -30,7 +30,7 @@ def test_divergences_and_guesses_are_those_of_the_whole_distributions(
     windows, monkeypatch, at_once
 ):
     dense, pruned = make_model(), disturbed()
-    monkeypatch.setattr(token_damage, "LOGITS_AT_ONCE", at_once * dense.config.vocab_size)
+    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", at_once * dense.config.vocab_size)
     damage = measure_token_damage(dense, pruned, windows)
     assert damage.ids.tolist() == windows.ids[:, 1:].tolist()
     for index, window in enumerate(windows.ids):

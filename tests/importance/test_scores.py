@@ -369,7 +369,7 @@ def test_the_logits_of_a_long_window_are_made_in_pieces(gqa_model, few, monkeypa
     assert set(rows) == {few.sequence_length}
     rows.clear()
     logits = 5 * shape.vocab_size + 1
-    monkeypatch.setattr("transact_core.importance.gradients.LOGITS_AT_ONCE", logits)
+    monkeypatch.setattr("transact_core.forward.perplexity.LOGITS_AT_ONCE", logits)
     pieces = collect_saliences(gqa_model, few, shape)
     assert max(rows) == 5
     assert sum(rows) == len(few) * few.sequence_length

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import KINDS, VOCAB_SIZE, make_model
-from transact_core.training import objective
+from transact_core.forward import perplexity
 from transact_core.training.objective import (
     LOSSES,
     FullTargets,
@@ -50,7 +50,7 @@ def plain_losses(student, teacher, ids) -> tuple[list[float], list[float]]:
 @pytest.mark.parametrize("at_once", [3, 1000])
 @pytest.mark.parametrize("kind", ["gqa", "gqa-biased-tied"])
 def test_divergence_and_nll_are_those_of_a_plain_loop(kind, at_once, ids, monkeypatch):
-    monkeypatch.setattr(objective, "LOGITS_AT_ONCE", at_once * VOCAB_SIZE)
+    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", at_once * VOCAB_SIZE)
     teacher, student = make_model(**KINDS[kind]), disturbed(kind)
     losses = token_losses(student, ids, LiveTeacher(teacher).targets("", [0, 1], ids))
     divergences, nlls = plain_losses(student, teacher, ids)
@@ -67,7 +67,7 @@ def test_divergence_and_nll_are_those_of_a_plain_loop(kind, at_once, ids, monkey
 @pytest.mark.parametrize("kind", ["gqa", "gqa-tied"])
 def test_gradients_are_those_of_the_plain_loss(kind, loss, ids, monkeypatch):
     """In chunks, with a head that is trained (not tied) and one that is not."""
-    monkeypatch.setattr(objective, "LOGITS_AT_ONCE", 5 * VOCAB_SIZE)
+    monkeypatch.setattr(perplexity, "LOGITS_AT_ONCE", 5 * VOCAB_SIZE)
     teacher, student = make_model(**KINDS[kind]), disturbed(kind)
     student.requires_grad_(True)
     student.get_input_embeddings().weight.requires_grad_(False)

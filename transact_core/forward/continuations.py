@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.forward.layers import logits_of
-from transact_core.forward.perplexity import LOGITS_AT_ONCE, require_losses
+from transact_core.forward.perplexity import require_losses, tokens_at_once
 
 TOKENS_AT_ONCE = 256
 """Tokens that run through the model at a time on a CPU, padding included. On the built-in model 128
@@ -251,7 +251,7 @@ def _token_scores(
     once, however many targets it predicts, and at most `LOGITS_AT_ONCE` logits are held at a time.
     """
     used, which = indices.unique(return_inverse=True)
-    at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    at_once = tokens_at_once(model)
     scores = torch.empty(len(targets), device=states.device)
     greedy = torch.empty(len(targets), dtype=torch.bool, device=states.device)
     for start in range(0, len(used), at_once):

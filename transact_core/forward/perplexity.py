@@ -110,14 +110,19 @@ def losses_behind_layers(
     )
 
 
+def tokens_at_once(model: PreTrainedModel) -> int:
+    """How many tokens have `LOGITS_AT_ONCE` logits together, one at least."""
+    return max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+
+
 def _losses_of_states(
     model: PreTrainedModel, states: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
     """The losses of one window, from what its LM head reads, shape (tokens, hidden_size)."""
-    tokens_at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    at_once = tokens_at_once(model)
     losses = []
-    for start in range(0, len(ids) - 1, tokens_at_once):
-        targets = ids[1:][start : start + tokens_at_once]
+    for start in range(0, len(ids) - 1, at_once):
+        targets = ids[1:][start : start + at_once]
         logits = logits_of(model, states[start : start + len(targets)]).float()
         losses.append(functional.cross_entropy(logits, targets, reduction="none").cpu())
     return torch.cat(losses)

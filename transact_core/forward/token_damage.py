@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
 from transact_core.forward.layers import logits_of
-from transact_core.forward.perplexity import LOGITS_AT_ONCE
+from transact_core.forward.perplexity import tokens_at_once
 
 WORST_SHARE = 0.2
 """The share of tokens whose part of the damage is reported: a fifth."""
@@ -112,7 +112,7 @@ def _compare(
         for model in models
     ]
     targets = ids[1:].to(dense.device)
-    at_once = max(1, LOGITS_AT_ONCE // dense.config.vocab_size)
+    at_once = tokens_at_once(dense)
     parts = []
     for start in range(0, len(targets), at_once):
         p, q = (

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
 from transact_core.forward.layers import Arguments, layers_of, logits_of
-from transact_core.forward.perplexity import LOGITS_AT_ONCE
+from transact_core.forward.perplexity import tokens_at_once
 from transact_core.forward.statistics import collect
 from transact_core.forward.stream import Stream, added, run_module
 from transact_core.forward.waists import MODULES
@@ -129,13 +129,13 @@ def _of_hidden(model: PreTrainedModel, hidden: torch.Tensor, windows: Windows) -
 
     At most `LOGITS_AT_ONCE` logits are held at a time, one token's at least.
     """
-    tokens_at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    at_once = tokens_at_once(model)
     gradients = []
     for states, window in zip(hidden, windows.ids.to(hidden.device), strict=True):
         pieces: list[torch.Tensor] = []
         # Each token's loss depends on its own state alone, so the pieces have nothing in common.
-        for start in range(0, len(window), tokens_at_once):
-            end = start + tokens_at_once
+        for start in range(0, len(window), at_once):
+            end = start + at_once
             # The window's last token has a state and nothing to predict.
             targets = window[start + 1 : end + 1]
             with torch.enable_grad():

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transact_core.forward.layers import logits_of
-from transact_core.forward.perplexity import LOGITS_AT_ONCE
+from transact_core.forward.perplexity import tokens_at_once
 
 LossName = Literal["kl", "kl+ce", "ce"]
 LOSSES: tuple[LossName, ...] = get_args(LossName)
@@ -94,8 +94,8 @@ def top_of(
     `states` and `following` are as `scored_states` gives them.
     """
     found = []
-    for start in range(0, len(states), _tokens_at_once(model)):
-        rows = slice(start, start + _tokens_at_once(model))
+    for start in range(0, len(states), tokens_at_once(model)):
+        rows = slice(start, start + tokens_at_once(model))
         log_p = logits_of(model, states[rows]).float().log_softmax(dim=-1)
         values, tokens = log_p.topk(min(top, log_p.shape[1]), dim=-1)
         # Summed over the others, as 1 minus the sum would lose a small tail to rounding.
@@ -119,8 +119,8 @@ def token_losses(model: PreTrainedModel, ids: torch.Tensor, targets: Targets) ->
     window predicts nothing. Both are float32 on the CPU."""
     states, following = scored_states(model, ids)
     found = []
-    for start in range(0, len(states), _tokens_at_once(model)):
-        logits = logits_of(model, states[start : start + _tokens_at_once(model)])
+    for start in range(0, len(states), tokens_at_once(model)):
+        logits = logits_of(model, states[start : start + tokens_at_once(model)])
         log_q = logits.float().log_softmax(dim=-1)
         chunk = following[start : start + len(log_q)]
         nll = -log_q.gather(1, chunk[:, None])[:, 0]
@@ -158,8 +158,8 @@ class _MeanLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(head) if head.requires_grad else None
         total = torch.zeros((), dtype=torch.float64, device="cpu")
         count = len(states)
-        for start in range(0, count, _tokens_at_once(model)):
-            rows = slice(start, start + _tokens_at_once(model))
+        for start in range(0, count, tokens_at_once(model)):
+            rows = slice(start, start + tokens_at_once(model))
             with torch.enable_grad():
                 chunk = states[rows].detach().requires_grad_()
                 logits = logits_of(model, chunk)
@@ -188,7 +188,3 @@ class _MeanLoss(torch.autograd.Function):
         grad_states, grad_head = ctx.saved_tensors
         of_head = None if grad_head is None else grad_head * grad
         return grad_states * grad, of_head, None, None, None, None
-
-
-def _tokens_at_once(model: PreTrainedModel) -> int:
-    return max(1, LOGITS_AT_ONCE // model.config.vocab_size)
