@@ -13,7 +13,7 @@ import argparse
 import gc
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -26,9 +26,10 @@ from transact_core.experiments.cut_spec import BenchSpec, CutSpec, decide_spec, 
 from transact_core.export.compression import describe_compression
 from transact_core.export.folder import compress_to_folder
 from transact_core.export.gguf import export_gguf, vocabulary_for
+from transact_core.export.gguf_points import times_in_turns
 from transact_core.export.gguf_types import QUANTIZATIONS
 from transact_core.forward.imatrix import importance_matrix
-from transact_core.forward.in_llama_cpp import evaluate_gguf, measure_gguf_latency
+from transact_core.forward.in_llama_cpp import evaluate_gguf
 from transact_core.models.llama_cpp import default_threads, runtime_name
 from transact_core.models.load import load_model
 
@@ -45,8 +46,6 @@ CUTS: dict[str, tuple[float, float, Choices]] = {
     ),
 }
 """Ratios and choices of the cuts of the built-in model, by what they leave of it."""
-PROMPT, NEW = 256, 64
-"""Tokens of the paper's phone measurement."""
 
 
 @dataclass(frozen=True)
@@ -130,21 +129,15 @@ def with_latency(
     row: Row, path: Path, reference: Path, bench: Bench, chosen: argparse.Namespace
 ) -> Row:
     """The row with the times of its file, in turns with the reference."""
-    files = {"this": path} | ({} if path == reference else {"reference": reference})
-    ids = bench.evaluation.ids.flatten()
-    measured = measure_gguf_latency(files, ids, [PROMPT], NEW, chosen.repeats, chosen.threads)
-    points = {point.model: point for point in measured.points}
-    this, other = points["this"], points.get("reference", points["this"])
-    return Row(
-        **asdict(row)
-        | {
-            "prefill_tokens_per_second": this.prefill_tokens_per_second,
-            "decode_tokens_per_second": this.decode_tokens_per_second,
-            "prefill_speedup": other.prefill.median / this.prefill.median,
-            "decode_speedup": other.decode.median / this.decode.median,
-            "peak_bytes": measured.files["this"].peak_bytes,
-            "load_seconds": measured.files["this"].load_seconds,
-        }
+    times = times_in_turns(path, reference, bench.evaluation, chosen.repeats, chosen.threads)
+    return replace(
+        row,
+        prefill_tokens_per_second=times.prefill_tokens_per_second,
+        decode_tokens_per_second=times.decode_tokens_per_second,
+        prefill_speedup=times.prefill_speedup,
+        decode_speedup=times.decode_speedup,
+        peak_bytes=times.peak_bytes,
+        load_seconds=times.load_seconds,
     )
 
 

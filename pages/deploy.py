@@ -26,6 +26,7 @@ from transact_core.export.gguf_points import (
     FilePoint,
     bench_command,
     cut_in_words,
+    is_complete,
     kept_points,
     verdict,
 )
@@ -64,7 +65,9 @@ def choose_and_start(bench: Bench) -> None:
     if len(cuts) == 1:
         st.caption("No cut is measured yet. Measure some on the Compress page to compare with.")
     missing = {
-        label: [kind for kind in types if not is_known(bench, cuts[label], kind, timed)]
+        label: [
+            kind for kind in types if not is_complete(known_file(bench, cuts[label], kind), timed)
+        ]
         for label in chosen
     }
     count = sum(map(len, missing.values()))
@@ -80,11 +83,6 @@ def choose_and_start(bench: Bench) -> None:
             "deploy",
         )
         st.rerun()
-
-
-def is_known(bench: Bench, point: Measurement | None, kind: str, timed: bool) -> bool:
-    known = known_file(bench, point, kind)
-    return known is not None and (known.times is not None or not timed)
 
 
 @st.fragment(run_every=2.0 if visit().visitor.unfinished_jobs else None)

@@ -62,16 +62,16 @@ def test_points_are_measured_once_and_kept(small_bench, monkeypatch):
     require_llama_cpp_installed()
     model, point = cut_of(small_bench)
     dense = small_bench.loaded.model
-    (whole,) = measure_files(small_bench, dense, None, ["F32"], timed=False)
+    (whole,) = measure_files(small_bench, lambda: dense, None, ["F32"], timed=False)
     assert whole.perplexity == pytest.approx(small_bench.dense().perplexity, rel=1e-4)
-    found = list(measure_files(small_bench, model, point, ["F32", "Q4_0"], timed=False))
+    found = list(measure_files(small_bench, lambda: model, point, ["F32", "Q4_0"], timed=False))
     assert found[0].perplexity == pytest.approx(point.perplexity, rel=1e-4)
     assert [each.imatrix for each in found] == [False, True]
     assert (found[0].model, found[0].mlp_width) == ("2 heads, MLP 64", 64)
-    (timed,) = measure_files(small_bench, model, point, ["Q4_0"], timed=True)
+    (timed,) = measure_files(small_bench, lambda: model, point, ["Q4_0"], timed=True)
     assert min(vars(timed.times)[name] for name in ("prefill_speedup", "decode_speedup")) > 0
     monkeypatch.setattr(gguf_points, "write_gguf", None)  # nothing is written any more
-    again = list(measure_files(small_bench, model, point, ["F32", "Q4_0"], timed=False))
+    again = list(measure_files(small_bench, lambda: model, point, ["F32", "Q4_0"], timed=False))
     assert [each.bytes for each in again] == [each.bytes for each in found]
     assert again[1].times == timed.times
     assert torch.equal(again[1].evaluation.nll, found[1].evaluation.nll)

@@ -8,7 +8,7 @@ temporary.
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
@@ -21,6 +21,7 @@ import torch
 from transact_core.base.cache import digest, remembered, sha256_of_tokens
 from transact_core.base.errors import Progress, silent
 from transact_core.base.files import cache_folder, remove_whole
+from transact_core.data.windows import Windows
 from transact_core.experiments import results
 from transact_core.experiments.bench import Bench, Measurement
 from transact_core.export.gguf import (
@@ -71,7 +72,7 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class Times:
-    """What running a file took, medians of `REPEATS` runs."""
+    """What running a file took, medians of its timed runs."""
 
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
@@ -248,7 +249,7 @@ def temporary_folder() -> Iterator[Path]:
 
 def measure_files(
     bench: Bench,
-    model: StockModel,
+    open_model: Callable[[], StockModel],
     point: Measurement | None,
     types: Sequence[str],
     timed: bool,
@@ -256,19 +257,26 @@ def measure_files(
 ) -> Iterator[FilePoint]:
     """Measures a model in each of these types; what is kept from earlier is not measured again.
 
-    `model` is the pruned model of `point`, or the dense one where that is None.
+    `open_model` gives the pruned model of `point`, or the dense one where that is None; it is
+    called where there is something to measure.
 
     Raises:
         TransActError: llama.cpp is not installed, or the model cannot be given to it.
     """
-    require_llama_cpp()
     with temporary_folder() as folder:
         for chosen in types:
             kept = find_point(bench, point, chosen)
-            if kept is None or (timed and kept.times is None):
+            if not is_complete(kept, timed):
+                require_llama_cpp()
+                model = open_model()
                 kept = _measured(bench, model, point, chosen, timed, folder, kept, progress)
                 _keep(bench, point, kept)
             yield kept
+
+
+def is_complete(known: FilePoint | None, timed: bool) -> bool:
+    """Whether a point has all that is asked for, its times too where it is to be `timed`."""
+    return known is not None and (known.times is not None or not timed)
 
 
 def _measured(
@@ -292,7 +300,9 @@ def _measured(
     imatrix = quantization(chosen).wants_imatrix
     if not path.exists():
         write_gguf(path, bench, model, point, chosen, name, progress=progress)
-    times = _times(path, reference, bench, threads, progress) if timed else None
+    times = None
+    if timed:
+        times = times_in_turns(path, reference, bench.evaluation, REPEATS, threads, progress)
     found = known.evaluation if known else evaluate_gguf(path, bench.evaluation, threads, progress)
     plan = point and point.plan
     shape = bench.loaded.architecture
@@ -318,10 +328,18 @@ def _measured(
     return made
 
 
-def _times(path: Path, reference: Path, bench: Bench, threads: int, progress: Progress) -> Times:
+def times_in_turns(
+    path: Path,
+    reference: Path,
+    windows: Windows,
+    repeats: int,
+    threads: int | None,
+    progress: Progress = silent,
+) -> Times:
+    """Times a file in turns with the reference, on the windows' tokens; they may be one file."""
     files = {"this": path} | ({} if path == reference else {"reference": reference})
-    ids = bench.evaluation.ids.flatten()
-    measured = measure_gguf_latency(files, ids, [PROMPT], NEW, REPEATS, threads, progress)
+    ids = windows.ids.flatten()
+    measured = measure_gguf_latency(files, ids, [PROMPT], NEW, repeats, threads, progress)
     by_name = {each.model: each for each in measured.points}
     mine, figures = by_name["this"], measured.files["this"]
     other = by_name.get("reference", mine)

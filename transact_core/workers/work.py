@@ -48,7 +48,6 @@ from transact_core.export.gguf import WrittenFile
 from transact_core.export.gguf_points import (
     FilePoint,
     PlannedFile,
-    find_point,
     measure_files,
     planned_files,
     temporary_folder,
@@ -334,13 +333,13 @@ def _begin_tasks(
     tasks = choice.open(report)
     # Models are asked for anew at each block, so that others may take their room between pieces.
     dense = replace(
-        contestant_of(bench.loaded), open=lambda progress: models.bench(spec, progress).loaded.model
+        contestant_of(bench.loaded), open=lambda progress: _model_of(models, progress, spec, None)
     )
     sides = [dense]
     if point is not None:
         pruned = contestant_of_cut(bench, point.plan, point.recovery)
         sides = [
-            replace(pruned, open=lambda progress: models.pruned(spec, point, progress)),
+            replace(pruned, open=lambda progress: _model_of(models, progress, spec, point)),
             dense,
         ]
     run = TaskRun(iter(()), report, sum(len(task.items) for task in tasks))
@@ -397,13 +396,13 @@ def measure_gguf(
     timed: bool,
 ) -> Iterator[FilePoint]:
     """Measures a model as GGUF files of these types, kept ones without writing them again."""
-    bench = models.bench(spec, report)
-    known = [find_point(bench, point, chosen) for chosen in types]
-    if all(each and (each.times or not timed) for each in known):
-        yield from known
-        return
     yield from measure_files(
-        bench, _model_of(models, report, spec, point), point, types, timed, report
+        models.bench(spec, report),
+        lambda: _model_of(models, report, spec, point),
+        point,
+        types,
+        timed,
+        report,
     )
 
 
