@@ -12,6 +12,7 @@ import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from gguf import (
     GGUFValueType,
     GGUFWriter,
     RopeScalingType,
+    TensorNameMap,
     get_tensor_name_map,
 )
 from gguf.gguf_writer import WriterState
@@ -80,6 +82,18 @@ class Description:
     rope_factors: np.ndarray | None = field(default=None, repr=False)
     """What default frequencies are divided by, None where the metadata says it all."""
 
+    @cached_property
+    def entry_bytes(self) -> int:
+        """What the entries take in a header, the same in every type; long to count."""
+        return sum(map(_entry_bytes, self.entries))
+
+    @cached_property
+    def names(self) -> TensorNameMap:
+        """llama.cpp's names of the tensors; long to make, and the same in every type."""
+        return get_tensor_name_map(
+            ARCHITECTURES[self.kind.architecture], self.architecture.num_hidden_layers
+        )
+
 
 @dataclass(frozen=True)
 class PlannedTensor:
@@ -132,6 +146,8 @@ class FilePlan:
     quantization: Quantization
     tensors: tuple[PlannedTensor, ...] = field(repr=False)
     entries: tuple[Entry, ...] = field(repr=False)
+    entry_bytes: int
+    """What the entries take in the header."""
     in_pairs: bool = True
     """As `AsGguf` has it."""
     rope_factors: np.ndarray | None = field(default=None, repr=False)
@@ -139,7 +155,7 @@ class FilePlan:
     @property
     def bytes(self) -> int:
         """The exact size of the file."""
-        header = _header_bytes(self.entries, self.tensors)
+        header = _header_bytes(self.entry_bytes, self.tensors)
         return _padded(header) + sum(_padded(tensor.bytes) for tensor in self.tensors)
 
     @property
@@ -419,34 +435,33 @@ def plan_file(
     """
     chosen = quantization(chosen) if isinstance(chosen, str) else chosen
     tensors = tuple(_planned(description, chosen, imatrix is not None))
-    entries = [
-        *description.entries,
-        Entry("general.file_type", int(chosen.file_type), GGUFValueType.UINT32),
-    ]
+    own = [Entry("general.file_type", int(chosen.file_type), GGUFValueType.UINT32)]
     if not chosen.is_float:
-        entries.append(
-            Entry("general.quantization_version", GGML_QUANT_VERSION, GGUFValueType.UINT32)
-        )
+        own.append(Entry("general.quantization_version", GGML_QUANT_VERSION, GGUFValueType.UINT32))
     if imatrix is not None:
-        entries += [
+        own += [
             Entry("quantize.imatrix.dataset", imatrix.source, GGUFValueType.STRING),
             Entry("quantize.imatrix.chunks_count", imatrix.windows, GGUFValueType.INT32),
         ]
-    pairs, factors = description.kind.in_pairs, description.rope_factors
-    return FilePlan(chosen, tensors, tuple(entries), pairs, factors)
+    return FilePlan(
+        chosen,
+        tensors,
+        (*description.entries, *own),
+        description.entry_bytes + sum(map(_entry_bytes, own)),
+        description.kind.in_pairs,
+        description.rope_factors,
+    )
 
 
 def _planned(
     description: Description, chosen: Quantization, with_imatrix: bool
 ) -> Iterator[PlannedTensor]:
     architecture = description.architecture
-    kind = ARCHITECTURES[description.kind.architecture]
-    names = get_tensor_name_map(kind, architecture.num_hidden_layers)
     if description.rope_factors is not None:
         shape = description.rope_factors.shape
         yield PlannedTensor(ROPE_FACTORS, None, shape, Type.F32, Type.F32)
     for source, shape in architecture.tensors():
-        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        name = description.names.get_name(source, try_suffixes=(".weight", ".bias"))
         if len(shape) == 1:  # norms and biases
             yield PlannedTensor(name, source, shape, Type.F32, Type.F32)
             continue
@@ -457,13 +472,13 @@ def _planned(
         yield PlannedTensor(name, source, shape, possible_type(wanted, shape[-1]), wanted)
 
 
-def _header_bytes(entries: Sequence[Entry], tensors: Sequence[PlannedTensor]) -> int:
+def _header_bytes(entry_bytes: int, tensors: Sequence[PlannedTensor]) -> int:
     """The length of `_header`, which takes long to make where the vocabulary is large."""
     start = 4 + 4 + 8 + 8  # magic, version, numbers of tensors and of entries
     named = sum(
         _string_bytes(tensor.name) + 4 + 8 * len(tensor.shape) + 4 + 8 for tensor in tensors
     )
-    return start + named + sum(_entry_bytes(entry) for entry in entries)
+    return start + named + entry_bytes
 
 
 def _entry_bytes(entry: Entry) -> int:

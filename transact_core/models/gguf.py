@@ -256,13 +256,13 @@ def convert_gguf(path: Path, found: Inspection, folder: Path) -> None:
         model_class = found.architecture.family.model_class
         with used_by_transformers():
             config = model_class.config_class.from_pretrained(path.parent, gguf_file=path.name)
-        # Of a file that calls itself "mistral" the reader makes another type than its own classes.
-        config.model_type = found.architecture.model_type
-        # The reader knows of no biases nor head_dim, and takes its vocabulary's size from the
-        # tokenizer.
-        for name, value in written_values(found.architecture).items():
-            setattr(config, name, value)
-        with used_by_transformers():
+            # Of a file that calls itself "mistral" transformers makes another type than its own
+            # classes.
+            config.model_type = found.architecture.model_type
+            # It knows of no biases nor head_dim, and takes its vocabulary's size from the
+            # tokenizer.
+            for name, value in written_values(found.architecture).items():
+                setattr(config, name, value)
             model, loading = model_class.from_pretrained(
                 path.parent,
                 config=config,
