@@ -246,15 +246,7 @@ def _stepwise(
         model = prune(dense, plan, with_biases=choices.recovery == "bias")
         recover(dense, model, plan, bench.calibration, choices.recovery, report)
         cut = Architecture.from_config(model.config)
-        earlier.append(
-            Step(
-                num_attention_heads=cut.num_attention_heads,
-                num_key_value_heads=cut.num_key_value_heads,
-                head_dim=cut.head_dim,
-                intermediate_size=cut.intermediate_size,
-                perplexity=evaluate(model, bench.evaluation, report).perplexity,
-            )
-        )
+        earlier.append(Step.of(cut, evaluate(model, bench.evaluation, report).perplexity))
         evidence = Evidence(model, bench.calibration, cut, bench.seed, report)
         scores = _in_dense_places(score(choices.importance, evidence), plan, scores)
     return bench.plan(mha_ratio, mlp_ratio, choices, progress, scores), tuple(earlier)

@@ -21,7 +21,7 @@ from transact_core.forward.perplexity import evaluate
 from transact_core.importance.scores import Evidence, score
 from transact_core.models.architecture import Architecture
 from transact_core.pruning.closed_form import recover
-from transact_core.pruning.plan import LayerPlan, PruningPlan, Step, make_plan, widths
+from transact_core.pruning.plan import LayerPlan, Step, make_plan, widths
 from transact_core.pruning.surgery import prune
 from transact_core.training.loop import HeldOut, Settings, Standing, Trained, identity, train
 from transact_core.training.state import Work
@@ -144,30 +144,23 @@ def prune_and_train(
             student, teacher, part, held_out, shot_settings, work, same, report
         )
         current = student.merged()
-        after = Architecture.from_model(current)
-        step = Step(
-            num_attention_heads=after.num_attention_heads,
-            num_key_value_heads=after.num_key_value_heads,
-            head_dim=after.head_dim,
-            intermediate_size=after.intermediate_size,
-            perplexity=evaluate(current, bench.evaluation, report).perplexity,
+        step = Step.of(
+            Architecture.from_model(current),
+            evaluate(current, bench.evaluation, report).perplexity,
             before_training=before,
             trained_tokens=len(trained.curve.losses)
             * settings.windows_per_step
             * part.sequence_length,
         )
         yield Shot(step, shot_settings, part, trained)
-    whole = PruningPlan(
-        mha_ratio=mha_ratio,
-        mlp_ratio=mlp_ratio,
-        granularity=choices.granularity,
-        importance=choices.importance,
-        multiple_of=choices.multiple_of,
-        head_dim_multiple_of=choices.head_dim_multiple_of,
-        num_attention_heads=plan.num_attention_heads,
-        num_key_value_heads=plan.num_key_value_heads,
-        intermediate_size=plan.intermediate_size,
-        layers=tuple(kept),
+    # The last step's plan has the widths that are left, in the places of the model before it.
+    whole = plan.model_copy(
+        update={
+            "mha_ratio": mha_ratio,
+            "mlp_ratio": mlp_ratio,
+            "head_dim_multiple_of": choices.head_dim_multiple_of,
+            "layers": tuple(kept),
+        }
     )
     whole.check(architecture)
     return current, whole

@@ -11,14 +11,13 @@ import torch
 from transact_core.base.errors import Progress, silent
 from transact_core.base.files import require_free_output
 from transact_core.base.generators import WithResult
-from transact_core.data.packing import open_sources, pack
+from transact_core.data.packing import open_sources
 from transact_core.data.windows import count_used
 from transact_core.experiments.bench import Bench, Choices, Measurement, measure
 from transact_core.experiments.iterative import Shot, prune_and_train, require_iterative
 from transact_core.export.compression import describe_compression
 from transact_core.export.folder import write_checkpoint
-from transact_core.export.tune import TuneSpec, held_out_texts, training_record, work_folder
-from transact_core.forward.writing import written
+from transact_core.export.tune import TuneSpec, training_record, windows_to_train_on, work_folder
 from transact_core.pruning.plan import Decision
 from transact_core.pruning.surgery import round_weights
 from transact_core.training.loop import Standing
@@ -43,24 +42,11 @@ def prune_and_tune(
     require_free_output(output)
     start = time.perf_counter()
     dense = bench.loaded
-    sources = [
-        (written(beginning, dense, progress), rest) for beginning, rest in open_sources(spec.text)
-    ]
     used: dict[str, int] = {}
-    for windows in (bench.evaluation, *bench.others, bench.calibration):
+    for windows in (*bench.evaluated, bench.calibration):
         count_used(used, windows)
-    held_out = held_out_texts(spec, sources, [], dense, used, [], progress)
-    training = pack(
-        sources,
-        dense.tokenizer,
-        dense.architecture.vocab_size,
-        spec.settings.tokens,
-        spec.sequence_length,
-        used,
-        progress,
-    )
-    yield from dict.fromkeys(
-        [*training.notices, *(notice for text in held_out for notice in text.windows.notices)]
+    training, held_out = yield from windows_to_train_on(
+        spec, open_sources(spec.text), [], dense, used, [], progress
     )
     bench.measure_dense(progress)
     work = work_folder(output)
@@ -94,7 +80,6 @@ def prune_and_tune(
     records = tuple(
         training_record(
             replace(spec, settings=shot.settings),
-            shot.settings,
             shot.trained,
             shot.training,
             held_out,

@@ -7,7 +7,7 @@ written. What is written is a stock checkpoint, as `prune` writes it, with the t
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,9 +164,6 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
     dense = load_model(source, place, spec.dtype, progress)
     require_same_vocabulary(student_model, dense)
     yield from [*student_model.notices, *dense.notices]
-    training_text = [
-        (written(beginning, dense, progress), rest) for beginning, rest in training_text
-    ]
     watched = [written(text, dense, progress) for text in watched]
     for text in judged:
         text["corpus"] = written(text["corpus"], dense, progress)
@@ -180,18 +177,8 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
     texts = [_evaluation_windows(text, dense) for text in judged]
     for windows in texts:
         count_used(used, windows)
-    held_out = held_out_texts(spec, training_text, watched, dense, used, judged, progress)
-    training = pack(
-        training_text,
-        dense.tokenizer,
-        dense.architecture.vocab_size,
-        settings.tokens,
-        spec.sequence_length,
-        used,
-        progress,
-    )
-    yield from dict.fromkeys(
-        [*training.notices, *(notice for text in held_out for notice in text.windows.notices)]
+    training, held_out = yield from windows_to_train_on(
+        spec, training_text, watched, dense, used, judged, progress
     )
     device = student_model.device
     require_memory(
@@ -226,7 +213,7 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
     processes.wait_for_everyone()
     if not processes.is_main_process:
         return Tuned(spec.output, trained.improved, _sentence(trained), {})
-    record = training_record(spec, settings, trained, training, held_out, student_model, dense)
+    record = training_record(spec, trained, training, held_out, student_model, dense)
     tuned = _write(
         spec, student, student_model, trained, record, compression, report, texts, progress
     )
@@ -286,7 +273,7 @@ def require_same_vocabulary(student: LoadedModel, teacher: LoadedModel) -> None:
 # --- texts -----------------------------------------------------------------------------------
 
 
-def held_out_texts(
+def windows_to_train_on(
     spec: TuneSpec,
     training_text: Sequence[Pieces],
     watched: Sequence[Corpus],
@@ -294,9 +281,40 @@ def held_out_texts(
     used: dict[str, int],
     judged: Sequence[Mapping[str, Any]],
     progress: Progress,
+) -> Generator[str, None, tuple[Windows, list[HeldOut]]]:
+    """The windows that are trained on, and the texts that are watched; yields notices.
+
+    `used` says, by SHA-256, how many tokens of a text something else takes, and learns what is
+    watched.
+    """
+    sources = [(written(beginning, dense, progress), rest) for beginning, rest in training_text]
+    beginnings = [beginning for beginning, _ in sources]
+    held_out = _held_out_texts(spec, beginnings, watched, dense, used, judged, progress)
+    training = pack(
+        sources,
+        dense.tokenizer,
+        dense.architecture.vocab_size,
+        spec.settings.tokens,
+        spec.sequence_length,
+        used,
+        progress,
+    )
+    yield from dict.fromkeys(
+        [*training.notices, *(notice for text in held_out for notice in text.windows.notices)]
+    )
+    return training, held_out
+
+
+def _held_out_texts(
+    spec: TuneSpec,
+    beginnings: Sequence[Corpus],
+    watched: Sequence[Corpus],
+    dense: LoadedModel,
+    used: dict[str, int],
+    judged: Sequence[Mapping[str, Any]],
+    progress: Progress,
 ) -> list[HeldOut]:
     """The texts that are watched; `used` learns what they take."""
-    beginnings = [beginning for beginning, _ in training_text]
     corpora = {text.sha256: text for text in beginnings}
     others = list(watched) or _other_kinds(spec, beginnings, judged, dense, progress)
     corpora |= {text.sha256: text for text in others}
@@ -412,7 +430,6 @@ def _recorded(folder: Path) -> tuple[Compression | None, dict[str, Any]]:
 
 def training_record(
     spec: TuneSpec,
-    settings: Settings,
     trained: Trained,
     training: Windows,
     held_out: Sequence[HeldOut],
@@ -422,7 +439,7 @@ def training_record(
 ) -> Training:
     """What `compression.json` says of a training; `shot` counts from 1 where it is one of several
     between cuts."""
-    curve = trained.curve
+    curve, settings = trained.curve, spec.settings
     return Training(
         teacher=ModelReference(source=dense.source, weight_files=dense.weight_files),
         weight_files=student.weight_files if shot is None else {},

@@ -104,7 +104,7 @@ def written(corpus: Corpus, loaded: LoadedModel, progress: Progress = silent) ->
     path = generated_path(wanted, loaded)
     text = _kept(path)
     if text is None:
-        text = "".join(_documents(wanted, loaded, progress))
+        text = "".join(_documents(wanted, chat, loaded, progress))
         _keep(path, text)
     made = corpus_from_text(corpus.source, text)
     notice = f"The text {corpus.source} was written by {loaded.name}; it is in {path}."
@@ -150,12 +150,15 @@ def _asks(wanted: GeneratedText, tokenizer: PreTrainedTokenizerBase) -> bool:
     return wanted.kind != "plain" and has_chat_template(tokenizer)
 
 
-def _documents(wanted: GeneratedText, loaded: LoadedModel, progress: Progress) -> Iterator[str]:
-    """Documents until they have the tokens that were asked for; plain and chat by turns."""
+def _documents(
+    wanted: GeneratedText, chat: bool, loaded: LoadedModel, progress: Progress
+) -> Iterator[str]:
+    """Documents until they have the tokens that were asked for; plain and chat by turns.
+
+    `chat` is what `_asks` says.
+    """
     tokenizer = loaded.tokenizer
-    kinds = ["chat"] if wanted.kind == "chat" else ["plain"]
-    if wanted.kind == "any" and _asks(wanted, tokenizer):
-        kinds = ["plain", "chat"]
+    kinds = [*(["plain"] if wanted.kind != "chat" else []), *(["chat"] if chat else [])]
     draw = torch.Generator().manual_seed(wanted.seed)
     done = batch = empty = 0
     while done < wanted.tokens:

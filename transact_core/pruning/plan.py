@@ -279,6 +279,25 @@ class Step(Data):
     """Perplexity after recovery, where it was trained then."""
     trained_tokens: int = 0
 
+    @classmethod
+    def of(
+        cls,
+        cut: Architecture,
+        perplexity: float,
+        before_training: float | None = None,
+        trained_tokens: int = 0,
+    ) -> "Step":
+        """The step that left a model of these widths."""
+        return cls(
+            num_attention_heads=cut.num_attention_heads,
+            num_key_value_heads=cut.num_key_value_heads,
+            head_dim=cut.head_dim,
+            intermediate_size=cut.intermediate_size,
+            perplexity=perplexity,
+            before_training=before_training,
+            trained_tokens=trained_tokens,
+        )
+
 
 @dataclass(frozen=True)
 class Decision:
