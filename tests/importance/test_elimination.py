@@ -73,6 +73,11 @@ def solved(x, weight):
     return inverse, weight * scale
 
 
+def products_of(x, weight):
+    inverse, columns = solved(x, weight)
+    return inverse, columns.T @ columns
+
+
 def test_channels_go_as_brute_force_says_at_the_cost_it_says():
     x, weight = problem(60, 12, 5)
     order, costs = eliminate_channels(*solved(x, weight))
@@ -84,7 +89,7 @@ def test_channels_go_as_brute_force_says_at_the_cost_it_says():
 @pytest.mark.parametrize("queries", [1, 2, 3, 6])
 def test_heads_go_as_brute_force_says_at_the_cost_it_says(queries):
     x, weight = problem(80, 24, 7)
-    order, costs = eliminate_heads(*solved(x, weight), 4, queries)
+    order, costs = eliminate_heads(*products_of(x, weight), 4, queries)
     heads = [list(range(start, start + 4)) for start in range(0, 24, 4)]
     expected_order, expected_costs = slow(damped(x), weight, heads, queries)
     assert order.tolist() == expected_order
@@ -106,7 +111,7 @@ def test_no_exchange_makes_a_round_cheaper_and_greed_is_never_better():
             kept = [head for head in range(9) if head not in gone]
             return residual(h, weight, [j for head in kept for j in heads[head]])
 
-        first = eliminate_heads(*solved(x, weight), 2, 3)[0][:3].tolist()
+        first = eliminate_heads(*products_of(x, weight), 2, 3)[0][:3].tolist()
         assert sorted(head // 3 for head in first) == [0, 1, 2]
         exchanged = [
             cost([*first[:turn], 3 * (first[turn] // 3) + other, *first[turn + 1 :]])
@@ -123,13 +128,14 @@ def test_no_exchange_makes_a_round_cheaper_and_greed_is_never_better():
 def test_a_group_is_worth_what_its_heads_are_together():
     x, weight = problem(80, 24, 7)
     inverse, columns = solved(x, weight)
+    products = columns.T @ columns
     scores = head_energies(inverse, columns, 4, 2).unflatten(0, (3, 2))
     groups = [list(range(start, start + 8)) for start in range(0, 24, 8)]
     order, costs = slow(damped(x), weight, groups)
     assert scores.mean(1)[order].tolist() == pytest.approx(
         torch.tensor(costs).cummax(0).values.tolist(), rel=1e-4
     )
-    first_gone = eliminate_heads(inverse, columns, 4, 2)[0][:3].tolist()
+    first_gone = eliminate_heads(inverse, products, 4, 2)[0][:3].tolist()
     assert sorted(int(scores[group].argmin()) + 2 * group for group in range(3)) == sorted(
         first_gone
     )
@@ -207,5 +213,5 @@ def test_every_layer_is_eliminated_on_its_own_moments(model, windows):
                 expected = head_energies(inverse, columns, head_dim, queries)
                 torch.testing.assert_close(found["heads"][number], expected)
                 if queries == 1:
-                    order, _ = eliminate_heads(inverse, columns, head_dim)
+                    order, _ = eliminate_heads(inverse, columns.T @ columns, head_dim)
                     assert found["heads"][number, order].diff().gt(0).all()

@@ -201,7 +201,7 @@ def _cheapest(inverse: torch.Tensor, columns: torch.Tensor, count: int) -> Remov
     if count == 1:
         return ranked[:1].cpu(), cost[ranked[:1]].cpu().double()
     candidates = ranked[: 2 * count]
-    p = inverse[candidates][:, candidates].cpu().double()
+    p = inverse[candidates[:, None], candidates].cpu().double()
     w = columns[candidates]
     # The costs depend on W only through the inner products of its columns.
     products = (w @ w.T).cpu().double()
@@ -251,30 +251,32 @@ def head_energies(
     since single heads can only be removed that way, and then scaled so that the mean over a group
     is the group's own score in an elimination of whole groups.
     """
-    heads = _rising(*eliminate_heads(inverse, columns, head_dim, queries_per_group))
+    products = columns.T @ columns
+    heads = _rising(*eliminate_heads(inverse, products, head_dim, queries_per_group))
     if queries_per_group == 1:
         return heads
-    groups = _rising(*eliminate_heads(inverse, columns, head_dim * queries_per_group))
+    groups = _rising(*eliminate_heads(inverse, products, head_dim * queries_per_group))
     members = heads.unflatten(0, (-1, queries_per_group))
     means = members.mean(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
     return (members * (groups / means)[:, None]).flatten()
 
 
 def eliminate_heads(
-    inverse: torch.Tensor, columns: torch.Tensor, head_dim: int, queries_per_group: int = 1
+    inverse: torch.Tensor, products: torch.Tensor, head_dim: int, queries_per_group: int = 1
 ) -> Removal:
     """Backward elimination of whole heads, in the dtype of what is given.
 
-    Takes P and W as `eliminate_channels` does, and leaves both as they are; a head is `head_dim`
-    neighbouring channels and a group `queries_per_group` neighbouring heads. Without groups, heads
-    are removed one at a time. With them they are removed in rounds, one head of each group: a round
-    is filled greedily with the cheapest head, then heads are exchanged for others of their groups
-    for as long as the round as a whole gets cheaper.
+    Takes P, shape (width, width), and the Gram matrix Q = WᵀW of the same shape, in the units of
+    `damped_inverse`, and leaves both as they are; a head is `head_dim` neighbouring channels and a
+    group `queries_per_group` neighbouring heads. Without groups, heads are removed one at a time.
+    With them they are removed in rounds, one head of each group: a round is filled greedily with
+    the cheapest head, then heads are exchanged for others of their groups for as long as the round
+    as a whole gets cheaper.
 
-    W enters the costs only by its Gram matrix Q = WᵀW, which is updated as P is: with
-    G = (P_JJ)⁻¹ P_J and B = Q_J − ½ Q_JJ G, `Q ← Q − Bᵀ G − Gᵀ B`.
+    W enters the costs only by Q, which is updated as P is: with G = (P_JJ)⁻¹ P_J and
+    B = Q_J − ½ Q_JJ G, `Q ← Q − Bᵀ G − Gᵀ B`.
     """
-    left = _Heads(inverse.clone(), columns.T @ columns, head_dim)
+    left = _Heads(inverse, products, head_dim)
     names = list(range(len(inverse) // head_dim))
     order, costs = [], []
     while names:
@@ -282,12 +284,9 @@ def eliminate_heads(
         leaving = _round(left, len(names), groups)
         order += [names[place] for place in leaving]
         costs.append(left.costs_in_turn(leaving))
-        gone = torch.tensor(leaving)
-        into, out_of = _moves(gone, len(names))
-        left.remove(leaving, into, out_of)
-        for hole, place in zip(into.tolist(), out_of.tolist(), strict=True):
-            names[hole] = names[place]
-        del names[len(names) - len(leaving) :]
+        staying = [place for place in range(len(names)) if place not in leaving]
+        left = left.without(leaving, staying)
+        names = [names[place] for place in staying]
     return torch.tensor(order), torch.cat(costs).double().cpu()
 
 
@@ -301,16 +300,11 @@ class _Heads:
         """What the removal of each one among these adds once those that leave are gone."""
         own, others = self._rows(among), self._rows(leaving)
         shape = (len(among), self.head_dim)
-        p = torch.stack([self.inverse[rows][:, rows] for rows in own.split(self.head_dim)])
-        q = torch.stack([self.products[rows][:, rows] for rows in own.split(self.head_dim)])
+        p = torch.stack([_part(self.inverse, rows, rows) for rows in own.split(self.head_dim)])
+        q = torch.stack([_part(self.products, rows, rows) for rows in own.split(self.head_dim)])
         if leaving:
-            factor = torch.linalg.cholesky(self.inverse[others][:, others])
-            half = torch.linalg.solve_triangular(factor, self.inverse[others][:, own], upper=False)
-            gain = torch.linalg.solve_triangular(factor.mT, half, upper=True)
-            seen = self.products[others]
             half, gain, cross = (
-                each.unflatten(1, shape).transpose(0, 1)
-                for each in (half, gain, seen[:, own] - seen[:, others] @ gain / 2)
+                each.unflatten(1, shape).transpose(0, 1) for each in self._steps(others, own)
             )
             p = p - half.mT @ half
             mixed = cross.mT @ gain
@@ -321,29 +315,41 @@ class _Heads:
     def costs_in_turn(self, leaving: list[int]) -> torch.Tensor:
         """What the removal of each head adds, one after the other."""
         rows = self._rows(leaving)
-        factor = torch.linalg.cholesky(self.inverse[rows][:, rows])
-        half = torch.linalg.solve_triangular(factor, self.products[rows][:, rows], upper=False)
+        factor = torch.linalg.cholesky(_part(self.inverse, rows, rows))
+        half = torch.linalg.solve_triangular(factor, _part(self.products, rows, rows), upper=False)
         whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)
         return whitened.diagonal().unflatten(0, (len(leaving), -1)).sum(dim=1)
 
-    def remove(self, leaving: list[int], into: torch.Tensor, out_of: torch.Tensor) -> None:
-        """Updates P and Q, and moves the last heads into the places of those that leave."""
-        rows = self._rows(leaving)
-        leaving_rows = self.inverse[rows]
-        factor = torch.linalg.cholesky(leaving_rows[:, rows])
-        half = torch.linalg.solve_triangular(factor, leaving_rows, upper=False)
+    def without(self, leaving: list[int], staying: list[int]) -> "_Heads":
+        """P and Q of those that stay, once those that leave are gone."""
+        own = self._rows(staying)
+        half, gain, cross = self._steps(self._rows(leaving), own)
+        mixed = cross.T @ gain
+        return _Heads(
+            _part(self.inverse, own, own).addmm_(half.T, half, alpha=-1),
+            _part(self.products, own, own).sub_(mixed).sub_(mixed.T),
+            self.head_dim,
+        )
+
+    def _steps(self, gone: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the removal of some channels changes at others: with L the Cholesky factor of P_JJ,
+        `L⁻¹ P_J`, G and B, each of shape (channels gone, own)."""
+        factor = torch.linalg.cholesky(_part(self.inverse, gone, gone))
+        half = torch.linalg.solve_triangular(factor, _part(self.inverse, gone, own), upper=False)
         gain = torch.linalg.solve_triangular(factor.mT, half, upper=True)
-        cross = self.products[rows].addmm_(self.products[rows][:, rows], gain, alpha=-0.5)
-        self.inverse.addmm_(half.T, half, alpha=-1)
-        self.products.addmm_(cross.T, gain, alpha=-1).addmm_(gain.T, cross, alpha=-1)
-        holes, places = (self._rows(each.tolist()) for each in (into, out_of))
-        self.inverse = _closed(self.inverse, holes, places, len(rows))
-        self.products = _closed(self.products, holes, places, len(rows))
+        cross = _part(self.products, gone, own)
+        cross.addmm_(_part(self.products, gone, gone), gain, alpha=-0.5)
+        return half, gain, cross
 
     def _rows(self, heads: list[int]) -> torch.Tensor:
         if not heads:
             return torch.empty(0, dtype=torch.int64)
         return head_rows(heads, self.head_dim).to(self.inverse.device)
+
+
+def _part(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """A copy of the matrix at these rows and columns."""
+    return matrix[rows[:, None], columns]
 
 
 def _round(left: _Heads, count: int, groups: list[int] | None) -> list[int]:
