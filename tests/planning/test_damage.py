@@ -106,6 +106,19 @@ def test_many_outputs_are_judged_by_combinations(monkeypatch):
     torch.testing.assert_close(found["least-squares"], exact["least-squares"], rtol=0.15, atol=1e-6)
 
 
+def test_many_rows_are_judged_by_combinations(monkeypatch):
+    folds, weights, weight, _ = folds_of(tokens=6000)
+    order = torch.arange(weight.shape[1])
+    given = [rows(x, w) for x, w in zip(folds, weights, strict=True)]
+    exact = errors_at_all_widths(given, weight, None, order)
+    monkeypatch.setattr(damages, "JUDGED_ROWS", 700)
+    found = errors_at_all_widths(given, weight, None, order)
+    for recovery in ("none", "bias"):
+        assert torch.equal(found[recovery], exact[recovery])
+    assert not torch.equal(found["least-squares"], exact["least-squares"])
+    torch.testing.assert_close(found["least-squares"], exact["least-squares"], rtol=0.15, atol=1e-6)
+
+
 def test_rows_with_the_same_second_moments_lose_the_same():
     folds, weights, weight, bias = folds_of()
     order = torch.arange(weight.shape[1])

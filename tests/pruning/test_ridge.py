@@ -121,6 +121,19 @@ def test_the_error_that_decides_is_the_one_that_is_told(data, by_folds):
     assert folded.fit(chosen).error == pytest.approx(chosen.error, rel=1e-5)
 
 
+def test_ridges_are_compared_on_some_folds_and_told_on_all(data, by_folds, monkeypatch):
+    monkeypatch.setattr(ridge_module, "COMPARED_TOKENS", 100)
+    folded = FoldedRidge(*data, FOLDS, by_folds)
+    assert folded.compared == [0, 1]
+    chosen = folded.choose(RIDGES, 0)
+    left, total = left_over(data, chosen.ridge, by_folds)
+    squares = left.square() * data[2][..., None]
+    assert chosen.error == pytest.approx(squares[:4].sum().item(), rel=1e-5)
+    found = folded.fit(chosen)
+    assert found.error == pytest.approx(total, rel=1e-5)
+    torch.testing.assert_close(found.left, left.float(), rtol=1e-4, atol=1e-4)
+
+
 def test_more_features_than_tokens_of_a_fold_are_fitted_at_once(data):
     assert FoldedRidge(*data, FOLDS).by_folds
     wide = torch.randn(WINDOWS, 50, 101)

@@ -15,8 +15,9 @@ of a bias is the same with H taken about the mean of the other folds. Least squa
 cut with a ridge needs one Cholesky factor L of the other folds' damped second moments: the repaired
 weight of width k differs from W by `(L⁻ᵀ P_k Z)ᵀ` with `Z = Lᵀ Wᵀ`, where P_k sets the first k rows
 to zero. So the fold's error is `‖V_kᵀ Z_k‖²` with `V = L⁻¹ Xᵀ` and the rows from k on, and one
-factorisation serves every width. X may be any matrix with the same second moments, and Z may be
-taken to random combinations of the outputs, as `ridge` does it where there are many.
+factorisation serves every width. X may be any matrix with the same second moments, and X and Z may
+be taken to random combinations of the tokens and of the outputs, where there are many: those keep
+the sum of squares on average.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -56,6 +57,8 @@ HEAD_CUTS = ("query-heads", "kv-groups")
 NARROW_RATIOS = (0.1, 0.25, 0.4, 0.6)
 """Removed shares of head_dim at which narrower heads are measured; errors between are
 interpolated."""
+JUDGED_ROWS = 2048
+"""A fold of more rows than this is judged by as many random combinations of them."""
 ROWS_AT_ONCE = 256
 """Channels whose errors are found at a time: enough to keep the matrix products efficient."""
 REPORTS_A_LAYER = 100
@@ -266,6 +269,19 @@ def _compressed(rows: torch.Tensor) -> torch.Tensor:
     return torch.linalg.qr(where, mode="r").R.to(rows.device)
 
 
+def _combined(rows: torch.Tensor) -> torch.Tensor:
+    """`JUDGED_ROWS` random combinations of the rows where there are more, with the same sum of
+    squares of every product on average: rows that far apart are added, each with a random sign."""
+    if len(rows) <= JUDGED_ROWS:
+        return rows
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    signs = torch.randint(0, 2, (len(rows), 1), generator=generator).to(rows) * 2 - 1
+    combined = rows.new_zeros(JUDGED_ROWS, rows.shape[1])
+    for part, sign in zip(rows.split(JUDGED_ROWS), signs.split(JUDGED_ROWS), strict=True):
+        combined[: len(part)].addcmul_(part, sign)
+    return combined
+
+
 def errors_at_all_widths(
     rows: Sequence[torch.Tensor],
     weight: torch.Tensor,
@@ -312,11 +328,9 @@ def errors_at_all_widths(
         outputs = columns.T @ mixed if mixed.numel() else columns.T
         fitted = torch.zeros(len(RIDGES), len(bare), dtype=torch.float64)
         for number, (fold, unseen) in enumerate(zip(rows, moments, strict=True)):
-            seen = total - unseen
+            seen, judged = total - unseen, _combined(fold[:, order]) / scale
             for ridge_number, ridge in enumerate(RIDGES):
-                fitted[ridge_number] += _repaired(
-                    seen, fold[:, order] / scale, outputs, scale, ridge
-                )
+                fitted[ridge_number] += _repaired(seen, judged, outputs, scale, ridge)
                 report((number + (ridge_number + 1) / len(RIDGES)) / len(rows))
         errors["least-squares"] = torch.minimum(bare, fitted.amin(dim=0))
     return {recovery: _rising(error / energy) for recovery, error in errors.items()}
@@ -331,8 +345,7 @@ def _repaired(
 ) -> torch.Tensor:
     """Errors on unseen rows after least squares on the seen moments, (width + 1,), float64.
 
-    It overwrites the rows. In units of `scale`, one for each channel; `outputs` has shape (width,
-    outputs).
+    In units of `scale`, one for each channel; `outputs` has shape (width, outputs).
     """
     damped = seen[:-1, :-1].clone()
     energy = damped.diagonal().clone()
@@ -345,7 +358,7 @@ def _repaired(
         block = slice(start, start + ROWS_AT_ONCE)
         factor[block, block].tril_()
         torch.mm(factor[start:, block].T, outputs[start:], out=z[block])
-    v = solve_lower(factor, unseen.T)
+    v = solve_lower(factor, unseen.T.clone())
     del factor, damped
     return _trailing_products(v, z)
 

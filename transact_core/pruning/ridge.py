@@ -23,7 +23,7 @@ trace of second moments, which needs no rows. The second is cheaper everywhere e
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +41,9 @@ FLOOR = 1e-3
 JUDGED_OUTPUTS = 512
 """Ridges are compared on this many random combinations of the outputs, where there are at least
 twice as many outputs. The chosen ridge's error is that of all outputs."""
+COMPARED_TOKENS = 4096
+"""Ridges are compared on as many folds as have this many tokens together, two at least. The chosen
+ridge's error, and what the windows are left with, are those of all folds."""
 
 
 def energy(values: torch.Tensor, weights: torch.Tensor) -> float:
@@ -61,10 +64,11 @@ class Chosen:
 
     ridge: float
     error: float
-    """Weighted squared error summed over folds, each by the change fitted on all others, estimated
-    where there are more outputs than `JUDGED_OUTPUTS`; infinite where a fold cannot be solved."""
-    factors: Sequence[torch.Tensor] = field(repr=False, default=())
-    """Of each fold, what its solution needs again."""
+    """Weighted squared error summed over the compared folds, each by the change fitted on all
+    others, estimated where there are more outputs than `JUDGED_OUTPUTS`; infinite where a fold
+    cannot be solved."""
+    factors: Mapping[int, torch.Tensor] = field(repr=False, default_factory=dict)
+    """Of each compared fold, by its number, what its solution needs again."""
 
 
 @dataclass(frozen=True)
@@ -108,21 +112,19 @@ class FoldedRidge:
         if by_folds is None:
             by_folds = width <= min(len(fold) for fold in folds) * features.shape[1]
         self.by_folds = by_folds
+        self.compared = _spread(folds, math.ceil(COMPARED_TOKENS / features.shape[1]))
+        """Numbers of the folds that ridges are compared on."""
         self._share = 1 - 1 / len(folds)
         self.energy = energy(missing, weights)
         """Weighted sum of squares of `missing`: the error without any change."""
         self._units = _units(features, weights)
         self._mixed = combinations(outputs).to(features.device)
-        moments = (self._moments(fold) for fold in folds)
         if by_folds:
             # Together no larger than the features and the missing outputs.
-            self._of_folds = list(moments)
+            self._of_folds = [self._moments([fold]) for fold in folds]
             self._gram, self._cross = (sum(parts) for parts in zip(*self._of_folds, strict=True))
         else:
-            self._gram, self._cross = next(moments)
-            for gram, cross in moments:
-                self._gram += gram
-                self._cross += cross
+            self._gram, self._cross = self._moments(folds)
 
     def choose(self, ridges: Sequence[float], start: int) -> Chosen:
         """The best of the ascending ridges by cross-validation, downhill from the one at `start`.
@@ -150,26 +152,47 @@ class FoldedRidge:
         It overwrites the second moments: nothing else can be asked for afterwards.
         """
         left = torch.empty(self.missing.shape, device=self.missing.device)
-        error = 0.0
-        if chosen.error == math.inf:
+        try:
+            if chosen.error == math.inf:
+                raise torch.linalg.LinAlgError
+            change, error = (self._fit_by_folds if self.by_folds else self._fit_at_once)(
+                chosen, left
+            )
+        except torch.linalg.LinAlgError:
             return Fitted(self._cross.fill_(torch.nan), left.fill_(torch.nan), math.nan)
-        if not self.by_folds:
-            factor = self._factored(self._gram, chosen.ridge * self._share)
-            change = solve_factored(factor, self._cross)
-        for fold_index, (fold, factor) in enumerate(zip(self.folds, chosen.factors, strict=True)):
-            if self.by_folds:
-                cross = self._cross - self._of_folds[fold_index][1]
-                change = solve_factored(factor, cross)
+        return Fitted(change / self._units[:, None], left, error)
+
+    def _fit_by_folds(self, chosen: Chosen, left: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """The change, in units, and the error; fills in what each window is left with."""
+        error = 0.0
+        for number, fold in enumerate(self.folds):
+            factor = chosen.factors.get(number)
+            if factor is None:
+                factor = self._factor_without(number, chosen.ridge)
+            change = solve_factored(factor, self._cross - self._of_folds[number][1])
+            x, y = self._rows(fold)
+            error += self._leave(left, fold, y.addmm_(x, change, alpha=-1))
+        return solve_factored(self._factored(self._gram, chosen.ridge), self._cross), error
+
+    def _fit_at_once(self, chosen: Chosen, left: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """As `_fit_by_folds`, by the factor of all windows."""
+        error = 0.0
+        whole = self._factored(self._gram, chosen.ridge * self._share)
+        change = solve_factored(whole, self._cross)
+        for number, fold in enumerate(self.folds):
             x, y = self._rows(fold)
             y.addmm_(x, change, alpha=-1)
+            factor = chosen.factors.get(number)
+            if factor is None:
+                factor = _unexplained(whole, x)
             del x
-            if not self.by_folds:
-                y = solve_factored(factor, y)
-            error += _sum_of_squares(y)
-            left[fold] = (y / self._roots(fold)).unflatten(0, (len(fold), -1))
-        if self.by_folds:
-            change = solve_factored(self._factored(self._gram, chosen.ridge), self._cross)
-        return Fitted(change / self._units[:, None], left, error)
+            error += self._leave(left, fold, solve_factored(factor, y))
+        return change, error
+
+    def _leave(self, left: torch.Tensor, fold: torch.Tensor, rows: torch.Tensor) -> float:
+        """Fills in what the windows of a fold are left with, from weighted rows; their energy."""
+        left[fold] = (rows / self._roots(fold)).unflatten(0, (len(fold), -1))
+        return _sum_of_squares(rows)
 
     def _tried(self, ridge: float) -> Chosen:
         try:
@@ -178,47 +201,56 @@ class FoldedRidge:
             return Chosen(ridge, math.inf)
         return Chosen(ridge, math.inf if math.isnan(error) else error, factors)
 
-    def _by_folds(self, ridge: float) -> tuple[float, list[torch.Tensor]]:
-        """The error under a ridge, and the factor of each fold."""
-        error, factors = 0.0, []
-        for fold, (gram, cross) in zip(self.folds, self._of_folds, strict=True):
-            others = self._gram - gram
-            energies = others.diagonal() * self._units.square()
-            penalty = ridge * _with_floor(energies) / self._units.square()
-            factor = self._factored(others, penalty)
+    def _by_folds(self, ridge: float) -> tuple[float, dict[int, torch.Tensor]]:
+        """The error under a ridge, and the factor of each compared fold."""
+        error, factors = 0.0, {}
+        for number in self.compared:
+            gram, cross = self._of_folds[number]
+            factors[number] = self._factor_without(number, ridge)
             cross = self._judged(cross)
-            change = solve_factored(factor, self._judged(self._cross) - cross)
+            change = solve_factored(factors[number], self._judged(self._cross) - cross)
             # |Y − XC|² by second moments alone.
             products = ((gram @ change - 2 * cross) * change).sum(dim=0)
-            error += _sum_of_squares(self._judged(self._rows(fold)[1]))
+            error += _sum_of_squares(self._judged(self._rows(self.folds[number])[1]))
             error += in_float64(products).sum().item()
-            factors.append(factor)
         # Rounding could make the error of a perfect fit negative.
         return max(error, 0.0), factors
 
-    def _at_once(self, ridge: float) -> tuple[float, list[torch.Tensor]]:
-        """The error under a ridge, and the factor of `1 − X (G + R)⁻¹ Xᵀ` for each fold."""
-        error, factors = 0.0, []
-        factor = self._factored(self._gram.clone(), ridge * self._share)
-        change = solve_factored(factor, self._judged(self._cross).clone())
-        for fold in self.folds:
-            x, y = self._rows(fold)
+    def _at_once(self, ridge: float) -> tuple[float, dict[int, torch.Tensor]]:
+        """The error under a ridge, and for each compared fold the factor of `_unexplained`."""
+        error, factors = 0.0, {}
+        whole = self._factored(self._gram.clone(), ridge * self._share)
+        change = solve_factored(whole, self._judged(self._cross).clone())
+        for number in self.compared:
+            x, y = self._rows(self.folds[number])
             y = torch.addmm(self._judged(y), x, change, alpha=-1)
-            unexplained = second_moments([solve_lower(factor, x.T)], len(x)).neg_()
-            del x
-            unexplained.diagonal().add_(1)
-            factors.append(factored_in_place(unexplained))
-            error += _sum_of_squares(solve_factored(factors[-1], y))
+            factors[number] = _unexplained(whole, x)
+            error += _sum_of_squares(solve_factored(factors[number], y))
         return error, factors
+
+    def _factor_without(self, number: int, ridge: float) -> torch.Tensor:
+        """The factor of the penalised second moments of all folds but this one."""
+        others = self._gram - self._of_folds[number][0]
+        energies = others.diagonal() * self._units.square()
+        return self._factored(others, ridge * _with_floor(energies) / self._units.square())
 
     def _factored(self, gram: torch.Tensor, penalty: torch.Tensor | float) -> torch.Tensor:
         """The Cholesky factor of the penalised second moments, in the memory of `gram`."""
         gram.diagonal().add_(penalty)
         return factored_in_place(gram)
 
-    def _moments(self, fold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = self._rows(fold)
-        return second_moments([x], x.shape[1]), x.T @ y
+    def _moments(self, folds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The second moments of some folds' features, and those of features and outputs."""
+        width, outputs = self.features.shape[-1], self.missing.shape[-1]
+        cross = torch.zeros(width, outputs, device=self.features.device)
+
+        def passing() -> Iterator[torch.Tensor]:
+            for fold in folds:
+                x, y = self._rows(fold)
+                cross.addmm_(x.T, y)
+                yield x
+
+        return second_moments(passing(), width), cross
 
     def _judged(self, outputs: torch.Tensor) -> torch.Tensor:
         """The outputs, or their combinations, by which ridges are compared; (…, outputs)."""
@@ -237,6 +269,23 @@ class FoldedRidge:
         root = self._roots(fold)
         x, y = self.features[fold].flatten(0, 1), self.missing[fold].flatten(0, 1)
         return (x.float() / self._units).mul_(root), y.float() * root
+
+
+def _unexplained(whole: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The factor of `1 − X (G + R)⁻¹ Xᵀ` for the rows of one fold, which it overwrites.
+
+    `whole` is the factor of G + R.
+    """
+    unexplained = second_moments([solve_lower(whole, x.T)], len(x)).neg_()
+    unexplained.diagonal().add_(1)
+    return factored_in_place(unexplained)
+
+
+def _spread(folds: Sequence[torch.Tensor], windows: int) -> list[int]:
+    """Numbers of folds that have at least so many windows together, two or more, spread evenly."""
+    count = math.ceil(windows / min(len(fold) for fold in folds))
+    count = min(max(2, count), len(folds))
+    return [len(folds) * turn // count for turn in range(count)]
 
 
 def _units(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
