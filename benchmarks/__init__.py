@@ -11,6 +11,7 @@ prediction       error of predicted perplexity
 pages            response time of the live Compress page, in a browser
 importance_page  time to draw the Importance page of a large model, in a browser
 load             ten visitors at the same time on one server
+recover          training of a cut: losses against tokens, methods, losses and caches
 families         models of every family, trained for a minute, cut and checked
 gguf_frontier    size, perplexity and speed of GGUF files, dense and pruned, in llama.cpp
 """

@@ -13,7 +13,7 @@ from pages.parts.progress import show_job
 from pages.server.request import Cut
 from pages.server.side_by_side import DamageRun, last_damage, start_damage
 from pages.server.visits import visit
-from transact_core.data.corpus import BUILTIN_TEXTS, describe, short_name
+from transact_core.data.corpus import describe, short_name
 from transact_core.experiments.bench import Bench
 from transact_core.experiments.text_damage import TextDamage
 
@@ -24,8 +24,7 @@ WORST_SHOWN = 200
 
 def choose_and_start(bench: Bench, cut: Cut) -> None:
     request = visit().request
-    offered = [request.evaluation, *request.others, *BUILTIN_TEXTS, request.calibration]
-    offered = list(dict.fromkeys(offered))
+    offered = request.texts
     evaluated = (request.evaluation, *request.others)
 
     def label(source: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import streamlit as st
 
+from pages.charts.common import on_text
 from pages.charts.file_charts import (
     COSTS,
     difference_in_words,
@@ -19,6 +20,7 @@ from pages.parts.runtime_picker import usable
 from pages.server.gguf_files import known_file, start_files
 from pages.server.request import Cut
 from pages.server.visits import points, visit
+from transact_core.data.corpus import short_name
 from transact_core.experiments.bench import Bench, Measurement
 from transact_core.export.gguf_points import (
     NEW,
@@ -101,7 +103,7 @@ def show_files(bench: Bench) -> None:
     )
     logarithmic = columns[1].toggle("Log scale", key="deploy_log")
     show(
-        file_frontier(kept, cost, logarithmic),
+        on_text(file_frontier(kept, cost, logarithmic), short_name(bench.evaluation.source)),
         f"files-{cost.lower()}",
         "each mark is one file. For a full one no other is as good on both axes; an open one has "
         "another that is no worse on both. Times are ratios measured in turns with the dense F16 "

@@ -20,7 +20,7 @@ from pages.server.settings import settings
 from pages.server.task_runs import TaskRun, last_tasks, start_tasks
 from pages.server.visits import visit
 from transact_core.base.errors import TransActError
-from transact_core.data.corpus import BUILTIN_TEXT, BUILTIN_TEXTS, describe, short_name
+from transact_core.data.corpus import BUILTIN_TEXT, describe, short_name
 from transact_core.data.own_text import OWN_TEXT_TASKS
 from transact_core.experiments.harness import require_harness
 from transact_core.experiments.task_data import DEFAULT_SUITE, PAPER_SUITE, TaskChoice
@@ -115,11 +115,9 @@ def choose_tasks() -> TaskChoice | None:
 
 def choose_text(place: st.delta_generator.DeltaGenerator) -> str:
     """One of the texts in the sidebar, or of the built-in ones."""
-    request = visit().request
-    sources = [request.evaluation, *request.others, *BUILTIN_TEXTS, request.calibration]
     return place.selectbox(
         "Text",
-        list(dict.fromkeys(sources)),
+        visit().request.texts,
         format_func=short_name,
         key="tasks_text",
         persist_state="session",

@@ -6,7 +6,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 
-from pages.charts.common import DENSE, laid_out
+from pages.charts.common import DENSE, PERPLEXITY, laid_out
+from pages.charts.curve_chart import PALETTE
 from transact_core.export.gguf_points import FilePoint
 from transact_core.forward.perplexity import paired_difference
 from transact_core.planning.frontier import frontier
@@ -19,8 +20,6 @@ COSTS = {
 }
 """For each thing that is drawn against perplexity: its axis, its column, whether more is better."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "pentagon", "star")
-# Okabe and Ito without grey, which is the dense model's.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 
 
 def files_table(points: Sequence[FilePoint]) -> pd.DataFrame:
@@ -102,7 +101,7 @@ def file_frontier(points: Sequence[FilePoint], cost: str, logarithmic: bool = Fa
     )
     is_best = table.index.isin(table.index[best])
     others = [model for model in dict.fromkeys(table["model"]) if model != "dense"]
-    palette = (*COLOURS, *qualitative.Dark24)
+    palette = (*PALETTE[:6], *qualitative.Dark24)  # Not its yellow, too pale for text.
     styles = {
         "dense": (DENSE, "diamond"),
         **{
@@ -131,7 +130,7 @@ def file_frontier(points: Sequence[FilePoint], cost: str, logarithmic: bool = Fa
             hovertemplate=f"{model}, %{{text}}: %{{x:,.2f}}, perplexity %{{y:.3f}}<extra></extra>",
         )
     figure.update_xaxes(title=axis)
-    figure.update_yaxes(title="perplexity", type="log" if logarithmic else "linear")
+    figure.update_yaxes(title=PERPLEXITY, type="log" if logarithmic else "linear")
     figure = laid_out(figure, _title(table, is_best, cost), 520)
     return figure.update_layout(
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.16, "yanchor": "top"}

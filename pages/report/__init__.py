@@ -23,9 +23,10 @@ from pages.charts.latency_chart import latency_chart
 from pages.charts.tasks_chart import tasks_chart
 from pages.charts.text import counted
 from pages.parts.sizes import SIZES, times_dense
+from pages.parts.texts import like_calibration
 from pages.server.side_by_side import LatencyRun
 from pages.server.task_runs import TaskRun
-from transact_core.data.corpus import describe, of_one_kind, short_name
+from transact_core.data.corpus import describe, short_name
 from transact_core.experiments.bench import Bench, Measurement
 from transact_core.export.compression import (
     Compression,
@@ -185,7 +186,7 @@ def _perplexity_note(bench: Bench, point: Measurement | None) -> str:
     )
     alike = (
         " Calibration and evaluation are of one kind: on other kinds of text the cut may cost more."
-        if all(of_one_kind(windows.source, bench.calibration.source) for windows in bench.evaluated)
+        if all(like_calibration(bench, place) for place in range(len(bench.evaluated)))
         else ""
     )
     of_which = f" on {short_name(bench.evaluation.source)}" if bench.others else ""

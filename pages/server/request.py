@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from transact_core.data.corpus import BUILTIN_TEXTS
 from transact_core.data.windows import WindowSpec
 from transact_core.experiments.bench import Choices, Measurement
 from transact_core.experiments.cut_spec import BenchSpec
@@ -24,6 +25,13 @@ class Request:
     evaluation_tokens: int = WindowSpec.evaluation_tokens
     sequence_length: int = WindowSpec.sequence_length
     others: tuple[str, ...] = WindowSpec.others
+
+    @property
+    def texts(self) -> list[str]:
+        """Texts to offer where one is chosen: the evaluation texts, the built-in ones and, last,
+        the calibration text; none twice."""
+        offered = (self.evaluation, *self.others, *BUILTIN_TEXTS, self.calibration)
+        return list(dict.fromkeys(offered))
 
     @property
     def model_key(self) -> tuple[str, str, str]:

@@ -7,7 +7,7 @@ from pages.server.jobs import Job
 from pages.server.open_models import workbench
 from pages.server.points import point_of
 from pages.server.request import Cut
-from pages.server.settings import require_readable_source, settings
+from pages.server.settings import require_readable_text, settings
 from pages.server.start_jobs import start
 from pages.server.visits import holding, points, visit
 from transact_core.base.errors import Progress
@@ -137,7 +137,7 @@ def start_damage(cut: Cut, sources: Sequence[str], tokens: int) -> None:
 
     def comparing(report: Progress) -> None:
         for source in run.sources:
-            require_readable_source(source, settings())
+            require_readable_text(source, settings())
         point = point_of(cut, request, known, report)
         workbench().run(
             request,

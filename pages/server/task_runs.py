@@ -8,7 +8,7 @@ from pages.server.jobs import Job
 from pages.server.open_models import workbench
 from pages.server.points import point_of
 from pages.server.request import Cut
-from pages.server.settings import require_readable, require_readable_source, settings
+from pages.server.settings import require_readable, require_readable_text, settings
 from pages.server.start_jobs import start
 from pages.server.visits import holding, points, visit
 from transact_core.base.errors import Progress
@@ -75,7 +75,7 @@ def start_tasks(cut: Cut | None, choice: TaskChoice) -> None:
 
     def answering(report: Progress) -> Iterator[tuple[int, int]]:
         allowed = choice
-        require_readable_source(choice.text, settings())
+        require_readable_text(choice.text, settings())
         if choice.folder is not None:
             folder = require_readable(choice.folder, settings())
             allowed = replace(choice, folder=str(folder))
