@@ -93,25 +93,22 @@ def test_one_factorisation_gives_what_cutting_and_fitting_anew_gives_at_each_wid
             )
 
 
-def test_many_outputs_are_judged_by_combinations(monkeypatch):
-    folds, weights, weight, _ = folds_of(hidden=400)
+@pytest.mark.parametrize(
+    ("size", "module", "limit", "few"),
+    [
+        ({"hidden": 400}, ridge_module, "JUDGED_OUTPUTS", 150),
+        ({"tokens": 6000}, damages, "JUDGED_ROWS", 700),
+    ],
+    ids=["outputs", "rows"],
+)
+def test_many_outputs_and_many_rows_are_judged_by_combinations(
+    size, module, limit, few, monkeypatch
+):
+    folds, weights, weight, _ = folds_of(**size)
     order = torch.arange(weight.shape[1])
     given = [rows(x, w) for x, w in zip(folds, weights, strict=True)]
     exact = errors_at_all_widths(given, weight, None, order)
-    monkeypatch.setattr(ridge_module, "JUDGED_OUTPUTS", 150)
-    found = errors_at_all_widths(given, weight, None, order)
-    for recovery in ("none", "bias"):
-        assert torch.equal(found[recovery], exact[recovery])
-    assert not torch.equal(found["least-squares"], exact["least-squares"])
-    torch.testing.assert_close(found["least-squares"], exact["least-squares"], rtol=0.15, atol=1e-6)
-
-
-def test_many_rows_are_judged_by_combinations(monkeypatch):
-    folds, weights, weight, _ = folds_of(tokens=6000)
-    order = torch.arange(weight.shape[1])
-    given = [rows(x, w) for x, w in zip(folds, weights, strict=True)]
-    exact = errors_at_all_widths(given, weight, None, order)
-    monkeypatch.setattr(damages, "JUDGED_ROWS", 700)
+    monkeypatch.setattr(module, limit, few)
     found = errors_at_all_widths(given, weight, None, order)
     for recovery in ("none", "bias"):
         assert torch.equal(found[recovery], exact[recovery])

@@ -45,7 +45,7 @@ from transact_core.importance.scores import Scores
 from transact_core.models.architecture import Architecture
 from transact_core.pruning.closed_form import RECOVERIES, recover
 from transact_core.pruning.plan import PruningPlan, best_first, head_counts
-from transact_core.pruning.ridge import FLOOR, combinations
+from transact_core.pruning.ridge import FLOOR, combinations, random_signs
 from transact_core.pruning.surgery import prune
 
 RIDGES = (0.1, 0.3, 1.0)
@@ -274,8 +274,7 @@ def _combined(rows: torch.Tensor) -> torch.Tensor:
     squares of every product on average: rows that far apart are added, each with a random sign."""
     if len(rows) <= JUDGED_ROWS:
         return rows
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    signs = torch.randint(0, 2, (len(rows), 1), generator=generator).to(rows) * 2 - 1
+    signs = random_signs(len(rows), 1).to(rows)
     combined = rows.new_zeros(JUDGED_ROWS, rows.shape[1])
     for part, sign in zip(rows.split(JUDGED_ROWS), signs.split(JUDGED_ROWS), strict=True):
         combined[: len(part)].addcmul_(part, sign)

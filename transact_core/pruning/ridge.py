@@ -204,11 +204,12 @@ class FoldedRidge:
     def _by_folds(self, ridge: float) -> tuple[float, dict[int, torch.Tensor]]:
         """The error under a ridge, and the factor of each compared fold."""
         error, factors = 0.0, {}
+        total = self._judged(self._cross)
         for number in self.compared:
             gram, cross = self._of_folds[number]
             factors[number] = self._factor_without(number, ridge)
             cross = self._judged(cross)
-            change = solve_factored(factors[number], self._judged(self._cross) - cross)
+            change = solve_factored(factors[number], total - cross)
             # |Y − XC|² by second moments alone.
             products = ((gram @ change - 2 * cross) * change).sum(dim=0)
             error += _sum_of_squares(self._judged(self._rows(self.folds[number])[1]))
@@ -312,9 +313,13 @@ def combinations(outputs: int) -> torch.Tensor:
     """
     if compared(outputs) == outputs:
         return torch.empty(0)
+    return random_signs(outputs, JUDGED_OUTPUTS) / JUDGED_OUTPUTS**0.5
+
+
+def random_signs(*shape: int) -> torch.Tensor:
+    """1 and -1, the same ones at every call; float32 on the CPU."""
     generator = torch.Generator(device="cpu").manual_seed(0)
-    signs = torch.randint(0, 2, (outputs, JUDGED_OUTPUTS), generator=generator)
-    return (2.0 * signs - 1) / JUDGED_OUTPUTS**0.5
+    return 2.0 * torch.randint(0, 2, shape, generator=generator) - 1
 
 
 def _sum_of_squares(values: torch.Tensor) -> float:
