@@ -6,7 +6,7 @@ CPU tensor, but for indices and single numbers. `simulated()` must be active, fo
 `torch.zeros(..., device=...)`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("meta")
 """What code sees as the device of such a tensor."""
@@ -85,10 +84,28 @@ def _attend(
 
 
 def _inner(value: object) -> object:
-    """What stands for the value on the CPU."""
+    """What stands for the value, or for those in a list, on the CPU."""
+    if isinstance(value, Elsewhere):
+        return value.inner
     if isinstance(value, torch.device):
         return torch.device("cpu")
-    return value.inner if isinstance(value, Elsewhere) else value
+    return type(value)(map(_inner, value)) if type(value) in (list, tuple) else value
+
+
+def _outer(result: object) -> object:
+    """A result on the CPU, or those in a list, on the simulated device."""
+    if isinstance(result, torch.Tensor):
+        return Elsewhere(result)
+    return type(result)(map(_outer, result)) if type(result) in (list, tuple) else result
+
+
+def _flat(values: Iterable[object]) -> Iterator[object]:
+    """Arguments of an operation; torch's own trees are slower, and operations only have lists."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
 
 
 def elsewhere(tensor: torch.Tensor) -> Elsewhere:
@@ -112,7 +129,7 @@ def move(model: nn.Module) -> nn.Module:
 
 def _dispatched(func, args: tuple, kwargs: dict) -> object:
     name = func.overloadpacket.__name__
-    values = tree_flatten((args, kwargs))[0]
+    values = list(_flat((*args, *kwargs.values())))
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     there = [tensor for tensor in tensors if isinstance(tensor, Elsewhere)]
     devices = [value for value in values if isinstance(value, torch.device)]
@@ -127,12 +144,12 @@ def _dispatched(func, args: tuple, kwargs: dict) -> object:
             raise RuntimeError(f"{name} of tensors on two devices")
     if lands_there and kwargs.get("dtype") == torch.float64:
         raise TypeError(f"{name} makes float64, which the device lacks")
-    result = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+    result = func(
+        *map(_inner, args), **{option: _inner(value) for option, value in kwargs.items()}
+    )
     if not lands_there:
         return result
-    wrapped = tree_map(
-        lambda value: Elsewhere(value) if isinstance(value, torch.Tensor) else value, result
-    )
+    wrapped = _outer(result)
     return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
 
 

@@ -27,29 +27,27 @@ def test_a_first_visit_is_shown_an_example_while_the_model_is_opened(
         page.close()
 
 
-# Without the app's redirect, Streamlit would run such a page alone.
-@pytest.mark.parametrize(
-    ("name", "address_then"),
-    [
-        ("compress?mha=60&mlp=50", "/compress.*mha=60&mlp=50"),
-        ("method", "/method$"),
-    ],
-)
-def test_a_page_is_never_drawn_without_the_app_around_it(
-    browser: Browser, tmp_path: Path, name: str, address_then: str
-):
+def test_a_page_is_never_drawn_without_the_app_around_it(browser: Browser, tmp_path: Path):
+    """Without the app's redirect, Streamlit would run the page that is asked for alone.
+
+    The first visitor of a server is redirected in another way than those that follow.
+    """
     with running_app(tmp_path / "log.txt") as address:
-        page = browser.new_page()
-        page.goto(f"{address}/{name}")
-        expect(page.get_by_role("combobox", name="Calibration text")).to_be_visible(
-            timeout=TIMEOUT_MS
-        )
-        expect(page).to_have_url(re.compile(address_then))
-        links = page.get_by_test_id("stSidebarNavLink").all_inner_texts()
-        page.close()
-    assert len(links) == 15
-    assert "Start here" in links[0]
-    assert "Method" in links[1]
+        for name, address_then in (
+            ("compress?mha=60&mlp=50", "/compress.*mha=60&mlp=50"),
+            ("method", "/method$"),
+        ):
+            page = browser.new_page()
+            page.goto(f"{address}/{name}")
+            expect(page.get_by_role("combobox", name="Calibration text")).to_be_visible(
+                timeout=TIMEOUT_MS
+            )
+            expect(page).to_have_url(re.compile(address_then))
+            links = page.get_by_test_id("stSidebarNavLink").all_inner_texts()
+            page.close()
+            assert len(links) == 15
+            assert "Start here" in links[0]
+            assert "Method" in links[1]
 
 
 def test_the_first_page_has_its_name_as_an_address_too(browser: Browser, tmp_path: Path):

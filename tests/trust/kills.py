@@ -32,7 +32,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -462,6 +462,12 @@ def trial(work: Work, kind: str, folder: Path, reference: Reference, chance: ran
     return {-signal.SIGKILL: "killed", 2: "refused"}.get(ending.status, "finished")
 
 
+def _dealt(works: list[Work], kinds: Sequence[str], count: int) -> Iterator[tuple[Work, str]]:
+    """Pairs of a command and a kind, so that few of them have every command and every kind."""
+    for n in range(count):
+        yield works[n % len(works)], kinds[(n + n // len(works)) % len(kinds)]
+
+
 def campaign(
     names: list[str], trials: int, disks: int, seed: int, folder: Path
 ) -> dict[str, object]:
@@ -480,10 +486,7 @@ def campaign(
         chosen = [works(inputs)[name] for name in names]
         references = {work.name: make_reference(work, folder / "trial") for work in chosen}
         kinds = list(DISKS if can_mount(folder / "disk") else DISKS[:1])
-        plan = [(chosen[n % len(chosen)], KILLS[n // len(chosen) % 3]) for n in range(trials)]
-        plan += [
-            (chosen[n % len(chosen)], kinds[n // len(chosen) % len(kinds)]) for n in range(disks)
-        ]
+        plan = [*_dealt(chosen, KILLS, trials), *_dealt(chosen, kinds, disks)]
         counts: Counter[str] = Counter()
         failures = []
         for index, (work, kind) in enumerate(plan):
