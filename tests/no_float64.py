@@ -144,9 +144,7 @@ def _dispatched(func, args: tuple, kwargs: dict) -> object:
             raise RuntimeError(f"{name} of tensors on two devices")
     if lands_there and kwargs.get("dtype") == torch.float64:
         raise TypeError(f"{name} makes float64, which the device lacks")
-    result = func(
-        *map(_inner, args), **{option: _inner(value) for option, value in kwargs.items()}
-    )
+    result = func(*map(_inner, args), **{option: _inner(value) for option, value in kwargs.items()})
     if not lands_there:
         return result
     wrapped = _outer(result)
