@@ -15,6 +15,7 @@ PAGES = (
     "heads",
     "redundancy",
     "compress",
+    "recover",
     "perplexity",
     "tasks",
     "damage",
