@@ -1,5 +1,7 @@
 """Train what a cut has left, from what the dense model says, and watch what comes back."""
 
+from collections.abc import Sequence
+
 import streamlit as st
 
 from pages.charts.recover_charts import (
@@ -42,7 +44,13 @@ from pages.server.trainings import (
 from pages.server.visits import visit
 from transact_core.base.errors import TransActError
 from transact_core.base.files import expanded
-from transact_core.data.corpus import BUILTIN_TEXTS, GENERATED, MIXED, short_name
+from transact_core.data.corpus import (
+    BUILTIN_TEXTS,
+    GENERATED,
+    MIXED,
+    mixed_sources,
+    short_name,
+)
 from transact_core.experiments.bench import Bench, Measurement
 from transact_core.export.compression import tune_command
 from transact_core.training.loop import LEARNING_RATES
@@ -64,30 +72,23 @@ def choose_training(cut: Cut) -> TrainingChoice | None:
     # In a new tab, and after a reload, the controls are as in the last training.
     last = next(iter(trainings()), None)
     before = last.choice if last else TrainingChoice(MIXED.join(BUILTIN_TEXTS), tokens=USUAL_TOKENS)
-    known = [*visit().request.texts, GENERATED]
     columns = st.columns([5, 4, 3, 3, 2.6], vertical_alignment="bottom")
-    named = before.text.split(MIXED)
-    chosen = columns[0].multiselect(
+    chosen = choose_texts(
+        columns[0],
         "Train on",
-        list(dict.fromkeys([*known, *named])),
-        named,
-        format_func=short_name,
-        accept_new_options=True,
+        mixed_sources(before.text),
+        placeholder="A text",
         key="recover_text",
-        persist_state="session",
         help="Several are mixed, a window of each in turn. Any source can be typed: a file on the "
         "machine that runs this app, `hub:DATASET`, or `generated:TOKENS:SEED`, which the dense "
         "model writes. What calibrated or judged the cut, or is watched, is left out of it.",
     )
-    held_out = columns[1].multiselect(
+    held_out = choose_texts(
+        columns[1],
         "Watch as well",
-        list(dict.fromkeys([*known, *before.held_out])),
         before.held_out,
-        format_func=short_name,
-        accept_new_options=True,
         placeholder="Another kind of text",
         key="recover_held_out",
-        persist_state="session",
         help="A held-out part of each training text is always watched. Where nothing is named here "
         "another kind of text is watched beside a single training text, and of a chat model its "
         "own answers. The weights that are best on the mean of all of them are kept.",
@@ -172,8 +173,8 @@ def choose_training(cut: Cut) -> TrainingChoice | None:
     if not chosen:
         return None
     return TrainingChoice(
-        MIXED.join(text.strip() for text in chosen),
-        tuple(text.strip() for text in held_out),
+        MIXED.join(chosen),
+        tuple(held_out),
         int(tokens) if tokens else None,
         float(minutes) if minutes else None,
         method,
@@ -182,6 +183,27 @@ def choose_training(cut: Cut) -> TrainingChoice | None:
         int(seed),
         int(watched),
     )
+
+
+def choose_texts(
+    place: st.delta_generator.DeltaGenerator, label: str, before: Sequence[str], **options: str
+) -> list[str]:
+    """Sources: known ones by their names, and any that is typed, as it is typed."""
+    # No `format_func`: with new options Streamlit knows an option by its formatted words alone.
+    names: dict[str, str] = {}
+    for source in (*visit().request.texts, GENERATED):
+        names[source if short_name(source) in names else short_name(source)] = source
+    named = {source: name for name, source in names.items()}
+    labels = [named.get(source, source) for source in before]
+    chosen = place.multiselect(
+        label,
+        list(dict.fromkeys([*names, *labels])),
+        labels,
+        accept_new_options=True,
+        persist_state="session",
+        **options,
+    )
+    return [names.get(name, name.strip()) for name in chosen]
 
 
 def refusal(bench: Bench, point: Measurement, choice: TrainingChoice) -> str | None:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import streamlit as st
 import torch
 from streamlit.runtime.pages_manager import PagesManager
 from streamlit.testing.v1 import AppTest
@@ -16,6 +17,7 @@ import pages.report
 import pages.server.exploring
 import pages.server.side_by_side
 import pages.server.start_jobs  # noqa: F401 - loaded, so that `exchange` finds what they import
+from pages.parts import navigation
 from pages.server import libraries
 from pages.server.open_models import Workbench
 from pages.server.request import Request
@@ -73,12 +75,14 @@ def opened(own_workbench, monkeypatch, gqa_bench, tmp_path):
 
 
 @pytest.fixture
-def open_page(opened):
+def open_page(opened, monkeypatch):
     """Runs a page in a session of its own, by its file's name; more calls share the visit.
 
-    A visit that is given is another tab's, or another visitor's.
+    A visit that is given is another tab's, or another visitor's. Links to other pages are captions
+    with their names: a page that is run alone knows no others.
     """
     usual = Visit()
+    monkeypatch.setattr(navigation, "link", lambda name, *_, **__: st.caption(f"link to {name}"))
 
     def run(name: str, visit: Visit = usual, **query: str) -> AppTest:
         page = AppTest.from_file(ROOT / "pages" / f"{name}.py", default_timeout=WAIT)
