@@ -72,7 +72,7 @@ def choose_training(cut: Cut) -> TrainingChoice | None:
     # In a new tab, and after a reload, the controls are as in the last training.
     last = next(iter(trainings()), None)
     before = last.choice if last else TrainingChoice(MIXED.join(BUILTIN_TEXTS), tokens=USUAL_TOKENS)
-    columns = st.columns([5, 4, 3, 3, 2.6], vertical_alignment="bottom")
+    columns = st.columns([7, 3.3, 3, 2.8], vertical_alignment="bottom")
     chosen = choose_texts(
         columns[0],
         "Train on",
@@ -83,17 +83,7 @@ def choose_training(cut: Cut) -> TrainingChoice | None:
         "machine that runs this app, `hub:DATASET`, or `generated:TOKENS:SEED`, which the dense "
         "model writes. What calibrated or judged the cut, or is watched, is left out of it.",
     )
-    held_out = choose_texts(
-        columns[1],
-        "Watch as well",
-        before.held_out,
-        placeholder="Another kind of text",
-        key="recover_held_out",
-        help="A held-out part of each training text is always watched. Where nothing is named here "
-        "another kind of text is watched beside a single training text, and of a chat model its "
-        "own answers. The weights that are best on the mean of all of them are kept.",
-    )
-    unit = columns[2].segmented_control(
+    unit = columns[1].segmented_control(
         "Budget in",
         [TOKENS, MINUTES],
         default=MINUTES if before.minutes else TOKENS,
@@ -103,7 +93,7 @@ def choose_training(cut: Cut) -> TrainingChoice | None:
     )
     tokens = minutes = None
     if unit == TOKENS:
-        tokens = columns[3].number_input(
+        tokens = columns[2].number_input(
             "Tokens to train on",
             1,
             MOST_TOKENS,
@@ -113,7 +103,7 @@ def choose_training(cut: Cut) -> TrainingChoice | None:
             persist_state="session",
         )
     else:
-        minutes = columns[3].number_input(
+        minutes = columns[2].number_input(
             "Minutes to train",
             1.0,
             float(MOST_MINUTES),
@@ -124,7 +114,7 @@ def choose_training(cut: Cut) -> TrainingChoice | None:
             persist_state="session",
             help="The first steps are timed, and as many are planned as fit in.",
         )
-    method = columns[4].segmented_control(
+    method = columns[3].segmented_control(
         "Method",
         METHODS,
         default=before.method,
@@ -135,40 +125,51 @@ def choose_training(cut: Cut) -> TrainingChoice | None:
         help="Full trains all weights but the embedding. LoRA trains two thin matrices beside each "
         "projection, which takes less memory, and merges them.",
     )
-    with st.expander("Loss, learning rate, seed, watched tokens"):
-        columns = st.columns([3, 2, 2, 2], vertical_alignment="bottom")
-        loss = columns[0].selectbox(
-            "Loss",
-            list(LOSSES),
-            list(LOSSES).index(before.loss),
-            format_func=lambda name: f"{name}: {LOSSES[name]}",
-            key="recover_loss",
-            persist_state="session",
+    with st.expander("Watched texts, loss, learning rate, seed"):
+        columns = st.columns([6, 2.4, 2, 2.6, 2.6], vertical_alignment="bottom")
+        held_out = choose_texts(
+            columns[0],
+            "Watch as well",
+            before.held_out,
+            placeholder="Another kind of text",
+            key="recover_held_out",
+            help="A held-out part of each training text is always watched. Where nothing is named "
+            "here another kind of text is watched beside a single training text, and of a chat "
+            "model its own answers. The weights that are best on the mean of all are kept.",
         )
-        rate = columns[1].number_input(
-            "Learning rate",
-            0.0,
-            1.0,
-            before.learning_rate,
-            format="%.1e",
-            placeholder=f"{LEARNING_RATES[method]:.0e} by default",
-            key="recover_rate",
-            persist_state="session",
-            help="The highest: it rises over the first steps and falls as a cosine.",
-        )
-        seed = columns[2].number_input(
-            "Seed", 0, 2**31, before.seed, key="recover_seed", persist_state="session"
-        )
-        watched = columns[3].number_input(
-            "Watched tokens of each text",
+        watched = columns[1].number_input(
+            "Watched tokens",
             16,
             1_000_000,
             before.held_out_tokens,
             1024,
             key="recover_watched",
             persist_state="session",
-            help=f"{WATCHED_TOKENS:,} are enough to tell which weights are better; more take time "
-            "at each of the 16 looks.",
+            help=f"Of each text. {WATCHED_TOKENS:,} are enough to tell which weights are better; "
+            "more take time at each of the 16 looks.",
+        )
+        loss = columns[2].selectbox(
+            "Loss",
+            list(LOSSES),
+            list(LOSSES).index(before.loss),
+            key="recover_loss",
+            persist_state="session",
+            help="; ".join(f"`{name}`: {words}" for name, words in LOSSES.items()) + ".",
+        )
+        rate = columns[3].number_input(
+            "Learning rate",
+            0.0,
+            1.0,
+            before.learning_rate,
+            format="%.1e",
+            placeholder=f"{LEARNING_RATES[method]:g}",
+            key="recover_rate",
+            persist_state="session",
+            help="The highest: it rises over the first steps and falls as a cosine. By default it "
+            "is that of the method.",
+        )
+        seed = columns[4].number_input(
+            "Seed", 0, 2**31, before.seed, key="recover_seed", persist_state="session"
         )
     if not chosen:
         return None
@@ -227,9 +228,8 @@ def refusal(bench: Bench, point: Measurement, choice: TrainingChoice) -> str | N
 def costs_in_words(bench: Bench, point: Measurement, choice: TrainingChoice) -> str:
     """Memory and time of a training before it begins."""
     needed, free = memory_needed(bench, point, choice)
-    memory = f"About {needed / 1e9:.1f} GB of memory" + (
-        "" if free is None else f"; {free / 1e9:.1f} GB are free"
-    )
+    size = f"{needed / 1e9:.1f} GB" if needed >= 1e8 else f"{needed / 1e6:.0f} MB"
+    memory = f"About {size} of memory" + ("" if free is None else f"; {free / 1e9:.1f} GB are free")
     pace, length = pace_of(choice), visit().request.sequence_length
     if pace is None:
         time = (
@@ -243,32 +243,45 @@ def costs_in_words(bench: Bench, point: Measurement, choice: TrainingChoice) -> 
     else:
         tokens = pace.tokens_in(60 * choice.minutes, choice.settings(), length, choice.watched)
         time = f"About {tokens:,} tokens, as your last training went here"
-    return f"{memory}. {time}."
+    return f"{memory}. {time}. Watched: {watched_in_words(choice)}."
+
+
+def watched_in_words(choice: TrainingChoice) -> str:
+    """Which texts are watched by these choices, in words."""
+    several = len(mixed_sources(choice.text)) > 1
+    own = "a held-out part of each training text" if several else "a held-out part of the text"
+    if choice.held_out:
+        return f"{own}, {plain(', '.join(map(short_name, choice.held_out)))}"
+    other = "" if several else ", another kind of text"
+    return f"{own}{other}, and of a chat model its own answers"
 
 
 def choose_and_start(bench: Bench, cut: Cut, point: Measurement) -> None:
-    """The controls and the button; a training under way or stopped has its own in their place."""
+    """The controls and the button; a training under way has its progress in the button's place."""
     choice = choose_training(cut)
+    if is_busy():
+        return
     why_not = choice and refusal(bench, point, choice)
     if why_not:
         st.error(plain(why_not), icon=":material/error:")
     run = choice and run_of(bench, cut, point, choice)
-    with st.container(horizontal=True, vertical_alignment="center"):
-        if st.button(
-            "Train",
-            type="primary",
-            icon=":material/model_training:",
-            disabled=not run or bool(why_not) or run.done or run.work.begun or is_busy(),
-        ):
-            st.session_state.pop("recover_shown", None)
-            start_training(run)
-            st.rerun()
-        if run and run.done:
-            st.caption("This cut is trained so already; what came of it is below.")
-        elif run and run.work.begun and not is_busy():
-            st.caption("This training was begun; go on with it below.")
-        elif choice and not why_not:
-            st.caption(costs_in_words(bench, point, choice))
+    button, beside = st.columns([1.5, 10], vertical_alignment="center")
+    if button.button(
+        "Train",
+        type="primary",
+        icon=":material/model_training:",
+        width="stretch",
+        disabled=not run or bool(why_not) or run.done or run.work.begun,
+    ):
+        st.session_state.pop("recover_shown", None)
+        start_training(run)
+        st.rerun()
+    if run and run.done:
+        beside.caption("This cut is trained so already; what came of it is below.")
+    elif run and run.work.begun:
+        beside.caption("This training was begun; go on with it below.")
+    elif choice and not why_not:
+        beside.caption(costs_in_words(bench, point, choice))
 
 
 def is_busy() -> bool:
@@ -332,9 +345,9 @@ def standing_in_words(run: TrainingRun) -> str:
 def show_controls(run: TrainingRun) -> None:
     """Progress of a training under way, or how to go on with one that is not done."""
     if run.under_way:
-        bar, pause, stop = st.columns([8, 1.4, 2.6], vertical_alignment="bottom", gap="small")
-        whole = run.step / run.steps if run.steps and run.curve.evaluated else run.job.fraction
-        bar.progress(min(1.0, whole), standing_in_words(run))
+        bar, pause, stop = st.columns([7, 1.7, 3], vertical_alignment="bottom", gap="small")
+        # Loading is no part of it: a bar that fills more than once tells nothing.
+        bar.progress(min(1.0, run.step / run.steps) if run.steps else 0.0, standing_in_words(run))
         pause.button(
             "Pause",
             icon=":material/pause:",
@@ -382,10 +395,12 @@ def show_curves(run: TrainingRun) -> None:
     if not run.curve.evaluated:
         return
     show_shares(run)
+    # One that ended before its budget was used up fills the charts all the same.
+    steps = run.step if run.done else run.steps
     left, right = st.columns(2, gap="large")
     with left:
         show(
-            divergence_chart(run.curve, run.tokens_a_step, run.steps),
+            divergence_chart(run.curve, run.tokens_a_step, steps),
             "divergence-chart",
             "how far the next-token distributions are from the dense model's, which is at 0. The "
             "dashed line is at the weights with the lowest mean, which are the ones that are kept.",
@@ -394,7 +409,7 @@ def show_curves(run: TrainingRun) -> None:
         )
     with right:
         show(
-            loss_chart(run.curve, run.tokens_a_step, run.steps),
+            loss_chart(run.curve, run.tokens_a_step, steps),
             "loss-chart",
             "each step has other windows of text, so that it goes up and down; whether training "
             "helps is told by the held-out texts.",
@@ -407,16 +422,13 @@ def show_curves(run: TrainingRun) -> None:
 
 def show_shares(run: TrainingRun) -> None:
     """Of each held-out text, the share of the lost nats that is back at the best look so far."""
-    best, first = run.curve.best, run.curve.evaluated[0]
+    best = run.curve.best
     names = text_names(best.texts)
     for column, (source, name) in zip(st.columns(len(names)), names.items(), strict=True):
         share = run.curve.share_back(best, source)
         column.metric(
             f"Back on {plain(name)}",
             "nothing was lost" if share is None else f"{share:.0%}",
-            f"divergence {first.texts[source].kl:.3f} → {best.texts[source].kl:.3f}",
-            delta_color="off",
-            delta_arrow="off",
             border=True,
             help="Of the nats a token that the cut lost against the dense model on this held-out "
             "text, the share that is back with the best weights so far.",
@@ -445,7 +457,7 @@ def show_result(bench: Bench, run: TrainingRun) -> None:
     told = st.success if trained.improved else st.warning
     icon = ":material/check_circle:" if trained.improved else ":material/undo:"
     told(plain(trained.sentence), icon=icon)
-    trained_table([run])
+    trained_table([run], with_cut=False)
     show_curves(run)
     left, right = st.columns(2, gap="large")
     with left:
@@ -484,8 +496,8 @@ def take_away(bench: Bench, run: TrainingRun) -> None:
 
 st.title("Recover")
 st.caption(
-    "Train what a cut has left, so that it says of the next token what the dense model says. What "
-    "is written is never worse than the cut on the held-out texts that are watched."
+    "Train a cut to say what the dense model says of each next token. On the held-out texts the "
+    "result is never worse than the cut."
 )
 bench = require_bench()
 recall_cuts(bench)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,10 +16,13 @@ from transact_core.data.corpus import short_name
 if TYPE_CHECKING:
     import pandas as pd
 
-    from transact_core.training.loop import Curve
+    from transact_core.training.loop import Curve, Evaluated
 
-HEIGHT = 360
-"""Of each chart, in pixels."""
+HEIGHT, ABOVE = 330, 48
+"""Of each chart and of what is above its axes, in pixels. A title fits on one line of half a page,
+so that nothing moves while a training goes on."""
+BELOW = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.24, "yanchor": "top"}
+"""The legend: names of texts may be long."""
 SMOOTHED = 20
 """The smooth line of the loss is a mean over one in so many of the steps."""
 ENDS = 10
@@ -96,18 +99,18 @@ def loss_chart(curve: Curve, tokens_a_step: int, steps: int | None) -> go.Figure
             )
     _tokens_axis(figure, tokens_a_step, steps)
     figure.update_yaxes(title="training loss, nats a token")
-    return laid_out(figure, _loss_title(losses), HEIGHT)
+    return _laid_out(figure, _loss_title(losses))
 
 
 def _loss_title(losses: np.ndarray) -> str:
     if not len(losses):
-        return "The training loss is known after the first step"
+        return "The loss is known after the first step"
     part = max(1, len(losses) // ENDS)
     first, last = losses[:part].mean(), losses[-part:].mean()
     if part == len(losses):
-        return f"The training loss is {last:.3f} nats a token at the first step"
+        return f"The loss is {last:.3f} nats a token at first"
     verb = "fell" if last < first else "rose"
-    return f"The training loss {verb} from {first:.3f} to {last:.3f} nats a token"
+    return f"Loss {verb} from {first:.3f} to {last:.3f} nats a token"
 
 
 def divergence_chart(curve: Curve, tokens_a_step: int, steps: int | None) -> go.Figure:
@@ -134,31 +137,28 @@ def divergence_chart(curve: Curve, tokens_a_step: int, steps: int | None) -> go.
             line={"color": DENSE, "dash": "dash", "width": 1.5},
         )
     _tokens_axis(figure, tokens_a_step, steps)
-    figure.update_yaxes(title="divergence from dense (KL), nats a token", rangemode="tozero")
-    # The names of texts may be long, and the title has the room above.
-    return laid_out(figure, _divergence_title(curve, names), HEIGHT).update_layout(
-        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.22, "yanchor": "top"}
-    )
+    figure.update_yaxes(title="KL from dense, nats a token", rangemode="tozero")
+    return _laid_out(figure, _divergence_title(evaluated))
 
 
-def _share_in_words(curve: Curve, found, source: str) -> str:
+def _share_in_words(curve: Curve, found: Evaluated, source: str) -> str:
     share = curve.share_back(found, source)
     return "" if share is None else f"<br>{share:.0%} of the lost nats back"
 
 
-def _divergence_title(curve: Curve, names: dict[str, str]) -> str:
-    evaluated = list(curve.evaluated)
+def _divergence_title(evaluated: Sequence[Evaluated]) -> str:
     if not evaluated:
-        return "The held-out texts are looked at before the first step"
+        return "Held-out texts are looked at first"
     first, last = evaluated[0].texts, evaluated[-1].texts
     if len(evaluated) == 1:
-        worst = max(first, key=lambda source: first[source].kl)
-        return (
-            f"Untrained, the cut is {first[worst].kl:.2f} nats a token from the dense model on "
-            f"{plain_in_chart(names[worst])}"
-        )
+        farthest = max(text.kl for text in first.values())
+        return f"Untrained: up to {farthest:.2f} nats a token away"
     nearer = sum(last[source].kl < first[source].kl for source in first)
-    return f"The cut came nearer to the dense model on {nearer} of {counted(len(first), 'text')}"
+    return f"Nearer to the dense model on {nearer} of {counted(len(first), 'text')}"
+
+
+def _laid_out(figure: go.Figure, title: str) -> go.Figure:
+    return laid_out(figure, title, HEIGHT).update_layout(legend=BELOW, margin_t=ABOVE)
 
 
 def _tokens_axis(figure: go.Figure, tokens_a_step: int, steps: int | None) -> None:

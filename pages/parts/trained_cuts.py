@@ -37,10 +37,10 @@ def trained_frame(runs: Sequence[TrainingRun]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def trained_table(runs: Sequence[TrainingRun]) -> None:
+def trained_table(runs: Sequence[TrainingRun], with_cut: bool = True) -> None:
     """Perplexity of dense model, cut and trained cut on each evaluation text."""
     frame = trained_frame(runs)
-    if len(runs) == 1:
+    if not with_cut:
         frame = frame.drop(columns=["cut", "trained on", "tokens"], errors="ignore")
     number = st.column_config.NumberColumn
     st.dataframe(

@@ -118,7 +118,7 @@ def stop_at(step: int, monkeypatch):
 def test_a_cut_is_trained_shown_and_taken_away(open_page, mine, tmp_path):
     page = choose(open_page("recover", mine))
     assert "How long it takes is known after the first steps" in said(page)
-    assert "GB of memory" in said(page)
+    assert "MB of memory" in said(page)
     work_of(page, "Train")
     run = last_run(page)
     assert (run.step, run.steps) == (6, 6)

@@ -213,8 +213,28 @@ def test_cancelled_it_keeps_its_state_and_can_be_finished_with_the_best(spec):
     _, _tuned = ended(tune(replace(spec, resume=True, finish=True)))
     (training,) = read_compression(spec.output / "compression.json").trainings
     assert len(training.losses) == 6
-    assert training.best_step in (0, 4)
+    # The steps since the last look are looked at too.
+    assert [look.step for look in training.evaluated] == [0, 4, 6]
+    best = min(training.evaluated, key=lambda look: sum(text.kl for text in look.texts.values()))
+    assert training.best_step == best.step
     assert "ended before" in training.why_ended
+
+
+def test_where_the_last_steps_broke_it_the_best_before_them_is_written(spec, monkeypatch):
+    def cancel(stage, done, total):
+        if (stage, done) == ("Training", 6):
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        ended(tune(spec, cancel))
+
+    def broken(*_):
+        raise loop.NotANumber("no number")
+
+    monkeypatch.setattr(loop._Watch, "look", broken)
+    ended(tune(replace(spec, resume=True, finish=True)))
+    (training,) = read_compression(spec.output / "compression.json").trainings
+    assert [look.step for look in training.evaluated] == [0, 4]
 
 
 def test_it_stops_where_the_held_out_texts_get_worse(spec, monkeypatch):

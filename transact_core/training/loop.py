@@ -8,7 +8,7 @@ training that was killed goes on from its last save with the same losses as one 
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ PATIENCE = 4
 """Evaluations in a row without a better one after which training stops."""
 SAVE_SECONDS = 60.0
 """A state is kept at each evaluation, and when the last one is older than this."""
+
+
+class NotANumber(TransActError):
+    """A held-out text has no divergence that is a number."""
 
 
 @dataclass(frozen=True)
@@ -398,6 +402,10 @@ def train(
     why = "All tokens were trained on."
     if finish:
         why = "It was ended before its tokens were used up."
+        if step > curve.evaluated[-1].step:
+            # The last steps may be the best; where they broke it, those before them are.
+            with suppress(NotANumber):
+                yield standing(look())
     student.model.train()
     while step < steps and not finish:
         if curve.worse_since() >= PATIENCE:
@@ -589,7 +597,7 @@ class _Watch:
             found[text.name] = Watched(kl, nll)
         self.model.train(training)
         if not all(math.isfinite(text.kl) for text in found.values()):
-            raise TransActError(
+            raise NotANumber(
                 "The divergence on a held-out text is not a number; choose a lower --learning-rate."
             )
         return Evaluated(step, found)
