@@ -51,11 +51,6 @@ def test_a_training(page: Page, address: str, model_folder: Path):
     expect(button(page, "Train")).to_have_count(0)
     expect(page.locator(CHART)).to_have_count(2)
 
-    button(page, "Pause").click()
-    expect(page.get_by_text("Paused after step")).to_be_visible()
-    button(page, "Go on").click()
-    expect(button(page, "Stop and keep the best")).to_be_enabled()
-    expect(progress).to_be_visible()
     button(page, "Stop and keep the best").click()
     expect(page.get_by_text("python -m transact_core tune")).to_be_visible()
     result = page.get_by_test_id("stAlert").first

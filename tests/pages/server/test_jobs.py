@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pages.server.jobs import CANCELLED, DONE, FAILED, JobQueue
+from pages.server.visitors import Visitor
 from transact_core.base.errors import TransActError
 
 WAIT = 10
@@ -424,11 +425,12 @@ def test_a_running_job_learns_that_another_owner_waits(queue):
         gate.wait(WAIT)
         found.append(queue.wanted_by_others(job))
 
-    job = queue.submit("Mine", work, owner="me")
+    me, you = Visitor(), Visitor()
+    job = queue.submit("Mine", work, owner=me)
     assert reached.wait(WAIT)
-    queue.submit("Mine too", lambda report: None, owner="me")
+    queue.submit("Mine too", lambda report: None, owner=me)
     assert not queue.wanted_by_others(job)
-    queue.submit("Another's", lambda report: None, owner="you")
+    queue.submit("Another's", lambda report: None, owner=you)
     gate.set()
     finished(job)
     assert found == [True]
