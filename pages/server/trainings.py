@@ -197,12 +197,13 @@ class TrainingRun:
 
     def recall(self) -> None:
         """Takes over what is on disk: a training that was interrupted goes on from there."""
-        self.curve, self.seconds_left = Curve(), None
+        kept = Curve()
         with suppress(TransActError):
             if self.done:
-                self.curve = self.outcome[1].curve
+                kept = self.outcome[1].curve
             elif self.work.begun:
-                self.curve = Curve.from_json(self.work.standing()["curve"])
+                kept = Curve.from_json(self.work.standing()["curve"])
+        self.curve, self.seconds_left = kept, None
 
     def keep(self) -> None:
         """Writes down what was chosen and what is known of its pace."""
@@ -384,8 +385,6 @@ def _train_for_a_turn(run: TrainingRun, report: Progress) -> None:
                 raise Cancelled
 
     spec = run.spec(run.ending)
-    # A worker that died may have taken steps after it last kept its state.
-    run.recall()
     # A turn has a step at least, however long models take to load.
     first = run.step
     try:
@@ -393,6 +392,9 @@ def _train_for_a_turn(run: TrainingRun, report: Progress) -> None:
     except Cancelled:
         if not gave_up:
             raise
+    finally:
+        # A worker that died may have taken steps after it last kept its state.
+        run.recall()
 
 
 def remove(run: TrainingRun) -> None:

@@ -195,23 +195,27 @@ def test_a_stopped_training_is_found_again_after_a_restart_and_goes_on(
 
 def test_a_killed_worker_is_told_and_the_training_goes_on(opened, open_page, mine, monkeypatch):
     worker = opened.only_lane.worker
-    run = worker.run
+    run, go_on = worker.run, stop_at(5, monkeypatch)
+    # A look after every second step: the fifth one is not kept.
+    monkeypatch.setattr(loop, "EVALUATIONS", 4)
 
     def die(task, report, received):
+        outcome = run(task, report, received)
         if task.function.endswith(":train_cut"):
             raise WorkerDied("The process that did the work was ended from outside (SIGKILL).")
-        return run(task, report, received)
+        return outcome
 
     monkeypatch.setattr(worker, "run", die)
-    page = choose(open_page("recover", mine), 2)
+    page = choose(open_page("recover", mine), 8)
     button(page, "Train").click().run()
     assert ended(mine.visitor.jobs[-1]).state == "failed"
     page.run()
     assert "ended from outside (SIGKILL)" in said(page)
-    assert "Nothing of it is trained yet" in said(page)
+    assert "Paused after step 4 of 8" in said(page)
     monkeypatch.setattr(worker, "run", run)
+    go_on()
     work_of(page, "Go on")
-    assert last_run(page).done
+    assert last_run(page).step == 8
 
 
 def test_stopped_it_keeps_the_best(open_page, mine, monkeypatch):
