@@ -75,14 +75,12 @@ def opened(own_workbench, monkeypatch, gqa_bench, tmp_path):
 
 
 @pytest.fixture
-def open_page(opened, monkeypatch):
+def open_page(opened):
     """Runs a page in a session of its own, by its file's name; more calls share the visit.
 
-    A visit that is given is another tab's, or another visitor's. Links to other pages are captions
-    with their names: a page that is run alone knows no others.
+    A visit that is given is another tab's, or another visitor's.
     """
     usual = Visit()
-    monkeypatch.setattr(navigation, "link", lambda name, *_, **__: st.caption(f"link to {name}"))
 
     def run(name: str, visit: Visit = usual, **query: str) -> AppTest:
         page = AppTest.from_file(ROOT / "pages" / f"{name}.py", default_timeout=WAIT)
@@ -92,6 +90,12 @@ def open_page(opened, monkeypatch):
         return page.run()
 
     return run
+
+
+@pytest.fixture
+def links_in_words(monkeypatch):
+    """Links to other pages are captions with their names: a page run alone knows no others."""
+    monkeypatch.setattr(navigation, "link", lambda name, *_, **__: st.caption(f"link to {name}"))
 
 
 @pytest.fixture
