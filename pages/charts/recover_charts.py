@@ -27,6 +27,8 @@ SMOOTHED = 20
 """The smooth line of the loss is a mean over one in so many of the steps."""
 ENDS = 10
 """The title compares the first and the last of so many parts of the steps."""
+FEW = 2
+"""Steps in such a part from which on they are compared."""
 
 
 def text_names(sources: Iterable[str]) -> dict[str, str]:
@@ -105,10 +107,11 @@ def loss_chart(curve: Curve, tokens_a_step: int, steps: int | None) -> go.Figure
 def _loss_title(losses: np.ndarray) -> str:
     if not len(losses):
         return "The loss is known after the first step"
-    part = max(1, len(losses) // ENDS)
+    part = len(losses) // ENDS
+    if part < FEW:
+        # Steps have other windows each, so that a few of them show no direction.
+        return f"Loss {losses.mean():.3f} nats a token so far"
     first, last = losses[:part].mean(), losses[-part:].mean()
-    if part == len(losses):
-        return f"The loss is {last:.3f} nats a token at first"
     verb = "fell" if last < first else "rose"
     return f"Loss {verb} from {first:.3f} to {last:.3f} nats a token"
 

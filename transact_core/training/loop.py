@@ -19,6 +19,7 @@ from torch import nn
 
 from transact_core.base.cache import sha256_of_tokens
 from transact_core.base.errors import Progress, TransActError, silent
+from transact_core.data.corpus import short_name
 from transact_core.data.windows import Windows
 from transact_core.training.objective import (
     LOSSES,
@@ -580,7 +581,7 @@ class _Watch:
             sums = torch.zeros(2, dtype=torch.float64)
             mine = range(rank, len(text.windows), processes)
             for rows, ids in self._batches(text, mine):
-                progress(f"Looking at {text.name}", rows[0], len(text.windows))
+                progress(f"Looking at {short_name(text.name)}", rows[0], len(text.windows))
                 key = text.name, rows[0]
                 with self.accelerator.autocast():
                     if key not in self._targets:
