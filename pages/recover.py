@@ -496,8 +496,8 @@ def take_away(bench: Bench, run: TrainingRun) -> None:
 
 st.title("Recover")
 st.caption(
-    "Train a cut to say what the dense model says of each next token. On the held-out texts the "
-    "result is never worse than the cut."
+    "Train a cut to say what the dense model says of each next token. The weights that are nearest "
+    "to it on held-out texts are kept, those of the cut included."
 )
 bench = require_bench()
 recall_cuts(bench)

@@ -21,12 +21,12 @@ def trained_frame(runs: Sequence[TrainingRun]) -> pd.DataFrame:
             continue
         rows += [
             {
-                "cut": in_words(run.cut),
+                "which cut": in_words(run.cut),
                 "trained on": short_name(record.text.source),
                 "tokens": record.trained_tokens,
                 "evaluation text": short_name(text.source),
                 "dense": text.dense,
-                "cut's": text.cut,
+                "cut": text.cut,
                 "trained": text.trained,
                 "cut, × dense": text.cut / text.dense,
                 "trained, × dense": text.trained / text.dense,
@@ -41,13 +41,13 @@ def trained_table(runs: Sequence[TrainingRun], with_cut: bool = True) -> None:
     """Perplexity of dense model, cut and trained cut on each evaluation text."""
     frame = trained_frame(runs)
     if not with_cut:
-        frame = frame.drop(columns=["cut", "trained on", "tokens"], errors="ignore")
+        frame = frame.drop(columns=["which cut", "trained on", "tokens"], errors="ignore")
     number = st.column_config.NumberColumn
     st.dataframe(
         frame,
         hide_index=True,
         column_config={
-            **{name: number(format="%.2f") for name in ("dense", "cut's", "trained")},
+            **{name: number(format="%.2f") for name in ("dense", "cut", "trained")},
             **{name: number(format="%.3f") for name in ("cut, × dense", "trained, × dense")},
             "lost nats back": number(format="%.1f %%"),
         },
