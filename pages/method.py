@@ -164,9 +164,9 @@ def show_repair() -> None:
 def show_training() -> None:
     st.subheader("What the repair leaves lost is trained back", anchor="training")
     st.markdown(
-        "The command `tune` trains a written cut so that its distribution $q_t$ of the next token "
-        f"comes nearer to the dense model's $p_t$ ({cited('1503.02531')}, at temperature 1), on "
-        "text that has calibrated and judged nothing:"
+        "The Recover page and the command `tune` train a cut so that its distribution $q_t$ of the "
+        f"next token comes nearer to the dense model's $p_t$ ({cited('1503.02531')}, at "
+        "temperature 1), on text that has calibrated and judged nothing:"
     )
     st.latex(r"L = \frac1N \sum_t \sum_v p_t(v)\, \log \frac{p_t(v)}{q_t(v)}")
     st.markdown(

@@ -27,12 +27,14 @@ from pages.parts.progress import (
 )
 from pages.parts.runtime_picker import choose_runtime, usable
 from pages.parts.texts import choose_text, kind_warning, text_in_words
+from pages.parts.trained_cuts import trained_table
 from pages.server.estimates import cuts_seconds, pace_in_words
 from pages.server.gguf_files import known_file, start_files
 from pages.server.jobs import DONE, Job
 from pages.server.open_models import workbench
 from pages.server.request import first_look
 from pages.server.start_jobs import start_curve
+from pages.server.trainings import trainings
 from pages.server.visits import points, visit
 from transact_core.data.corpus import short_name
 from transact_core.experiments.bench import Bench, Choices, Measurement
@@ -373,6 +375,9 @@ def show_charts(bench: Bench) -> None:
         ],
         hide_index=True,
     )
+    if trained := [run for run in trainings() if run.done]:
+        st.subheader("Trained cuts")
+        trained_table(trained)
 
 
 st.title("Perplexity against ratio")

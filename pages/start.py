@@ -176,8 +176,8 @@ def show_result(recorded: Example) -> None:
         "Give it to me.",
         "The result is an ordinary checkpoint that stock `transformers` loads, with a "
         "configuration to reproduce it and a report for a colleague. The Export page writes it, as "
-        "a GGUF file for llama.cpp too, and the Deploy page says which such file to take. From the "
-        "command line:",
+        "a GGUF file for llama.cpp too, and the Deploy page says which such file to take. What the "
+        "repair leaves lost can be trained back on the Recover page. From the command line:",
     )
     st.code(
         f"python -m transact_core prune --model {recorded.model.source} "
@@ -186,7 +186,7 @@ def show_result(recorded: Example) -> None:
         language="bash",
         wrap_lines=True,
     )
-    links("deploy", "export", "method")
+    links("recover", "deploy", "export", "method")
 
 
 def show_turn() -> None:

@@ -19,7 +19,10 @@ SECTIONS = {
         "heads": ("Heads", ":material/visibility:"),
         "redundancy": ("Redundancy", ":material/balance:"),
     },
-    "Decide": {"compress": ("Compress", ":material/compress:")},
+    "Decide": {
+        "compress": ("Compress", ":material/compress:"),
+        "recover": ("Recover", ":material/healing:"),
+    },
     "Measure": {
         "perplexity": ("Perplexity", ":material/trending_up:"),
         "tasks": ("Tasks", ":material/quiz:"),

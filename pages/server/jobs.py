@@ -227,6 +227,13 @@ class JobQueue:
         deadline = time.monotonic() + seconds
         return all(job.wait(max(0.0, deadline - time.monotonic())) for job in jobs)
 
+    def wanted_by_others(self, job: Job) -> bool:
+        """Whether a job of another owner waits, for which a running one could end its turn."""
+        with self._changed:
+            return any(
+                other.state == QUEUED and other.owner is not job.owner for other in self._unfinished
+            )
+
     def ahead_of(self, job: Job) -> list[Job]:
         """The jobs that have a turn before this one has its next, the running job first."""
         with self._changed:

@@ -21,6 +21,7 @@ from pages.server.request import Request, first_look, what_to_learn
 from pages.server.settings import require_readable_source, require_readable_text, settings
 from pages.server.visitors import Visitor, size_of
 from transact_core.base.errors import Progress
+from transact_core.base.files import sha256_of_text
 from transact_core.experiments import results
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.models.devices import resolve_device
@@ -142,7 +143,10 @@ class Workbench:
     def visitor(self, identity: str | None) -> Visitor:
         """The visitor of that identity; without one, a new visitor that is not found again."""
         with self._lock:
-            known = self._visitors.get(identity) or Visitor()
+            if identity is None:
+                known = Visitor()
+            else:
+                known = self._visitors.get(identity) or Visitor(key=sha256_of_text(identity))
             self._everyone.add(known)
             if identity is None:
                 return known

@@ -1,5 +1,6 @@
 """Visitors, their tabs, and the results that they have for each request."""
 
+import secrets
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field, is_dataclass
@@ -31,6 +32,9 @@ class Holding:
 class Visitor:
     """One visitor of this server, the same in every tab."""
 
+    key: str = field(default_factory=lambda: secrets.token_hex(32))
+    """Names the folder of this visitor's own files; the same after a restart of the server where
+    the browser or the user is known again."""
     request: Request = field(default_factory=Request)
     """As it was last opened in any tab; a new tab begins with it."""
     cut: Cut = field(default_factory=Cut)

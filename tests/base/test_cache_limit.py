@@ -240,3 +240,15 @@ def test_the_packages_version_plays_no_part(folder, monkeypatch):
     before = digest({"what": 1})
     monkeypatch.setattr("transact_core.__version__", "99.0")
     assert digest({"what": 1}) == before
+
+
+def test_trainings_end_by_their_age_alone(folder):
+    kept = folder / "trainings" / "visitor" / "cut"
+    kept.mkdir(parents=True)
+    (kept / "state.safetensors").write_bytes(bytes(100 * KB))
+    evict(0)
+    assert (kept / "state.safetensors").exists()
+    used = time.time() - UNUSED_SECONDS - 60
+    os.utime(kept, (used, used))
+    evict(10**9)
+    assert not kept.exists()

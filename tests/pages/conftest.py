@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import streamlit as st
 import torch
 from streamlit.runtime.pages_manager import PagesManager
 from streamlit.testing.v1 import AppTest
@@ -16,6 +17,7 @@ import pages.report
 import pages.server.exploring
 import pages.server.side_by_side
 import pages.server.start_jobs  # noqa: F401 - loaded, so that `exchange` finds what they import
+from pages.parts import navigation
 from pages.server import libraries
 from pages.server.open_models import Workbench
 from pages.server.request import Request
@@ -88,6 +90,12 @@ def open_page(opened):
         return page.run()
 
     return run
+
+
+@pytest.fixture
+def links_in_words(monkeypatch):
+    """Links to other pages are captions with their names: a page run alone knows no others."""
+    monkeypatch.setattr(navigation, "link", lambda name, *_, **__: st.caption(f"link to {name}"))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ PAGES = (
     "heads",
     "redundancy",
     "compress",
+    "recover",
     "perplexity",
     "tasks",
     "damage",
@@ -30,7 +31,7 @@ def gqa_bench(request, tokenizer, windows):
     return bench_of(make_member(request.param), tokenizer, windows)
 
 
-def test_every_page_is_drawn(open_page, gqa_bench):
+def test_every_page_is_drawn(open_page, gqa_bench, links_in_words):
     for name in PAGES:
         page = open_page(name)
         assert not page.exception, (name, page.exception)

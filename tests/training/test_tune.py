@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import pickle
 import signal
 import subprocess
@@ -19,11 +20,12 @@ from transact_core.base.errors import Cancelled, TransActError
 from transact_core.base.generators import WithResult
 from transact_core.cli import main
 from transact_core.data.corpus import read_corpus
+from transact_core.experiments.cut_spec import BenchSpec
 from transact_core.export.compression import read_compression
-from transact_core.export.tune import TuneSpec, tune, work_folder
+from transact_core.export.tune import TuneSpec, read_trained, tune, work_folder
 from transact_core.models.checkpoint_folder import read_checkpoint
 from transact_core.training import loop, memory, state
-from transact_core.training.loop import HeldOut, Settings, train
+from transact_core.training.loop import HeldOut, Pace, Settings, train
 from transact_core.training.state import Work
 from transact_core.training.student import make_student
 from transact_core.training.teacher import LiveTeacher
@@ -211,8 +213,28 @@ def test_cancelled_it_keeps_its_state_and_can_be_finished_with_the_best(spec):
     _, _tuned = ended(tune(replace(spec, resume=True, finish=True)))
     (training,) = read_compression(spec.output / "compression.json").trainings
     assert len(training.losses) == 6
-    assert training.best_step in (0, 4)
+    # The steps since the last look are looked at too.
+    assert [look.step for look in training.evaluated] == [0, 4, 6]
+    best = min(training.evaluated, key=lambda look: sum(text.kl for text in look.texts.values()))
+    assert training.best_step == best.step
     assert "ended before" in training.why_ended
+
+
+def test_where_the_last_steps_broke_it_the_best_before_them_is_written(spec, monkeypatch):
+    def cancel(stage, done, total):
+        if (stage, done) == ("Training", 6):
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        ended(tune(spec, cancel))
+
+    def broken(*_):
+        raise loop.NotANumber("no number")
+
+    monkeypatch.setattr(loop._Watch, "look", broken)
+    ended(tune(replace(spec, resume=True, finish=True)))
+    (training,) = read_compression(spec.output / "compression.json").trainings
+    assert [look.step for look in training.evaluated] == [0, 4]
 
 
 def test_it_stops_where_the_held_out_texts_get_worse(spec, monkeypatch):
@@ -347,7 +369,7 @@ def test_a_teacher_that_was_written_down_serves_the_next_training(spec, tmp_path
 def test_a_worker_trains_and_tells_where_it_stands(spec):
     """Specification, standings and result are pickled on the way, as between processes."""
     told = []
-    task = Task("transact_core.workers.work:train_cut", (spec,))
+    task = Task("transact_core.workers.work:train_cut", (BenchSpec(), spec))
     outcome = Inline().run(task, lambda *_: None, told.append)
     assert outcome.state == "done", outcome.words
     assert outcome.result.improved
@@ -355,6 +377,56 @@ def test_a_worker_trains_and_tells_where_it_stands(spec):
     assert (last.step, last.steps, last.tokens) == (12, 12, 768)
     assert last.evaluated.kl < 10
     assert set(last.share_back) == {spec.text, "builtin"}
+    assert set(last.dense_nll) == {spec.text, "builtin"}
+    # Nothing is left behind the last step, and there is a pace to tell the next one's time by.
+    assert last.seconds_left == 0
+    assert told[-2].seconds_left > 0
+    assert last.pace.trained > 0
+    assert last.pace.watched > 0
+
+
+def test_a_worker_times_the_first_steps_and_keeps_nothing_of_them(spec):
+    task = Task("transact_core.workers.work:training_pace", (BenchSpec(), spec))
+    outcome = Inline().run(task, lambda *_: None, lambda _: None)
+    assert outcome.state == "done", outcome.words
+    assert outcome.result.trained > 0
+    assert not work_folder(spec.output).exists()
+
+
+def test_what_was_written_is_read_again(spec):
+    _, tuned = ended(tune(spec))
+    record, trained, (figures,) = read_trained(spec.output)
+    assert trained.sentence == tuned.sentence
+    assert len(record.losses) == len(trained.curve.losses) == 12
+    assert (figures.source, figures.trained) == (
+        spec.text,
+        tuned.report["pruned"]["perplexity"],
+    )
+    lost = math.log(figures.cut) - math.log(figures.dense)
+    back = math.log(figures.cut) - math.log(figures.trained)
+    assert figures.share_back == pytest.approx(back / lost)
+    with pytest.raises(TransActError, match="holds no trained cut"):
+        read_trained(Path(spec.model))
+
+
+def test_time_left_counts_the_steps_and_the_looks():
+    pace = Pace(trained=100.0, watched=1000.0)
+    settings = Settings(tokens=3200, windows_per_step=2, evaluate_every=8)
+    # 50 steps of 64 tokens, and looks after 8, 16, 24, 32, 40, 48 and 50.
+    assert pace.seconds_left(settings, 32, 500) == pytest.approx(32 + 7 * 0.5)
+    assert pace.seconds_left(settings, 32, 500, step=40) == pytest.approx(6.4 + 2 * 0.5)
+    assert pace.seconds_left(settings, 32, 500, step=50) == 0
+
+
+@pytest.mark.parametrize("seconds", [1, 5, 30, 100, 1000])
+def test_the_tokens_of_a_time_take_about_that_time(seconds):
+    pace, settings = Pace(trained=100.0, watched=1000.0), Settings(windows_per_step=2)
+    tokens = pace.tokens_in(seconds, settings, 32, 500)
+    planned = replace(settings, tokens=tokens)
+    assert tokens % 64 == 0
+    # The first look is before the first step.
+    takes = pace.seconds_left(planned, 32, 500) + 0.5
+    assert takes == pytest.approx(seconds, rel=0.15, abs=1.5)
 
 
 def test_the_command_prints_the_table_and_the_looks(spec, capsys):

@@ -3,7 +3,8 @@
 The cache folder holds four kinds of entries: measured tensors (`measured/*.safetensors`), models
 converted from GGUF (`models/*/`), texts that models wrote (`generated/*.txt`), and the SQLite file
 of measured points, which `experiments.results` writes. `evict` bounds their age and their size.
-Uploads have a limit of their own.
+Uploads have a limit of their own, and cuts with their trainings (`trainings/*/*/`) have none but
+their age: hours of work are in them, and whoever began them can remove them.
 
 Why not the `diskcache` package: it reads its entries with pickle by default, which lets whoever can
 write to the folder run code (CVE-2025-69872, unfixed in its last release 5.6.3 of August 2023).
@@ -151,6 +152,10 @@ def evict(limit: int | None = None) -> None:
     """
     limit = cache_limit_bytes() if limit is None else limit
     now = time.time()
+    for path in cache_folder().glob("trainings/*/*"):
+        with suppress(OSError):
+            if now - path.stat().st_mtime > UNUSED_SECONDS:
+                remove_whole(path)
     removable = [
         (path, last_used, size)
         for path, last_used, size in sorted(_entries(), key=lambda entry: entry[1])

@@ -366,7 +366,7 @@ def short_name(source: str) -> str:
     if len(parts) > 1:
         return " + ".join(map(short_name, parts))
     if is_generated(source):
-        return "text by the model"
+        return "answers by the model" if source.endswith(":chat") else "text by the model"
     if source == BUILTIN_TEXT:
         return "Python's reference"
     if source == BUILTIN_CODE:

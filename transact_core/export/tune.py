@@ -5,6 +5,7 @@ written. What is written is a stock checkpoint, as `prune` writes it, with the t
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -56,6 +57,7 @@ from transact_core.models.load import LoadedModel, load_model
 from transact_core.pruning.surgery import round_weights
 from transact_core.training.loop import (
     TRAINING_TEXT,
+    Curve,
     HeldOut,
     Settings,
     Standing,
@@ -124,6 +126,17 @@ class Tuned:
     """`report.json` of the output; empty where the input had none."""
 
 
+def open_texts(spec: TuneSpec) -> tuple[list[Pieces], list[Corpus]]:
+    """The training text and those named to be watched, before anything is loaded.
+
+    Raises:
+        TransActError: a setting cannot be, or a text cannot be read.
+    """
+    require_method(spec.settings.method)
+    spec.settings.require(spec.sequence_length)
+    return open_sources(spec.text), [read_corpus(name) for name in spec.held_out]
+
+
 def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str]:
     """Trains, and writes the output folder whole or not at all; returns `Tuned`.
 
@@ -133,8 +146,8 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
         TransActError: anything that the user can correct, before training where that can be seen.
     """
     settings = spec.settings
-    require_method(settings.method)
-    settings.require(spec.sequence_length)
+    # Texts are read before models are loaded: a wrong name costs no wait.
+    training_text, watched = open_texts(spec)
     if spec.adapter is not None:
         if settings.method != "lora":
             raise TransActError("Only the method lora has adapters; leave out --adapter.")
@@ -154,10 +167,7 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
             f"{spec.model} has no compression.json that names its dense model; name it by "
             "--teacher."
         )
-    # Texts are read before models are loaded: a wrong name costs no wait.
-    training_text = open_sources(spec.text)
     judged = _evaluation_texts(report, spec.evaluation)
-    watched = [read_corpus(name) for name in spec.held_out]
 
     place = _device(spec.device)
     student_model = load_model(spec.model, place, "float32", progress)
@@ -212,7 +222,7 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
     processes = PartialState(cpu=device.type == "cpu")
     processes.wait_for_everyone()
     if not processes.is_main_process:
-        return Tuned(spec.output, trained.improved, _sentence(trained), {})
+        return Tuned(spec.output, trained.improved, trained.sentence, {})
     record = training_record(spec, trained, training, held_out, student_model, dense)
     tuned = _write(
         spec, student, student_model, trained, record, compression, report, texts, progress
@@ -498,7 +508,7 @@ def _write(
     with torch.no_grad():
         round_weights(model, dtype)
     result = _trained_report(model, report, texts, progress)
-    sentence = _sentence(trained)
+    sentence = trained.sentence
     with staged_folder(spec.output) as folder:
         writer = CheckpointWriter(folder, dtype)
         for name, tensor in model.state_dict().items():
@@ -543,20 +553,6 @@ def _trained_report(
     return result | ({"other_texts": others} if others else {})
 
 
-def _sentence(trained: Trained) -> str:
-    curve = trained.curve
-    if not trained.improved:
-        return (
-            "Nothing got better on the held-out texts, so the input comes back as it was: train on "
-            "more tokens, at a lower learning rate, or on another text."
-        )
-    before, after = curve.evaluated[0].kl, curve.best.kl
-    return (
-        f"{trained.why} The best weights are those of step {trained.step} of {len(curve.losses)}: "
-        f"mean held-out divergence {after:.4f} nats a token, {before:.4f} before."
-    )
-
-
 def _card(spec: TuneSpec, record: Training, sentence: str, result: dict[str, Any]) -> str:
     """The model card of the cut, with a section on the training."""
     path = Path(spec.model) / "README.md"
@@ -570,17 +566,9 @@ def _card(spec: TuneSpec, record: Training, sentence: str, result: dict[str, Any
             "| perplexity on | dense | cut | trained |",
             "| --- | ---: | ---: | ---: |",
         ]
-        rows = [
-            {
-                "source": result["evaluation"]["source"],
-                **{side: result[side] for side in ("dense", "pruned", "before_training")},
-            },
-            *result.get("other_texts", []),
-        ]
-        for row in rows:
-            figures = (row[side]["perplexity"] for side in ("dense", "before_training", "pruned"))
-            cells = " | ".join(f"{figure:,.2f}" for figure in figures)
-            lines.append(f"| {describe(row['source']).replace('|', ' ')} | {cells} |")
+        for text in figures_by_text(result):
+            cells = " | ".join(f"{figure:,.2f}" for figure in (text.dense, text.cut, text.trained))
+            lines.append(f"| {describe(text.source).replace('|', ' ')} | {cells} |")
     lines += [
         "",
         f"Method `{record.method}`, loss `{record.loss}`, {record.trained_tokens:,} tokens of "
@@ -592,3 +580,48 @@ def _card(spec: TuneSpec, record: Training, sentence: str, result: dict[str, Any
         "",
     ]
     return f"{before}\n\n" + "\n".join(lines)
+
+
+# --- what was written, read again ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextFigures:
+    """Perplexity of three models on one evaluation text."""
+
+    source: str
+    dense: float
+    cut: float
+    trained: float
+
+    @property
+    def share_back(self) -> float | None:
+        """Which share of the nats that the cut lost is back; None where none were."""
+        lost = math.log(self.cut / self.dense)
+        return math.log(self.cut / self.trained) / lost if lost > 0 else None
+
+
+def figures_by_text(report: Mapping[str, Any]) -> list[TextFigures]:
+    """The figures in `report.json` of a trained folder, the first evaluation text's first."""
+    rows = [{"source": report["evaluation"]["source"], **report}, *report.get("other_texts", [])]
+    return [
+        TextFigures(
+            row["source"],
+            *(row[side]["perplexity"] for side in ("dense", "before_training", "pruned")),
+        )
+        for row in rows
+    ]
+
+
+def read_trained(folder: Path) -> tuple[Training, Trained, list[TextFigures]]:
+    """The last training of a folder that `tune` wrote from a cut's, and what it gave.
+
+    Raises:
+        TransActError: the folder is damaged, or its last training is none of a whole cut.
+    """
+    compression, report = _recorded(folder)
+    if compression is None or not compression.trainings or "before_training" not in report:
+        raise TransActError(f"{folder} holds no trained cut.")
+    record = compression.trainings[-1]
+    curve = Curve.from_json(record.model_dump(mode="json"))
+    return record, Trained(curve, record.why_ended), figures_by_text(report)

@@ -8,7 +8,7 @@ training that was killed goes on from its last save with the same losses as one 
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 
 from transact_core.base.cache import sha256_of_tokens
 from transact_core.base.errors import Progress, TransActError, silent
+from transact_core.data.corpus import short_name
 from transact_core.data.windows import Windows
 from transact_core.training.objective import (
     LOSSES,
@@ -49,6 +50,10 @@ SAVE_SECONDS = 60.0
 """A state is kept at each evaluation, and when the last one is older than this."""
 
 
+class NotANumber(TransActError):
+    """A held-out text has no divergence that is a number."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What decides a training beside its model, its teacher and its texts."""
@@ -72,6 +77,10 @@ class Settings:
 
     def steps(self, sequence_length: int) -> int:
         return self.tokens // (self.windows_per_step * sequence_length)
+
+    def look_every(self, sequence_length: int) -> int:
+        """Steps from one look at the held-out texts to the next; there is one after the last."""
+        return self.evaluate_every or max(1, round(self.steps(sequence_length) / EVALUATIONS))
 
     def require(self, sequence_length: int) -> None:
         """Refuses settings that cannot be.
@@ -160,6 +169,32 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """Tokens a second that a training was seen to take on this machine."""
+
+    trained: float
+    watched: float
+    """Of the held-out texts, at each look."""
+
+    def seconds_left(self, settings: Settings, length: int, watched: int, step: int = 0) -> float:
+        """What is left after `step` takes; `watched` tokens of held-out texts are looked at."""
+        steps, every = settings.steps(length), settings.look_every(length)
+        looks = steps // every - step // every + (steps % every > 0 and step < steps)
+        tokens = (steps - step) * settings.windows_per_step * length
+        return tokens / self.trained + looks * watched / self.watched
+
+    def tokens_in(self, seconds: float, settings: Settings, length: int, watched: int) -> int:
+        """The tokens of as many whole steps as fit into a time, looks included; one at least."""
+        of_step = settings.windows_per_step * length
+        step, look = of_step / self.trained, watched / self.watched
+        steps = (seconds - (EVALUATIONS + 1) * look) / step
+        if steps < EVALUATIONS:
+            # Each step is followed by a look, and one comes before the first.
+            steps = (seconds - look) / (step + look)
+        return max(1, int(steps)) * of_step
+
+
+@dataclass(frozen=True)
 class Standing:
     """Where a training is, after each step: what a page or a terminal shows."""
 
@@ -176,6 +211,10 @@ class Standing:
     """By held-out text, at the last look; see `Curve.share_back`."""
     seconds_left: float | None
     """As it goes on at the pace so far."""
+    dense_nll: dict[str, float] = field(default_factory=dict)
+    """As `Curve.dense_nll`."""
+    pace: Pace | None = None
+    """Of the steps and looks since it was begun or taken up again; None before a step."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +232,21 @@ class Trained:
     @property
     def step(self) -> int:
         return self.curve.best.step
+
+    @property
+    def sentence(self) -> str:
+        """What came of it."""
+        if not self.improved:
+            return (
+                "Nothing got better on the held-out texts, so the input comes back as it was: "
+                "train on more tokens, at a lower learning rate, or on another text."
+            )
+        before, after = self.curve.evaluated[0].kl, self.curve.best.kl
+        return (
+            f"{self.why} The best weights are those of step {self.step} of "
+            f"{len(self.curve.losses)}: mean held-out divergence {after:.4f} nats a token, "
+            f"{before:.4f} before."
+        )
 
 
 def identity(
@@ -272,7 +326,7 @@ def train(
     length = training.sequence_length
     settings.require(length)
     steps = settings.steps(length)
-    every = settings.evaluate_every or max(1, round(steps / EVALUATIONS))
+    every = settings.look_every(length)
     device = student.model.device
     accelerator = make_accelerator(device, report_to, work.folder)
     processes, rank = accelerator.num_processes, accelerator.process_index
@@ -301,6 +355,9 @@ def train(
         accelerator.init_trackers("transact-tune", config=_flat(settings))
     began, before = time.perf_counter(), curve.seconds
     saved = time.perf_counter()
+    watched = sum(text.windows.tokens for text in held_out)
+    step_tokens = settings.windows_per_step * length
+    steps_timed, step_seconds = 0, 0.0
 
     def save() -> None:
         nonlocal saved
@@ -322,16 +379,22 @@ def train(
 
     def standing(found: Evaluated | None) -> Standing:
         last = curve.evaluated[-1]
-        spent = before + time.perf_counter() - began
+        pace = None
+        if steps_timed:
+            trained = steps_timed * step_tokens / step_seconds
+            # Taken up again it has not looked yet, which takes no longer than training.
+            pace = Pace(trained, watch.pace or trained)
         return Standing(
             step=step,
             steps=steps,
-            tokens=step * settings.windows_per_step * length,
+            tokens=step * step_tokens,
             loss=curve.losses[-1] if curve.losses else None,
             learning_rate=rate_at(step, steps, settings.highest_rate),
             evaluated=found,
             share_back={name: curve.share_back(last, name) for name in last.texts},
-            seconds_left=spent / step * (steps - step) if step else None,
+            seconds_left=pace and pace.seconds_left(settings, length, watched, step),
+            dense_nll=curve.dense_nll,
+            pace=pace,
         )
 
     if not curve.evaluated:
@@ -340,6 +403,10 @@ def train(
     why = "All tokens were trained on."
     if finish:
         why = "It was ended before its tokens were used up."
+        if step > curve.evaluated[-1].step:
+            # The last steps may be the best; where they broke it, those before them are.
+            with suppress(NotANumber):
+                yield standing(look())
     student.model.train()
     while step < steps and not finish:
         if curve.worse_since() >= PATIENCE:
@@ -351,9 +418,12 @@ def train(
             save()
             raise
         rows = rows_of_step(step, settings, len(training))[rank::processes]
+        step_began = time.perf_counter()
         loss = take_step(
             module, optimizer, accelerator, teacher, training, rows, settings, steps, step
         )
+        step_seconds += time.perf_counter() - step_began
+        steps_timed += 1
         if not math.isfinite(loss):
             raise TransActError(
                 f"The loss is not a number after step {step}; choose a lower --learning-rate. The "
@@ -475,6 +545,12 @@ class _Watch:
         self.model, self.teacher = student.model, teacher
         self.held_out, self.accelerator = held_out, accelerator
         self._targets: dict[tuple[str, int], Targets] = {}
+        self._tokens, self._seconds = 0, 0.0
+
+    @property
+    def pace(self) -> float | None:
+        """Tokens a second of the looks so far, the teacher's part aside; None before one."""
+        return self._tokens / self._seconds if self._seconds else None
 
     def dense(self, progress: Progress) -> dict[str, float]:
         """The dense model's mean NLL on each text."""
@@ -505,20 +581,24 @@ class _Watch:
             sums = torch.zeros(2, dtype=torch.float64)
             mine = range(rank, len(text.windows), processes)
             for rows, ids in self._batches(text, mine):
-                progress(f"Looking at {text.name}", rows[0], len(text.windows))
+                progress(f"Looking at {short_name(text.name)}", rows[0], len(text.windows))
                 key = text.name, rows[0]
                 with self.accelerator.autocast():
                     if key not in self._targets:
                         self._targets[key] = self.teacher.targets(text.name, rows, ids)
+                    # Others may have their turn in `progress`, so that it is left out.
+                    began = time.perf_counter()
                     losses = token_losses(self.model, ids, self._targets[key])
-                sums[0] += losses.kl.double().mean() * len(rows)
-                sums[1] += losses.nll.double().mean() * len(rows)
+                sums[0] += losses.kl.double().mean().item() * len(rows)
+                sums[1] += losses.nll.double().mean().item() * len(rows)
+                self._seconds += time.perf_counter() - began
+                self._tokens += ids.numel()
             sums = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
             kl, nll = (sums / len(text.windows)).tolist()
             found[text.name] = Watched(kl, nll)
         self.model.train(training)
         if not all(math.isfinite(text.kl) for text in found.values()):
-            raise TransActError(
+            raise NotANumber(
                 "The divergence on a held-out text is not a number; choose a lower --learning-rate."
             )
         return Evaluated(step, found)

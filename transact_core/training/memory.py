@@ -43,6 +43,11 @@ def training_bytes(
     return FLOAT * (numbers + LOGITS_KEPT * at_once)
 
 
+def models_bytes(student: Architecture, teacher: Architecture, teacher_dtype: torch.dtype) -> int:
+    """Bytes of both models as they are loaded; the student in float32."""
+    return FLOAT * student.parameters + teacher_dtype.itemsize * teacher.parameters
+
+
 def require_memory(
     architecture: Architecture,
     method: Method,

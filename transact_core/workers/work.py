@@ -54,7 +54,7 @@ from transact_core.export.gguf_points import (
     write_gguf,
 )
 from transact_core.export.task_table import record_tasks
-from transact_core.export.tune import TuneSpec, tune
+from transact_core.export.tune import TuneSpec, open_texts, tune
 from transact_core.forward.generation import Sampling
 from transact_core.forward.in_llama_cpp import FileFigures, evaluate_gguf, measure_gguf_latency
 from transact_core.forward.latency import LatencyPoint, measure_latency, require_lengths_fit
@@ -69,6 +69,8 @@ PIECE_SECONDS = 20.0
 """How long a run of tasks goes on, after which others who wait have their turn."""
 TASK_RUNS_KEPT = 12
 """Runs of tasks that wait for their next piece; one that was dropped begins with kept blocks."""
+TIMED_STEPS = 2
+"""Steps of a training that are timed where its budget is a time."""
 PACE_TOKENS = 64
 """Length of the pass that is timed where the dense model's losses are kept from an earlier run."""
 
@@ -200,8 +202,34 @@ def export(
     return folder
 
 
+def require_training(
+    models: OpenModels, report: Progress, spec: BenchSpec, training: TuneSpec
+) -> None:
+    """Refuses settings that cannot be and texts that cannot be read, before a cut is written."""
+    open_texts(training)
+
+
+def training_pace(
+    models: OpenModels, report: Progress, spec: BenchSpec, training: TuneSpec
+) -> loop.Pace:
+    """What the first steps of a training take; they are not kept.
+
+    Of each text one window is watched.
+    """
+    settings, length = training.settings, training.sequence_length
+    tokens = TIMED_STEPS * settings.windows_per_step * length
+    first = replace(settings, tokens=tokens, evaluate_every=TIMED_STEPS)
+    with temporary_folder() as folder:
+        timed = replace(
+            training, output=folder / "timed", settings=first, held_out_tokens=length, resume=False
+        )
+        told = train_cut(models, report, spec, timed)
+        standings = (each for each in told if isinstance(each, loop.Standing))
+        return next(each.pace for each in standings if each.step == TIMED_STEPS)
+
+
 def train_cut(
-    models: OpenModels, report: Progress, spec: TuneSpec
+    models: OpenModels, report: Progress, spec: BenchSpec, training: TuneSpec
 ) -> Iterator[loop.Standing | str]:
     """Trains the cut in a folder and writes another one; its result is a `Tuned`.
 
@@ -210,7 +238,7 @@ def train_cut(
     with `finish` as well it writes the best so far.
     """
     models.let_go()
-    return (yield from tune(spec, report))
+    return (yield from tune(replace(training, device=spec.device, dtype=spec.dtype), report))
 
 
 # --- both models -----------------------------------------------------------------------------

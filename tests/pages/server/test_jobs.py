@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pages.server.jobs import CANCELLED, DONE, FAILED, JobQueue
+from pages.server.visitors import Visitor
 from transact_core.base.errors import TransActError
 
 WAIT = 10
@@ -414,3 +415,22 @@ def test_what_others_took_meanwhile_is_not_counted_as_time_left(queue, monkeypat
     finished(job)
     finished(others[0])
     assert left == [None, 18, 12, 6]
+
+
+def test_a_running_job_learns_that_another_owner_waits(queue):
+    gate, reached, found = threading.Event(), threading.Event(), []
+
+    def work(report):
+        reached.set()
+        gate.wait(WAIT)
+        found.append(queue.wanted_by_others(job))
+
+    me, you = Visitor(), Visitor()
+    job = queue.submit("Mine", work, owner=me)
+    assert reached.wait(WAIT)
+    queue.submit("Mine too", lambda report: None, owner=me)
+    assert not queue.wanted_by_others(job)
+    queue.submit("Another's", lambda report: None, owner=you)
+    gate.set()
+    finished(job)
+    assert found == [True]
