@@ -1,6 +1,6 @@
 """Models of every family, trained for a minute each on the built-in text, cut, and checked.
 
-    python -m benchmarks.families [--families qwen3,gemma3] [--seconds 60] [--output DIR]
+    python -m benchmarks.families [--families qwen3 gemma3] [--seconds 60] [--output DIR]
 
 No package carries weights of most families that are small enough, so these stand in for real ones:
 random models of some 0.8 million parameters whose training has made their channels and heads do
@@ -102,7 +102,9 @@ def checked(folder: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--families", default=",".join(MEMBERS), help="names of members")
+    parser.add_argument(
+        "--families", nargs="+", choices=MEMBERS, default=list(MEMBERS), metavar="MEMBER"
+    )
     parser.add_argument("--seconds", type=float, default=60, help="of the processor, for training")
     parser.add_argument("--output", type=Path, help="folder of the checkpoints")
     options = parser.parse_args()
@@ -110,7 +112,7 @@ def main() -> None:
     failed = []
     print("| family | steps | dense | bare cut | least squares | checks |", flush=True)
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
-    for member in options.families.split(","):
+    for member in options.families:
         folder = place / member.replace(", ", "-")
         model, steps = trained(member, options.seconds)
         tokenizer = make_tokenizer()
