@@ -20,9 +20,9 @@ from transact_core.export.licence import keep_licence
 from transact_core.export.model_card import kept_bare, model_card
 from transact_core.export.runtimes import block_advice, readings_of_cut
 from transact_core.export.tokenizer_files import save_tokenizer
-from transact_core.export.writer import CheckpointWriter
 from transact_core.forward.perplexity import Evaluation
 from transact_core.models.checkpoint_folder import read_checkpoint
+from transact_core.models.checkpoint_writer import CheckpointWriter
 from transact_core.models.footprint import Footprint
 from transact_core.models.stock_class import StockModel, family_for
 from transact_core.pruning.closed_form import LayerFit, recover
