@@ -20,6 +20,7 @@ from transact_core.base.files import expanded, sha256_of_file
 from transact_core.models.architecture import Architecture
 from transact_core.models.checkpoint_folder import (
     PICKLE_SUFFIXES,
+    Inspection,
     inspect_folder,
     load_folder,
     pickle_refusal,
@@ -187,7 +188,7 @@ def load_model(
     tight = whole.verdict() if converts or not offloaded else None
     if offloaded:
         estimate_offloaded(*needed).verdict()
-        tight = _offloading(estimate_memory(*needed))
+        tight = _offloading(estimate_memory(*needed), found)
     progress("Fingerprinting the weights", 1, 3)
     weight_files = {
         file.name: fingerprints.get(file) or sha256_of_file(file) for file in found.files
@@ -221,11 +222,13 @@ def load_model(
     )
 
 
-def _offloading(whole: MemoryEstimate) -> str:
+def _offloading(whole: MemoryEstimate, found: Inspection) -> str:
     """A notice of layers that are read from disk; `whole` is what all of them would take."""
+    read = found.architecture.parameters * found.dtype.itemsize
     return (
-        f"{whole.sentence}; the model's layers are read from disk one at a time, all of them anew "
-        "for each pass over the model. Results are the same and take longer."
+        f"{whole.sentence}; the model's layers are read from disk one at a time. Results are the "
+        "same and take longer: by the time that the disk takes to read "
+        f"{read / 1e9:.1f} GB, for each pass over the model."
     )
 
 
