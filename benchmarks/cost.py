@@ -34,6 +34,7 @@ from transact_core.forward.stream import Stream
 from transact_core.forward.waists import batches, output_projections
 from transact_core.importance.elimination import weighted_rows
 from transact_core.models.architecture import Architecture
+from transact_core.models.devices import dtype_name
 from transact_core.models.load import load_model
 
 Pass = Callable[[LlamaForCausalLM, Windows], object]
@@ -80,9 +81,14 @@ def _seconds(run: Pass, model: LlamaForCausalLM, windows: Windows) -> float:
 
 
 def write_random_model(
-    folder: Path, layers: int, hidden: int, seed: int = 0, tokenizer_of: str = "builtin"
+    folder: Path,
+    layers: int,
+    hidden: int,
+    seed: int = 0,
+    tokenizer_of: str = "builtin",
+    dtype: torch.dtype = torch.float16,
 ) -> Architecture:
-    """Writes a float16 checkpoint of random weights in the built-in model's proportions.
+    """Writes a checkpoint of random weights in the built-in model's proportions.
 
     One shard per layer is drawn and written at a time, so the whole model is never in memory.
     """
@@ -97,7 +103,7 @@ def write_random_model(
         head_dim=64,
         tie_word_embeddings=True,
         architectures=["LlamaForCausalLM"],
-        dtype="float16",
+        dtype=dtype_name(dtype),
     )
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -115,9 +121,9 @@ def write_random_model(
     for shard, shapes in enumerate(shards, start=1):
         file = f"model-{shard:05}-of-{len(shards):05}.safetensors"
         tensors = {
-            name: torch.ones(shape, dtype=torch.float16)
+            name: torch.ones(shape, dtype=dtype)
             if name.endswith("norm.weight")
-            else (0.02 * torch.randn(shape, generator=generator)).half()
+            else (0.02 * torch.randn(shape, generator=generator)).to(dtype)
             for name, shape in shapes.items()
         }
         save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -29,8 +29,8 @@ from transact_core.experiments.bench import Bench, Choices, compress
 from transact_core.experiments.decide import decide
 from transact_core.export.compression import describe_compression
 from transact_core.export.folder import write_checkpoint
-from transact_core.export.writer import mend_generation_config
 from transact_core.forward.perplexity import evaluate
+from transact_core.models.checkpoint_writer import mend_generation_config
 from transact_core.models.load import LoadedModel, load_model
 from transact_core.pruning.plan import head_counts
 from transact_core.pruning.surgery import cast, round_weights

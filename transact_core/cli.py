@@ -150,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 
     prune = command("prune", _prune, "cut a model, measure it and write it as a checkpoint folder")
     _add_model(prune)
+    _add_offload(prune)
     for ratio, width in (("--mha-ratio", "attention"), ("--mlp-ratio", "MLP")):
         prune.add_argument(
             ratio,
@@ -198,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="compression.json",
         help="the file, as an output folder or the app has it",
     )
+    _add_offload(apply)
     _add_output_folder(apply)
     apply.add_argument(
         "--model",
@@ -218,12 +220,14 @@ def _parser() -> argparse.ArgumentParser:
 
     measure = command("evaluate", _evaluate, "measure the perplexity of a model")
     _add_model(measure)
+    _add_offload(measure)
     _add_evaluation(measure, several=True)
     _add_runtime(measure)
     _add_json(measure, "print JSON, with the fields of report.json, instead of a sentence")
 
     analyze = command("analyze", _analyze, "score every head and channel of a model")
     _add_model(analyze)
+    _add_offload(analyze)
     analyze.add_argument(
         "--output",
         required=True,
@@ -238,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
 
     points = command("sweep", _sweep, "measure every pair of a grid of ratios")
     _add_model(points)
+    _add_offload(points)
     for ratio, width in (("--mha-ratio", "attention"), ("--mlp-ratio", "MLP")):
         points.add_argument(
             ratio,
@@ -353,6 +358,18 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         default="auto",
         choices=["auto", "float32", "float16", "bfloat16"],
         help="what to compute in; auto is float32 on a CPU and bfloat16 on a GPU",
+    )
+
+
+def _add_offload(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--offload",
+        action="store_const",
+        const="always",
+        default="auto",
+        help="leave the model's layers on disk and read them one at a time, in each pass over the "
+        "model: the same results in less memory and more time (default: where the model does not "
+        "fit into the free memory)",
     )
 
 
@@ -719,6 +736,7 @@ def _prune(chosen: argparse.Namespace) -> None:
     with _Bar() as progress:
         bench = _open(bench_spec, progress)
         if files:
+            bench.loaded.require_whole("Writing a GGUF file")
             _choose_multiples(chosen, bench, mlp_ratio)
         spec = CutSpec(bench_spec, (mha_ratio, mlp_ratio), _choices(chosen))
         vocabulary = vocabulary_for(bench.loaded) if files else ()
@@ -779,6 +797,7 @@ def _prune_and_tune(
     )
     with _Bar() as progress:
         bench = _open(bench_spec, progress)
+        bench.loaded.require_whole("Training")
         running = WithResult(prune_and_tune(chosen.output, bench, ratios, choices, spec, progress))
         for told in running:
             _tell_training(told)
@@ -878,7 +897,7 @@ def _recorded_bench(
     )
     texts = read_texts(spec)
     model = chosen.model or compression.model.source
-    loaded = load_model(model, device, environment.dtype, progress)
+    loaded = load_model(model, device, environment.dtype, progress, chosen.offload)
     require_same_model(compression, loaded)
     compression.plan.check(loaded.architecture)
     bench = bench_with(loaded, spec, texts, compression.save_dtype, compression.seed, progress)
@@ -1203,7 +1222,7 @@ def _load_with_windows(
 ) -> tuple[LoadedModel, list[Windows]]:
     """The model, and windows from the beginning of each text alone."""
     corpora = [read_corpus(source) for source in sources]
-    loaded = load_model(chosen.model, chosen.device, chosen.dtype, progress)
+    loaded = load_model(chosen.model, chosen.device, chosen.dtype, progress, chosen.offload)
     texts = [
         evaluation_windows(
             corpus,
@@ -1227,6 +1246,7 @@ def _bench_spec(chosen: argparse.Namespace) -> BenchSpec:
         windows=_window_spec(chosen),
         save_dtype=chosen.save_dtype,
         seed=chosen.seed,
+        offload=chosen.offload,
     )
 
 

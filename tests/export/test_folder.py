@@ -23,11 +23,11 @@ from transact_core.export.compression import (
 )
 from transact_core.export.folder import compress_to_folder, write_checkpoint
 from transact_core.export.runtimes import block_advice, readings_of_cut
-from transact_core.export.writer import CheckpointWriter, older_fields
 from transact_core.forward.perplexity import evaluate
 from transact_core.importance.rotary_pairs import PairEffects, drop_order
 from transact_core.importance.scores import Scores
 from transact_core.models.architecture import Architecture
+from transact_core.models.checkpoint_writer import CheckpointWriter, older_fields
 from transact_core.pruning.closed_form import RECOVERIES
 from transact_core.pruning.plan import GRANULARITIES, Decision, PruningPlan, make_plan
 

@@ -25,7 +25,7 @@ def models(tokenizer, windows, monkeypatch, tmp_path):
         name: make_model(num_hidden_layers=layers) for name, layers in (("a", 2), ("b", 3))
     }
 
-    def load(model, device, dtype, report):
+    def load(model, device, dtype, report, offload):
         made.loads.append(model)
         return loaded_from(made.tiny[model], tokenizer)
 

@@ -207,6 +207,18 @@ def _empty_file(**where: object) -> Path:
 
 
 @contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """A folder in the cache folder for files that are not kept, removed at the end.
+
+    It has a hidden name with `name` in it. What a killed process left is removed by the next one.
+    """
+    final = cache_folder() / name
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with _staged(final, lambda **where: Path(tempfile.mkdtemp(**where))) as folder:
+        yield folder
+
+
+@contextmanager
 def _staged(final: Path, make: Callable[..., Path]) -> Iterator[Path]:
     """A locked hidden path beside `final`; removed at the end if it was not renamed."""
     remove_leftovers(final.parent)

@@ -35,6 +35,7 @@ from transact_core.planning.damage import (
 )
 from transact_core.planning.memory_needed import cut_bytes
 from transact_core.pruning.closed_form import LayerFit, recover, require_recovery
+from transact_core.pruning.on_disk import cut_on_disk
 from transact_core.pruning.plan import Decision, Granularity, PruningPlan, make_plan
 from transact_core.pruning.rope import require_narrowable
 from transact_core.pruning.surgery import prune, round_weights
@@ -445,16 +446,21 @@ def carry_out(
 ) -> tuple[PreTrainedModel, tuple[LayerFit, ...]]:
     """Cuts, repairs, and rounds the weights to the dtype they are saved in; measures nothing.
 
+    Where the dense model's layers are on disk, so are those of the pruned one.
+
     Raises:
         TransActError: it is estimated to take more memory than there is.
     """
     dense = bench.loaded.model
     require_memory(bench, plan, recovery)
+    save_dtype = resolve_dtype(bench.save_dtype, bench.loaded.device)
+    if bench.loaded.offloaded:
+        return cut_on_disk(dense, plan, bench.calibration, recovery, save_dtype, progress)
     model = prune(dense, plan, with_biases=recovery == "bias")
     fits: tuple[LayerFit, ...] = ()
     if recovery != "none" and plan.cuts_anything(bench.loaded.architecture):
         fits = recover(dense, model, plan, bench.calibration, recovery, progress).fits
-    round_weights(model, resolve_dtype(bench.save_dtype, bench.loaded.device))
+    round_weights(model, save_dtype)
     return model, fits
 
 
@@ -471,6 +477,7 @@ def require_memory(bench: Bench, plan: PruningPlan, recovery: str) -> None:
         recovery,
         bench.calibration.tokens,
         loaded.dtype.itemsize,
+        layer_by_layer=loaded.offloaded,
     )
     free = free_memory(loaded.device)
     if needed > free:

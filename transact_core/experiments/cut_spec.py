@@ -20,7 +20,7 @@ from transact_core.experiments.bench import Bench, Choices, Measurement
 from transact_core.experiments.results import decided, measured
 from transact_core.experiments.sweep import Pair
 from transact_core.forward.writing import written_texts
-from transact_core.models.load import BUILTIN, LoadedModel, load_model
+from transact_core.models.load import BUILTIN, LoadedModel, Offload, load_model
 from transact_core.pruning.plan import Decision
 
 
@@ -36,6 +36,7 @@ class BenchSpec:
     save_dtype: str | None = None
     """Dtype of the pruned weights; None for that of the source."""
     seed: int = 0
+    offload: Offload = "auto"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def open_bench(spec: BenchSpec, progress: Progress = silent) -> Bench:
     torch.manual_seed(spec.seed)
     # Texts are read first: a wrong name is found before a large model is loaded.
     texts = read_texts(spec.windows)
-    loaded = load_model(spec.model, spec.device, spec.dtype, progress)
+    loaded = load_model(spec.model, spec.device, spec.dtype, progress, spec.offload)
     return bench_with(loaded, spec.windows, texts, spec.save_dtype, spec.seed, progress)
 
 

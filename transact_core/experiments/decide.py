@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
 from transact_core.experiments.bench import Bench, Choices
-from transact_core.forward.layers import layers_of
+from transact_core.forward.layers import layers_of, on_disk
 from transact_core.forward.perplexity import Evaluation, evaluate, losses_behind_layers
 from transact_core.forward.waists import head_rows
 from transact_core.importance.elimination import eliminate_module
 from transact_core.importance.scores import Evidence, Scores, score
 from transact_core.models.architecture import Architecture
 from transact_core.pruning.closed_form import recover, require_recovery
+from transact_core.pruning.on_disk import cut_on_disk
 from transact_core.pruning.plan import (
     GRANULARITIES,
     Decision,
@@ -243,8 +244,12 @@ def _stepwise(
         plan = bench.plan(*target, any_width, report, scores)
         if not plan.cuts_anything(bench.loaded.architecture):
             continue
-        model = prune(dense, plan, with_biases=choices.recovery == "bias")
-        recover(dense, model, plan, bench.calibration, choices.recovery, report)
+        made_by = plan, bench.calibration, choices.recovery
+        if on_disk(dense):
+            model, _ = cut_on_disk(dense, *made_by, dense.dtype, report)
+        else:
+            model = prune(dense, plan, with_biases=choices.recovery == "bias")
+            recover(dense, model, *made_by, report)
         cut = Architecture.from_config(model.config)
         earlier.append(Step.of(cut, evaluate(model, bench.evaluation, report).perplexity))
         evidence = Evidence(model, bench.calibration, cut, bench.seed, report)

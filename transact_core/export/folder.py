@@ -20,14 +20,14 @@ from transact_core.export.licence import keep_licence
 from transact_core.export.model_card import kept_bare, model_card
 from transact_core.export.runtimes import block_advice, readings_of_cut
 from transact_core.export.tokenizer_files import save_tokenizer
-from transact_core.export.writer import CheckpointWriter
+from transact_core.forward.layers import weights_of
 from transact_core.forward.perplexity import Evaluation
-from transact_core.models.checkpoint_folder import read_checkpoint
+from transact_core.models.checkpoint_folder import open_checkpoint, read_checkpoint
+from transact_core.models.checkpoint_writer import CheckpointWriter
 from transact_core.models.footprint import Footprint
 from transact_core.models.stock_class import StockModel, family_for
-from transact_core.pruning.closed_form import LayerFit, recover
+from transact_core.pruning.on_disk import write_layers
 from transact_core.pruning.plan import PruningPlan
-from transact_core.pruning.surgery import Cut
 
 BESIDE_WEIGHTS_BYTES = 50_000_000
 """Bytes kept free for the tokenizer, compression.json and the rest of an output folder."""
@@ -97,7 +97,7 @@ def write_checkpoint(
     measurement: Measurement,
     compression: Compression,
 ) -> None:
-    """Writes the output folder of a model in memory, whole or not at all.
+    """Writes the output folder of a model, whole or not at all.
 
     Raises:
         TransActError: the folder is not empty, cannot be written, or the disk is too full.
@@ -107,7 +107,7 @@ def write_checkpoint(
     require_room(output, measurement.footprint)
     with staged_folder(output) as folder:
         writer = CheckpointWriter(folder, getattr(torch, compression.save_dtype))
-        for name, tensor in model.state_dict().items():
+        for name, tensor in weights_of(model):
             if name != "lm_head.weight" or not model.config.tie_word_embeddings:
                 writer.add(name, tensor)
         writer.finish(model)
@@ -154,8 +154,9 @@ def compress_to_folder(
     """Carries out a compression straight into its output folder, whole or not at all.
 
     Layers are cut, repaired, written and released one after the other, and the dense model is
-    released before the written checkpoint is loaded and measured. Peak memory is the dense weights,
-    one layer, one residual stream and one shard. The weights are those that `bench.compress` makes.
+    released before the written checkpoint is loaded and measured. Peak memory is the dense weights
+    (one layer and the next where they are on disk, and so are then those of the written model), one
+    layer, one residual stream and one shard. The weights are those that `bench.compress` makes.
 
     Raises:
         TransActError: as `bench.compress` and `write_checkpoint` do.
@@ -170,50 +171,17 @@ def compress_to_folder(
     # It is written last, when the model and with it the bench's tokenizer are released.
     tokenizer = bench.loaded.tokenizer
     with staged_folder(output) as folder:
-        fits = _write_layers(folder, bench, compression, progress)
+        save_dtype = getattr(torch, compression.save_dtype)
+        fits = write_layers(
+            folder, bench.loaded.model, plan, bench.calibration, recovery, save_dtype, progress
+        )
         # It goes with the model, and is written beside the pruned one.
         tokenizer = bench.loaded.tokenizer
         bench.release_model()
-        model = read_checkpoint(folder, dtype).to(device)
-        model.eval().requires_grad_(False)
+        if bench.loaded.offloaded:
+            model = open_checkpoint(folder, dtype, device)
+        else:
+            model = read_checkpoint(folder, dtype).to(device).eval().requires_grad_(False)
         measurement = measure(bench, model, plan, recovery, fits, start, progress)
         _write_beside(folder, bench, measurement, compression, tokenizer)
     return measurement
-
-
-def _write_layers(
-    folder: Path, bench: Bench, compression: Compression, progress: Progress
-) -> tuple[LayerFit, ...]:
-    """Cuts, repairs and writes the weights, one layer at a time; returns the repairs' fits."""
-    plan, recovery, dense = compression.plan, compression.recovery, bench.loaded.model
-    cut = Cut(dense, plan, with_biases=recovery == "bias")
-    writer = CheckpointWriter(folder, getattr(torch, compression.save_dtype))
-
-    def write_layer(layer_index: int) -> None:
-        for name, tensor in cut.pruned.model.layers[layer_index].state_dict().items():
-            writer.add(f"model.layers.{layer_index}.{name}", tensor)
-        cut.drop_layer(layer_index)
-
-    fits: tuple[LayerFit, ...] = ()
-    if recovery != "none" and plan.cuts_anything(bench.loaded.architecture):
-        fits = recover(
-            dense,
-            cut.pruned,
-            plan,
-            bench.calibration,
-            recovery,
-            progress,
-            cut.make_layer,
-            write_layer,
-        ).fits
-    else:
-        for layer_index in range(len(plan.layers)):
-            cut.make_layer(layer_index)
-            write_layer(layer_index)
-    progress("Writing the checkpoint", 0, 1)
-    # Written last, since tensors wait in memory until a shard is full.
-    for name in bench.loaded.architecture.outer_tensors():
-        writer.add(name, cut.pruned.get_parameter(name))
-    writer.finish(cut.pruned)
-    progress("Writing the checkpoint", 1, 1)
-    return fits

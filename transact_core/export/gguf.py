@@ -577,6 +577,7 @@ def export_gguf(
     Raises:
         TransActError: as `describe` and `write_file` do.
     """
+    loaded.require_whole("Writing a GGUF file")
     description = describe(loaded, vocabulary=vocabulary, name=name)
     source = calibration and ImatrixSource(calibration.source, len(calibration))
     plans = {}

@@ -6,10 +6,7 @@ results, under a key that names the weights, the type and the windows; the files
 temporary.
 """
 
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -20,7 +17,7 @@ import torch
 
 from transact_core.base.cache import digest, remembered, sha256_of_tokens
 from transact_core.base.errors import Progress, silent
-from transact_core.base.files import cache_folder, remove_whole
+from transact_core.base.files import temporary_folder
 from transact_core.data.windows import Windows
 from transact_core.experiments import results
 from transact_core.experiments.bench import Bench, Measurement
@@ -51,9 +48,6 @@ REPEATS = 3
 """Timed runs of each file, after one that is not counted."""
 REFERENCE = "F16"
 """The type of the dense file that others are timed against."""
-TEMPORARY = ".gguf-"
-LEFT_SECONDS = 24 * 3600
-"""Temporary folders that nobody wrote to for this long are removed."""
 FILES_VERSION = 1
 """Version of what is written into the files; part of the key of every point."""
 
@@ -231,19 +225,6 @@ def _imatrix(
     return {name: values.numpy() for name, values in found.items()}
 
 
-@contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A folder for files that are measured and not kept."""
-    place = cache_folder()
-    place.mkdir(parents=True, exist_ok=True)
-    for left in place.glob(f"{TEMPORARY}*"):  # by a process that was killed
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > LEFT_SECONDS:
-                remove_whole(left)
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=place) as folder:
-        yield Path(folder)
-
-
 # --- measuring -------------------------------------------------------------------------------
 
 
@@ -263,7 +244,7 @@ def measure_files(
     Raises:
         TransActError: llama.cpp is not installed, or the model cannot be given to it.
     """
-    with temporary_folder() as folder:
+    with temporary_folder("gguf") as folder:
         for chosen in types:
             kept = find_point(bench, point, chosen)
             if not is_complete(kept, timed):

@@ -48,9 +48,9 @@ from transact_core.export.compression import (
 from transact_core.export.folder import require_room
 from transact_core.export.licence import keep_licence
 from transact_core.export.tokenizer_files import save_tokenizer
-from transact_core.export.writer import CheckpointWriter
 from transact_core.forward.perplexity import evaluate
 from transact_core.forward.writing import written
+from transact_core.models.checkpoint_writer import CheckpointWriter
 from transact_core.models.devices import dtype_name, resolve_device
 from transact_core.models.footprint import footprint
 from transact_core.models.load import LoadedModel, load_model

@@ -5,13 +5,15 @@ runs it with the arguments that the model's own code passes to it.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from transact_core.models.stored_layers import StoredLayers
 
 Arguments = Mapping[str, object]
 """What a decoder layer is called with beside the hidden states: `attention_mask`,
@@ -22,9 +24,9 @@ Arguments = Mapping[str, object]
 class Layers:
     """The decoder layers of a model, lent one at a time; here they are all in memory.
 
-    A layer is used only inside the `with` block that borrowed it, so that another implementation
-    can read it from disk or move it to a device for that time. Blocks may be nested: a layer that
-    is borrowed again inside the block that borrowed it is the same object.
+    A layer is used only inside the `with` block that borrowed it, so that it may be read from disk
+    for that time, as `StoredLayers` are. Blocks may be nested: a layer that is borrowed again
+    inside the block that borrowed it is the same object.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
@@ -39,9 +41,30 @@ class Layers:
         yield self._layers[layer_index]
 
 
-def layers_of(model: PreTrainedModel) -> Layers:
+def layers_of(model: PreTrainedModel) -> Layers | StoredLayers:
     """The layers of a causal language model."""
-    return Layers(model.model.layers)
+    return model.model.layers if on_disk(model) else Layers(model.model.layers)
+
+
+def on_disk(model: PreTrainedModel) -> bool:
+    """Whether the model's layers are read from disk when they are borrowed."""
+    return isinstance(model.model.layers, StoredLayers)
+
+
+def weights_of(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a model by its name, in the order of `state_dict`; those of a layer hold
+    until the next one is asked for."""
+    done = set()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("model.layers."):
+            yield name, tensor
+            continue
+        layer_index = int(name.split(".")[2])
+        if layer_index not in done:
+            done.add(layer_index)
+            with layers_of(model).borrow(layer_index) as layer:
+                for own_name, weight in layer.state_dict().items():
+                    yield f"model.layers.{layer_index}.{own_name}", weight
 
 
 class _Recorder(nn.Module):
@@ -77,6 +100,30 @@ def before_layers(
     }
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state
     return hidden, tuple(recorder.arguments for recorder in recorders)
+
+
+def behind_layers(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> torch.Tensor:
+    """The hidden states that leave the last layer, each window run alone as the model's own forward
+    pass runs it; each layer is borrowed once for all windows.
+
+    `ids` are as in `before_layers`. `report` is told how many of all windows have passed how many
+    layers, and how many do so in all.
+    """
+    layers = layers_of(model)
+    total = len(layers) * len(ids)
+    arguments = before_layers(model, ids[:1])[1]
+    hidden = torch.cat([before_layers(model, window)[0] for window in ids.split(1)])
+    for layer_index in range(len(layers)):
+        with layers.borrow(layer_index) as layer:
+            for place, window in enumerate(hidden.split(1)):
+                report(layer_index * len(ids) + place, total)
+                window.copy_(layer(window, **arguments[layer_index]))
+    report(total, total)
+    return hidden
 
 
 class _Given(nn.Module):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
-from transact_core.forward.layers import logits_of
+from transact_core.forward.layers import behind_layers, logits_of, on_disk
 
 LOGITS_AT_ONCE = 1 << 25
 """Logits that are held at a time, in number: 128 MB in float32, and a softmax of the same size. The
@@ -60,6 +60,10 @@ def evaluate(
     Raises:
         TransActError: a loss is NaN or infinite.
     """
+    if on_disk(model):
+        ids = windows.ids.to(model.device)
+        hidden = behind_layers(model, ids, lambda done, total: progress(stage, done, total))
+        return Evaluation(nll=require_losses(losses_behind_layers(model, hidden, windows)))
     losses = []
     for done, window in enumerate(windows.ids.to(model.device)):
         progress(stage, done, len(windows))
@@ -89,7 +93,10 @@ def token_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     `ids` has shape (tokens,) and lies on the model's device; the result has shape (tokens − 1,),
     float32 on the CPU. At most `LOGITS_AT_ONCE` logits are held at a time, one token's at least.
     """
-    states = model.model(ids[None], use_cache=False).last_hidden_state[0]
+    if on_disk(model):
+        states = model.model.norm(behind_layers(model, ids[None]))[0]
+    else:
+        states = model.model(ids[None], use_cache=False).last_hidden_state[0]
     return _losses_of_states(model, states, ids)
 
 

@@ -217,6 +217,7 @@ class _Told(StoppingCriteria):
 
 def _sampled(loaded: LoadedModel, begins: list[list[int]], seed: int, report) -> list[list[int]]:
     """Each beginning with its continuation, up to the first end-of-sequence token."""
+    loaded.require_whole("Writing a text")
     model: PreTrainedModel = loaded.model
     ends = end_tokens(model)
     padding = next(iter(sorted(ends)), 0)

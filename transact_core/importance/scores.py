@@ -89,6 +89,8 @@ class Evidence:
         self._progress = progress
         self._remember = remember
         self._known: dict[str, Tensors] = {}
+        self._column_norms: Tensors = {}
+        """Of both modules, from one reading of the weights."""
 
     @property
     def statistics(self) -> ActivationStatistics:
@@ -124,12 +126,16 @@ class Evidence:
 
     def column_norms(self, module: str) -> torch.Tensor:
         """L2 norm of each column of a module's output projection, (layers, width), float64."""
-        layers, norms = layers_of(self.model), []
-        for layer_index in range(len(layers)):
-            with layers.borrow(layer_index) as layer:
-                weight = output_projections(layer)[module].weight
-                norms.append(weight.detach().float().norm(dim=0).cpu())
-        return torch.stack(norms).double()
+        if not self._column_norms:
+            layers = layers_of(self.model)
+            norms: dict[str, list[torch.Tensor]] = {each: [] for each in MODULES}
+            for layer_index in range(len(layers)):
+                with layers.borrow(layer_index) as layer:
+                    for each, projection in output_projections(layer).items():
+                        columns = projection.weight.detach().float().norm(dim=0)
+                        norms[each].append(columns.cpu())
+            self._column_norms = {each: torch.stack(rows).double() for each, rows in norms.items()}
+        return self._column_norms[module]
 
 
 Importance = Callable[[Evidence], Scores]

@@ -24,7 +24,8 @@ from transact_core.models.architecture import Architecture
 from transact_core.models.families.description import rotary_kinds, rotary_parameters
 from transact_core.models.families.refusals import require_known_family
 from transact_core.models.families.table import family_of
-from transact_core.models.stock_class import StockModel
+from transact_core.models.stock_class import StockConfig, StockModel
+from transact_core.models.stored_layers import StoredLayers
 
 disable_progress_bar()  # progress is reported through our own callback
 set_verbosity_error()  # our errors and notices say what is wrong with a model
@@ -436,14 +437,48 @@ def read_checkpoint(folder: Path, dtype: torch.dtype, tied: bool | None = None) 
     `tied` replaces `tie_word_embeddings` where the configuration contradicts the weights. A
     `quantization_config` is dropped: quantised weights were refused before.
     """
+    return _from_pretrained(folder, _stock_config(folder, tied), dtype)
+
+
+def open_checkpoint(
+    folder: Path, dtype: torch.dtype, device: torch.device, tied: bool | None = None
+) -> StockModel:
+    """As `read_checkpoint`, on a device, but for the decoder layers: those stay in the files and
+    are read when they are borrowed (`stored_layers`)."""
+    config = _stock_config(folder, tied)
+    files = _safetensors_files(folder, getattr(config, "transformers_weights", None))
+    layers = config.num_hidden_layers
+    config.num_hidden_layers = 0  # The rest of the model is what transformers loads then.
+    model = _from_pretrained(folder, config, dtype).to(device)
+    config = model.config
+    config.num_hidden_layers = layers
+    with torch.device("meta"):
+        empty = list(type(model)(config).to(dtype).model.layers)
+    stored = _stored_tensors(files)
+    places = [
+        {
+            name: (stored[full].file, full)
+            for name, _ in layer.named_parameters()
+            for full in [f"model.layers.{layer_index}.{name}"]
+        }
+        for layer_index, layer in enumerate(empty)
+    ]
+    model.model.layers = StoredLayers(empty, places, dtype, device)
+    return model.eval().requires_grad_(False)
+
+
+def _stock_config(folder: Path, tied: bool | None) -> StockConfig:
     raw = json.loads(read_text(folder / "config.json"))
-    family = family_of(raw.get("model_type", "llama"))
-    config = family.read_config(raw)
+    config = family_of(raw.get("model_type", "llama")).read_config(raw)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if tied is not None:
         config.tie_word_embeddings = tied
-    return family.model_class.from_pretrained(
+    return config
+
+
+def _from_pretrained(folder: Path, config: StockConfig, dtype: torch.dtype) -> StockModel:
+    return family_of(config.model_type).model_class.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -454,16 +489,25 @@ def read_checkpoint(folder: Path, dtype: torch.dtype, tied: bool | None = None) 
 
 
 def load_folder(
-    folder: Path, dtype: torch.dtype, tied: bool | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    tied: bool | None = None,
+    offload_for: torch.device | None = None,
 ) -> tuple[StockModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder that was inspected; `tied` as in `read_checkpoint`.
+
+    With `offload_for` the layers stay on disk, and the rest is on that device (`open_checkpoint`).
 
     Raises:
         TransActError: transformers cannot load one of the two.
     """
     tokenizer = _load_tokenizer(folder)
     try:
-        model = read_checkpoint(folder, dtype, tied)
+        model = (
+            read_checkpoint(folder, dtype, tied)
+            if offload_for is None
+            else open_checkpoint(folder, dtype, offload_for, tied)
+        )
     except Exception as error:
         raise TransActError(f"transformers could not load {folder}: {first_line(error)}.") from None
     return model, tokenizer

@@ -1,5 +1,6 @@
 """Devices, dtypes, and whether a model's weights fit into the memory."""
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,13 +74,18 @@ class MemoryEstimate:
             f"where {self.available / 1e9:.1f} GB are free"
         )
 
+    @property
+    def fits(self) -> bool:
+        """Whether as much is free as is needed."""
+        return self.needed <= self.available
+
     def verdict(self) -> str | None:
         """A warning where a second model would not fit beside the first, None otherwise.
 
         Raises:
             TransActError: the model itself does not fit.
         """
-        if self.needed > self.available:
+        if not self.fits:
             raise TransActError(
                 f"{self.sentence}; free some memory, choose a 16-bit dtype or a smaller model."
             )
@@ -95,6 +101,17 @@ def estimate_memory(
     needed = architecture.parameters * dtype.itemsize
     if gguf:
         needed = architecture.parameters * (4 + dtype.itemsize)
+    return MemoryEstimate(needed=needed, available=free_memory(device), device=str(device))
+
+
+def estimate_offloaded(
+    architecture: Architecture, dtype: torch.dtype, device: torch.device
+) -> MemoryEstimate:
+    """Peak memory of the weights where decoder layers are read from disk: all that is outside of
+    them, the layer that is worked on, and the next one."""
+    largest = max(map(architecture.layer_parameters, range(architecture.num_hidden_layers)))
+    outside = sum(math.prod(shape) for shape in architecture.outer_tensors().values())
+    needed = (outside + 2 * largest) * dtype.itemsize
     return MemoryEstimate(needed=needed, available=free_memory(device), device=str(device))
 
 

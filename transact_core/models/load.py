@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,11 +20,19 @@ from transact_core.base.files import expanded, sha256_of_file
 from transact_core.models.architecture import Architecture
 from transact_core.models.checkpoint_folder import (
     PICKLE_SUFFIXES,
+    Inspection,
     inspect_folder,
     load_folder,
     pickle_refusal,
 )
-from transact_core.models.devices import dtype_name, estimate_memory, resolve_device, resolve_dtype
+from transact_core.models.devices import (
+    MemoryEstimate,
+    dtype_name,
+    estimate_memory,
+    estimate_offloaded,
+    resolve_device,
+    resolve_dtype,
+)
 from transact_core.models.gguf import (
     convert_gguf,
     converted_folder,
@@ -33,6 +42,7 @@ from transact_core.models.gguf import (
 )
 from transact_core.models.hub import download
 from transact_core.models.licence import Licence, read_licence
+from transact_core.models.stored_layers import WHY_NOT_WHOLE
 
 BUILTIN = "builtin"
 BUILTIN_NAME = "SmolLM2-135M-Instruct"
@@ -41,6 +51,10 @@ BUILTIN_REQUIREMENT = f"{BUILTIN_PACKAGE}==0.1.2"
 """As in requirements-model.txt. Without its dependencies, which would compile llama.cpp."""
 BUILTIN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+Offload = Literal["never", "auto", "always"]
+"""Whether the decoder layers of a model stay on disk: `auto` where they do not fit into the free
+memory, which `never` refuses."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,8 @@ class LoadedModel:
     for a model that was not read from disk."""
     licence: Licence | None = None
     """The licence that the source states."""
+    offloaded: bool = False
+    """Whether the decoder layers lie on disk and are read one at a time."""
 
     @property
     def name(self) -> str:
@@ -79,6 +95,15 @@ class LoadedModel:
     @property
     def released(self) -> bool:
         return isinstance(self.model, ReleasedModel)
+
+    def require_whole(self, what: str) -> None:
+        """Refuses work that needs all layers in memory; `what` names it and begins the sentence.
+
+        Raises:
+            TransActError: the layers are on disk.
+        """
+        if self.offloaded:
+            raise TransActError(f"{what} needs the whole model in memory, and {WHY_NOT_WHOLE}.")
 
     def release(self) -> "LoadedModel":
         """The same without the weights and the tokenizer, which can then be freed."""
@@ -109,9 +134,15 @@ class ReleasedTokenizer:
 
 
 def load_model(
-    source: str, device: str = "auto", dtype: str = "auto", progress: Progress = silent
+    source: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = silent,
+    offload: Offload = "never",
 ) -> LoadedModel:
     """Loads `builtin`, a checkpoint folder, a `.gguf` file or a hub id.
+
+    A model whose layers stay on disk gives the same numbers in more time; see `stored_layers`.
 
     Raises:
         TransActError: the source is missing, damaged, of another architecture or kind, or too
@@ -150,7 +181,14 @@ def load_model(
         raise TransActError(f"{path} is neither a checkpoint folder nor a .gguf file.")
 
     converts = not folder.is_dir()
-    tight = estimate_memory(found.architecture, compute_dtype, target, gguf=converts).verdict()
+    needed = (found.architecture, compute_dtype, target)
+    # A GGUF file is converted in memory, and its layers can be read from then on.
+    whole = estimate_memory(*needed, gguf=converts)
+    offloaded = offload == "always" or (offload == "auto" and not (whole.fits or converts))
+    tight = whole.verdict() if converts or not offloaded else None
+    if offloaded:
+        estimate_offloaded(*needed).verdict()
+        tight = _offloading(estimate_memory(*needed), found)
     progress("Fingerprinting the weights", 1, 3)
     weight_files = {
         file.name: fingerprints.get(file) or sha256_of_file(file) for file in found.files
@@ -160,8 +198,11 @@ def load_model(
         convert_gguf(path, found, folder)
         evict()
     tied = found.architecture.tie_word_embeddings
-    model, tokenizer = load_folder(folder, compute_dtype, tied)
-    model = model.to(target).eval().requires_grad_(False)
+    if offloaded:
+        model, tokenizer = load_folder(folder, compute_dtype, tied, offload_for=target)
+    else:
+        model, tokenizer = load_folder(folder, compute_dtype, tied)
+        model = model.to(target).eval().requires_grad_(False)
     progress("Loading the weights", 3, 3)
     return LoadedModel(
         model=model,
@@ -172,11 +213,22 @@ def load_model(
         source_dtype=found.dtype,
         folder=folder,
         licence=read_licence(folder),
+        offloaded=offloaded,
         notices=tuple(
             notice
             for notice in (tight, *found.notices, _rounding(found.dtype, compute_dtype))
             if notice
         ),
+    )
+
+
+def _offloading(whole: MemoryEstimate, found: Inspection) -> str:
+    """A notice of layers that are read from disk; `whole` is what all of them would take."""
+    read = found.architecture.parameters * found.dtype.itemsize
+    return (
+        f"{whole.sentence}; the model's layers are read from disk one at a time. Results are the "
+        "same and take longer: by the time that the disk takes to read "
+        f"{read / 1e9:.1f} GB, for each pass over the model."
     )
 
 

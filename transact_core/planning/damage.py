@@ -46,7 +46,7 @@ from transact_core.models.architecture import Architecture
 from transact_core.pruning.closed_form import RECOVERIES, recover
 from transact_core.pruning.plan import PruningPlan, best_first, head_counts
 from transact_core.pruning.ridge import FLOOR, combinations, random_signs
-from transact_core.pruning.surgery import prune
+from transact_core.pruning.surgery import Cut
 
 RIDGES = (0.1, 0.3, 1.0)
 """Those of `closed_form.RIDGES` that are chosen in practice; each width takes the best of them."""
@@ -228,9 +228,19 @@ def narrow_heads(
         def report(stage: str, done: int, total: int, plan_number: int = plan_number) -> None:
             progress(f"Narrowing heads, {plan_number} of {len(plans)}", done, total)
 
-        cut = prune(model, plan)
+        cut = Cut(model, plan)
         # Only the errors are used, and not every class has the biases that a repair would write.
-        fits = recover(model, cut, plan, windows, carried_out, report, judge_only=True).fits
+        fits = recover(
+            model,
+            cut.pruned,
+            plan,
+            windows,
+            carried_out,
+            report,
+            cut.make_layer,
+            cut.drop_layer,
+            judge_only=True,
+        ).fits
         errors = [fit.bare_error if recovery == "none" else fit.recovered_error for fit in fits]
         found[plan.num_attention_heads * plan.head_dim] = torch.tensor(errors, dtype=torch.float64)
     widths = sorted(found)

@@ -20,17 +20,27 @@ once beside what it keeps of the folds."""
 
 
 def cut_bytes(
-    dense: Architecture, cut: Architecture, recovery: str, calibration_tokens: int, itemsize: int
+    dense: Architecture,
+    cut: Architecture,
+    recovery: str,
+    calibration_tokens: int,
+    itemsize: int,
+    layer_by_layer: bool = False,
 ) -> int:
-    """Peak bytes of cutting and repairing. `cut` is what is left, `itemsize` that of a weight."""
-    own = 0
+    """Peak bytes of cutting and repairing. `cut` is what is left, `itemsize` that of a weight.
+
+    With `layer_by_layer` each layer of the cut is written and let go of before the next is made.
+    """
+    own_of_layers = []
     for layer_index in range(dense.num_hidden_layers):
         before = dense.layer_tensors(layer_index)
         after = cut.layer_tensors(layer_index)
         # All projections of a cut module are its own, also those that keep their width.
         changed = {_module(name) for name, shape in after.items() if shape != before.get(name)}
-        own += sum(prod(shape) for name, shape in after.items() if _module(name) in changed)
-    needed = own * itemsize
+        own_of_layers.append(
+            sum(prod(shape) for name, shape in after.items() if _module(name) in changed)
+        )
+    needed = (max(own_of_layers) if layer_by_layer else sum(own_of_layers)) * itemsize
     widths = [
         width
         for width, before in (

@@ -143,16 +143,17 @@ def recover(
     layers = len(dense_layers)
     for layer_index in range(layers):
         progress("Repairing layers", layer_index, layers)
-        before_layer(layer_index)
-        with (
-            dense_layers.borrow(layer_index) as dense_layer,
-            pruned_layers.borrow(layer_index) as pruned_layer,
-        ):
-            repair.enter_layer(layer_index, dense_layer, pruned_layer)
-            for module in MODULES:
-                if fit := repair.advance(module):
-                    fits.append(fit)
-            repair.leave_layer()
+        with dense_layers.borrow(layer_index) as dense_layer:
+            # What is not cut is shared with the borrowed layer.
+            before_layer(layer_index)
+            with pruned_layers.borrow(layer_index) as pruned_layer:
+                repair.enter_layer(layer_index, dense_layer, pruned_layer)
+                for module in MODULES:
+                    if fit := repair.advance(module):
+                        fits.append(fit)
+                repair.leave_layer()
+        # The name would keep the weights of a layer that `after_layer` lets go of.
+        del pruned_layer
         after_layer(layer_index)
     progress("Repairing layers", layers, layers)
     return Recovery(fits=tuple(fits), hidden=repair.hidden)

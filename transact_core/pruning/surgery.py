@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from transact_core.forward.layers import layers_of
 from transact_core.forward.waists import head_rows
 from transact_core.models.architecture import Architecture
 from transact_core.models.families.description import Block
@@ -79,7 +80,8 @@ class Cut:
 
     def _tensors(self, layer_index: int) -> dict[str, torch.Tensor]:
         plan, layer = self.plan, self.plan.layers[layer_index]
-        tensors = dict(self.dense.model.layers[layer_index].state_dict(keep_vars=True))
+        with layers_of(self.dense).borrow(layer_index) as dense:
+            tensors = dict(dense.state_dict(keep_vars=True))
         if plan.cuts_module(layer_index, "mha", self.architecture):
             cut_heads = narrow_attention if plan.head_dim else cut_attention
             parts = _under(tensors, "self_attn.")

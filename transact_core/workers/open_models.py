@@ -100,7 +100,7 @@ class OpenModels:
             unused = [old for old in self._models if old not in needed]
             for dropped in unused[: max(0, len(self._models) - MODELS_KEPT + 1)]:
                 self._forget(dropped)
-            self._models[key] = load_model(*key, report)
+            self._models[key] = load_model(*key, report, spec.offload)
         return self._models[key]
 
     def _forget(self, key: ModelKey) -> None:

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress
-from transact_core.base.files import require_free_output, require_new_file
+from transact_core.base.files import require_free_output, require_new_file, temporary_folder
 from transact_core.data.corpus import read_corpus
 from transact_core.experiments.bench import Bench, Choices, Measurement, compress
 from transact_core.experiments.cut_spec import BenchSpec
@@ -50,7 +50,6 @@ from transact_core.export.gguf_points import (
     PlannedFile,
     measure_files,
     planned_files,
-    temporary_folder,
     write_gguf,
 )
 from transact_core.export.task_table import record_tasks
@@ -219,7 +218,7 @@ def training_pace(
     settings, length = training.settings, training.sequence_length
     tokens = TIMED_STEPS * settings.windows_per_step * length
     first = replace(settings, tokens=tokens, evaluate_every=TIMED_STEPS)
-    with temporary_folder() as folder:
+    with temporary_folder("timed") as folder:
         timed = replace(
             training, output=folder / "timed", settings=first, held_out_tokens=length, resume=False
         )
@@ -487,7 +486,7 @@ def _both_files(
     require_llama_cpp()
     both = _both_models(models, report, spec, point)
     bench = models.bench(spec, report)
-    with temporary_folder() as folder:
+    with temporary_folder("gguf") as folder:
         files = {name: folder / f"{name}.gguf" for name in both}
         for name, path in files.items():
             own = point if name == PRUNED else None

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import make_model
-from transact_core.export.writer import CheckpointWriter
+from transact_core.models.checkpoint_writer import CheckpointWriter
 
 THETA = {"rope_theta": 100_000.0}
 LLAMA3 = {
