@@ -1,13 +1,10 @@
 """Widths of their own for each layer, chosen on a small model."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from tests.conftest import KINDS, bench_of, make_model
 from transact_core.base.errors import TransActError
-from transact_core.data.corpus import read_corpus
 from transact_core.data.windows import WindowSpec
 from transact_core.experiments import allocate
 from transact_core.experiments.allocate import allocated_plan, price_windows
@@ -20,15 +17,7 @@ from transact_core.planning.width_table import FLOOR
 OWN = Choices(widths="allocated")
 
 
-@pytest.fixture(autouse=True)
-def short_texts(monkeypatch):
-    """The beginnings of the built-in texts: tokenising the whole of them takes seconds."""
-
-    def beginning(source):
-        corpus = read_corpus(source)
-        return replace(corpus, text=corpus.text[:40_000])
-
-    monkeypatch.setattr(allocate, "read_corpus", beginning)
+pytestmark = pytest.mark.usefixtures("short_texts")
 
 
 @pytest.fixture

@@ -24,7 +24,13 @@ from transact_core.models.architecture import Architecture
 from transact_core.models.families.description import rotary_kinds, rotary_parameters
 from transact_core.models.families.refusals import require_known_family
 from transact_core.models.families.table import family_of
-from transact_core.models.stock_class import StockModel
+from transact_core.models.layer_widths import (
+    WIDTH_FIELDS,
+    class_with_widths,
+    separated,
+    with_overrides,
+)
+from transact_core.models.stock_class import StockConfig, StockModel
 
 disable_progress_bar()  # progress is reported through our own callback
 set_verbosity_error()  # our errors and notices say what is wrong with a model
@@ -157,8 +163,9 @@ def _read_architecture(folder: Path, raw: dict) -> Architecture:
                 raise ValueError(f"{name} is on, which keeps every layer's in memory")
         if not raw.get("return_dict", True):
             raise ValueError("return_dict is off")
+        raw, overrides = separated(raw)
         config = family_of(raw.get("model_type", "llama")).read_config(raw)
-        architecture = Architecture.from_config(config)
+        architecture = with_overrides(Architecture.from_config(config), overrides)
         for rotary in rotary_kinds(config):
             if rotary != "default" and rotary not in ROPE_INIT_FUNCTIONS:
                 raise ValueError(f"the rope_type {rotary!r} is not one that transformers knows")
@@ -433,17 +440,21 @@ def _stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
 def read_checkpoint(folder: Path, dtype: torch.dtype, tied: bool | None = None) -> StockModel:
     """The model that transformers loads from a folder, from safetensors files only.
 
+    So are those whose layers have widths of their own, which stock transformers refuses.
+
     `tied` replaces `tie_word_embeddings` where the configuration contradicts the weights. A
     `quantization_config` is dropped: quantised weights were refused before.
     """
-    raw = json.loads(read_text(folder / "config.json"))
-    family = family_of(raw.get("model_type", "llama"))
-    config = family.read_config(raw)
+    config, architecture = _read_model_config(folder)
+    family = family_of(config.model_type)
+    model_class = family.model_class
+    if architecture is not None:
+        model_class = class_with_widths(family, architecture)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if tied is not None:
         config.tie_word_embeddings = tied
-    return family.model_class.from_pretrained(
+    model = model_class.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -451,6 +462,24 @@ def read_checkpoint(folder: Path, dtype: torch.dtype, tied: bool | None = None) 
         local_files_only=True,
         attn_implementation=ATTENTION,
     )
+    # What made its layers is done; the object is one of the stock class.
+    model.__class__ = family.model_class
+    return model
+
+
+def _read_model_config(folder: Path) -> tuple[StockConfig, Architecture | None]:
+    """The configuration, and where layers have widths of their own the architecture that says so.
+
+    The configuration then has the largest widths of any layer.
+    """
+    raw, overrides = separated(json.loads(read_text(folder / "config.json")))
+    config = family_of(raw.get("model_type", "llama")).read_config(raw)
+    if not overrides:
+        return config, None
+    architecture = with_overrides(Architecture.from_config(config), overrides)
+    for name in WIDTH_FIELDS:
+        setattr(config, name, getattr(architecture, name))
+    return config, architecture
 
 
 def load_folder(
@@ -473,7 +502,12 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     _require_modest_tokenizer(folder / "tokenizer.json")
     try:
         # Left to itself, transformers would ask at the terminal whether to run a folder's code.
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        given = {"local_files_only": True, "trust_remote_code": False}
+        config, own_widths = _read_model_config(folder)
+        if own_widths is not None:
+            # It looks into the configuration, which transformers cannot read from the folder.
+            given["config"] = config
+        return AutoTokenizer.from_pretrained(folder, **given)
     except INTERRUPTIONS:
         raise
     except BaseException as error:
