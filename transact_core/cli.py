@@ -747,7 +747,8 @@ def _prune(chosen: argparse.Namespace) -> None:
         decision = decide_spec(bench, spec, progress)
         for sentence in filter(None, (decision.why, decision.how_allocated)):
             tqdm.write(sentence, file=sys.stderr)
-        _warn_all(plan_notices(decision.plan, bench.loaded.architecture))
+        if decision.widths != "traded":
+            _warn_all(plan_notices(decision.plan, bench.loaded.architecture))
         compression = describe_compression(bench, decision, spec.choices.recovery)
         _carry_out(bench, compression, chosen, progress)
         if files:
@@ -1154,7 +1155,8 @@ def _sweep(chosen: argparse.Namespace) -> None:
             )
         notices: list[str] = []
         for measurement in sweep(bench, pairs, choices, progress):
-            notices += plan_notices(measurement.plan, bench.loaded.architecture)
+            if choices.widths != "traded":
+                notices += plan_notices(measurement.plan, bench.loaded.architecture)
             rows[measurement.plan.mha_ratio, measurement.plan.mlp_ratio] = measurement.row()
             text = _as_csv(rows, pairs)
             _write_file(output, lambda path, text=text: path.write_text(text))
