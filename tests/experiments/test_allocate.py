@@ -104,6 +104,7 @@ def test_the_decision_tells_how_it_was_made_and_is_kept(bench):
     uniform = decide(bench, 0, 0.4, Choices())
     assert (uniform.widths, uniform.how_allocated) == ("uniform", None)
     assert uniform.plan == bench.plan(0, 0.4, Choices())
+    assert decide(bench, 0, 0, OWN).how_allocated is None
 
 
 def test_sequential_choices_and_auto_keep_the_allocated_widths(bench):

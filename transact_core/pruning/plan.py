@@ -327,8 +327,8 @@ class Decision:
 
     @property
     def how_allocated(self) -> str | None:
-        """One sentence on the choice of the layers' widths; None where all have the same."""
-        if self.allocation_seconds is None:
+        """One sentence on the choice of the layers' widths; None where none was made."""
+        if not self.trial_divergences:
             return None
         tried = ", ".join(f"{divergence:.3f}" for divergence in self.trial_divergences)
         return (
