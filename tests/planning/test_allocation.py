@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from transact_core.planning.allocation import (
+    EXPONENTS,
     LEAST_LOSS,
     Item,
     allocate,
@@ -84,13 +85,17 @@ def test_a_flat_loss_still_spends_the_budget():
 
 
 def test_the_law_goes_through_what_was_measured():
-    law = loss_law([0.1, 0.4], [0.02, 0.16])
-    np.testing.assert_allclose(law.at([0.0, 0.1, 0.4]), [0, 0.02, 0.16])
-    assert law.exponent == pytest.approx(1.5)
-    assert law.through(0.2, 1.0).at([0.2, 0.8]) == pytest.approx([1.0, 8.0])
+    law = loss_law([0.1, 0.4], [0.02, 0.12])
+    np.testing.assert_allclose(law.at([0.0, 0.1, 0.4]), [0, 0.02, 0.12])
+    assert law.exponent == pytest.approx(np.log(6) / np.log(4))
+    assert law.through(0.2, 1.0).at([0.2, 0.8]) == pytest.approx([1.0, 6.0])
     assert loss_law([0.3], [0.06]).at([0.15]) == pytest.approx([0.03])
     assert loss_law([0.1, 0.2], [1e-12, 1e-12]).at([1.0])[0] < 10 * LEAST_LOSS
-    assert loss_law([0.1, 0.4], [0.01, 5.0]).exponent == 2
+    assert loss_law([0.1, 0.4], [0.01, 5.0]).exponent == EXPONENTS[1]
+    flat = loss_law([0.1, 0.4], [0.1, 0.1])
+    assert flat.exponent == EXPONENTS[0]
+    # Outside the limits it goes between the two.
+    np.testing.assert_allclose(flat.at([0.1, 0.4]), [0.05, 0.2])
     assert loss_law([0.0], [0.0]).at([1.0])[0] == LEAST_LOSS
 
 
