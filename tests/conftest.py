@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -238,6 +239,18 @@ def text_file(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(read_corpus("builtin").text[:30_000])
     return path
+
+
+@pytest.fixture
+def short_texts(monkeypatch):
+    """Widths are allocated by the beginnings of the built-in texts: all of them take seconds to be
+    tokenised."""
+
+    def beginning(source):
+        corpus = read_corpus(source)
+        return replace(corpus, text=corpus.text[:40_000])
+
+    monkeypatch.setattr("transact_core.experiments.allocate.read_corpus", beginning)
 
 
 def snapshot(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:

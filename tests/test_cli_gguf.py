@@ -94,6 +94,32 @@ def test_what_was_asked_for_is_kept_beside_gguf(folder, text_file, tmp_path):
     assert fields["llama.feed_forward_length"].contents() == 360
 
 
+@pytest.mark.usefixtures("short_texts")
+def test_a_cut_of_allocated_widths_gives_the_same_perplexity_there(
+    folder, text_file, tmp_path, capsys
+):
+    output, file = tmp_path / "cut", tmp_path / "cut-F32.gguf"
+    texts = ["--calibration", str(text_file), "--calibration-tokens", "512"]
+    texts += ["--evaluation", str(text_file), "--evaluation-tokens", "256", "--json"]
+    command = ["prune", "--model", str(folder), "--mha-ratio", "0.5", "--mlp-ratio", "0.4"]
+    command += ["--widths", "traded", "--multiple-of", "32", "--recovery", "none"]
+    command += ["--output", str(output), "--gguf", "F32", "--sequence-length", "64"]
+    assert main([*command, *texts]) == 0
+    printed = capsys.readouterr()
+    pruned = json.loads(printed.out)["pruned"]
+    fields = GGUFReader(file).fields
+    assert fields["general.architecture"].contents() == "deci"
+    for key, width in (
+        ("feed_forward_length", "intermediate_size"),
+        ("attention.head_count", "num_attention_heads"),
+        ("attention.head_count_kv", "num_key_value_heads"),
+    ):
+        assert fields[f"deci.{key}"].contents() == [each[width] for each in pruned["layers"]]
+    (line,) = [line for line in printed.err.splitlines() if line.startswith(f"{file}: ")]
+    found = float(line.partition("perplexity ")[2].split()[0])
+    assert found == pytest.approx(pruned["perplexity"], rel=1e-4)
+
+
 @pytest.mark.parametrize("runtime", ["transformers", "llama.cpp"])
 def test_two_models_are_timed(folder, tmp_path, capsys, runtime):
     models = [folder, tmp_path / "other"]

@@ -107,3 +107,64 @@ def test_a_cut_to_any_number_of_heads_can_be_cut_again(text_file, tokenizer, tmp
     assert second["dense"] == first["pruned"]
     assert second["pruned"]["mha_width"] == 16 * 4
     assert second["pruned"]["model_class"] == "LlamaForCausalLM"
+
+
+@pytest.fixture
+def uneven_checkpoint(tokenizer, tmp_path):
+    """A model whose second MLP matters little."""
+    dense = make_model(num_key_value_heads=3)
+    dense.model.layers[1].mlp.down_proj.weight.mul_(0.02)
+    dense.save_pretrained(tmp_path / "uneven")
+    tokenizer.save_pretrained(tmp_path / "uneven")
+    return tmp_path / "uneven"
+
+
+@pytest.mark.usefixtures("short_texts")
+def test_allocated_widths_are_saved_opened_and_made_again(
+    uneven_checkpoint, text_file, tmp_path, capsys
+):
+    texts = ["--calibration", str(text_file), "--evaluation", str(text_file), *TOKENS]
+    options = ["--mha-ratio", "0", "--mlp-ratio", "0.4", "--widths", "allocated"]
+    folder, again = tmp_path / "out", tmp_path / "again"
+    chosen = ["--model", str(uneven_checkpoint), "--output", str(folder), *texts, *options]
+    assert main(["prune", *chosen, "--keep-layers", "2"]) == 0
+    assert "The widths were allocated in" in capsys.readouterr().err
+    compression = read_compression(folder / "compression.json")
+    assert (compression.widths, compression.keep_layers) == ("allocated", (2,))
+    channels = [len(layer.kept_channels) for layer in compression.plan.layers]
+    assert channels[2] == 40
+    assert channels[1] < channels[0]
+    assert sum(channels) == 3 * 24
+    assert main(["apply", str(folder / "compression.json"), "--output", str(again)]) == 0
+    for name in ("model.safetensors", "config.json", "compression.json", "report.json"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+    capsys.readouterr()
+    measured = ["evaluate", "--model", str(folder), "--evaluation", str(text_file), "--json"]
+    assert main([*measured, *TOKENS[2:]]) == 0
+    found = json.loads(capsys.readouterr().out)["model"]
+    report = json.loads((folder / "report.json").read_text())["pruned"]
+    assert found["perplexity"] == pytest.approx(report["perplexity"], rel=1e-5)
+    assert found["parameters"] == report["parameters"]
+    third = ["--model", str(folder), "--output", str(tmp_path / "third")]
+    assert main(["prune", *third, *texts, *options]) == 2
+    assert "cut the dense model that it was made of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--widths", "allocated", "--granularity", "head-dims"], "choose query-heads or kv"),
+        (["--keep-layers", "0"], "allocated or traded"),
+        (["--widths", "traded", "--keep-layers", "9"], "There is no layer 9"),
+        (["--widths", "traded", "--keep-layers", "first"], "'first' is not a whole number"),
+    ],
+)
+def test_widths_that_cannot_be_had_are_one_line(
+    checkpoint, text_file, tmp_path, capsys, options, complaint
+):
+    texts = ["--calibration", str(text_file), "--evaluation", str(text_file), *TOKENS]
+    ratios = ["--mha-ratio", "0.5", "--mlp-ratio", "0.3", "--output", str(tmp_path / "out")]
+    assert main(["prune", "--model", str(checkpoint), *ratios, *texts, *options]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error:")]
+    assert complaint in line
+    assert not (tmp_path / "out").exists()

@@ -84,7 +84,7 @@ from transact_core.models.gguf import read_gguf_text
 from transact_core.models.llama_cpp import require_llama_cpp, runtime_name
 from transact_core.models.load import LoadedModel, load_model
 from transact_core.pruning.closed_form import RECOVERIES
-from transact_core.pruning.plan import GRANULARITIES, parse_ratio, plan_notices
+from transact_core.pruning.plan import GRANULARITIES, WIDTHS, parse_ratio, plan_notices
 from transact_core.training.loop import LEARNING_RATES, Settings, Standing
 from transact_core.training.objective import LOSSES
 from transact_core.training.student import METHODS
@@ -326,6 +326,11 @@ def _not_negative(text: str) -> int:
     return value
 
 
+def _layers(text: str) -> tuple[int, ...]:
+    """Indices of layers, with commas between them."""
+    return tuple(sorted({_not_negative(part) for part in text.split(",")}))
+
+
 def _seed(text: str) -> int:
     value = _whole(text)
     if not 0 <= value < 2**63:
@@ -418,6 +423,23 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="choose each module's units on the stream of the model as pruned before it; with "
         "the importance reconstruction",
+    )
+    parser.add_argument(
+        "--widths",
+        default=defaults.widths,
+        choices=WIDTHS,
+        help="uniform cuts all layers alike; allocated gives each layer widths of its own, as many "
+        "heads and channels in all; traded as many parameters, heads against channels. For these, "
+        "what each layer's cut does to the predictions is measured on held-out windows of several "
+        "kinds of text",
+    )
+    parser.add_argument(
+        "--keep-layers",
+        type=_layers,
+        default=defaults.keep_layers,
+        metavar="N,…",
+        help="layers that are not cut, counted from 0, where widths are allocated or traded "
+        "(default: none)",
     )
     parser.add_argument(
         "--multiple-of",
@@ -741,9 +763,10 @@ def _prune(chosen: argparse.Namespace) -> None:
         spec = CutSpec(bench_spec, (mha_ratio, mlp_ratio), _choices(chosen))
         vocabulary = vocabulary_for(bench.loaded) if files else ()
         decision = decide_spec(bench, spec, progress)
-        if decision.why:
-            tqdm.write(decision.why, file=sys.stderr)
-        _warn_all(plan_notices(decision.plan, bench.loaded.architecture))
+        for sentence in filter(None, (decision.why, decision.how_allocated)):
+            tqdm.write(sentence, file=sys.stderr)
+        if decision.widths != "traded":
+            _warn_all(plan_notices(decision.plan, bench.loaded.architecture))
         compression = describe_compression(bench, decision, spec.choices.recovery)
         _carry_out(bench, compression, chosen, progress)
         if files:
@@ -1151,7 +1174,8 @@ def _sweep(chosen: argparse.Namespace) -> None:
             )
         notices: list[str] = []
         for measurement in sweep(bench, pairs, choices, progress):
-            notices += plan_notices(measurement.plan, bench.loaded.architecture)
+            if choices.widths != "traded":
+                notices += plan_notices(measurement.plan, bench.loaded.architecture)
             rows[measurement.plan.mha_ratio, measurement.plan.mlp_ratio] = measurement.row()
             text = _as_csv(rows, pairs)
             _write_file(output, lambda path, text=text: path.write_text(text))

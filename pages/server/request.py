@@ -9,7 +9,7 @@ from transact_core.experiments.bench import Choices, Measurement
 from transact_core.experiments.cut_spec import BenchSpec
 from transact_core.experiments.sweep import Pair
 from transact_core.models.load import BUILTIN
-from transact_core.pruning.plan import Granularity
+from transact_core.pruning.plan import Granularity, WidthsName
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Cut:
     multiple_of: int = Choices.multiple_of
     sequential: bool = Choices.sequential
     head_dim_multiple_of: int = Choices.head_dim_multiple_of
+    widths: WidthsName = Choices.widths
+    keep_layers: tuple[int, ...] = Choices.keep_layers
 
     @property
     def ratios(self) -> Pair:
@@ -80,6 +82,8 @@ class Cut:
             plan.multiple_of,
             decision.sequential,
             plan.head_dim_multiple_of,
+            decision.widths,
+            decision.keep_layers,
         )
 
 
@@ -93,6 +97,8 @@ def choices_in_name(choices: Choices) -> str:
         words = field.name.replace("_", "-")
         if isinstance(value, str):
             parts.append(value)
+        elif isinstance(value, tuple):
+            parts.append("-".join([words, *map(str, value)]))
         else:
             parts.append(words if value is True else f"{words}-{value}")
     return "".join(f"-{part}" for part in parts)
@@ -102,7 +108,14 @@ def first_look(choices: Choices) -> Choices:
     """The choices that a plan is drawn with until `auto`, steps or sequential choices are decided:
     query heads, scored once."""
     granularity = choices.granularity if choices.granularity != "auto" else Choices.granularity
-    return replace(choices, granularity=granularity, steps=1, sequential=False)
+    return replace(
+        choices,
+        granularity=granularity,
+        steps=1,
+        sequential=False,
+        widths="uniform",
+        keep_layers=(),
+    )
 
 
 def what_to_learn(choices: Choices) -> Choices:

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from transact_core.importance.rotary_pairs import PairEffects, drop_order
 from transact_core.importance.scores import Scores
 from transact_core.models.architecture import Architecture
 from transact_core.models.checkpoint_writer import CheckpointWriter, older_fields
+from transact_core.models.load import load_model
 from transact_core.pruning.closed_form import RECOVERIES
 from transact_core.pruning.plan import GRANULARITIES, Decision, PruningPlan, make_plan
 
@@ -282,19 +284,47 @@ def uneven_plan(gqa_bench) -> PruningPlan:
     return uneven(gqa_bench.plan(0.5, 0.3, Choices()))
 
 
-def test_layers_of_different_widths_are_not_saved(gqa_bench, uneven_plan, tmp_path):
+def test_layers_of_different_widths_are_saved_and_opened_again(gqa_bench, uneven_plan, tmp_path):
+    dense = gqa_bench.loaded
     model, measurement = compress(gqa_bench, uneven_plan, "least-squares")
-    assert measurement.perplexity > 1
-    compression = describe_compression(gqa_bench, Decision(uneven_plan), "least-squares")
+    decision = Decision(uneven_plan, widths="allocated", keep_layers=(0,))
+    compression = describe_compression(gqa_bench, decision, "least-squares")
     assert parse_compression(compression.to_json()) == compression
-    for save in (
-        lambda: compress_to_folder(tmp_path / "out", gqa_bench, compression),
-        lambda: write_checkpoint(tmp_path / "out", model, gqa_bench, measurement, compression),
-    ):
-        with pytest.raises(TransActError, match=r"different widths.*cannot be saved"):
-            save()
-    assert not (tmp_path / "out").exists()
-    assert not gqa_bench.loaded.released
+    assert "--widths allocated --keep-layers 0" in reproduce_command(compression)
+    whole, streamed = tmp_path / "whole", tmp_path / "streamed"
+    write_checkpoint(whole, model, gqa_bench, measurement, compression)
+    compress_to_folder(streamed, gqa_bench, compression)
+    for name in os.listdir(whole):
+        assert (streamed / name).read_bytes() == (whole / name).read_bytes()
+    left = uneven_plan.applied_to(dense.architecture)
+    config = json.loads((whole / "config.json").read_text())
+    assert config["intermediate_size"] == left.intermediate_size
+    (layer, own), *others = config["per_layer_config"].items()
+    assert (layer, others) == ("1", [])
+    assert own["intermediate_size"] == 2
+    with pytest.raises(Exception, match="per-layer"):
+        AutoModelForCausalLM.from_pretrained(whole)
+    loaded = load_model(str(whole))
+    assert type(loaded.model) is type(model)
+    assert loaded.architecture == Architecture.from_model(loaded.model) == left
+    assert same_weights(loaded.model, snapshot(model))
+    ids = gqa_bench.evaluation.ids[:2]
+    assert torch.equal(loaded.model(ids).logits, model(ids).logits)
+    report = json.loads((whole / "report.json").read_text())
+    assert [each["intermediate_size"] for each in report["pruned"]["layers"]] == [28, 2, 28]
+    card = (whole / "README.md").read_text()
+    assert "Stock transformers 5.23 does not load it by itself" in card
+    assert "| 1 | " in card
+    assert "widths `allocated`, layers 0 kept whole" in card
+    assert "AutoModelForCausalLM" not in card
+
+
+def test_a_model_of_different_widths_is_not_cut_again(gqa_bench, uneven_plan, tokenizer, windows):
+    model, _ = compress(gqa_bench, uneven_plan, "none")
+    again = bench_of(model, tokenizer, windows)
+    again.loaded = replace(again.loaded, architecture=Architecture.from_model(model))
+    with pytest.raises(TransActError, match="cut the dense model that it was made of"):
+        again.plan(0.5, 0.3, Choices())
 
 
 def test_the_dense_weights_are_gone_when_the_result_is_measured(

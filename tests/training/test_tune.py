@@ -24,6 +24,7 @@ from transact_core.experiments.cut_spec import BenchSpec
 from transact_core.export.compression import read_compression
 from transact_core.export.tune import TuneSpec, read_trained, tune, work_folder
 from transact_core.models.checkpoint_folder import read_checkpoint
+from transact_core.models.load import load_model
 from transact_core.training import loop, memory, state
 from transact_core.training.loop import HeldOut, Pace, Settings, train
 from transact_core.training.state import Work
@@ -98,6 +99,24 @@ def test_a_trained_cut_is_nearer_to_the_dense_model_and_loads_in_stock_transform
     assert training.method == method
     assert "## Trained after the cut" in (spec.output / "README.md").read_text()
     assert not work_folder(spec.output).exists()
+
+
+@pytest.mark.usefixtures("short_texts")
+def test_a_cut_of_allocated_widths_is_trained_too(spec, cut, tmp_path):
+    own, text = tmp_path / "own", str(cut.parent / "text.txt")
+    arguments = ["prune", "--model", str(cut.parent / "dense"), "--output", str(own)]
+    arguments += ["--mha-ratio", "0.5", "--mlp-ratio", "0.7", "--sequence-length", "32"]
+    arguments += ["--calibration", text, "--calibration-tokens", "512", "--widths", "allocated"]
+    arguments += ["--evaluation", text, "--evaluation-tokens", "256"]
+    assert main(arguments) == 0
+    settings = replace(spec.settings, learning_rate=3e-3)
+    _, tuned = ended(tune(replace(spec, model=str(own), settings=settings)))
+    assert tuned.improved
+    before, after = (load_model(str(folder)) for folder in (own, spec.output))
+    assert not before.architecture.uniform
+    assert after.architecture == before.architecture
+    assert tuned.report["pruned"]["layers"] == tuned.report["before_training"]["layers"]
+    assert "does not load it by itself" in (spec.output / "README.md").read_text()
 
 
 def test_training_takes_what_follows_the_tokens_of_all_else(spec):

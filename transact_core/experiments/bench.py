@@ -36,7 +36,13 @@ from transact_core.planning.damage import (
 from transact_core.planning.memory_needed import cut_bytes
 from transact_core.pruning.closed_form import LayerFit, recover, require_recovery
 from transact_core.pruning.on_disk import cut_on_disk
-from transact_core.pruning.plan import Decision, Granularity, PruningPlan, make_plan
+from transact_core.pruning.plan import (
+    Decision,
+    Granularity,
+    PruningPlan,
+    WidthsName,
+    make_plan,
+)
 from transact_core.pruning.rope import require_narrowable
 from transact_core.pruning.surgery import prune, round_weights
 
@@ -56,11 +62,20 @@ class Choices:
     """How often units are scored anew on the model as pruned so far; see `decide`."""
     sequential: bool = False
     """Whether each module's units are chosen on the stream of the model as pruned before it."""
+    widths: WidthsName = "uniform"
+    """Whether every layer keeps the same widths; see `allocate`."""
+    keep_layers: tuple[int, ...] = ()
+    """Layers that are not cut where others have widths of their own, counted from 0."""
 
     @property
     def single_pass(self) -> bool:
         """Whether one set of scores decides, so that nothing need be tried on the way."""
-        return self.granularity != "auto" and self.steps == 1 and not self.sequential
+        return (
+            self.granularity != "auto"
+            and self.steps == 1
+            and not self.sequential
+            and self.widths == "uniform"
+        )
 
 
 @dataclass(frozen=True)
@@ -143,10 +158,10 @@ class Bench:
             self.loaded.architecture,
             self.seed,
             progress,
-            self._remember,
+            self.remember,
         )
 
-    def _remember(self, what: str, measure: Callable[[], Tensors]) -> Tensors:
+    def remember(self, what: str, measure: Callable[[], Tensors]) -> Tensors:
         """What `measure` gives on the calibration windows, from memory or the cache if known."""
         if what not in self._measured:
             key = {"measured": what, **self._determined_by(self.calibration)}
@@ -208,7 +223,7 @@ class Bench:
     def pairs(self, progress: Progress = silent) -> PairEffects:
         """The rotary pairs' effects on attention; measured at the first call."""
         require_narrowable(self.loaded.model.config, self.calibration.sequence_length)
-        tensors = self._remember(
+        tensors = self.remember(
             "rotary pairs",
             lambda: measure_pairs(self.loaded.model, self.calibration, progress).to_tensors(),
         )
@@ -222,7 +237,7 @@ class Bench:
         attention of every layer is repaired at each of `NARROW_RATIOS`, once for each recovery.
         """
         shape = self.loaded.architecture
-        tensors = self._remember(
+        tensors = self.remember(
             self._curves_of(choices.importance),
             lambda: measure_curves(
                 self.loaded.model,
@@ -232,7 +247,7 @@ class Bench:
             ),
         )
         if choices.granularity == "head-dims":
-            tensors = tensors | self._remember(
+            tensors = tensors | self.remember(
                 self._narrowing_by(choices),
                 lambda: narrow_heads(
                     self.loaded.model,

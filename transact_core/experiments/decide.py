@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
+from transact_core.experiments.allocate import allocated_plan, require_allocatable
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.forward.layers import layers_of, on_disk
 from transact_core.forward.perplexity import Evaluation, evaluate, losses_behind_layers
@@ -57,17 +58,31 @@ def decide(
     bench.require_recovery_of_class(choices.recovery)
     if choices.sequential:
         require_sequential(choices)
+    require_allocatable(bench.loaded.architecture, mha_ratio, mlp_ratio, choices)
     losses: dict[Granularity, float] = {}
     if choices.granularity == "auto":
         if mha_ratio:
             losses = granularity_losses(bench, mha_ratio, choices, progress)
         granularity = min(losses, key=losses.get, default=Choices.granularity)
         choices = replace(choices, granularity=granularity)
-    if choices.sequential:
-        plan = _sequentially(bench, mha_ratio, mlp_ratio, choices, progress)
-        return Decision(plan, losses, sequential=True)
     if choices.steps == 1:
-        return Decision(bench.plan(mha_ratio, mlp_ratio, choices, progress), losses)
+        made = None
+        if choices.widths == "uniform":
+            plan = bench.plan(mha_ratio, mlp_ratio, choices, progress)
+        else:
+            made = allocated_plan(bench, mha_ratio, mlp_ratio, choices, progress)
+            plan = made.plan
+        if choices.sequential:
+            plan = _sequentially(bench, plan, choices, progress)
+        return Decision(
+            plan,
+            losses,
+            sequential=choices.sequential,
+            widths=choices.widths,
+            keep_layers=choices.keep_layers,
+            trial_divergences=made.divergences if made else (),
+            allocation_seconds=made.seconds if made else None,
+        )
     plan, earlier = _stepwise(bench, mha_ratio, mlp_ratio, choices, progress)
     return Decision(plan, losses, choices.steps, earlier)
 
@@ -101,6 +116,9 @@ def granularity_losses(
         windows = replace(windows, ids=windows.ids[::2])
     losses = {}
     for granularity in granularities_of(bench):
+        # Heads that are narrower have the same dims in all layers.
+        if granularity == "head-dims" and choices.widths != "uniform":
+            continue
 
         def report(stage: str, done: int, total: int, granularity: str = granularity) -> None:
             progress(f"Trying {granularity}: {stage.lower()}", done, total)
@@ -166,14 +184,14 @@ def require_sequential(choices: Choices) -> None:
 
 
 def _sequentially(
-    bench: Bench, mha_ratio: float, mlp_ratio: float, choices: Choices, progress: Progress
+    bench: Bench, plan: PruningPlan, choices: Choices, progress: Progress
 ) -> PruningPlan:
     """Eliminates the units of each module on the stream of the model as pruned and repaired so far.
 
-    It begins with the plan by the dense model's scores; what narrower heads keep stays as there.
+    It begins with the plan by the dense model's scores, whose widths stay; what narrower heads keep
+    stays as there too.
     """
     architecture = bench.loaded.architecture
-    plan = bench.plan(mha_ratio, mlp_ratio, choices, progress)
     if not plan.cuts_anything(architecture):
         return plan
     left = plan.layer_widths(architecture)

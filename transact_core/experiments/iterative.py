@@ -53,6 +53,10 @@ def require_iterative(choices: Choices) -> None:
         )
     if choices.sequential:
         raise TransActError("Training between steps and --sequential exclude each other.")
+    if choices.widths != "uniform":
+        raise TransActError(
+            "Training between steps cuts all layers alike; choose the widths uniform."
+        )
 
 
 def shares(training: Windows, shots: int) -> list[Windows]:

@@ -255,6 +255,9 @@ def _point_key(
 
 def _decision_key(bench: Bench, mha_ratio: float, mlp_ratio: float, choices: Choices) -> str:
     asked = {"mha_ratio": mha_ratio, "mlp_ratio": mlp_ratio, **asdict(choices)}
+    if choices.widths == "uniform":
+        # As decisions were kept before there were others.
+        del asked["widths"], asked["keep_layers"]
     return digest({"bench": bench.identity, "asked": asked})
 
 

@@ -23,7 +23,14 @@ from transact_core.experiments.bench import Bench
 from transact_core.models.devices import dtype_name
 from transact_core.models.load import LoadedModel
 from transact_core.pruning.closed_form import RecoveryName, require_recovery
-from transact_core.pruning.plan import Data, Decision, Granularity, PruningPlan, Step
+from transact_core.pruning.plan import (
+    Data,
+    Decision,
+    Granularity,
+    PruningPlan,
+    Step,
+    WidthsName,
+)
 
 SCHEMA_VERSION = 2
 """Of the files that are written; those of version 1 are read as well, see `_upgraded`."""
@@ -117,6 +124,10 @@ class Compression(Data):
     """The pruned models on the way to the plan, for the reader; the plan does not need them."""
     sequential: bool = False
     """Whether each module's units were chosen on the residual stream of the model pruned so far."""
+    widths: WidthsName = "uniform"
+    """How widths were given to layers; the plan says which these are."""
+    keep_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Layers that were to stay whole."""
     granularity_losses: dict[Granularity, float] = Field(default_factory=dict)
     """Held-out loss in nats a token of each granularity that `auto` tried."""
     calibration: TextReference
@@ -170,6 +181,8 @@ def describe_compression(bench: Bench, decision: Decision, recovery: str) -> Com
         steps=decision.steps,
         earlier_steps=decision.earlier_steps,
         sequential=decision.sequential,
+        widths=decision.widths,
+        keep_layers=decision.keep_layers,
         granularity_losses=decision.granularity_losses,
         calibration=text_reference(bench.calibration),
         evaluation=text_reference(bench.evaluation),
@@ -317,6 +330,10 @@ def reproduce_command(compression: Compression, output: str = "out") -> str:
     words = [word for name, value in options.items() for word in (name, str(value))]
     words += [word for text in compression.other_texts for word in ("--evaluation", text.source)]
     words += ["--sequential"] if compression.sequential else []
+    if compression.widths != "uniform":
+        words += ["--widths", compression.widths]
+    if compression.keep_layers:
+        words += ["--keep-layers", ",".join(map(str, compression.keep_layers))]
     return shlex.join(["python", "-m", "transact_core", "prune", *words])
 
 

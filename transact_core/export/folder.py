@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from transact_core.base.errors import Progress, TransActError, silent
+from transact_core.base.errors import Progress, silent
 from transact_core.base.files import require_disk_space, require_free_output, staged_folder
 from transact_core.data.windows import Windows
 from transact_core.experiments.bench import Bench, Measurement, measure, model_report
@@ -22,6 +22,7 @@ from transact_core.export.runtimes import block_advice, readings_of_cut
 from transact_core.export.tokenizer_files import save_tokenizer
 from transact_core.forward.layers import weights_of
 from transact_core.forward.perplexity import Evaluation
+from transact_core.models.architecture import Architecture
 from transact_core.models.checkpoint_folder import open_checkpoint, read_checkpoint
 from transact_core.models.checkpoint_writer import CheckpointWriter
 from transact_core.models.footprint import Footprint
@@ -40,6 +41,7 @@ def report(bench: Bench, measurement: Measurement) -> dict[str, Any]:
         "pruned": {
             **model_report(measurement.footprint, measurement.perplexity),
             "model_class": model_class_of(bench, measurement.plan, measurement.recovery),
+            **_layers_of(bench, measurement.plan),
         },
         "evaluation": evaluation_report(bench.evaluation, measurement.evaluation),
     }
@@ -61,6 +63,12 @@ def model_class_of(bench: Bench, plan: PruningPlan, recovery: str) -> str:
     return family_for(cut, loaded.model.config).class_name
 
 
+def _layers_of(bench: Bench, plan: PruningPlan) -> dict[str, list[dict[str, int]]]:
+    """The widths of each layer, `layers` of `report.json`; nothing where all have the same."""
+    left = plan.applied_to(bench.loaded.architecture)
+    return {} if left.uniform else {"layers": [vars(each) for each in left.layers]}
+
+
 def evaluation_report(windows: Windows, evaluation: Evaluation) -> dict[str, str | int]:
     """`evaluation` of `report.json`."""
     return {
@@ -77,19 +85,6 @@ def require_room(output: Path, cost: Footprint) -> None:
     require_disk_space(output, cost.weight_bytes + BESIDE_WEIGHTS_BYTES)
 
 
-def require_savable(plan: PruningPlan) -> None:
-    """Refuses a cut that no stock class of transformers could load.
-
-    Raises:
-        TransActError: the plan leaves layers of different widths.
-    """
-    if not plan.uniform:
-        raise TransActError(
-            "This plan leaves layers of different widths, which stock transformers cannot load, "
-            "so it cannot be saved; choose the same widths for all layers."
-        )
-
-
 def write_checkpoint(
     output: Path,
     model: StockModel,
@@ -102,7 +97,6 @@ def write_checkpoint(
     Raises:
         TransActError: the folder is not empty, cannot be written, or the disk is too full.
     """
-    require_savable(compression.plan)
     require_free_output(output)
     require_room(output, measurement.footprint)
     with staged_folder(output) as folder:
@@ -110,7 +104,7 @@ def write_checkpoint(
         for name, tensor in weights_of(model):
             if name != "lm_head.weight" or not model.config.tie_word_embeddings:
                 writer.add(name, tensor)
-        writer.finish(model)
+        writer.finish(model, Architecture.from_model(model))
         _write_beside(folder, bench, measurement, compression, bench.loaded.tokenizer)
 
 
@@ -162,7 +156,6 @@ def compress_to_folder(
         TransActError: as `bench.compress` and `write_checkpoint` do.
     """
     plan, recovery = compression.plan, compression.recovery
-    require_savable(plan)
     require_free_output(output)
     require_room(output, bench.footprint(plan, recovery))
     bench.measure_dense(progress)

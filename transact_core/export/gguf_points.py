@@ -36,6 +36,7 @@ from transact_core.forward.imatrix import Imatrix, importance_matrix
 from transact_core.forward.in_llama_cpp import evaluate_gguf, measure_gguf_latency
 from transact_core.forward.perplexity import Evaluation
 from transact_core.models.architecture import Architecture
+from transact_core.models.footprint import footprint
 from transact_core.models.llama_cpp import require_llama_cpp, runtime_name
 from transact_core.models.load import LoadedModel
 from transact_core.models.stock_class import StockModel
@@ -343,6 +344,10 @@ def model_in_words(bench: Bench, point: Measurement | None) -> str:
 def cut_in_words(shape: Architecture, plan: PruningPlan) -> str:
     """What a plan leaves of each layer, in few words."""
     cut = plan.applied_to(shape)
+    if not cut.uniform:
+        left = footprint(cut, "float32")
+        heads, channels = left.mha_width / cut.head_dim, left.mlp_width
+        return f"widths by layer, on the mean {heads:.1f} heads, MLP {channels:,.0f}"
     parts = []
     if cut.num_attention_heads != shape.num_attention_heads:
         parts.append(f"{cut.num_attention_heads} heads")

@@ -68,6 +68,11 @@ def model_card(
     why = f",\n{reason}" if reason else ""
     sentences = [reading.sentence for reading in others] + ([blocks] if blocks else [])
     read = "\n".join(f"- {sentence}" for sentence in sentences)
+    loading = _loading(model_class, why, pruned.get("layers"))
+    keeps = compression.keep_layers
+    whole = f", layers {', '.join(map(str, keeps))} kept whole" if keeps else ""
+    own = "" if compression.widths == "uniform" else f"widths `{compression.widths}`{whole},\n"
+    made = f"{own}calibrated"
     others = [
         f"| Perplexity on {_cell(describe(text['source']))} | {text['dense']['perplexity']:,.2f} | "
         f"{text['pruned']['perplexity']:,.2f} | "
@@ -95,14 +100,7 @@ metrics: [perplexity]
 
 # {name}, pruned
 
-{name} with width removed inside its attention and MLP modules. It is a stock `{model_class}`{why}:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(".")
-tokenizer = AutoTokenizer.from_pretrained(".")
-```
+{name} with width removed inside its attention and MLP modules. {loading}
 
 | | dense | pruned | pruned / dense |
 | --- | ---: | ---: | ---: |
@@ -113,7 +111,7 @@ Perplexity: {evaluation["scored_tokens"]:,} scored tokens of {describe(evaluatio
 alone. It says nothing about other texts or about tasks.
 
 Cut: `mha_ratio` {plan.mha_ratio:g}, `mlp_ratio` {plan.mlp_ratio:g}, granularity
-`{plan.granularity}`, importance `{plan.importance}`, recovery `{compression.recovery}`, calibrated
+`{plan.granularity}`, importance `{plan.importance}`, recovery `{compression.recovery}`, {made}
 on {compression.calibration.tokens:,} tokens of {describe(compression.calibration.source)}.{repairs}
 All choices are in `compression.json`; `{apply_command()}` makes this folder again.
 
@@ -126,6 +124,42 @@ Transitional Activations*, Findings of ACL 2024, arXiv 2407.05690.
 
 {licence_lines(licence)}
 """
+
+
+def _loading(model_class: str, why: str, layers: Sequence[dict[str, int]] | None) -> str:
+    """How the model is loaded; `layers` are the widths of each where they differ."""
+    if layers is None:
+        return f"""It is a stock `{model_class}`{why}:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```"""
+    rows = "\n".join(
+        f"| {index} | {each['num_attention_heads']} | {each['num_key_value_heads']} | "
+        f"{each['intermediate_size']:,} |"
+        for index, each in enumerate(layers)
+    )
+    return f"""Its layers have widths
+of their own, which `config.json` says by transformers' `per_layer_config`.
+**Stock transformers 5.23 does not load it by itself**: its `{model_class}` refuses such a
+configuration. This program opens it:
+
+```python
+from transact_core.models.load import load_model
+
+loaded = load_model(".")
+model, tokenizer = loaded.model, loaded.tokenizer
+```
+
+`python -m transact_core gguf` writes it as a GGUF file of the architecture `deci`, which stock
+llama.cpp runs.
+
+| layer | query heads | key-value heads | MLP channels |
+| ---: | ---: | ---: | ---: |
+{rows}"""
 
 
 BUILTIN_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -59,7 +59,15 @@ def readings_of_cut(
     `config` is the dense model's, `with_biases` as `surgery.prune` takes it, `unknown_token` as
     `readings` does.
     """
-    left = config_for(config, plan.applied_to(dense, with_biases))
+    cut = plan.applied_to(dense, with_biases)
+    if not cut.uniform:
+        why = "it was given no checkpoint whose layers have widths of their own"
+        in_llama_cpp = (
+            f"{why}; it reads the GGUF files that this program writes of one, as the architecture "
+            "deci"
+        )
+        return Reading(LLAMA_CPP, "unknown", in_llama_cpp), Reading(CTRANSLATE2, "unknown", why)
+    left = config_for(config, cut)
     return _readings(left, NARROWED if plan.head_dim else _rope_type(config), unknown_token)
 
 
@@ -90,17 +98,30 @@ def block_advice(plan: PruningPlan, dense: Architecture) -> str | None:
     """
     cut = plan.applied_to(dense)
     advice = []
-    if plan.cuts_mlp(dense) and cut.intermediate_size % BLOCK:
-        choices = " or ".join(
-            f"`--multiple-of {multiple}` ({width:,} channels{kinds})"
+    channels = [widths.intermediate_size for widths in cut.layers]
+    odd_layers = sum(width % BLOCK > 0 for width in channels)
+    if plan.cuts_mlp(dense) and odd_layers:
+        multiples = [
+            (multiple, kinds, width)
             for multiple, kinds in ((BLOCK, ""), (SUPER_BLOCK, ", for the K-quants too"))
             if (width := _rounded_mlp(plan, dense, multiple)) % multiple == 0
             and width < dense.intermediate_size
-        )
-        advice.append(
-            _refusal("MLP", cut.intermediate_size, "down_proj")
-            + (f" Choose {choices}." if choices else "")
-        )
+        ]
+        if cut.uniform:
+            sentence = _refusal("MLP", cut.intermediate_size, "down_proj")
+            choices = " or ".join(
+                f"`--multiple-of {multiple}` ({width:,} channels{kinds})"
+                for multiple, kinds, width in multiples
+            )
+        else:
+            sentence = (
+                f"The MLP width of {odd_layers} of {len(channels)} layers is no multiple of "
+                f"{BLOCK}, so no block quantisation of llama.cpp takes their `down_proj`."
+            )
+            choices = " or ".join(
+                f"`--multiple-of {multiple}`{kinds}" for multiple, kinds, _ in multiples
+            )
+        advice.append(sentence + (f" Choose {choices}." if choices else ""))
     if plan.cuts_mha(dense) and cut.mha_width % BLOCK:
         sentence = _refusal("attention", cut.mha_width, "o_proj")
         if plan.head_dim:

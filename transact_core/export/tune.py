@@ -514,7 +514,7 @@ def _write(
         for name, tensor in model.state_dict().items():
             if name != "lm_head.weight" or not model.config.tie_word_embeddings:
                 writer.add(name, tensor)
-        writer.finish(model)
+        writer.finish(model, loaded.architecture)
         save_tokenizer(loaded.tokenizer, folder, loaded.folder)
         keep_licence(loaded.licence, folder, loaded.folder)
         if compression is not None:

@@ -71,6 +71,9 @@ class Evidence:
     Each measurement is made once, when it is first asked for. `remember` may keep measurements
     beyond that. It is given a description that names everything but the model and the windows, and
     is called only for passes over the windows, never for what depends on the weights alone.
+
+    Raises:
+        TransActError: the model's layers have widths of their own.
     """
 
     def __init__(
@@ -82,6 +85,11 @@ class Evidence:
         progress: Progress = silent,
         remember: Remember = lambda _, measure: measure(),
     ) -> None:
+        if not architecture.uniform:
+            raise TransActError(
+                "The layers of this model have widths of their own, so its units are not scored "
+                "and it is not cut again; cut the dense model that it was made of."
+            )
         self.model = model
         self.windows = windows
         self.architecture = architecture

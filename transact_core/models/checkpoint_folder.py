@@ -24,6 +24,13 @@ from transact_core.models.architecture import Architecture
 from transact_core.models.families.description import rotary_kinds, rotary_parameters
 from transact_core.models.families.refusals import require_known_family
 from transact_core.models.families.table import family_of
+from transact_core.models.layer_widths import (
+    WIDTH_FIELDS,
+    class_with_widths,
+    narrow_layers,
+    separated,
+    with_overrides,
+)
 from transact_core.models.stock_class import StockConfig, StockModel
 from transact_core.models.stored_layers import StoredLayers
 
@@ -158,8 +165,9 @@ def _read_architecture(folder: Path, raw: dict) -> Architecture:
                 raise ValueError(f"{name} is on, which keeps every layer's in memory")
         if not raw.get("return_dict", True):
             raise ValueError("return_dict is off")
+        raw, overrides = separated(raw)
         config = family_of(raw.get("model_type", "llama")).read_config(raw)
-        architecture = Architecture.from_config(config)
+        architecture = with_overrides(Architecture.from_config(config), overrides)
         for rotary in rotary_kinds(config):
             if rotary != "default" and rotary not in ROPE_INIT_FUNCTIONS:
                 raise ValueError(f"the rope_type {rotary!r} is not one that transformers knows")
@@ -434,10 +442,13 @@ def _stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
 def read_checkpoint(folder: Path, dtype: torch.dtype, tied: bool | None = None) -> StockModel:
     """The model that transformers loads from a folder, from safetensors files only.
 
+    So are those whose layers have widths of their own, which stock transformers refuses.
+
     `tied` replaces `tie_word_embeddings` where the configuration contradicts the weights. A
     `quantization_config` is dropped: quantised weights were refused before.
     """
-    return _from_pretrained(folder, _stock_config(folder, tied), dtype)
+    config, own_widths = _stock_config(folder, tied)
+    return _from_pretrained(folder, config, dtype, own_widths)
 
 
 def open_checkpoint(
@@ -445,7 +456,7 @@ def open_checkpoint(
 ) -> StockModel:
     """As `read_checkpoint`, on a device, but for the decoder layers: those stay in the files and
     are read when they are borrowed (`stored_layers`)."""
-    config = _stock_config(folder, tied)
+    config, own_widths = _stock_config(folder, tied)
     files = _safetensors_files(folder, getattr(config, "transformers_weights", None))
     layers = config.num_hidden_layers
     config.num_hidden_layers = 0  # The rest of the model is what transformers loads then.
@@ -453,7 +464,10 @@ def open_checkpoint(
     config = model.config
     config.num_hidden_layers = layers
     with torch.device("meta"):
-        empty = list(type(model)(config).to(dtype).model.layers)
+        whole = type(model)(config)
+        if own_widths is not None:
+            narrow_layers(whole, own_widths)
+        empty = list(whole.to(dtype).model.layers)
     stored = _stored_tensors(files)
     places = [
         {
@@ -467,18 +481,24 @@ def open_checkpoint(
     return model.eval().requires_grad_(False)
 
 
-def _stock_config(folder: Path, tied: bool | None) -> StockConfig:
-    raw = json.loads(read_text(folder / "config.json"))
-    config = family_of(raw.get("model_type", "llama")).read_config(raw)
+def _stock_config(folder: Path, tied: bool | None) -> tuple[StockConfig, Architecture | None]:
+    """As `_read_model_config`, to load a model with."""
+    config, own_widths = _read_model_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if tied is not None:
         config.tie_word_embeddings = tied
-    return config
+    return config, own_widths
 
 
-def _from_pretrained(folder: Path, config: StockConfig, dtype: torch.dtype) -> StockModel:
-    return family_of(config.model_type).model_class.from_pretrained(
+def _from_pretrained(
+    folder: Path, config: StockConfig, dtype: torch.dtype, own_widths: Architecture | None = None
+) -> StockModel:
+    family = family_of(config.model_type)
+    model_class = family.model_class
+    if own_widths is not None:
+        model_class = class_with_widths(family, own_widths)
+    model = model_class.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -486,6 +506,24 @@ def _from_pretrained(folder: Path, config: StockConfig, dtype: torch.dtype) -> S
         local_files_only=True,
         attn_implementation=ATTENTION,
     )
+    # What made its layers is done; the object is one of the stock class.
+    model.__class__ = family.model_class
+    return model
+
+
+def _read_model_config(folder: Path) -> tuple[StockConfig, Architecture | None]:
+    """The configuration, and where layers have widths of their own the architecture that says so.
+
+    The configuration then has the largest widths of any layer.
+    """
+    raw, overrides = separated(json.loads(read_text(folder / "config.json")))
+    config = family_of(raw.get("model_type", "llama")).read_config(raw)
+    if not overrides:
+        return config, None
+    architecture = with_overrides(Architecture.from_config(config), overrides)
+    for name in WIDTH_FIELDS:
+        setattr(config, name, getattr(architecture, name))
+    return config, architecture
 
 
 def load_folder(
@@ -517,7 +555,12 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     _require_modest_tokenizer(folder / "tokenizer.json")
     try:
         # Left to itself, transformers would ask at the terminal whether to run a folder's code.
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        given = {"local_files_only": True, "trust_remote_code": False}
+        config, own_widths = _read_model_config(folder)
+        if own_widths is not None:
+            # It looks into the configuration, which transformers cannot read from the folder.
+            given["config"] = config
+        return AutoTokenizer.from_pretrained(folder, **given)
     except INTERRUPTIONS:
         raise
     except BaseException as error:

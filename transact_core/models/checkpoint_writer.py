@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from transact_core.models.architecture import Architecture
 from transact_core.models.devices import dtype_name
+from transact_core.models.layer_widths import FIELD, per_layer_config
 
 SHARD_BYTES = 250_000_000
 """Bytes of tensors after which a shard is written; what is not written yet waits in memory."""
@@ -55,10 +57,11 @@ class CheckpointWriter:
     def _part(self, shard: int) -> Path:
         return self.folder / f"part-{shard:05d}.safetensors"
 
-    def finish(self, model: PreTrainedModel) -> None:
+    def finish(self, model: PreTrainedModel, architecture: Architecture | None = None) -> None:
         """Writes the last shard, gives the shards their final names, and saves the configurations.
 
-        Of `model` only the configurations are read, not the weights.
+        Of `model` only the configurations are read, not the weights. `architecture` says the widths
+        of each layer where they are not those of the configuration.
         """
         if self._waiting or not self._shards:
             self._write_shard()
@@ -71,17 +74,28 @@ class CheckpointWriter:
         if count > 1:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        save_configurations(model, self.folder, self.dtype)
+        save_configurations(model, self.folder, self.dtype, architecture)
 
 
-def save_configurations(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """Writes `config.json` and `generation_config.json` as transformers 5 and 4.57 read them."""
+def save_configurations(
+    model: PreTrainedModel,
+    folder: Path,
+    dtype: torch.dtype,
+    architecture: Architecture | None = None,
+) -> None:
+    """Writes `config.json` and `generation_config.json` as transformers 5 and 4.57 read them.
+
+    `architecture` as `CheckpointWriter.finish` takes it.
+    """
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype_name(dtype)
     model.config.save_pretrained(folder)
     path = folder / "config.json"
     stored = json.loads(path.read_text())
-    path.write_text(json.dumps(stored | older_fields(stored), indent=2, sort_keys=True) + "\n")
+    stored |= older_fields(stored)
+    if architecture is not None and (own := per_layer_config(architecture)):
+        stored[FIELD] = own
+    path.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
     mend_generation_config(model)
     model.generation_config.save_pretrained(folder)
 

@@ -65,7 +65,7 @@ def write_layers(
     # Written last, since tensors wait in memory until a shard is full.
     for name in cut.architecture.outer_tensors():
         writer.add(name, cut.pruned.get_parameter(name))
-    writer.finish(cut.pruned)
+    writer.finish(cut.pruned, cut.left)
     progress("Writing the checkpoint", 1, 1)
     return fits
 

@@ -26,6 +26,10 @@ from transact_core.models.architecture import Architecture, LayerWidths
 
 Granularity = Literal["query-heads", "kv-groups", "head-dims"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+WidthsName = Literal["uniform", "allocated", "traded"]
+"""How widths are given to layers: the same ones to all; to each its own, as many heads and channels
+in all as a uniform cut keeps; or as many parameters in all, heads traded against channels."""
+WIDTHS: tuple[WidthsName, ...] = get_args(WidthsName)
 Ratio = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Index = Annotated[int, Field(ge=0)]
 
@@ -311,6 +315,27 @@ class Decision:
     earlier_steps: tuple[Step, ...] = ()
     sequential: bool = False
     """Whether each module's units were chosen on the residual stream of the model pruned so far."""
+    widths: WidthsName = "uniform"
+    """As requested; the plan says what each layer keeps."""
+    keep_layers: tuple[int, ...] = ()
+    """Layers that were to stay whole, as requested."""
+    trial_divergences: tuple[float, ...] = ()
+    """Divergence from the dense model, in nats a token, of each trial cut on held-out windows,
+    where widths were allocated."""
+    allocation_seconds: float | None = None
+    """How long choosing the widths took; None where that was not done."""
+
+    @property
+    def how_allocated(self) -> str | None:
+        """One sentence on the choice of the layers' widths; None where none was made."""
+        if not self.trial_divergences:
+            return None
+        tried = ", ".join(f"{divergence:.3f}" for divergence in self.trial_divergences)
+        return (
+            f"The widths were {self.widths} in {self.allocation_seconds:.0f} seconds, the cut and "
+            f"its repair not counted (divergence of the trial cuts on held-out windows, in nats a "
+            f"token: {tried})."
+        )
 
     @property
     def why(self) -> str | None:
@@ -390,12 +415,25 @@ def widths(
     elif mha_ratio:
         counts = head_counts(architecture, granularity, dividing_hidden_size)
         heads = _nearest(heads, mha_ratio, counts)
-        if granularity == "kv-groups" or architecture.queries_per_group == 1:
-            groups = heads // architecture.queries_per_group
+        groups = _groups_of(architecture, granularity, heads)
     channels = architecture.intermediate_size
     if mlp_ratio:
         channels = _nearest(channels, mlp_ratio, channel_counts(architecture, multiple_of))
     return Widths(heads, groups, channels, head_dim)
+
+
+def _groups_of(architecture: Architecture, granularity: Granularity, heads: int) -> int:
+    """The key-value heads that stay where so many query heads do."""
+    if granularity == "kv-groups" or architecture.queries_per_group == 1:
+        return heads // architecture.queries_per_group
+    return architecture.num_key_value_heads
+
+
+def widths_of_layer(
+    architecture: Architecture, granularity: Granularity, heads: int, channels: int
+) -> LayerWidths:
+    """What one layer is left with where it keeps so many query heads and channels."""
+    return LayerWidths(heads, _groups_of(architecture, granularity, heads), channels)
 
 
 def head_dims(architecture: Architecture, multiple_of: int = 1) -> Sequence[int]:
@@ -479,6 +517,39 @@ def make_plan(
             )
             for layer_heads, layer_channels, layer_dims in zip(heads, channels, dims, strict=True)
         ),
+    )
+
+
+def plan_of_layers(
+    uniform: PruningPlan,
+    scores: Scores,
+    layers: Sequence[LayerWidths],
+    architecture: Architecture,
+) -> PruningPlan:
+    """The best-scored units where each layer has the widths given for it.
+
+    `uniform` is the plan of the same ratios and choices with the same widths in every layer; it is
+    given back where `layers` have just these.
+    """
+    if tuple(layers) == uniform.layer_widths(architecture):
+        return uniform
+    order = best_first(scores.channels)
+    kept = []
+    for layer_index, widths in enumerate(layers):
+        heads = kept_heads(scores.heads[layer_index : layer_index + 1], widths, architecture)[0]
+        channels = order[layer_index, : widths.intermediate_size].sort().values
+        kept.append(
+            LayerPlan(
+                kept_heads=heads.nonzero().flatten().tolist(), kept_channels=channels.tolist()
+            )
+        )
+    return uniform.model_copy(
+        update={
+            "layers": tuple(kept),
+            "num_attention_heads": None,
+            "num_key_value_heads": None,
+            "intermediate_size": None,
+        }
     )
 
 

@@ -17,6 +17,7 @@ from transact_core.forward.waists import head_rows
 from transact_core.models.architecture import Architecture
 from transact_core.models.families.description import Block
 from transact_core.models.families.table import family_of
+from transact_core.models.layer_widths import narrow_layers
 from transact_core.models.stock_class import StockConfig, StockModel, config_for
 from transact_core.pruning.plan import LayerPlan, PruningPlan, kept_groups
 from transact_core.pruning.rope import narrowed_rope, require_narrowable
@@ -125,7 +126,7 @@ def _empty_like(
     with torch.device("meta"):
         pruned = family_of(config.model_type).model_class(config)
         if not architecture.uniform:
-            _narrow_layers(pruned, architecture)
+            narrow_layers(pruned, architecture)
     # Buffers are no part of the state dict, so they come from outside the meta device.
     for name, _ in list(pruned.named_buffers()):
         place, _, own_name = name.rpartition(".")
@@ -150,20 +151,6 @@ def config_of_cut(
         frequencies = rotary.inv_freq[list(slots)]
         config.rope_parameters = narrowed_rope(config, frequencies, rotary.attention_scaling)
     return config
-
-
-def _narrow_layers(empty: StockModel, architecture: Architecture) -> None:
-    """Gives each decoder layer the widths that the architecture has for it.
-
-    A stock layer takes its widths from the configuration that it is made with, so each is made
-    with one of its own. The model's own configuration has the largest widths of any layer.
-    """
-    for layer_index, widths in enumerate(architecture.layers):
-        config = copy.copy(empty.config)
-        for name, value in vars(widths).items():
-            setattr(config, name, value)
-        layer = type(empty.model.layers[layer_index])(config, layer_index)
-        empty.model.layers[layer_index] = layer
 
 
 def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

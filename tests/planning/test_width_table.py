@@ -1,0 +1,126 @@
+"""Tables of widths with made-up errors and losses."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from transact_core.base.errors import TransActError
+from transact_core.models.architecture import Architecture
+from transact_core.planning.damage import Curve, Damage
+from transact_core.planning.width_table import FLOOR, LEAST_PART, WidthTable
+from transact_core.pruning.plan import widths
+
+SHAPE = Architecture(48, 40, 4, 6, 3, 8, 320, False, False, False)
+
+
+def curve(known: torch.Tensor) -> Curve:
+    """The same errors in all layers."""
+    missing = 1 - known / known[-1]
+    return Curve(known, (missing**1.5).double().expand(4, -1))
+
+
+DAMAGE = Damage(mha=curve(torch.tensor([24, 48])), mlp=curve(torch.arange(1, 41)))
+
+
+def table(mha=0.5, mlp=0.3, traded=False, kept_whole=(), multiple_of=1) -> WidthTable:
+    uniform = widths(SHAPE, mha, mlp, "query-heads", multiple_of)
+    return WidthTable.of(
+        SHAPE,
+        uniform,
+        {"mha": mha, "mlp": mlp},
+        "query-heads",
+        multiple_of,
+        DAMAGE,
+        traded,
+        kept_whole,
+    )
+
+
+def channels(of: WidthTable) -> list[int]:
+    return [layer.intermediate_size for layer in of.layer_widths()]
+
+
+def losses(of: WidthTable, factors: list[float], kinds: int = 2) -> dict[str, np.ndarray]:
+    """Each layer's error at its levels times its factor, the same on all kinds."""
+    return {
+        name: np.stack([module.errors[:, module.levels()]] * kinds, axis=-1)
+        * np.array(factors)[:, None, None]
+        for name, module in of.modules.items()
+    }
+
+
+def test_costs_are_those_of_the_architecture():
+    of = table()
+    for name, prefix in (("mha", "self_attn."), ("mlp", "mlp.")):
+        module = of.modules[name]
+        for units, cost in zip(module.units, module.costs, strict=True):
+            kept = {"num_attention_heads": units} if name == "mha" else {"intermediate_size": units}
+            shapes = replace(SHAPE, **kept).layer_tensors(0).items()
+            assert cost == sum(
+                int(np.prod(shape)) for key, shape in shapes if key.startswith(prefix)
+            )
+
+
+def test_layers_of_equal_losses_are_cut_alike():
+    assert channels(table(mha=0)) == [28] * 4
+    assert channels(table(mha=0, multiple_of=8)) == [32] * 4
+
+
+def test_dear_layers_keep_more_and_the_floor_holds():
+    of = table(mha=0)
+    priced = of.priced(losses(of, [1000.0, 1.0, 1e-6, 1.0]))
+    kept = channels(priced)
+    assert sum(kept) == 4 * 28
+    assert kept[0] > kept[1] > kept[2] >= FLOOR * 28
+    assert abs(kept[1] - kept[3]) <= 1
+    for law, factor in zip(priced.modules["mlp"].laws, [1000, 1, 1e-6, 1], strict=True):
+        assert law.exponent == pytest.approx(1)
+        assert law.scale == pytest.approx(factor, rel=1e-3)
+
+
+def test_kinds_of_text_count_the_same():
+    of = table(mha=0)
+    one, other = losses(of, [4, 1, 1, 1])["mlp"], losses(of, [1, 1, 1, 4])["mlp"]
+    mixed = np.concatenate([one[..., :1], 100 * other[..., :1]], axis=-1)
+    kept = channels(of.priced({"mlp": mixed}))
+    assert abs(kept[0] - kept[3]) <= 1
+    assert kept[0] > kept[1]
+
+
+def test_parts_of_a_cut_move_the_losses_half_the_way():
+    of = table(mha=0).priced(losses(table(mha=0), [1.0] * 4))
+    layers = of.layer_widths()
+    error = float(of.modules["mlp"].errors[0, of.modules["mlp"].place_of(28)])
+    parts = np.array([[4.0], [1.0], [1.0], [-1.0]]) * error
+    repriced = of.repriced({"mlp": parts}, layers)
+    scales = [law.scale for law in repriced.modules["mlp"].laws]
+    ratio = 6 / 4
+    expected = [(part * ratio) ** 0.5 for part in (4, 1, 1, LEAST_PART * ratio)]
+    np.testing.assert_allclose(scales, expected, rtol=1e-6)
+    kept = channels(repriced)
+    assert kept[0] > kept[1] > kept[3]
+    assert sum(kept) == 4 * 28
+
+
+def test_traded_widths_share_one_budget():
+    of = table(traded=True)
+    # Heads are worth nothing, so channels stay in their place.
+    dear = losses(of, [1.0] * 4)
+    dear["mha"] = dear["mha"] * 1e-6
+    layers = of.priced(dear).layer_widths()
+    uniform = SHAPE.with_layers(table(mha=0.5).layer_widths()).parameters
+    assert all(layer.num_attention_heads == 3 for layer in layers)
+    assert SHAPE.with_layers(layers).parameters <= uniform
+    cheap = losses(of, [1.0] * 4)
+    cheap["mha"] = cheap["mha"] * 1e6
+    kept = of.priced(cheap).layer_widths()
+    assert all(layer.num_attention_heads == 6 for layer in kept)
+    assert uniform - 3 * 48 < SHAPE.with_layers(kept).parameters <= uniform
+
+
+def test_layers_that_are_kept_whole_may_leave_too_little():
+    assert channels(table(mha=0, kept_whole=(1,)))[1] == 40
+    with pytest.raises(TransActError, match="keep fewer layers"):
+        table(mha=0, mlp=0.9, kept_whole=(0, 1)).layer_widths()

@@ -1,0 +1,243 @@
+"""What each layer's modules can be left with, what that costs and what it loses; and the choice.
+
+Numbers only: errors come from `planning.damage`, losses from `planning.prices`, and the choice is
+made by `planning.allocation`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+
+import numpy as np
+
+from transact_core.base.errors import TransActError
+from transact_core.models.architecture import Architecture, LayerWidths
+from transact_core.planning.allocation import (
+    Item,
+    LossLaw,
+    allocate,
+    loss_law,
+    together,
+)
+from transact_core.planning.damage import Curve, Damage
+from transact_core.pruning.plan import (
+    Granularity,
+    Widths,
+    channel_counts,
+    head_counts,
+    widths_of_layer,
+)
+
+LEVELS = (0.3, 0.65)
+"""Removed shares of a module's width at which its effect on the predictions is measured."""
+FLOOR = 0.25
+"""The least that a layer keeps of a module, as a share of what a uniform cut of the same ratio
+keeps of every layer. Losses far beyond the measured levels are extrapolations."""
+TRUST = 0.5
+"""How far the loss of a module moves from what its cut does alone to its part in a cut of all
+modules, on a logarithmic scale: 0 not at all, 1 all the way. The parts are the noisier ones."""
+LEAST_PART = 0.1
+"""Least part in a cut of all modules, as a share of what the cut of that module alone leads to."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """One kind of module in all layers: what a layer can keep of it, and what that loses."""
+
+    units: np.ndarray
+    """Numbers of heads or channels that a layer can keep, ascending up to the dense one."""
+    waist: np.ndarray
+    """The width of the transitional activation for each of these numbers."""
+    costs: np.ndarray
+    """The parameters of one layer's module for each of these numbers."""
+    errors: np.ndarray = field(repr=False)
+    """Relative errors, shape (layers, numbers), as `damage.Curve` has them."""
+    uniform: int
+    """The number that a uniform cut of the same ratio keeps in every layer."""
+    laws: tuple[LossLaw, ...] = ()
+    """From the error of each layer to its loss."""
+
+    @property
+    def budget(self) -> float:
+        """Parameters of this module that a uniform cut keeps in all layers."""
+        return float(len(self.errors) * self.costs[self.place_of(self.uniform)])
+
+    def place_of(self, units: int) -> int:
+        """The index of a number among `units`."""
+        return int(np.searchsorted(self.units, units))
+
+    def levels(self) -> list[int]:
+        """The places nearest to `LEVELS`, without the dense number."""
+        wanted = [self.units[-1] * (1 - level) for level in LEVELS]
+        cut = self.units[:-1]
+        return list(dict.fromkeys(int(np.argmin(abs(cut - units))) for units in wanted))
+
+    def items(self, kept_whole: Sequence[int]) -> list[Item]:
+        """What each layer's width is chosen from."""
+        items = []
+        for layer_index, (errors, law) in enumerate(zip(self.errors, self.laws, strict=True)):
+            least = self.units[-1] if layer_index in kept_whole else FLOOR * self.uniform
+            items.append(Item(self.units, self.costs, law.at(errors)).from_width(least))
+        return items
+
+
+@dataclass(frozen=True)
+class WidthTable:
+    """All modules that are cut. Without prices, the loss of a module is its error."""
+
+    modules: Mapping[str, Module]
+    """By "mha" and "mlp"; a module whose ratio is 0 is not among them."""
+    architecture: Architecture
+    granularity: Granularity
+    traded: bool
+    """Whether heads and channels share one budget."""
+    kept_whole: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        architecture: Architecture,
+        uniform: Widths,
+        ratios: Mapping[str, float],
+        granularity: Granularity,
+        multiple_of: int,
+        damage: Damage,
+        traded: bool,
+        kept_whole: Sequence[int] = (),
+    ) -> "WidthTable":
+        """The table of a model; `uniform` is what the same ratios leave of every layer."""
+        dense = architecture.intermediate_size
+        channels = np.array(sorted({*channel_counts(architecture, multiple_of), dense}))
+        heads = np.array(head_counts(architecture, granularity))
+
+        def module(
+            name: str, units: np.ndarray, of_unit: int, curve: Curve, uniform_units: int
+        ) -> Module:
+            known = np.searchsorted(curve.widths.numpy(), units * of_unit)
+            return Module(
+                units,
+                units * of_unit,
+                _costs(architecture, granularity, name, units),
+                curve.errors.numpy()[:, known],
+                uniform_units,
+                (LossLaw(1.0, 1.0),) * architecture.num_hidden_layers,
+            )
+
+        head_dim = architecture.head_dim
+        modules = {
+            "mha": module("mha", heads, head_dim, damage.mha, uniform.num_attention_heads),
+            "mlp": module("mlp", channels, 1, damage.mlp, uniform.intermediate_size),
+        }
+        cut = {name: each for name, each in modules.items() if ratios[name] and len(each.units) > 1}
+        return cls(cut, architecture, granularity, traded, tuple(kept_whole))
+
+    def layer_widths(self) -> tuple[LayerWidths, ...]:
+        """The widths of least loss within the budget.
+
+        Raises:
+            TransActError: the layers that are kept whole leave too little to be cut elsewhere.
+        """
+        items = {name: module.items(self.kept_whole) for name, module in self.modules.items()}
+        names = [tuple(items)] if self.traded else [(name,) for name in items]
+        chosen: dict[str, list[int]] = {}
+        for together_chosen in names:
+            pool = list(chain.from_iterable(items[name] for name in together_chosen))
+            budget = sum(self.modules[name].budget for name in together_chosen)
+            try:
+                units = allocate(pool, budget).widths(pool)
+            except ValueError:
+                raise TransActError(
+                    "The layers that are kept whole leave too little to be cut in the others; "
+                    "keep fewer layers, or choose smaller ratios."
+                ) from None
+            layers = self.architecture.num_hidden_layers
+            for place, name in enumerate(together_chosen):
+                chosen[name] = units[place * layers : (place + 1) * layers]
+        dense = self.architecture
+        return tuple(
+            widths_of_layer(
+                dense,
+                self.granularity,
+                chosen["mha"][layer] if "mha" in chosen else dense.num_attention_heads,
+                chosen["mlp"][layer] if "mlp" in chosen else dense.intermediate_size,
+            )
+            for layer in range(dense.num_hidden_layers)
+        )
+
+    def priced(self, losses: Mapping[str, np.ndarray]) -> "WidthTable":
+        """With the losses of each module cut alone at its `levels`: (layers, levels, kinds)."""
+        flat = [losses[name].reshape(-1, losses[name].shape[-1]) for name in self.modules]
+        single = together(np.concatenate(flat))
+        ends = np.cumsum([len(part) for part in flat])[:-1]
+        priced = {}
+        for (name, module), part in zip(self.modules.items(), np.split(single, ends), strict=True):
+            of_layers = part.reshape(losses[name].shape[:-1])
+            laws = tuple(
+                loss_law(errors[module.levels()], of_layer)
+                for errors, of_layer in zip(module.errors, of_layers, strict=True)
+            )
+            priced[name] = replace(module, laws=laws)
+        return replace(self, modules=priced)
+
+    def repriced(
+        self, parts: Mapping[str, np.ndarray], layers: Sequence[LayerWidths]
+    ) -> "WidthTable":
+        """With the parts, (layers, kinds), that the modules have in the divergence of a cut to
+        these widths."""
+        whole = together(np.concatenate([parts[name] for name in self.modules]))
+        of_module = dict(zip(self.modules, np.split(whole, len(self.modules)), strict=True))
+        errors, alone = {}, {}
+        for name, module in self.modules.items():
+            units = [_units_of(name, each) for each in layers]
+            errors[name] = [
+                of_layer[module.place_of(kept)]
+                for of_layer, kept in zip(module.errors, units, strict=True)
+            ]
+            alone[name] = [
+                float(law.at(error)) for law, error in zip(module.laws, errors[name], strict=True)
+            ]
+        total = sum(map(sum, alone.values()))
+        ratio = whole.sum() / total if total > 0 and whole.sum() > 0 else 1.0
+        repriced = {}
+        for name, module in self.modules.items():
+            laws = []
+            for law, error, part, single in zip(
+                module.laws, errors[name], of_module[name], alone[name], strict=True
+            ):
+                scaled = replace(law, scale=law.scale * ratio)
+                if error > 0:
+                    part = max(part, LEAST_PART * ratio * single)
+                    mixed = math.exp(
+                        TRUST * math.log(part) + (1 - TRUST) * math.log(ratio * single)
+                    )
+                    scaled = scaled.through(error, mixed)
+                laws.append(scaled)
+            repriced[name] = replace(module, laws=tuple(laws))
+        return replace(self, modules=repriced)
+
+
+def _units_of(module: str, widths: LayerWidths) -> int:
+    return widths.num_attention_heads if module == "mha" else widths.intermediate_size
+
+
+def _costs(
+    architecture: Architecture, granularity: Granularity, module: str, units: np.ndarray
+) -> np.ndarray:
+    """The parameters of one layer's module at each number of heads or channels."""
+    prefix = {"mha": "self_attn.", "mlp": "mlp."}[module]
+
+    def parameters(kept: int) -> int:
+        heads = kept if module == "mha" else architecture.num_attention_heads
+        channels = kept if module == "mlp" else architecture.intermediate_size
+        left = architecture.with_layers(
+            [widths_of_layer(architecture, granularity, heads, channels)]
+            * architecture.num_hidden_layers
+        )
+        shapes = left.layer_tensors(0).items()
+        return sum(math.prod(shape) for name, shape in shapes if name.startswith(prefix))
+
+    # Parameters grow evenly with the units.
+    first, last = parameters(int(units[0])), parameters(int(units[-1]))
+    span = max(1, int(units[-1] - units[0]))
+    return first + (last - first) * (units - units[0]) / span
