@@ -310,6 +310,9 @@ def test_layers_of_different_widths_are_saved_and_opened_again(gqa_bench, uneven
     assert same_weights(loaded.model, snapshot(model))
     ids = gqa_bench.evaluation.ids[:2]
     assert torch.equal(loaded.model(ids).logits, model(ids).logits)
+    on_disk = load_model(str(whole), offload="always")
+    assert on_disk.architecture == left
+    assert evaluate(on_disk.model, gqa_bench.evaluation).perplexity == measurement.perplexity
     report = json.loads((whole / "report.json").read_text())
     assert [each["intermediate_size"] for each in report["pruned"]["layers"]] == [28, 2, 28]
     card = (whole / "README.md").read_text()
