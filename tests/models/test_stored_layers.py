@@ -26,12 +26,13 @@ from transact_core.planning.damage import kept_first, measure_curves
 from transact_core.pruning.plan import GRANULARITIES
 
 
-def both(folder, tokenizer, model, dtype="float32"):
+def both(folder, tokenizer, model, dtype="float32", device="cpu"):
     """A model, written to a folder, with its layers in memory and with them on disk."""
     model.save_pretrained(folder, max_shard_size="30KB")
     tokenizer.save_pretrained(folder)
     return [
-        load_model(str(folder), "cpu", dtype, offload=offload) for offload in ("never", "always")
+        load_model(str(folder), str(device), dtype, offload=offload)
+        for offload in ("never", "always")
     ]
 
 
@@ -77,9 +78,9 @@ def test_every_family_measures_the_same_bits(kind, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_importance_and_the_curves_are_the_same(dtype, tmp_path, tokenizer):
+def test_every_importance_and_the_curves_are_the_same(dtype, device, tmp_path, tokenizer):
     windows = windows_for(tokenizer, calibration_tokens=256)[0]
-    loaded = both(tmp_path / "model", tokenizer, make_model(num_key_value_heads=3), dtype)
+    loaded = both(tmp_path / "model", tokenizer, make_model(num_key_value_heads=3), dtype, device)
     for importance in IMPORTANCES:
         one, other = (
             score(importance, Evidence(each.model, windows, each.architecture)) for each in loaded

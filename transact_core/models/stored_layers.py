@@ -92,8 +92,8 @@ class StoredLayers(nn.ModuleList):
         coming = layer_index + (-1 if layer_index == self._last - 1 else 1)
         self._last = layer_index
         if self._ahead and self._ahead[0] == layer_index:
-            weights = self._ahead[1].result()
-            self._ahead = None
+            (_, reading), self._ahead = self._ahead, None
+            weights = reading.result()
         else:
             if self._ahead and self._ahead[0] != coming:
                 self._drop_ahead()
@@ -104,8 +104,7 @@ class StoredLayers(nn.ModuleList):
 
     def _drop_ahead(self) -> None:
         """Lets go of a layer that was read and not asked for."""
-        _, reading = self._ahead
-        self._ahead = None
+        (_, reading), self._ahead = self._ahead, None
         if not reading.cancel():
             reading.exception()  # waits, so that no third layer is in memory
 
@@ -118,7 +117,7 @@ class StoredLayers(nn.ModuleList):
             try:
                 files = {
                     file: stack.enter_context(safe_open(file, framework="pt"))
-                    for file, _ in places.values()
+                    for file in {file for file, _ in places.values()}
                 }
                 for name, (file, stored) in places.items():
                     tensor = files[file].get_tensor(stored)
