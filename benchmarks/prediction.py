@@ -46,7 +46,7 @@ class Points:
 
     def __init__(self, bench: Bench, choices: Choices, path: Path) -> None:
         self.bench, self.choices, self.path = bench, choices, path
-        self._key = {
+        made_by = {
             "model": bench.loaded.source,
             "calibration": bench.calibration.sha256,
             "calibration_tokens": bench.calibration.tokens,
@@ -56,6 +56,8 @@ class Points:
             "engine": ENGINE_VERSION,
             **asdict(choices),
         }
+        # As it comes back from the file, which knows no tuples.
+        self._key = json.loads(json.dumps(made_by))
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         self._known = {
             (row["mha_width"], row["mlp_width"]): row

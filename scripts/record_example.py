@@ -100,7 +100,8 @@ def record(bench: Bench, cut: Cut) -> Example:
         sequence_length=described.sequence_length,
         scored_tokens=dense.scored_tokens,
         concentration=Concentration(share=SHARE, **concentration),
-        asked=asdict(cut),
+        # Layers to be kept whole are no part of an address.
+        asked={name: value for name, value in asdict(cut).items() if name != "keep_layers"},
         left=left,
         dense=Dense(footprint=bench.dense_footprint, perplexity=dense.perplexity),
         predicted=predicted,

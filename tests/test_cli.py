@@ -411,7 +411,7 @@ def test_windows_of_one_token_cannot_be_scored(checkpoint, text_file, capsys):
 def test_a_full_disk_is_found_before_the_computing(prune, monkeypatch, capsys):
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr("transact_core.export.folder.recover", None)
+    monkeypatch.setattr("transact_core.pruning.on_disk.recover", None)
     status, folder = prune()
     assert status == 2
     refused(capsys, "the disk has 0 MB free")

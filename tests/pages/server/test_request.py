@@ -15,6 +15,8 @@ CHANGED = {
     "head_dim_multiple_of": 8,
     "steps": 8,
     "sequential": True,
+    "widths": "allocated",
+    "keep_layers": (0, 29),
 }
 """A value other than the usual one for each of the choices."""
 
