@@ -4,9 +4,9 @@
 
 Writes a random LLaMA in bfloat16, layer by layer, and runs `prune`, `apply` and `evaluate` on it,
 each with its layers in memory and with `--offload`, in processes of their own that compute in
-bfloat16. Memory is the largest `RssAnon` of a process, read from outside every 20 ms: memory that
-belongs to no file. Mapped files do not count, as the system takes their memory back where it is
-needed. The results of both ways are compared.
+bfloat16. Memory is read from outside every 20 ms: `RssAnon`, which belongs to no file, and
+`RssFile`, pages of mapped files, which the system takes back where it needs them. Of each the
+largest value is printed. The results of both ways are compared.
 """
 
 import argparse
@@ -41,8 +41,10 @@ class Run:
     seconds: float
     cpu_seconds: float
     """Of all its threads, which do not grow where other programs use the processor too."""
-    peak_bytes: int
+    anonymous_bytes: int
     """The largest `RssAnon`."""
+    mapped_bytes: int
+    """The largest `RssFile`."""
     printed: str
 
 
@@ -71,13 +73,15 @@ def run(words: list[str], cache: Path) -> Run:
         CalledProcessError: it did not exit with status 0; its stderr is passed through.
     """
     command = [sys.executable, "-m", "transact_core", *words]
-    start, peak = time.perf_counter(), 0
+    start, anonymous, mapped = time.perf_counter(), 0, 0
     environment = os.environ | {"TRANSACT_CACHE": str(cache)}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, env=environment)
         ended = 0
         while not ended:
-            peak = max(peak, anonymous_bytes(process.pid))
+            now = memory_of(process.pid)
+            anonymous = max(anonymous, now.get("RssAnon", 0))
+            mapped = max(mapped, now.get("RssFile", 0))
             time.sleep(SECONDS_BETWEEN)
             ended, status, used = os.wait4(process.pid, os.WNOHANG)
         seconds = time.perf_counter() - start
@@ -85,16 +89,18 @@ def run(words: list[str], cache: Path) -> Run:
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
         output.seek(0)
-        return Run(seconds, used.ru_utime + used.ru_stime, peak, output.read())
+        cpu_seconds = used.ru_utime + used.ru_stime
+        return Run(seconds, cpu_seconds, anonymous, mapped, output.read())
 
 
-def anonymous_bytes(pid: int) -> int:
-    """`RssAnon` of a process; 0 where it has just ended."""
+def memory_of(pid: int) -> dict[str, int]:
+    """Bytes of each kind of resident memory of a process; none where it has just ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+        return {}
+    fields = (line.split() for line in lines if line.startswith("Rss"))
+    return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in fields}
 
 
 def fingerprint(folder: Path) -> str:
@@ -126,7 +132,8 @@ def measured(chosen: argparse.Namespace, place: Path) -> Iterator[str]:
             done = run([*words, *WAYS[way], "--json"], own / f"cache-{command}")
             yield (
                 f"{command:10}{way:8}{done.seconds:8.1f} s, of the processor "
-                f"{done.cpu_seconds:8.1f} s, RssAnon at most {done.peak_bytes / 1e6:,.0f} MB"
+                f"{done.cpu_seconds:8.1f} s, RssAnon at most {done.anonymous_bytes / 1e6:,.0f} MB, "
+                f"RssFile {done.mapped_bytes / 1e6:,.0f} MB"
             )
             result = json.dumps(json.loads(done.printed), sort_keys=True)
             weights = fingerprint(output) if output else ""
