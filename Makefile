@@ -16,9 +16,9 @@ SITE := $(VENV)/lib/python3*/site-packages
 TOOLS := $(VENV)/tools
 RUNTIMES := $(VENV)/runtimes
 TRANSFORMERS_4 := $(VENV)/transformers-4
-# Test processes; each computes with one thread and takes up to 2 GB of memory. One more than the
-# two cores that CI has: browser tests wait for pages now and then.
-WORKERS ?= 3
+# Test processes; each computes with one thread and takes up to 2 GB of memory. More than there are
+# cores gain nothing: each makes what the tests of a file share once more.
+WORKERS ?= 2
 SETUP := $(VENV)/.setup
 SETUP_TASKS := $(VENV)/.setup-tasks
 SETUP_DEV := $(VENV)/.setup-dev

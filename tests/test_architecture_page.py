@@ -46,6 +46,18 @@ def test_the_rooms_of_the_pages_are_listed():
     assert listed == {f"pages/{room}" for room in rooms(ROOT / "pages")} | {"pages/*.py"}
 
 
+def test_the_pages_are_listed_with_their_charts_and_jobs():
+    pages = ROOT / "pages"
+    rows = table("The pages")
+    assert {quoted(files)[0] for _, files, _, _ in rows} == {
+        f"pages/{name}.py" for name in modules(pages)
+    }
+    for _, _, charts, jobs in rows:
+        named = {name for name in quoted(charts) if not name.endswith(".py")}
+        assert named <= modules(pages / "charts")
+        assert set(quoted(jobs)) <= modules(pages / "server")
+
+
 def test_every_file_that_is_named_exists():
     named = set(re.findall(r"`([\w/]+\.(?:py|js|json|toml|md))`", PAGE))
     written = {"compression.json", "report.json"}

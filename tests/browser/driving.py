@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from playwright.sync_api import Browser, Locator, Page, Playwright, expect
 from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
@@ -99,10 +100,11 @@ def ask_to_open(
     page: Page, address: str, folder: Path | None, evaluation_tokens: int, sequence_length: int
 ) -> None:
     """Fills in the sidebar and presses Load, without waiting for the model to open."""
-    # The first visit to a server is always shown the first page.
-    page.goto(address.rsplit("/", 1)[0] if address.count("/") > 2 else address)
-    expect(button(page, "Load")).to_be_visible()
     page.goto(address)
+    expect(button(page, "Load")).to_be_visible()
+    # The first visit to a server is always shown the first page.
+    if urlsplit(page.url).path != (urlsplit(address).path or "/"):
+        page.goto(address)
     # The app starts to open its default model. That is cancelled here, unless an earlier visitor
     # cancelled it or it has already finished.
     cancel, opened = button(page, "Cancel").first, sidebar(page).get_by_text("M parameters")
