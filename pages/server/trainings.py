@@ -234,8 +234,7 @@ def _runs() -> dict[Path, TrainingRun]:
     found = holding().found
     if "trainings" not in found:
         request = visit().request
-        kept = filter(None, map(_read, _own_folder().glob(f"*/*/{KEPT}")))
-        found["trainings"] = {run.folder: run for run in kept if run.request == request}
+        found["trainings"] = {run.folder: run for run in _kept() if run.request == request}
         for run in found["trainings"].values():
             run.recall()
             mark_used(run.folder.parent)
@@ -244,6 +243,11 @@ def _runs() -> dict[Path, TrainingRun]:
 
 def _own_folder() -> Path:
     return cache_folder() / "trainings" / visit().visitor.key
+
+
+def _kept() -> Iterator[TrainingRun]:
+    """This visitor's trainings on disk, with any model and texts."""
+    return filter(None, map(_read, _own_folder().glob(f"*/*/{KEPT}")))
 
 
 def _read(path: Path) -> TrainingRun | None:
@@ -266,8 +270,7 @@ def _read(path: Path) -> TrainingRun | None:
 
 def elsewhere() -> list[str]:
     """The models of this visitor's trainings with another model or other texts than in view."""
-    kept = filter(None, map(_read, _own_folder().glob(f"*/*/{KEPT}")))
-    return sorted({run.request.model for run in kept if run.request != visit().request})
+    return sorted({run.request.model for run in _kept() if run.request != visit().request})
 
 
 def recall_cuts(bench: Bench) -> None:

@@ -39,6 +39,6 @@ def test_a_repair_takes_more_with_the_text_and_the_width(gqa_bench):
 def test_a_cut_that_does_not_fit_is_refused_before_it_is_made(gqa_bench, monkeypatch):
     plan = gqa_bench.plan(0.5, 0.3, Choices())
     monkeypatch.setattr(benches, "free_memory", lambda device: 1000)
-    monkeypatch.setattr(benches, "prune", None)
+    monkeypatch.setattr(benches, "repaired_cut", None)
     with pytest.raises(TransActError, match="GB of memory on cpu beside the dense model"):
         compress(gqa_bench, plan, "least-squares")

@@ -35,9 +35,8 @@ from transact_core.planning.prices import (
     single_losses,
 )
 from transact_core.planning.width_table import WidthTable
-from transact_core.pruning.closed_form import recover
+from transact_core.pruning.on_disk import repaired_cut
 from transact_core.pruning.plan import WIDTHS, PruningPlan, plan_of_layers
-from transact_core.pruning.surgery import prune
 
 WINDOWS_A_KIND = 2
 """Held-out windows of each kind of text."""
@@ -154,9 +153,8 @@ def allocated_plan(
 
         plan = plan_of_layers(uniform, scores, layers, architecture)
         require_memory(bench, plan, choices.recovery)
-        cut = prune(bench.loaded.model, plan, with_biases=choices.recovery == "bias")
-        if choices.recovery != "none":
-            recover(bench.loaded.model, cut, plan, fitted_on, choices.recovery, report)
+        dense = bench.loaded.model
+        cut, _ = repaired_cut(dense, plan, fitted_on, choices.recovery, dense.dtype, report)
         divergence, parts = marginal_losses(bench.loaded.model, cut, held_out, report)
         # Kinds of text count the same, on whichever of them a cut loses more.
         tried[layers] = math.exp(float(held_out.by_kind(divergence).log().mean()))

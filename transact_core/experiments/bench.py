@@ -34,8 +34,8 @@ from transact_core.planning.damage import (
     narrow_heads,
 )
 from transact_core.planning.memory_needed import cut_bytes
-from transact_core.pruning.closed_form import LayerFit, recover, require_recovery
-from transact_core.pruning.on_disk import cut_on_disk
+from transact_core.pruning.closed_form import LayerFit, require_recovery
+from transact_core.pruning.on_disk import repaired_cut
 from transact_core.pruning.plan import (
     Decision,
     Granularity,
@@ -44,7 +44,6 @@ from transact_core.pruning.plan import (
     make_plan,
 )
 from transact_core.pruning.rope import require_narrowable
-from transact_core.pruning.surgery import prune, round_weights
 
 
 @dataclass(frozen=True)
@@ -469,14 +468,7 @@ def carry_out(
     dense = bench.loaded.model
     require_memory(bench, plan, recovery)
     save_dtype = resolve_dtype(bench.save_dtype, bench.loaded.device)
-    if bench.loaded.offloaded:
-        return cut_on_disk(dense, plan, bench.calibration, recovery, save_dtype, progress)
-    model = prune(dense, plan, with_biases=recovery == "bias")
-    fits: tuple[LayerFit, ...] = ()
-    if recovery != "none" and plan.cuts_anything(bench.loaded.architecture):
-        fits = recover(dense, model, plan, bench.calibration, recovery, progress).fits
-    round_weights(model, save_dtype)
-    return model, fits
+    return repaired_cut(dense, plan, bench.calibration, recovery, save_dtype, progress)
 
 
 def require_memory(bench: Bench, plan: PruningPlan, recovery: str) -> None:

@@ -17,14 +17,14 @@ from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
 from transact_core.experiments.allocate import allocated_plan, require_allocatable
 from transact_core.experiments.bench import Bench, Choices
-from transact_core.forward.layers import layers_of, on_disk
+from transact_core.forward.layers import layers_of
 from transact_core.forward.perplexity import Evaluation, evaluate, losses_behind_layers
 from transact_core.forward.waists import head_rows
 from transact_core.importance.elimination import eliminate_module
 from transact_core.importance.scores import Evidence, Scores, score
 from transact_core.models.architecture import Architecture
-from transact_core.pruning.closed_form import recover, require_recovery
-from transact_core.pruning.on_disk import cut_on_disk
+from transact_core.pruning.closed_form import recover_by_layers, require_recovery
+from transact_core.pruning.on_disk import repaired_cut
 from transact_core.pruning.plan import (
     GRANULARITIES,
     Decision,
@@ -39,7 +39,7 @@ from transact_core.pruning.plan import (
     widths,
 )
 from transact_core.pruning.rope import require_narrowable
-from transact_core.pruning.surgery import Cut, prune
+from transact_core.pruning.surgery import Cut
 
 
 def decide(
@@ -144,17 +144,7 @@ def held_out_loss(
 ) -> float:
     """Mean NLL in nats on the windows, with cross-fitted repairs."""
     cut = Cut(dense, plan, with_biases=recovery == "bias")
-    hidden = recover(
-        dense,
-        cut.pruned,
-        plan,
-        windows,
-        recovery,
-        progress,
-        cut.make_layer,
-        cut.drop_layer,
-        judge_only=True,
-    ).hidden
+    hidden = recover_by_layers(cut, windows, recovery, progress, judge_only=True).hidden
     return Evaluation(losses_behind_layers(dense, hidden, windows)).mean_nll
 
 
@@ -224,17 +214,7 @@ def _sequentially(
     def report(stage: str, done: int, total: int) -> None:
         progress(f"Choosing units: {stage.lower()}", done, total)
 
-    recover(
-        dense,
-        cut.pruned,
-        plan,
-        bench.calibration,
-        choices.recovery,
-        report,
-        cut.make_layer,
-        cut.drop_layer,
-        choose,
-    )
+    recover_by_layers(cut, bench.calibration, choices.recovery, report, choose=choose)
     return cut.plan
 
 
@@ -262,12 +242,9 @@ def _stepwise(
         plan = bench.plan(*target, any_width, report, scores)
         if not plan.cuts_anything(bench.loaded.architecture):
             continue
-        made_by = plan, bench.calibration, choices.recovery
-        if on_disk(dense):
-            model, _ = cut_on_disk(dense, *made_by, dense.dtype, report)
-        else:
-            model = prune(dense, plan, with_biases=choices.recovery == "bias")
-            recover(dense, model, *made_by, report)
+        model, _ = repaired_cut(
+            dense, plan, bench.calibration, choices.recovery, dense.dtype, report
+        )
         cut = Architecture.from_config(model.config)
         earlier.append(Step.of(cut, evaluate(model, bench.evaluation, report).perplexity))
         evidence = Evidence(model, bench.calibration, cut, bench.seed, report)

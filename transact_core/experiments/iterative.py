@@ -20,9 +20,8 @@ from transact_core.experiments.decide import schedule
 from transact_core.forward.perplexity import evaluate
 from transact_core.importance.scores import Evidence, score
 from transact_core.models.architecture import Architecture
-from transact_core.pruning.closed_form import recover
+from transact_core.pruning.on_disk import repaired_cut
 from transact_core.pruning.plan import LayerPlan, Step, make_plan, widths
-from transact_core.pruning.surgery import prune
 from transact_core.training.loop import HeldOut, Settings, Standing, Trained, identity, train
 from transact_core.training.state import Work
 from transact_core.training.student import make_student
@@ -130,9 +129,9 @@ def prune_and_train(
             own.granularity,
             own.multiple_of,
         )
-        model = prune(current, plan, with_biases=choices.recovery == "bias")
-        if choices.recovery != "none" and plan.cuts_anything(shape):
-            recover(current, model, plan, bench.calibration, choices.recovery, report)
+        model, _ = repaired_cut(
+            current, plan, bench.calibration, choices.recovery, current.dtype, report
+        )
         kept = [_composed(outer, inner) for outer, inner in zip(kept, plan.layers, strict=True)]
         before = evaluate(model, bench.evaluation, report).perplexity
         tokens = len(part) * part.sequence_length

@@ -43,7 +43,7 @@ from transact_core.forward.stream import Stream, gains, output_weight
 from transact_core.forward.waists import output_projections
 from transact_core.importance.scores import Scores
 from transact_core.models.architecture import Architecture
-from transact_core.pruning.closed_form import RECOVERIES, recover
+from transact_core.pruning.closed_form import RECOVERIES, recover_by_layers
 from transact_core.pruning.plan import PruningPlan, best_first, head_counts
 from transact_core.pruning.ridge import FLOOR, combinations, random_signs
 from transact_core.pruning.surgery import Cut
@@ -230,17 +230,7 @@ def narrow_heads(
 
         cut = Cut(model, plan)
         # Only the errors are used, and not every class has the biases that a repair would write.
-        fits = recover(
-            model,
-            cut.pruned,
-            plan,
-            windows,
-            carried_out,
-            report,
-            cut.make_layer,
-            cut.drop_layer,
-            judge_only=True,
-        ).fits
+        fits = recover_by_layers(cut, windows, carried_out, report, judge_only=True).fits
         errors = [fit.bare_error if recovery == "none" else fit.recovered_error for fit in fits]
         found[plan.num_attention_heads * plan.head_dim] = torch.tensor(errors, dtype=torch.float64)
     widths = sorted(found)

@@ -49,6 +49,7 @@ from transact_core.forward.waists import (
 from transact_core.pruning.narrow_heads import fit_narrow_heads
 from transact_core.pruning.plan import LayerPlan, PruningPlan
 from transact_core.pruning.ridge import FoldedRidge, energy
+from transact_core.pruning.surgery import Cut
 
 RecoveryName = Literal["least-squares", "bias", "none"]
 RECOVERIES: tuple[RecoveryName, ...] = get_args(RecoveryName)
@@ -157,6 +158,33 @@ def recover(
         after_layer(layer_index)
     progress("Repairing layers", layers, layers)
     return Recovery(fits=tuple(fits), hidden=repair.hidden)
+
+
+def recover_by_layers(
+    cut: Cut,
+    windows: Windows,
+    recovery: str,
+    progress: Progress = silent,
+    after_layer: Callable[[int], None] | None = None,
+    choose: Choose | None = None,
+    judge_only: bool = False,
+) -> Recovery:
+    """As `recover`, of a cut none of whose layers is made yet: each is made, repaired and dropped.
+
+    What is called after a layer, in place of dropping it, has to drop it itself.
+    """
+    return recover(
+        cut.dense,
+        cut.pruned,
+        cut.plan,
+        windows,
+        recovery,
+        progress,
+        cut.make_layer,
+        after_layer or cut.drop_layer,
+        choose,
+        judge_only,
+    )
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.base.files import disk_trouble, require_disk_space, temporary_folder
 from transact_core.data.windows import Windows
+from transact_core.forward.layers import on_disk
 from transact_core.models.architecture import Architecture
 from transact_core.models.checkpoint_folder import open_checkpoint
 from transact_core.models.checkpoint_writer import CheckpointWriter
 from transact_core.models.stock_class import StockModel
-from transact_core.pruning.closed_form import LayerFit, recover
+from transact_core.pruning.closed_form import LayerFit, recover, recover_by_layers
 from transact_core.pruning.plan import PruningPlan
-from transact_core.pruning.surgery import Cut
+from transact_core.pruning.surgery import Cut, prune, round_weights
 
 
 def write_layers(
@@ -47,16 +48,7 @@ def write_layers(
 
     fits: tuple[LayerFit, ...] = ()
     if recovery != "none" and plan.cuts_anything(cut.architecture):
-        fits = recover(
-            dense,
-            cut.pruned,
-            plan,
-            windows,
-            recovery,
-            progress,
-            cut.make_layer,
-            write_layer,
-        ).fits
+        fits = recover_by_layers(cut, windows, recovery, progress, write_layer).fits
     else:
         for layer_index in range(len(plan.layers)):
             cut.make_layer(layer_index)
@@ -68,6 +60,32 @@ def write_layers(
     writer.finish(cut.pruned, cut.left)
     progress("Writing the checkpoint", 1, 1)
     return fits
+
+
+def repaired_cut(
+    dense: StockModel,
+    plan: PruningPlan,
+    windows: Windows,
+    recovery: str,
+    dtype: torch.dtype,
+    progress: Progress = silent,
+) -> tuple[StockModel, tuple[LayerFit, ...]]:
+    """Cuts, repairs, and rounds the weights to a dtype; gives the pruned model and the repairs'
+    fits.
+
+    Where the dense model's layers are on disk, so are those of the pruned one.
+
+    Raises:
+        TransActError: as `write_layers` and `cut_on_disk`.
+    """
+    if on_disk(dense):
+        return cut_on_disk(dense, plan, windows, recovery, dtype, progress)
+    model = prune(dense, plan, with_biases=recovery == "bias")
+    fits: tuple[LayerFit, ...] = ()
+    if recovery != "none" and plan.cuts_anything(Architecture.from_model(dense)):
+        fits = recover(dense, model, plan, windows, recovery, progress).fits
+    round_weights(model, dtype)
+    return model, fits
 
 
 def cut_on_disk(
