@@ -100,8 +100,12 @@ def record(bench: Bench, cut: Cut) -> Example:
         sequence_length=described.sequence_length,
         scored_tokens=dense.scored_tokens,
         concentration=Concentration(share=SHARE, **concentration),
-        # Layers to be kept whole are no part of an address.
-        asked={name: value for name, value in asdict(cut).items() if name != "keep_layers"},
+        # Layers to be kept whole, and widths by hand, are no part of this address.
+        asked={
+            name: value
+            for name, value in asdict(cut).items()
+            if name not in ("keep_layers", "by_hand")
+        },
         left=left,
         dense=Dense(footprint=bench.dense_footprint, perplexity=dense.perplexity),
         predicted=predicted,

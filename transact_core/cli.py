@@ -331,6 +331,17 @@ def _layers(text: str) -> tuple[int, ...]:
     return tuple(sorted({_not_negative(part) for part in text.split(",")}))
 
 
+def _layer_widths(text: str) -> tuple[tuple[int, int], ...]:
+    """Query heads and channels of each layer, as 6:1024,9:1536."""
+    found = []
+    for part in text.split(","):
+        heads, colon, channels = part.partition(":")
+        if not colon:
+            raise argparse.ArgumentTypeError(f"{part!r} is not of the form HEADS:CHANNELS")
+        found.append((_positive(heads), _positive(channels)))
+    return tuple(found)
+
+
 def _seed(text: str) -> int:
     value = _whole(text)
     if not 0 <= value < 2**63:
@@ -431,7 +442,15 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         help="uniform cuts all layers alike; allocated gives each layer widths of its own, as many "
         "heads and channels in all; traded as many parameters, heads against channels. For these, "
         "what each layer's cut does to the predictions is measured on held-out windows of several "
-        "kinds of text",
+        "kinds of text. by-hand takes those of --layer-widths, whatever the ratios",
+    )
+    parser.add_argument(
+        "--layer-widths",
+        dest="by_hand",
+        type=_layer_widths,
+        default=defaults.by_hand,
+        metavar="H:C,…",
+        help="the query heads and MLP channels that each layer keeps, with --widths by-hand",
     )
     parser.add_argument(
         "--keep-layers",
@@ -765,7 +784,7 @@ def _prune(chosen: argparse.Namespace) -> None:
         decision = decide_spec(bench, spec, progress)
         for sentence in filter(None, (decision.why, decision.how_allocated)):
             tqdm.write(sentence, file=sys.stderr)
-        if decision.widths != "traded":
+        if decision.widths not in ("traded", "by-hand"):
             _warn_all(plan_notices(decision.plan, bench.loaded.architecture))
         compression = describe_compression(bench, decision, spec.choices.recovery)
         _carry_out(bench, compression, chosen, progress)
@@ -1162,6 +1181,8 @@ def _sweep(chosen: argparse.Namespace) -> None:
         )
     )
     output, choices = chosen.output, _choices(chosen)
+    if choices.widths == "by-hand":
+        raise TransActError("Widths by hand are one cut, whatever the ratios; use prune for it.")
     before = _lines_of_sweep(output, pairs)
     with _Bar() as progress:
         bench = _open(_bench_spec(chosen), progress)
@@ -1174,7 +1195,7 @@ def _sweep(chosen: argparse.Namespace) -> None:
             )
         notices: list[str] = []
         for measurement in sweep(bench, pairs, choices, progress):
-            if choices.widths != "traded":
+            if choices.widths not in ("traded", "by-hand"):
                 notices += plan_notices(measurement.plan, bench.loaded.architecture)
             rows[measurement.plan.mha_ratio, measurement.plan.mlp_ratio] = measurement.row()
             text = _as_csv(rows, pairs)

@@ -1,11 +1,13 @@
 """Measured points of a visitor: found, added, looked up on disk or measured."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from pages.server.open_models import workbench
 from pages.server.request import Cut, Request, first_look
 from pages.server.visits import points
 from transact_core.base.errors import Progress
+from transact_core.experiments.allocate import plan_by_hand
 from transact_core.experiments.bench import Bench, Choices, Measurement, identity
 from transact_core.experiments.results import find_decision
 from transact_core.experiments.sweep import Pair
@@ -43,7 +45,12 @@ def find_cut(bench: Bench, cut: Cut) -> Decision | None:
 
 def plan_at(bench: Bench, cut: Cut, decision: Decision | None) -> PruningPlan:
     """The plan of a cut as it was decided, or a first look at one that is not decided yet."""
-    return decision.plan if decision else bench.plan(*cut.ratios, first_look(cut.choices))
+    if decision:
+        return decision.plan
+    look = first_look(cut.choices)
+    if cut.by_hand:
+        return plan_by_hand(bench, replace(look, widths=cut.widths, by_hand=cut.by_hand))
+    return bench.plan(*cut.ratios, look)
 
 
 def kept_at_hand(bench: Bench, ratios: Pair, choices: Choices) -> Measurement | None:

@@ -1,15 +1,19 @@
 """What a page asks for: a request (model, texts, tokens) and a cut (the controls of Compress)."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
+from transact_core.base.files import sha256_of_text
 from transact_core.data.corpus import BUILTIN_TEXTS
 from transact_core.data.windows import WindowSpec
 from transact_core.experiments.bench import Choices, Measurement
 from transact_core.experiments.cut_spec import BenchSpec
 from transact_core.experiments.sweep import Pair
 from transact_core.models.load import BUILTIN
-from transact_core.pruning.plan import Granularity, WidthsName
+from transact_core.pruning.plan import ByHand, Granularity, WidthsName
+
+DIGEST_LENGTH = 8
+"""Hexadecimal digits that tell folders of cuts by hand apart."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Cut:
     head_dim_multiple_of: int = Choices.head_dim_multiple_of
     widths: WidthsName = Choices.widths
     keep_layers: tuple[int, ...] = Choices.keep_layers
+    by_hand: ByHand = Choices.by_hand
 
     @property
     def ratios(self) -> Pair:
@@ -84,7 +89,21 @@ class Cut:
             plan.head_dim_multiple_of,
             decision.widths,
             decision.keep_layers,
+            decision.by_hand,
         )
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> "Cut":
+        """From what `json` makes of `asdict`; fields that were not there yet are as usual.
+
+        Raises:
+            TypeError: not such a dictionary.
+        """
+        lists = {
+            "keep_layers": tuple(stored.get("keep_layers", ())),
+            "by_hand": tuple(map(tuple, stored.get("by_hand", ()))),
+        }
+        return cls(**{**stored, **lists})
 
 
 def choices_in_name(choices: Choices) -> str:
@@ -95,6 +114,10 @@ def choices_in_name(choices: Choices) -> str:
         if value == field.default:
             continue
         words = field.name.replace("_", "-")
+        if field.name == "by_hand":
+            # The widths themselves would be too long.
+            parts.append(sha256_of_text(repr(value))[:DIGEST_LENGTH])
+            continue
         if isinstance(value, str):
             parts.append(value)
         elif isinstance(value, tuple):
@@ -108,18 +131,22 @@ def first_look(choices: Choices) -> Choices:
     """The choices that a plan is drawn with until `auto`, steps or sequential choices are decided:
     query heads, scored once."""
     granularity = choices.granularity if choices.granularity != "auto" else Choices.granularity
-    return replace(
-        choices,
-        granularity=granularity,
-        steps=1,
-        sequential=False,
-        widths="uniform",
-        keep_layers=(),
-    )
+    return replace(choices.of_uniform, granularity=granularity, steps=1, sequential=False)
 
 
 def what_to_learn(choices: Choices) -> Choices:
     """The choices that a prediction's measurements depend on; all others at their defaults."""
     if choices.granularity == "head-dims":
-        return replace(choices, steps=1, multiple_of=1, head_dim_multiple_of=1, sequential=False)
+        return replace(
+            choices.of_uniform, steps=1, multiple_of=1, head_dim_multiple_of=1, sequential=False
+        )
     return Choices(importance=choices.importance)
+
+
+def what_to_price(choices: Choices) -> Choices:
+    """The choices that prices of single layers depend on; all others at their defaults."""
+    return Choices(
+        granularity=choices.granularity,
+        importance=choices.importance,
+        recovery=choices.recovery,
+    )

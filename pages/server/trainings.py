@@ -257,7 +257,7 @@ def _read(path: Path) -> TrainingRun | None:
         request, choice = kept["request"], kept["choice"]
         return TrainingRun(
             Request(**{**request, "others": tuple(request["others"])}),
-            Cut(**{**kept["cut"], "keep_layers": tuple(kept["cut"].get("keep_layers", ()))}),
+            Cut.from_json(kept["cut"]),
             TrainingChoice(**{**choice, "held_out": tuple(choice["held_out"])}),
             path.parent,
             kept["tokens"],

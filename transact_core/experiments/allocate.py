@@ -26,6 +26,7 @@ from transact_core.data.windows import Windows, count_used, evaluation_windows
 from transact_core.experiments.bench import Bench, Choices, require_memory
 from transact_core.forward.writing import written_texts
 from transact_core.models.architecture import Architecture, LayerWidths
+from transact_core.planning.allocation import LossLaw
 from transact_core.planning.damage import kept_first
 from transact_core.planning.prices import (
     RIDGE,
@@ -36,12 +37,25 @@ from transact_core.planning.prices import (
 )
 from transact_core.planning.width_table import WidthTable
 from transact_core.pruning.on_disk import repaired_cut
-from transact_core.pruning.plan import WIDTHS, PruningPlan, plan_of_layers
+from transact_core.pruning.plan import (
+    WIDTHS,
+    ByHand,
+    PruningPlan,
+    Widths,
+    channel_counts,
+    head_counts,
+    plan_of_layers,
+    removed_by_hand,
+    widths,
+    widths_of_layer,
+)
 
 WINDOWS_A_KIND = 2
 """Held-out windows of each kind of text."""
 WINDOW_TOKENS = 256
 """Tokens of a held-out window at most."""
+KINDS_OF_TEXT = 1 + len(BUILTIN_TEXTS)
+"""The calibration text and the built-in ones; one less where it is one of them."""
 ALL_TOKENS = 1 << 30
 """More than any text has."""
 TRIALS = 2
@@ -75,6 +89,11 @@ def require_allocatable(
         raise TransActError(
             f"The widths {choices.widths!r} are not known; choose {', '.join(WIDTHS)}."
         )
+    if choices.by_hand and choices.widths != "by-hand":
+        raise TransActError(
+            "Widths of single layers are named where the widths are by-hand; choose that, or name "
+            "none."
+        )
     if choices.widths == "uniform":
         if choices.keep_layers:
             raise TransActError(
@@ -91,6 +110,9 @@ def require_allocatable(
         raise TransActError(
             "Widths are allocated in one step; leave out the steps, or choose the widths uniform."
         )
+    if choices.widths == "by-hand":
+        _require_by_hand(architecture, choices)
+        return
     layers = architecture.num_hidden_layers
     wrong = [layer for layer in choices.keep_layers if not 0 <= layer < layers]
     if wrong:
@@ -100,6 +122,56 @@ def require_allocatable(
         )
     if len(set(choices.keep_layers)) == layers and (mha_ratio or mlp_ratio):
         raise TransActError("All layers are to be kept whole, so that nothing can be cut.")
+
+
+def _require_by_hand(architecture: Architecture, choices: Choices) -> None:
+    if choices.keep_layers:
+        raise TransActError(
+            "Layers are kept whole where the widths are allocated or traded; widths by hand name "
+            "the dense width for such a layer."
+        )
+    if choices.granularity == "auto":
+        raise TransActError(
+            "Widths by hand count the heads that a granularity leaves; choose query-heads or "
+            "kv-groups in place of auto."
+        )
+    layers = architecture.num_hidden_layers
+    if len(choices.by_hand) != layers:
+        raise TransActError(
+            f"Widths by hand are named for {len(choices.by_hand)} layers, where the model has "
+            f"{layers}."
+        )
+    heads = head_counts(architecture, choices.granularity)
+    dense = architecture.intermediate_size
+    channels = channel_counts(architecture, choices.multiple_of)
+    for layer, (kept_heads, kept_channels) in enumerate(choices.by_hand):
+        if kept_heads not in heads:
+            raise TransActError(
+                f"Layer {layer} cannot keep {kept_heads} query heads by {choices.granularity}; "
+                f"possible are {', '.join(map(str, heads))}."
+            )
+        if kept_channels not in channels and kept_channels != dense:
+            raise TransActError(
+                f"Layer {layer} cannot keep {kept_channels:,} channels; possible are multiples of "
+                f"{choices.multiple_of} up to {dense:,}, and all of them."
+            )
+
+
+def plan_by_hand(bench: Bench, choices: Choices, progress: Progress = silent) -> PruningPlan:
+    """The plan of widths that are named for each layer; its ratios are what these amount to.
+
+    Raises:
+        TransActError: as `require_allocatable` does.
+    """
+    architecture = bench.loaded.architecture
+    require_allocatable(architecture, 0.0, 0.0, choices)
+    layers = [
+        widths_of_layer(architecture, choices.granularity, heads, channels)
+        for heads, channels in choices.by_hand
+    ]
+    uniform = bench.plan(*removed_by_hand(choices.by_hand, architecture), choices, progress)
+    scores = bench.scores(choices.importance, progress)
+    return plan_of_layers(uniform, scores, layers, architecture)
 
 
 def allocated_plan(
@@ -135,13 +207,7 @@ def allocated_plan(
     table.layer_widths()  # refuses what does not fit before anything is priced
     held_out = HeldOut.of(bench.loaded.model, *price_windows(bench, progress))
     fitted_on = _some(bench.calibration)
-    orders = kept_first(scores, architecture)
-    by_module = {"mha": orders["mha"][uniform.granularity], "mlp": orders["mlp"]["mlp"]}
-    singles = {
-        name: _alone(bench, held_out, fitted_on, by_module[name], name, table, choices, progress)
-        for name in table.modules
-    }
-    table = table.priced(_by_kind(held_out, singles))
+    table = _priced(bench, table, held_out, choices, progress)
     tried: dict[tuple[LayerWidths, ...], float] = {}
     for trial in range(TRIALS):
         layers = table.layer_widths()
@@ -164,6 +230,85 @@ def allocated_plan(
         plan_of_layers(uniform, scores, best, architecture),
         tuple(tried.values()),
         time.perf_counter() - start,
+    )
+
+
+def _priced(
+    bench: Bench, table: WidthTable, held_out: HeldOut, choices: Choices, progress: Progress
+) -> WidthTable:
+    """With what each layer's module loses when it alone is cut."""
+    orders = kept_first(bench.scores(choices.importance, progress), table.architecture)
+    by_module = {"mha": orders["mha"][table.granularity], "mlp": orders["mlp"]["mlp"]}
+    fitted_on = _some(bench.calibration)
+    singles = {
+        name: _alone(bench, held_out, fitted_on, by_module[name], name, table, choices, progress)
+        for name in table.modules
+    }
+    return table.priced(_by_kind(held_out, singles))
+
+
+# --- what every width would lose, before one is chosen ---------------------------------------
+
+Laws = dict[str, tuple[LossLaw, ...]]
+"""From the error of each layer's module to the nats that it loses, by "mha" and "mlp"."""
+
+
+def loss_laws(bench: Bench, choices: Choices, progress: Progress = silent) -> Laws:
+    """What the cuts of each layer's modules do to the predictions, each made alone.
+
+    They serve all ratios and multiples; `choices` must name a granularity that removes heads.
+    """
+    architecture = bench.loaded.architecture
+    dense = Widths(
+        architecture.num_attention_heads,
+        architecture.num_key_value_heads,
+        architecture.intermediate_size,
+    )
+    table = WidthTable.of(
+        architecture,
+        dense,
+        {"mha": 1.0, "mlp": 1.0},
+        choices.granularity,
+        1,
+        bench.damage(choices, progress),
+        traded=False,
+    )
+    held_out = HeldOut.of(bench.loaded.model, *price_windows(bench, progress))
+    priced = _priced(bench, table, held_out, choices, progress)
+    return {name: module.laws for name, module in priced.modules.items()}
+
+
+def filled(
+    bench: Bench,
+    mha_ratio: float,
+    mlp_ratio: float,
+    choices: Choices,
+    laws: Laws,
+    fixed: Mapping[str, Mapping[int, int]],
+    progress: Progress = silent,
+) -> ByHand:
+    """The widths of least loss where some are fixed and each ratio is its module's mean.
+
+    `laws` are those of `loss_laws`, and `fixed` the numbers of heads and of channels of layers, by
+    "mha" and "mlp". It is the allocator's first choice: no cut is made on trial.
+
+    Raises:
+        TransActError: what is fixed leaves too little to be cut elsewhere.
+    """
+    architecture = bench.loaded.architecture
+    table = WidthTable.of(
+        architecture,
+        widths(architecture, mha_ratio, mlp_ratio, choices.granularity, choices.multiple_of),
+        {"mha": mha_ratio, "mlp": mlp_ratio},
+        choices.granularity,
+        choices.multiple_of,
+        bench.damage(choices, progress),
+        traded=False,
+        fixed=fixed,
+    )
+    return tuple(
+        (layer.num_attention_heads, layer.intermediate_size)
+        for layer in table.with_laws(laws).layer_widths()
     )
 
 

@@ -37,6 +37,7 @@ from transact_core.planning.memory_needed import cut_bytes
 from transact_core.pruning.closed_form import LayerFit, require_recovery
 from transact_core.pruning.on_disk import repaired_cut
 from transact_core.pruning.plan import (
+    ByHand,
     Decision,
     Granularity,
     PruningPlan,
@@ -65,6 +66,9 @@ class Choices:
     """Whether every layer keeps the same widths; see `allocate`."""
     keep_layers: tuple[int, ...] = ()
     """Layers that are not cut where others have widths of their own, counted from 0."""
+    by_hand: ByHand = ()
+    """What each layer keeps where the widths are by hand. The ratios are then those that these
+    widths amount to, whatever was asked for."""
 
     @property
     def single_pass(self) -> bool:
@@ -73,8 +77,13 @@ class Choices:
             self.granularity != "auto"
             and self.steps == 1
             and not self.sequential
-            and self.widths == "uniform"
+            and self.widths in ("uniform", "by-hand")
         )
+
+    @property
+    def of_uniform(self) -> "Choices":
+        """The same with the same widths in every layer."""
+        return replace(self, widths="uniform", keep_layers=(), by_hand=())
 
 
 @dataclass(frozen=True)

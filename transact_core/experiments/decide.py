@@ -15,7 +15,11 @@ from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
-from transact_core.experiments.allocate import allocated_plan, require_allocatable
+from transact_core.experiments.allocate import (
+    allocated_plan,
+    plan_by_hand,
+    require_allocatable,
+)
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.forward.layers import layers_of
 from transact_core.forward.perplexity import Evaluation, evaluate, losses_behind_layers
@@ -67,7 +71,9 @@ def decide(
         choices = replace(choices, granularity=granularity)
     if choices.steps == 1:
         made = None
-        if choices.widths == "uniform":
+        if choices.widths == "by-hand":
+            plan = plan_by_hand(bench, choices, progress)
+        elif choices.widths == "uniform":
             plan = bench.plan(mha_ratio, mlp_ratio, choices, progress)
         else:
             made = allocated_plan(bench, mha_ratio, mlp_ratio, choices, progress)

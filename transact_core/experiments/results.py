@@ -258,6 +258,8 @@ def _decision_key(bench: Bench, mha_ratio: float, mlp_ratio: float, choices: Cho
     if choices.widths == "uniform":
         # As decisions were kept before there were others.
         del asked["widths"], asked["keep_layers"]
+    if not choices.by_hand:
+        del asked["by_hand"]
     return digest({"bench": bench.identity, "asked": asked})
 
 

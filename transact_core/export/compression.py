@@ -334,6 +334,9 @@ def reproduce_command(compression: Compression, output: str = "out") -> str:
         words += ["--widths", compression.widths]
     if compression.keep_layers:
         words += ["--keep-layers", ",".join(map(str, compression.keep_layers))]
+    if compression.widths == "by-hand":
+        kept = [(len(layer.kept_heads), len(layer.kept_channels)) for layer in plan.layers]
+        words += ["--layer-widths", ",".join(f"{heads}:{channels}" for heads, channels in kept)]
     return shlex.join(["python", "-m", "transact_core", "prune", *words])
 
 

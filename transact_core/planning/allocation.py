@@ -44,6 +44,12 @@ class Item:
         return Item(self.widths[stay], self.costs[stay], self.losses[stay])
 
 
+    def only(self, width: float) -> "Item":
+        """With this width alone."""
+        stay = self.widths == width
+        return Item(self.widths[stay], self.costs[stay], self.losses[stay])
+
+
 @dataclass(frozen=True)
 class Allocation:
     """The width that each item was given."""

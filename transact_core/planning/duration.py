@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from transact_core.models.architecture import Architecture
 from transact_core.models.footprint import footprint
 from transact_core.planning.damage import FOLDS, HEAD_CUTS, RIDGES
+from transact_core.planning.prices import SCORED_EVERY
+from transact_core.planning.width_table import LEVELS
 from transact_core.pruning import closed_form
 from transact_core.pruning.ridge import compared
 
@@ -22,6 +24,9 @@ RIDGES_TRIED = 3
 DAMAGE_FACTOR = 1.5
 """Time of the damage at every width over that of its matrix products alone: factorisations and
 triangular solves do fewer FLOPs in a second than products."""
+MARGINAL_TIMES = 5
+"""Passes over the held-out windows that dividing a divergence takes as long as: one along the cut
+model, and for each module that of both models and one back."""
 REPAIR_FACTOR = 1.65
 """Time of a least-squares repair over that of its matrix products alone."""
 
@@ -61,6 +66,37 @@ def damage_flops(architecture: Architecture, calibration: Feed) -> float:
         of_orders = measured * (moments + FOLDS * len(RIDGES) * fit)
         flops += architecture.num_hidden_layers * (compressed + of_orders)
     return DAMAGE_FACTOR * flops
+
+
+def pricing_flops(
+    architecture: Architecture, recovery: str, calibration: Feed, held_out: Feed
+) -> float:
+    """FLOPs of pricing both modules of every layer (`prices.single_losses`).
+
+    `calibration` is what the repairs are fitted on.
+    """
+    layers, hidden = architecture.num_hidden_layers, architecture.hidden_size
+    through = pass_flops(architecture, held_out)
+    head = evaluation_flops(architecture, held_out) - through
+    flops = 0.0
+    for width in (architecture.mha_width, architecture.intermediate_size):
+        repair = 0.0
+        if recovery == "least-squares":
+            kept = [width * (1 - level) for level in LEVELS]
+            repair = sum(size**3 / 3 + 2 * size * width * hidden for size in kept)
+            repair += 2 * calibration.tokens * width**2
+        # Behind each layer's cut runs half a pass on average.
+        judged = len(LEVELS) * (through / 2 + head / SCORED_EVERY)
+        flops += pass_flops(architecture, calibration) + through + layers * (judged + repair)
+    return flops
+
+
+def trial_flops(
+    dense: Architecture, cut: Architecture, recovery: str, calibration: Feed, held_out: Feed
+) -> float:
+    """FLOPs of one trial cut of an allocation, and of dividing its divergence among modules."""
+    repaired = cut_flops(dense, cut, recovery, calibration, Feed(0, calibration.sequence_length))
+    return repaired + MARGINAL_TIMES * evaluation_flops(dense, held_out)
 
 
 def cut_flops(

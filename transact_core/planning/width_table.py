@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from types import MappingProxyType
 
 import numpy as np
 
@@ -37,6 +38,7 @@ keeps of every layer. Losses far beyond the measured levels are extrapolations."
 TRUST = 0.5
 """How far the loss of a module moves from what its cut does alone to its part in a cut of all
 modules, on a logarithmic scale: 0 not at all, 1 all the way. The parts are the noisier ones."""
+NONE_FIXED: Mapping[str, Mapping[int, int]] = MappingProxyType({})
 LEAST_PART = 0.1
 """Least part in a cut of all modules, as a share of what the cut of that module alone leads to."""
 
@@ -73,12 +75,13 @@ class Module:
         cut = self.units[:-1]
         return list(dict.fromkeys(int(np.argmin(abs(cut - units))) for units in wanted))
 
-    def items(self, kept_whole: Sequence[int]) -> list[Item]:
-        """What each layer's width is chosen from."""
+    def items(self, fixed: Mapping[int, int]) -> list[Item]:
+        """What each layer's width is chosen from; `fixed` are the numbers of single layers."""
         items = []
         for layer_index, (errors, law) in enumerate(zip(self.errors, self.laws, strict=True)):
-            least = self.units[-1] if layer_index in kept_whole else FLOOR * self.uniform
-            items.append(Item(self.units, self.costs, law.at(errors)).from_width(least))
+            item = Item(self.units, self.costs, law.at(errors))
+            kept = fixed.get(layer_index)
+            items.append(item.from_width(FLOOR * self.uniform) if kept is None else item.only(kept))
         return items
 
 
@@ -92,7 +95,8 @@ class WidthTable:
     granularity: Granularity
     traded: bool
     """Whether heads and channels share one budget."""
-    kept_whole: tuple[int, ...]
+    fixed: Mapping[str, Mapping[int, int]]
+    """The numbers of heads or channels of layers that are not to be chosen, by module and layer."""
 
     @classmethod
     def of(
@@ -105,8 +109,12 @@ class WidthTable:
         damage: Damage,
         traded: bool,
         kept_whole: Sequence[int] = (),
+        fixed: Mapping[str, Mapping[int, int]] = NONE_FIXED,
     ) -> "WidthTable":
-        """The table of a model; `uniform` is what the same ratios leave of every layer."""
+        """The table of a model; `uniform` is what the same ratios leave of every layer.
+
+        `kept_whole` are layers that keep all they have, and `fixed` is as the field, for others.
+        """
         dense = architecture.intermediate_size
         channels = np.array(sorted({*channel_counts(architecture, multiple_of), dense}))
         heads = np.array(head_counts(architecture, granularity))
@@ -130,15 +138,19 @@ class WidthTable:
             "mlp": module("mlp", channels, 1, damage.mlp, uniform.intermediate_size),
         }
         cut = {name: each for name, each in modules.items() if ratios[name] and len(each.units) > 1}
-        return cls(cut, architecture, granularity, traded, tuple(kept_whole))
+        known = {
+            name: {layer: int(each.units[-1]) for layer in kept_whole} | dict(fixed.get(name, {}))
+            for name, each in modules.items()
+        }
+        return cls(cut, architecture, granularity, traded, known)
 
     def layer_widths(self) -> tuple[LayerWidths, ...]:
         """The widths of least loss within the budget.
 
         Raises:
-            TransActError: the layers that are kept whole leave too little to be cut elsewhere.
+            TransActError: the layers that are fixed leave too little to be cut elsewhere.
         """
-        items = {name: module.items(self.kept_whole) for name, module in self.modules.items()}
+        items = {name: module.items(self.fixed[name]) for name, module in self.modules.items()}
         names = [tuple(items)] if self.traded else [(name,) for name in items]
         chosen: dict[str, list[int]] = {}
         for together_chosen in names:
@@ -148,8 +160,8 @@ class WidthTable:
                 units = allocate(pool, budget).widths(pool)
             except ValueError:
                 raise TransActError(
-                    "The layers that are kept whole leave too little to be cut in the others; "
-                    "keep fewer layers, or choose smaller ratios."
+                    "The layers that are kept whole or set by hand leave too little to be cut in "
+                    "the others; keep fewer layers, or choose smaller ratios."
                 ) from None
             layers = self.architecture.num_hidden_layers
             for place, name in enumerate(together_chosen):
@@ -159,11 +171,18 @@ class WidthTable:
             widths_of_layer(
                 dense,
                 self.granularity,
-                chosen["mha"][layer] if "mha" in chosen else dense.num_attention_heads,
-                chosen["mlp"][layer] if "mlp" in chosen else dense.intermediate_size,
+                _chosen_or_fixed("mha", layer, chosen, self.fixed, dense.num_attention_heads),
+                _chosen_or_fixed("mlp", layer, chosen, self.fixed, dense.intermediate_size),
             )
             for layer in range(dense.num_hidden_layers)
         )
+
+    def with_laws(self, laws: Mapping[str, Sequence[LossLaw]]) -> "WidthTable":
+        """With laws that were found before, from the error of each layer to its loss."""
+        known = {
+            name: replace(module, laws=tuple(laws[name])) for name, module in self.modules.items()
+        }
+        return replace(self, modules=known)
 
     def priced(self, losses: Mapping[str, np.ndarray]) -> "WidthTable":
         """With the losses of each module cut alone at its `levels`: (layers, levels, kinds)."""
@@ -215,6 +234,17 @@ class WidthTable:
                 laws.append(scaled)
             repriced[name] = replace(module, laws=tuple(laws))
         return replace(self, modules=repriced)
+
+
+def _chosen_or_fixed(
+    module: str,
+    layer: int,
+    chosen: Mapping[str, Sequence[int]],
+    fixed: Mapping[str, Mapping[int, int]],
+    dense: int,
+) -> int:
+    """What a layer keeps; a module whose ratio is 0 is chosen for no layer, and may be fixed."""
+    return chosen[module][layer] if module in chosen else fixed[module].get(layer, dense)
 
 
 def _units_of(module: str, widths: LayerWidths) -> int:

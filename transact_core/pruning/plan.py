@@ -26,10 +26,15 @@ from transact_core.models.architecture import Architecture, LayerWidths
 
 Granularity = Literal["query-heads", "kv-groups", "head-dims"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
-WidthsName = Literal["uniform", "allocated", "traded"]
+WidthsName = Literal["uniform", "allocated", "traded", "by-hand"]
 """How widths are given to layers: the same ones to all; to each its own, as many heads and channels
-in all as a uniform cut keeps; or as many parameters in all, heads traded against channels."""
+in all as a uniform cut keeps; as many parameters in all, heads traded against channels; or those
+that are named for each layer."""
 WIDTHS: tuple[WidthsName, ...] = get_args(WidthsName)
+ByHand = tuple[tuple[int, int], ...]
+"""The query heads and the channels that each layer keeps."""
+RATIO_DIGITS = 4
+"""Decimals of a ratio that is worked out from widths."""
 Ratio = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Index = Annotated[int, Field(ge=0)]
 
@@ -326,6 +331,15 @@ class Decision:
     """How long choosing the widths took; None where that was not done."""
 
     @property
+    def by_hand(self) -> ByHand:
+        """The widths that were named for each layer; empty where none were."""
+        if self.widths != "by-hand":
+            return ()
+        return tuple(
+            (len(layer.kept_heads), len(layer.kept_channels)) for layer in self.plan.layers
+        )
+
+    @property
     def how_allocated(self) -> str | None:
         """One sentence on the choice of the layers' widths; None where none was made."""
         if not self.trial_divergences:
@@ -434,6 +448,17 @@ def widths_of_layer(
 ) -> LayerWidths:
     """What one layer is left with where it keeps so many query heads and channels."""
     return LayerWidths(heads, _groups_of(architecture, granularity, heads), channels)
+
+
+def removed_by_hand(by_hand: ByHand, architecture: Architecture) -> tuple[float, float]:
+    """The ratios that widths by hand amount to: the shares of all heads and of all channels that
+    they remove, rounded to `RATIO_DIGITS`."""
+    heads, channels = (sum(kept) for kept in zip(*by_hand, strict=True))
+    layers = len(by_hand)
+    return (
+        round(1 - heads / (layers * architecture.num_attention_heads), RATIO_DIGITS),
+        round(1 - channels / (layers * architecture.intermediate_size), RATIO_DIGITS),
+    )
 
 
 def head_dims(architecture: Architecture, multiple_of: int = 1) -> Sequence[int]:

@@ -17,6 +17,7 @@ CHANGED = {
     "sequential": True,
     "widths": "allocated",
     "keep_layers": (0, 29),
+    "by_hand": ((6, 40), (3, 20)),
 }
 """A value other than the usual one for each of the choices."""
 
