@@ -5,13 +5,13 @@ From top to bottom:
 - the controls of the choices other than the ratios;
 - a bar that stays in view while the page scrolls, with the button that makes and measures the cut,
   the progress of its job, and the measured figures if the cut at this position is measured;
-- the live view with the sliders;
+- the live view with the sliders, and the bars of every layer's width;
 - charts and sentences that explain the cut.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,15 +21,38 @@ from streamlit.delta_generator import DeltaGenerator
 
 from pages.charts import plan_charts
 from pages.charts.text import plain
-from pages.live import KEY, Measured, Position, live, position_of, predicted, tables
+from pages.live import (
+    KEY,
+    NOT_PRICED,
+    Decided,
+    Measured,
+    Position,
+    Pricing,
+    live,
+    position_of,
+    predicted,
+    tables,
+)
+from pages.live.skyline import (
+    Bar,
+    bar_tables,
+    fitted,
+    fixed_of,
+    price_tables,
+    text_of,
+    texts_of,
+    why_fixed,
+)
 from pages.parts.figure import show
 from pages.parts.help_texts import (
     GRANULARITY_HELP,
     IMPORTANCE_HELP,
+    KEEP_LAYERS_HELP,
     MULTIPLE_HELP,
     RECOVERY_HELP,
     SEQUENTIAL_HELP,
     STEPS_HELP,
+    WIDTHS_HELP,
 )
 from pages.parts.progress import (
     SOON,
@@ -43,14 +66,21 @@ from pages.parts.progress import (
     watch_in_one_line,
 )
 from pages.parts.texts import kind_warning, on_other_texts, text_in_words
-from pages.server.estimates import cuts_seconds, learning_seconds, pace_in_words
+from pages.server.estimates import (
+    allocating_seconds,
+    cuts_seconds,
+    learning_seconds,
+    pace_in_words,
+    pricing_seconds,
+)
 from pages.server.jobs import DONE, Job
 from pages.server.open_models import workbench
 from pages.server.points import find_cut, find_point, plan_at
-from pages.server.request import Cut, first_look, what_to_learn
-from pages.server.start_jobs import start_cut
+from pages.server.request import Cut, first_look, layers_in_words, what_to_learn, what_to_price
+from pages.server.start_jobs import start_cut, start_filling, start_pricing
 from pages.server.visits import points, visit
 from transact_core.base.errors import TransActError
+from transact_core.experiments.allocate import require_allocatable
 from transact_core.experiments.bench import Bench, Choices, Measurement
 from transact_core.experiments.decide import granularities_of, require_sequential
 from transact_core.experiments.prediction import (
@@ -61,11 +91,25 @@ from transact_core.experiments.prediction import (
     with_known_damage,
 )
 from transact_core.importance.scores import IMPORTANCES
+from transact_core.models.architecture import Architecture
 from transact_core.planning.law import MAX_DELTA, Ratio
-from transact_core.planning.preview import EnergyKept, Structure, energy_kept, maps, structure
+from transact_core.planning.preview import (
+    EnergyKept,
+    Structure,
+    energy_kept,
+    layer_costs,
+    maps,
+    structure,
+)
 from transact_core.planning.targets import Found, Target, find
 from transact_core.pruning.closed_form import RECOVERIES
-from transact_core.pruning.plan import GRANULARITIES, Decision, PruningPlan, plan_notices
+from transact_core.pruning.plan import (
+    GRANULARITIES,
+    Decision,
+    PruningPlan,
+    plan_notices,
+    removed_by_hand,
+)
 
 TABLES_KEPT = 24
 """Tables of the live view kept in memory for each bench, those of the latest choices."""
@@ -79,7 +123,11 @@ CONTROLS = {
     "steps": tuple(range(1, 21)),
     "multiple_of": MULTIPLES,
     "sequential": (False, True),
+    "widths": ("uniform", "allocated", "traded"),
 }
+# One more is written and not chosen: the layers that are kept whole, as text.
+WRITTEN = "keep_layers"
+ALL_CONTROLS = (*CONTROLS, WRITTEN)
 GOALS = {
     "parameters": ("At most, in millions of parameters", 0.001, None),
     "kv-cache": ("At most, in % of the dense KV cache", 1.0, 100.0),
@@ -92,7 +140,7 @@ GOAL_NAMES = {"parameters": "Parameters", "kv-cache": "KV cache", "perplexity": 
 # --- choices and position --------------------------------------------------------------------
 
 
-def choose() -> Choices:
+def choose(shape: Architecture) -> Choices:
     """Draws the controls of all choices other than the ratios and returns their values."""
     labels = {
         "granularity": ("Granularity", GRANULARITY_HELP),
@@ -103,7 +151,8 @@ def choose() -> Choices:
     }
     if KEY not in st.session_state:
         begin_choices()
-    columns = st.columns([6, 6, 6, 3, 4, 5], vertical_alignment="bottom")
+        begin_position()
+    columns = st.columns([6, 6, 6, 3.6, 4, 5.2, 4.6, 5.4], vertical_alignment="bottom")
     others = {
         name: column.selectbox(
             label,
@@ -113,8 +162,12 @@ def choose() -> Choices:
             persist_state="session",
             help=explained,
         )
-        for column, (name, (label, explained)) in zip(columns[:-1], labels.items(), strict=True)
+        for column, (name, (label, explained)) in zip(columns[:5], labels.items(), strict=True)
     }
+    with columns[5]:
+        choose_widths(shape, others)
+    with columns[6]:
+        name_kept_layers(shape)
     refused = why_not_sequential(others)
     columns[-1].toggle(
         "Sequential",
@@ -124,7 +177,60 @@ def choose() -> Choices:
         help=SEQUENTIAL_HELP if refused is None else f"{SEQUENTIAL_HELP}\n\n{refused}",
         disabled=refused is not None,
     )
-    return choices_now()
+    return choices_now(shape)
+
+
+def choose_widths(shape: Architecture, others: dict[str, Any]) -> None:
+    """The control that says how widths are given to layers."""
+    refused = why_not_own_widths(shape, Choices(**others))
+    by_hand = bool(position_sent().by_hand)
+    if by_hand:
+        refused = "The bars below were set by hand; *Uniform again* there gives this back."
+    st.selectbox(
+        "Widths",
+        CONTROLS["widths"],
+        key="widths",
+        bind="query-params",
+        persist_state="session",
+        help=WIDTHS_HELP if refused is None else f"{WIDTHS_HELP}\n\n{refused}",
+        disabled=refused is not None,
+    )
+
+
+def name_kept_layers(shape: Architecture) -> None:
+    """The field of layers that are not cut."""
+    own = st.session_state["widths"] != "uniform"
+    st.text_input(
+        "Kept whole",
+        key=WRITTEN,
+        placeholder="no layer",
+        bind="query-params",
+        persist_state="session",
+        help=KEEP_LAYERS_HELP,
+        disabled=not own,
+    )
+    text = st.session_state[WRITTEN]
+    if own and kept_layers(text, shape.num_hidden_layers) is None:
+        st.caption(
+            f":red[{plain(text)} does not name layers from 0 to {shape.num_hidden_layers - 1}.]"
+        )
+
+
+def kept_layers(text: str, layers: int) -> tuple[int, ...] | None:
+    """The layers that a text names, with commas between them; None where it names others."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) < layers for part in parts):
+        return None
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def why_not_own_widths(shape: Architecture, others: Choices) -> str | None:
+    """Why layers cannot have widths of their own with the other choices; None if they can."""
+    try:
+        require_allocatable(shape, 0.0, 0.0, replace(others, widths="allocated"))
+    except TransActError as error:
+        return str(error)
+    return None
 
 
 def why_not_sequential(others: dict[str, Any]) -> str | None:
@@ -136,28 +242,39 @@ def why_not_sequential(others: dict[str, Any]) -> str | None:
     return None
 
 
-def choices_now() -> Choices:
+def choices_now(shape: Architecture) -> Choices:
     """The present values of the controls; correct in callbacks too, before the page is drawn."""
     values = {name: st.session_state[name] for name in CONTROLS}
+    widths = values.pop("widths")
     values["sequential"] = values["sequential"] and why_not_sequential(values) is None
-    return Choices(**values)
+    choices = Choices(**values)
+    if widths == "uniform" or why_not_own_widths(shape, choices) is not None:
+        return choices
+    named = kept_layers(st.session_state[WRITTEN], shape.num_hidden_layers) or ()
+    return replace(choices, widths=widths, keep_layers=named)
 
 
 def begin_choices() -> None:
     """First values of the controls: those that the address names, else the visitor's last ones."""
     link = st.query_params
-    if not {*CONTROLS, *Position.__dataclass_fields__} & set(link):
+    left = visit().cut
+    if not {*ALL_CONTROLS, *Position.__dataclass_fields__} & set(link):
         for name in CONTROLS:
-            st.session_state.setdefault(name, getattr(visit().cut, name))
+            st.session_state.setdefault(name, getattr(left.of_controls, name))
+        st.session_state.setdefault(WRITTEN, layers_in_words(left.keep_layers))
     # Streamlit keeps the value of a control that was drawn before, whatever the address says.
     for name, options in CONTROLS.items():
         named = {str(option).lower(): option for option in options}
         if name in link and link[name].lower() in named:
             st.session_state[name] = named[link[name].lower()]
+    st.session_state.setdefault("widths", Choices.widths)
+    st.session_state[WRITTEN] = link.get(WRITTEN, st.session_state.get(WRITTEN, ""))
 
 
 def in_address(choices: Choices) -> dict[str, Any]:
-    return {name: getattr(choices, name) for name in CONTROLS}
+    """The controls as an address and the browser hold them."""
+    named = {name: getattr(choices, name) for name in CONTROLS}
+    return {**named, WRITTEN: layers_in_words(choices.keep_layers)}
 
 
 def restore_choices() -> None:
@@ -168,21 +285,17 @@ def restore_choices() -> None:
         for name, options in CONTROLS.items():
             if wanted.get(name) in options:
                 st.session_state[name] = wanted[name]
+        st.session_state[WRITTEN] = str(wanted.get(WRITTEN, ""))
 
 
-def starting_position() -> tuple[Position, int]:
-    """The position that Python last set the sliders to, and how often it has set them.
-
-    On the first draw of the page the address decides; without one, the visitor's last position.
-    """
-    state = st.session_state
-    if KEY not in state:
-        cut = visit().cut
-        left = Position(round(100 * cut.mha_ratio), round(100 * cut.mlp_ratio))
-        if "position" in state:
-            left = replace(left, context=state["position"].context)
-        put_at(Position.read(st.query_params, left))
-    return state["start"]
+def begin_position() -> None:
+    """The position that the sliders and bars start at: the address decides, and without one the
+    visitor's last position."""
+    state, cut = st.session_state, visit().cut
+    left = Position(round(100 * cut.mha_ratio), round(100 * cut.mlp_ratio))
+    left = replace(left, **dict(zip(("heads", "channels"), texts_of(cut.by_hand), strict=True)))
+    # The ratios of a cut by hand are not where the sliders stand.
+    put_at(Position.read(st.query_params, state.get("position", left)))
 
 
 def put_at(position: Position) -> None:
@@ -191,23 +304,47 @@ def put_at(position: Position) -> None:
     st.session_state["start"] = (position, before + 1)
 
 
-def cut_of(position: Position, choices: Choices) -> Cut:
-    return Cut(position.mha / 100, position.mlp / 100, **in_address(choices))
+def position_sent() -> Position:
+    """The position that the browser last sent, or the one that Python has set since."""
+    sent = st.session_state[KEY].get("view") if KEY in st.session_state else None
+    return position_of(sent, *st.session_state["start"])
 
 
-def cut_now() -> Cut:
-    """The cut that sliders and controls describe at present, for use in a callback."""
-    position = position_of(st.session_state[KEY].get("view"), *st.session_state["start"])
-    return cut_of(position, choices_now())
+def fitted_position(shape: Architecture, choices: Choices) -> Position:
+    """The position, after bars that these choices do not allow were moved to the nearest that can
+    be, or taken away."""
+    position = position_sent()
+    if not position.by_hand:
+        return position
+    bars = "", ""
+    if not why_fixed(choices):
+        costs = layer_costs(shape, choices.granularity, choices.multiple_of)
+        bars = fitted(position.heads, position.channels, costs, shape.num_hidden_layers)
+    moved = replace(position, heads=bars[0], channels=bars[1])
+    if moved != position:
+        put_at(moved)
+    return moved
 
 
-def keep(position: Position, choices: Choices) -> Cut:
+def cut_of(position: Position, choices: Choices, shape: Architecture) -> Cut:
+    """The cut at a position. Of bars the ratios are what they remove, wherever the sliders are."""
+    if position.by_hand:
+        ratios = removed_by_hand(position.by_hand, shape)
+        choices = replace(choices.of_uniform, widths="by-hand", by_hand=position.by_hand)
+    else:
+        ratios = position.mha / 100, position.mlp / 100
+    return Cut(*ratios, **{field.name: getattr(choices, field.name) for field in fields(Choices)})
+
+
+def keep(position: Position, choices: Choices, shape: Architecture) -> Cut:
     """Stores the position in the address and the visit; returns the cut that it describes."""
     st.session_state["position"] = position
-    address = {name: str(value) for name, value in asdict(position).items()}
+    address = {name: str(value) for name, value in asdict(position).items() if value != ""}
+    for name in {"heads", "channels"} & set(st.query_params) - set(address):
+        del st.query_params[name]
     if any(st.query_params.get(name) != value for name, value in address.items()):
         st.query_params.update(address)
-    cut = visit().cut = cut_of(position, choices)
+    cut = visit().cut = cut_of(position, choices, shape)
     return cut
 
 
@@ -226,7 +363,8 @@ def tables_of(
     prepared = bench.prepared(first_look(choices))
     of_bench = _tables_of_benches().setdefault(bench, {})
     # The tables depend on the recovery only in this: biases are parameters.
-    key = replace(choices, recovery="bias" if choices.recovery == "bias" else "none"), prepared
+    recovery = "bias" if choices.recovery == "bias" else "none"
+    key = replace(choices.of_uniform, recovery=recovery), prepared
     known = of_bench.get(key)
     if known is None:
         shape = bench.loaded.architecture
@@ -247,7 +385,8 @@ def tables_of(
             scores = bench.scores(choices.importance)
             drawn = maps(structures[0], scores, shape)
             energy = energy_kept(structures[0], scores, bench.statistics(), shape)
-        made = tables(shape, structures, drawn, energy, bench.save_dtype)
+        bars = bar_tables(shape, choices)
+        made = tables(shape, structures, drawn, energy, bench.save_dtype, bars)
         known = of_bench[key] = (structures, energy, made)
         while len(of_bench) > TABLES_KEPT:
             of_bench.pop(next(iter(of_bench)), None)
@@ -260,20 +399,31 @@ def choices_of(point: Measurement) -> Choices:
 
 
 def measured_at(table: Structure, choices: Choices) -> list[Measured]:
-    """This visitor's points with these choices, each at the options that have its widths."""
+    """This visitor's points with these choices, each at the options that have its widths or were
+    its budget, and those of bars with the same choices otherwise."""
     mha = {option.width: place for place, option in enumerate(table.mha.options)}
     mlp = {option.width: place for place, option in enumerate(table.mlp.options)}
-    return [
-        Measured(
-            mha[point.footprint.mha_width],
-            mlp[point.footprint.mlp_width],
-            *(ratio and round(ratio, 4) for ratio in times_dense(point)),
-        )
-        for point in points()
-        if choices_of(point) == choices
-        and point.footprint.mha_width in mha
-        and point.footprint.mlp_width in mlp
-    ]
+    found = []
+    for point in points():
+        of_point, cost = choices_of(point), point.footprint
+        ratios = [ratio and round(ratio, 4) for ratio in times_dense(point)]
+        if of_point.by_hand and of_point.of_uniform == choices.of_uniform:
+            found.append(Measured(None, None, *ratios, *texts_of(of_point.by_hand)))
+        alike = of_point == choices or (point.plan.uniform and choices.widths == "uniform")
+        if of_point.of_uniform != choices.of_uniform or not alike:
+            continue
+        if of_point.widths in ("allocated", "traded"):
+            places = [
+                side.option_at[round(100 * ratio)]
+                for side, ratio in (
+                    (table.mha, point.plan.mha_ratio),
+                    (table.mlp, point.plan.mlp_ratio),
+                )
+            ]
+            found.append(Measured(*places, *ratios))
+        elif cost.mha_width in mha and cost.mlp_width in mlp:
+            found.append(Measured(mha[cost.mha_width], mlp[cost.mlp_width], *ratios))
+    return found
 
 
 # --- prediction ------------------------------------------------------------------------------
@@ -282,8 +432,11 @@ def measured_at(table: Structure, choices: Choices) -> list[Measured]:
 def prediction_of(
     bench: Bench, choices: Choices, table: Structure
 ) -> dict[tuple[int, int], Ratio] | None:
-    """Predicted perplexity by widths; None until the damage to each layer is measured."""
-    if choices.granularity == "auto" or not bench.damage_known(choices):
+    """Predicted perplexity by widths; None until the damage to each layer is measured, and where
+    layers are to have widths of their own."""
+    if choices.granularity == "auto" or choices.widths != "uniform":
+        return None
+    if not bench.damage_known(choices):
         return None
     known = prediction_points(bench)
 
@@ -295,8 +448,12 @@ def prediction_of(
 
 
 def prediction_points(bench: Bench) -> list[Point]:
-    """This visitor's measured points with choices whose damage is known."""
-    made = [Point.of(point, choices_of(point)) for point in points()]
+    """This visitor's measured points of uniform widths with choices whose damage is known."""
+    made = [
+        Point.of(point, choices_of(point))
+        for point in points()
+        if point.decision.widths == "uniform"
+    ]
     return [point for point, _ in with_known_damage(bench, made)]
 
 
@@ -307,6 +464,13 @@ def while_same(name: str, key: Any, make: Callable[[], Any]) -> Any:
     if name not in st.session_state or st.session_state[name][0] != key:
         st.session_state[name] = key, make()
     return st.session_state[name][1]
+
+
+def why_unpredicted(choices: Choices, known: bool) -> str:
+    """What stands in a prediction's place where there is none."""
+    if choices.widths != "uniform":
+        return "not predicted: only uniform widths are"
+    return "not predicted at widths this narrow" if known else "not predicted yet"
 
 
 def learn(bench: Bench, choices: Choices) -> tuple[Job | None, list[Job]]:
@@ -389,7 +553,15 @@ def choose_target(
         except TransActError as error:
             state["target-outcome"] = (False, str(error))
             return
-        put_at(replace(state["position"], mha=found.mha_position, mlp=found.mlp_position))
+        put_at(
+            replace(
+                state["position"],
+                mha=found.mha_position,
+                mlp=found.mlp_position,
+                heads="",
+                channels="",
+            )
+        )
         state["target-outcome"] = (True, found_in_words(found))
 
     dense = table.dense.parameters / 1e6
@@ -543,6 +715,8 @@ def show_point(
             )
         elif choices.granularity == "auto":
             st.metric("Predicted before", "–", "not with auto", **quiet)
+        elif point.decision.widths != "uniform":
+            st.metric("Predicted before", "–", "only uniform widths are", **quiet)
         elif bench.damage_known(choices_of(point)):
             st.metric("Predicted before", "–", "not this narrow", **quiet)
         elif under_way:
@@ -577,13 +751,13 @@ def show_decision(decision: Decision | None, plan: PruningPlan) -> None:
     """How `auto` and several steps decided, or a note that they have not decided yet."""
     if decision is None:
         st.caption(
-            "What `auto` takes, and which units several steps or a sequential choice keep, is "
-            "found when the cut is measured. Until then the maps show "
-            f"`{plan.granularity}` scored once."
+            "What `auto` takes, which units several steps or a sequential choice keep, and how "
+            "widths are allocated or traded is found when the cut is measured. Until then the "
+            f"maps show `{plan.granularity}` scored once, with the same widths in every layer."
         )
         return
-    if decision.why:
-        st.caption(decision.why)
+    for sentence in filter(None, (decision.why, decision.how_allocated)):
+        st.caption(sentence)
     if decision.earlier_steps:
         st.caption(
             "On the way: "
@@ -610,7 +784,8 @@ def offer_cut(room: DeltaGenerator, enabled: bool, explained: str) -> None:
     def measure() -> None:
         in_view = workbench().open(visit().request).bench.result
         if in_view is not None:
-            start_cut(in_view, cut_now())
+            shape = in_view.loaded.architecture
+            start_cut(in_view, cut_of(position_sent(), choices_now(shape), shape))
 
     room.button(
         "Prune and measure perplexity",
@@ -630,17 +805,122 @@ def show_unmeasured(
     """How long this cut takes to measure, and the offer to predict it if it is not predicted."""
     seconds = cuts_seconds(bench, visit().request, [cut.ratios], cut.choices)
     st.caption(
-        f"**Not measured yet.** Pruning, repairing and measuring takes "
-        f"{estimate_in_words(seconds)}, on {text_in_words(bench)}.",
+        f"**Not measured yet.** {what_comes_first(bench, cut)}Pruning, repairing and measuring "
+        f"takes {estimate_in_words(seconds)}{' in all' if cut.allocates else ''}, on "
+        f"{text_in_words(bench)}.",
         help=pace_in_words(visit().request),
     )
-    if cut.granularity == "auto" or predicted:
+    if cut.granularity == "auto" or predicted or cut.widths != "uniform":
         return
     if under_way:
         watch_in_one_line("learning", *under_way)
     else:
         with st.container(horizontal=True, vertical_alignment="center"):
             offer_prediction(bench, cut.choices, learning)
+
+
+def what_comes_first(bench: Bench, cut: Cut) -> str:
+    """What choosing the widths takes, by its stages, before the cut itself; empty for others."""
+    if not cut.allocates:
+        return ""
+    request, choices = visit().request, cut.choices
+    prices = estimate_in_words(pricing_seconds(bench, request, choices))
+    trials = estimate_in_words(allocating_seconds(bench, request, [cut.ratios], choices))
+    return (
+        "The widths are chosen first: the error of each width and the price of each layer "
+        f"({prices}), then two trial cuts ({trials}). "
+    )
+
+
+# --- widths of single layers -----------------------------------------------------------------
+
+
+def filling_of(position: Position, choices: Choices) -> tuple:
+    """What a job that fills the rest of a budget is about."""
+    return "fill", visit().request, position, choices
+
+
+def fill_now() -> None:
+    """Starts to fill the rest of the budget at the present position; for a callback."""
+    bench = workbench().open(visit().request).bench.result
+    if bench is None:
+        return
+    choices, position = choices_now(bench.loaded.architecture), position_sent()
+    if not why_fixed(choices):
+        start_filling(
+            (position.mha / 100, position.mlp / 100),
+            choices,
+            fixed_of(position.heads, position.channels),
+            filling_of(position, choices),
+        )
+
+
+def price_now() -> None:
+    """Starts to measure what each layer's cut loses; for a callback."""
+    bench = workbench().open(visit().request).bench.result
+    if bench is not None:
+        start_pricing(choices_now(bench.loaded.architecture))
+
+
+def take_filled(job: Job | None, position: Position) -> bool:
+    """Puts the bars where a job that has ended says, once; whether it did."""
+    state = st.session_state
+    if job is None or job.state != DONE or state.get("filled") is job:
+        return False
+    state["filled"] = job
+    fixed = fixed_of(position.heads, position.channels)
+    texts = (
+        text_of([Bar(units, layer in fixed[module]) for layer, units in enumerate(kept)])
+        for module, kept in zip(("mha", "mlp"), zip(*job.result, strict=True), strict=True)
+    )
+    heads, channels = texts
+    put_at(replace(position, heads=heads, channels=channels))
+    return True
+
+
+def prices_of(bench: Bench, choices: Choices) -> dict[str, Any] | None:
+    """What each layer's module loses at its widths, for the live view; None until that is known."""
+    if why_fixed(choices):
+        return None
+    laws = workbench().prices(visit().request, choices)
+    if laws is None or not bench.damage_known(choices):
+        return None
+
+    def make() -> dict[str, Any]:
+        shape = bench.loaded.architecture
+        costs = layer_costs(shape, choices.granularity, choices.multiple_of)
+        return price_tables(bench.damage(choices), laws, costs, shape.head_dim)
+
+    key = visit().request, what_to_price(choices), choices.multiple_of
+    return while_same("prices", key, make)
+
+
+def pricing_in_words(bench: Bench, choices: Choices, job: Job | None) -> Pricing:
+    """What is said beside the button that measures what each layer's cut loses."""
+    if job is not None and not job.finished:
+        return Pricing("Under way; the progress is at the top of the page.", True)
+    seconds = pricing_seconds(bench, visit().request, choices)
+    words = (
+        f"Takes {estimate_in_words(seconds)}: each layer's attention and MLP is cut and repaired "
+        "alone at two widths, and its effect on the predictions measured on held-out text. Then "
+        "the predicted damage of every bar is drawn below it, and the price of its parameters."
+    )
+    if job is not None and job.error:
+        words = f"{job.title} failed. {job.error} {words}"
+    return Pricing(words)
+
+
+def decided_at(bench: Bench, position: Position, choices: Choices) -> Decided | None:
+    """The widths that the allocation chose here; None where it was not made or asked for."""
+    cut = cut_of(position, choices, bench.loaded.architecture)
+    if not cut.allocates or not bench.prepared(first_look(choices)):
+        return None
+    decision = find_cut(bench, cut)
+    if decision is None:
+        return None
+    widths = decision.plan.layer_widths(bench.loaded.architecture)
+    kept = tuple((layer.num_attention_heads, layer.intermediate_size) for layer in widths)
+    return Decided(position.mha, position.mlp, *texts_of(kept))
 
 
 def other_cuts(cutting: Job | None) -> list[Job]:
@@ -655,16 +935,23 @@ def other_cuts(cutting: Job | None) -> list[Job]:
 
 
 def workbench_view(bench: Bench, beside_title: DeltaGenerator) -> None:
-    choices = choose()
+    shape = bench.loaded.architecture
+    choices = choose(shape)
     structures, energy, given = tables_of(bench, choices)
     table = structures[0]
+    position = fitted_position(shape, choices)
+    filling = visit().latest_job(filling_of(position, choices))
+    if take_filled(filling, position):
+        position = position_sent()
+    pricing = visit().latest_job(("prices", visit().request, what_to_price(choices)))
     bar = st.container(key="cut-bar")
     buttons, state = bar.columns([5, 13], gap="medium")
     room = buttons.container()
     with buttons:
         choose_target(bench, choices, table, energy)
-    position, revision = starting_position()
+    position, revision = st.session_state["start"]
     dense = workbench().open(visit().request).dense
+    at_work = unfinished(filling, pricing)
     elsewhere = unfinished(dense)
     prediction = prediction_of(bench, choices, table)
     position = live(
@@ -676,20 +963,35 @@ def workbench_view(bench: Bench, beside_title: DeltaGenerator) -> None:
         prediction and predicted(table, prediction),
         measured_at(table, choices),
         f"Scoring by {choices.importance}",
-        "not predicted yet" if prediction is None else "not predicted at widths this narrow",
+        why_unpredicted(choices, prediction is not None),
+        decided_at(bench, position, choices),
+        prices := prices_of(bench, choices),
+        NOT_PRICED if prices else pricing_in_words(bench, choices, pricing),
+        bool(unfinished(filling)),
         restore_choices,
+        fill_now,
+        price_now,
     )
-    cut = keep(position, choices)
+    cut = keep(position, choices, shape)
     measuring = visit().latest_job(("cut", visit().request, cut))
     cutting = unfinished(measuring)
     elsewhere += other_cuts(measuring)
-    cuts = any(
-        candidate.mha.option_at[position.mha] or candidate.mlp.option_at[position.mlp]
-        for candidate in structures
+    cuts = (
+        any(cut.ratios)
+        if position.by_hand
+        else any(
+            candidate.mha.option_at[position.mha] or candidate.mlp.option_at[position.mlp]
+            for candidate in structures
+        )
     )
     with state:
         prepared = bool(cutting) or require_prepared(bench, choices, "cut")
     prepared = prepared and bench.prepared(choices)
+    with state:
+        follow("layers", at_work)
+        show_end(filling)
+        if filling is not pricing:
+            show_end(pricing)
     decision = find_cut(bench, cut) if prepared else None
     point = find_point(decision.plan, cut.recovery) if decision else None
     if not cuts:
@@ -722,8 +1024,9 @@ def workbench_view(bench: Bench, beside_title: DeltaGenerator) -> None:
     if not prepared:
         return
     plan = plan_at(bench, cut, decision)
-    for sentence in plan_notices(plan, bench.loaded.architecture):
-        st.caption(f":material/info: {sentence}")
+    if cut.widths in ("uniform", "allocated"):
+        for sentence in plan_notices(plan, shape):
+            st.caption(f":material/info: {sentence}")
     show_reading(choices.granularity)
     show_decision(decision, plan)
     if point is not None:

@@ -1,11 +1,14 @@
 """The Export page: a cut's configuration, checkpoint and GGUF file, and its publication."""
 
 from datetime import datetime
+from pathlib import Path
 
 import streamlit as st
 
+from pages.charts import plan_charts
 from pages.charts.text import counted, plain
 from pages.parts.cut_picker import require_cut
+from pages.parts.figure import show
 from pages.parts.progress import SOON, estimate_in_words, show_job, watch
 from pages.parts.runtime_picker import USUAL
 from pages.report import make_report
@@ -47,8 +50,9 @@ def show_configuration(bench: Bench, cut: Cut) -> None:
     decision = find_cut(bench, cut)
     if decision is None:
         st.info(
-            "With `auto`, several steps or a sequential choice, what a cut keeps is decided when "
-            "it is measured. Measure it on the Compress page, or write the checkpoint.",
+            "With `auto`, several steps, a sequential choice, or widths that are allocated or "
+            "traded, what a cut keeps is decided when it is measured. Measure it on the Compress "
+            "page, or write the checkpoint.",
             icon=":material/info:",
         )
         return
@@ -69,8 +73,8 @@ def show_configuration(bench: Bench, cut: Cut) -> None:
     st.code(apply_command(), language="bash", wrap_lines=True)
     st.write("To reproduce it from the ratios, without the file:")
     st.code(reproduce_command(compression), language="bash", wrap_lines=True)
-    if decision.why:
-        st.caption(decision.why)
+    for sentence in filter(None, (decision.why, decision.how_allocated)):
+        st.caption(sentence)
     if not plan.cuts_anything(bench.loaded.architecture):
         st.info("Nothing is cut at these ratios: this is the dense model.")
 
@@ -135,11 +139,26 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
     size = "A folder"
     if decision:
         size += f" of {bench.footprint(decision.plan, cut.recovery).weight_bytes / 1e6:,.0f} MB"
+    own = has_own_widths(bench, cut, decision)
+    loads = "of safetensors" if own else "that stock `transformers` loads"
     st.write(
-        f"{size} that stock `transformers` loads, with the tokenizer, "
-        "`compression.json`, `report.json` and a model card."
+        f"{size} {loads}, with the tokenizer, `compression.json`, `report.json` and a model card."
         + (" What the cut answered on the Tasks page goes into both." if tasks else "")
     )
+    if own:
+        st.warning(
+            "The layers of this cut have widths of their own, which `config.json` says by "
+            "transformers' `per_layer_config`. **Stock transformers 5.23 does not load it by "
+            "itself**; this program does, and a GGUF file of it runs in stock llama.cpp.",
+            icon=":material/stacked_bar_chart:",
+        )
+        if decision is not None:
+            show(
+                plan_charts.layer_widths(decision.plan, bench.loaded.architecture),
+                "layer-widths",
+                "each pair of bars is a layer; what is missing to 100 % is removed.",
+                lambda: plan_charts.widths_table(decision.plan, bench.loaded.architecture),
+            )
     show_other_runtimes(bench, cut, decision)
     show_blocks(bench, cut, decision)
     name = name_of(bench, cut)
@@ -154,11 +173,7 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
     job = visit().latest_job(about)
     if job and job.state == DONE:
         st.success(f"Written to {plain(job.result)}", icon=":material/check_circle:")
-        st.code(
-            "from transformers import AutoModelForCausalLM\n"
-            f"model = AutoModelForCausalLM.from_pretrained({str(job.result)!r})",
-            language="python",
-        )
+        st.code(loading_code(bench, job.result), language="python")
     if not busy and st.button("Write the checkpoint", type="primary", disabled=not folder.strip()):
         start_export(cut, expanded(folder.strip()), tasks.report() if tasks else None)
         st.rerun()
@@ -168,6 +183,28 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
             "This cut is not measured yet. Writing the checkpoint also measures it, which takes "
             f"{estimate_in_words(seconds)}."
         )
+
+
+def has_own_widths(bench: Bench, cut: Cut, decision: Decision | None) -> bool:
+    """Whether layers differ, or will where that is not decided yet."""
+    if decision is None:
+        return cut.allocates
+    return not decision.plan.applied_to(bench.loaded.architecture).uniform
+
+
+def loading_code(bench: Bench, folder: Path) -> str:
+    """The lines of Python that load a checkpoint that was written here."""
+    places = written_of().folders
+    cuts = [point.plan for point in points() if places.get(point.identity) == folder]
+    if any(not plan.applied_to(bench.loaded.architecture).uniform for plan in cuts):
+        return (
+            "from transact_core.models.load import load_model\n"
+            f"model = load_model({str(folder)!r}).model"
+        )
+    return (
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    )
 
 
 def name_of(bench: Bench, cut: Cut) -> str:

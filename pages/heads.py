@@ -1,7 +1,5 @@
 """One attention head: its channel scores, its attention pattern, the perplexity without it."""
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import streamlit as st
@@ -191,7 +189,7 @@ with left:
     importance = st.selectbox(
         "Importance", list(IMPORTANCES), key="importance", bind="query-params", help=IMPORTANCE_HELP
     )
-    visit().cut = replace(visit().cut, importance=importance)
+    visit().cut = visit().cut.by(importance)
     if not require_prepared(bench, Choices(importance=importance), "heads"):
         st.stop()
     scores = bench.scores(importance)

@@ -1,7 +1,5 @@
 """The Importance page: the scores of all channels, their concentration, and what a cut removes."""
 
-from dataclasses import replace
-
 import pandas as pd
 import streamlit as st
 
@@ -116,7 +114,7 @@ left, right = st.columns([2, 3], vertical_alignment="bottom")
 importance = left.selectbox(
     "Importance", list(IMPORTANCES), key="importance", bind="query-params", help=IMPORTANCE_HELP
 )
-visit().cut = replace(visit().cut, importance=importance)
+visit().cut = visit().cut.by(importance)
 st.caption(
     f"`{importance}` measures {measures(importance)}. Units with low scores are removed first."
 )

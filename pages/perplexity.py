@@ -15,7 +15,13 @@ from pages.charts.common import on_text
 from pages.charts.text import counted
 from pages.parts.example import Example, example
 from pages.parts.figure import show
-from pages.parts.help_texts import GRANULARITY_HELP, IMPORTANCE_HELP, RECOVERY_HELP, STEPS_HELP
+from pages.parts.help_texts import (
+    GRANULARITY_HELP,
+    IMPORTANCE_HELP,
+    RECOVERY_HELP,
+    STEPS_HELP,
+    WIDTHS_HELP,
+)
 from pages.parts.progress import (
     estimate_in_words,
     follow,
@@ -36,7 +42,9 @@ from pages.server.request import first_look
 from pages.server.start_jobs import start_curve
 from pages.server.trainings import trainings
 from pages.server.visits import points, visit
+from transact_core.base.errors import TransActError
 from transact_core.data.corpus import short_name
+from transact_core.experiments.allocate import require_allocatable
 from transact_core.experiments.bench import Bench, Choices, Measurement
 from transact_core.experiments.sweep import Pair
 from transact_core.forward.perplexity import Evaluation, paired_difference
@@ -50,6 +58,7 @@ SHOWN_BY = {
     "Granularities": lambda point: point.plan.granularity,
     "Scored by": lambda point: point.plan.importance,
     "Recoveries": lambda point: point.recovery,
+    "Widths": lambda point: point.decision.widths,
 }
 
 
@@ -83,7 +92,7 @@ def curve_ratios(
 def choose_curve(bench: Bench, measuring: Job | None, under_way: Sequence[Job]) -> None:
     """The controls of a curve, its button, and beside it the progress of the one under way."""
     with st.expander("Measure a whole curve", icon=":material/timeline:", expanded=True):
-        columns = st.columns([3, 3, 2.5, 3.2, 3.4, 3.2, 1.7], gap="small")
+        columns = st.columns([2.6, 2.4, 2.1, 3, 3.2, 3, 2.8, 1.9], gap="small")
         curve = columns[0].selectbox("Cut", CURVES, key="curve", persist_state="session")
         largest = columns[1].number_input(
             "Largest ratio", 0.05, 0.95, 0.7, 0.05, key="largest", persist_state="session"
@@ -109,7 +118,14 @@ def choose_curve(bench: Bench, measuring: Job | None, under_way: Sequence[Job]) 
             persist_state="session",
             help=RECOVERY_HELP,
         )
-        steps = columns[6].number_input(
+        widths_name = columns[6].selectbox(
+            "Widths",
+            ("uniform", "allocated", "traded"),
+            key="curve_widths",
+            persist_state="session",
+            help=WIDTHS_HELP,
+        )
+        steps = columns[7].number_input(
             "Steps", 1, 20, key="curve_steps", persist_state="session", help=STEPS_HELP
         )
         count = columns[2].number_input(
@@ -123,8 +139,16 @@ def choose_curve(bench: Bench, measuring: Job | None, under_way: Sequence[Job]) 
             help="Whole heads alone have only as many points as there are numbers of them.",
         )
         choices = Choices(
-            granularity=granularity, importance=importance, recovery=recovery, steps=int(steps)
+            granularity=granularity,
+            importance=importance,
+            recovery=recovery,
+            steps=int(steps),
+            widths=widths_name,
         )
+        refused = why_refused(bench, choices)
+        if refused:
+            st.warning(refused)
+            choices = choices.of_uniform
         ratios = curve_ratios(bench, curve, largest, int(count), choices)
         asked = ", ".join(f"{max(pair):g}" for pair in ratios)
         if ratios:
@@ -138,7 +162,10 @@ def choose_curve(bench: Bench, measuring: Job | None, under_way: Sequence[Job]) 
             button, beside = st.columns([3, 11], vertical_alignment="center", gap="medium")
             with button:
                 if st.button(
-                    "Measure the curve", type="primary", disabled=not ratios, width="stretch"
+                    "Measure the curve",
+                    type="primary",
+                    disabled=not ratios or bool(refused),
+                    width="stretch",
                 ):
                     start_curve(bench, ratios, choices)
                     st.rerun()
@@ -148,6 +175,15 @@ def choose_curve(bench: Bench, measuring: Job | None, under_way: Sequence[Job]) 
                 elif not points():
                     offer_recorded_cuts(bench, example())
                 show_end(measuring)
+
+
+def why_refused(bench: Bench, choices: Choices) -> str | None:
+    """Why layers cannot have widths of their own with these choices; None where they can."""
+    try:
+        require_allocatable(bench.loaded.architecture, 0.0, 0.0, choices)
+    except TransActError as error:
+        return str(error)
+    return None
 
 
 def takes(bench: Bench, ratios: Sequence[Pair], choices: Choices) -> str:
@@ -209,7 +245,7 @@ def show_recorded(recorded: Example) -> None:
 
 def choose_shown(measured: Sequence[Measurement]) -> tuple[list[Measurement], str, bool]:
     """The points to show, what their colours stand for, and whether perplexity is logarithmic."""
-    columns = st.columns([3, 3, 3, 2.4, 2], vertical_alignment="bottom")
+    columns = st.columns([3, 3, 3, 3, 2.4, 2], vertical_alignment="bottom")
     shown = list(measured)
     for column, (name, value_of) in zip(columns, SHOWN_BY.items(), strict=False):
         values = sorted({value_of(point) for point in measured})
@@ -222,10 +258,10 @@ def choose_shown(measured: Sequence[Measurement]) -> tuple[list[Measurement], st
             disabled=len(values) < 2,
         )
         shown = [point for point in shown if not chosen or value_of(point) in chosen]
-    coloured_by = columns[3].selectbox(
+    coloured_by = columns[4].selectbox(
         "Colour by", list(curve_chart.COLOURED_BY), key="coloured_by", persist_state="session"
     )
-    logarithmic = columns[4].toggle("Log scale", key="log", persist_state="session")
+    logarithmic = columns[5].toggle("Log scale", key="log", persist_state="session")
     return shown, coloured_by, logarithmic
 
 
@@ -327,6 +363,14 @@ def show_charts(bench: Bench) -> None:
                 curve_chart.points_table(found).assign(text=name) for name, found in on_texts
             ),
         )
+    if any(point.decision.widths != "uniform" for point in shown):
+        show(
+            on_text(tradeoff_charts.equal_parameters_chart(shown, logarithmic), text),
+            "equal-parameters",
+            "marks above each other are equally large; the lower one gives its layers better "
+            "widths. Bars are 95 % intervals of the paired difference from the dense model.",
+            lambda: curve_chart.points_table(shown),
+        )
     best = tradeoff_charts.best_at_each_pair(shown, widths_of_dense)
     show(
         on_text(tradeoff_charts.ratio_map(shown, widths_of_dense), text),
@@ -362,6 +406,7 @@ def show_charts(bench: Bench) -> None:
                 "granularity",
                 "importance",
                 "recovery",
+                "widths",
                 "perplexity",
                 "delta_nll",
                 "delta_nll_se",

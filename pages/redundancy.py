@@ -1,7 +1,5 @@
 """The Redundancy page: what MHA and MLP lose when the same share of their width is removed."""
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import streamlit as st
@@ -123,7 +121,7 @@ importance = left.selectbox(
 granularity = right.selectbox(
     "Granularity", GRANULARITIES, key="granularity", bind="query-params", help=GRANULARITY_HELP
 )
-visit().cut = replace(visit().cut, importance=importance, granularity=granularity)
+visit().cut = visit().cut.by(importance, granularity)
 choices = Choices(granularity=granularity, importance=importance, recovery="none")
 ready = require_prepared(bench, choices, "redundancy")
 if not (ready and require_prepared(bench, Choices(importance="activation-weight"), "written")):

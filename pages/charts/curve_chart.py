@@ -31,6 +31,13 @@ SHAPES = ("circle", "square", "triangle-up", "star", "hexagon", "cross", "triang
 """Marker symbols, one for each combination of importance and granularity in the chart."""
 PALETTE = (MHA, MLP, BOTH, "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
 """Colours for the values of choices other than what is cut."""
+WIDTHS = {
+    "uniform": "",
+    "allocated": ", allocated: means",
+    "traded": ", traded: means",
+    "by-hand": ", by hand: means",
+}
+"""What is said of a cut's two widths, by how they were given to layers."""
 TOLERATED = 1.2
 """Titles call the loss small up to this multiple of the dense perplexity."""
 
@@ -39,6 +46,7 @@ COLOURED_BY = {
     "granularity": lambda kind, point: point.plan.granularity,
     "importance": lambda kind, point: point.plan.importance,
     "recovery": lambda kind, point: point.recovery,
+    "widths": lambda kind, point: point.decision.widths,
 }
 """What colours can stand for, and how its value is read from a point."""
 
@@ -77,6 +85,7 @@ def points_table(points: Sequence[Measurement]) -> pd.DataFrame:
                 "granularity": point.plan.granularity,
                 "importance": point.plan.importance,
                 "recovery": point.recovery,
+                "widths": point.decision.widths,
                 **point.row(),
             }
             for point in points
@@ -123,12 +132,15 @@ def perplexity_curve(
                     cost.parameters / 1e6,
                     plan.granularity,
                     plan.importance,
+                    WIDTHS[point.decision.widths],
                 ]
-                for plan, cost in ((point.plan, point.footprint) for point in measured)
+                for point, plan, cost in (
+                    (point, point.plan, point.footprint) for point in measured
+                )
             ],
             hovertemplate="perplexity %{y:.3f}<br>MHA width %{customdata[0]:,}, MLP width "
-            "%{customdata[1]:,}<br>%{customdata[2]:.1f} M parameters<br>%{customdata[3]}, by "
-            f"%{{customdata[4]}}, {name}<extra>{kind}</extra>",
+            "%{customdata[1]:,}%{customdata[5]}<br>%{customdata[2]:.1f} M parameters<br>"
+            f"%{{customdata[3]}}, by %{{customdata[4]}}, {name}<extra>{kind}</extra>",
         )
     if dense is not None:
         figure.add_hline(y=dense.perplexity, line={"color": DENSE, "dash": "dash", "width": 1})
@@ -214,13 +226,14 @@ def _series(
 ) -> dict[tuple[str, str, tuple[str, ...]], list[tuple[float, Measurement]]]:
     """Groups the points that one line may join: same modules, recovery and other choices.
 
-    Granularity and importance are part of a group's key where points differ in them. Granularity
-    does not matter to a cut that leaves the attention whole.
+    Granularity, importance and widths are part of a group's key where points differ in them.
+    Granularity does not matter to a cut that leaves the attention whole.
     """
     importances = {point.plan.importance for point in points}
     granularities = {
         point.plan.granularity for point in points if point.footprint.mha_width < widths[0]
     }
+    widths_given = {point.decision.widths for point in points}
     series = {}
     for point in points:
         kind = what_is_cut(point, widths)
@@ -231,6 +244,8 @@ def _series(
             variant += (point.plan.granularity,)
         if len(importances) > 1:
             variant += (point.plan.importance,)
+        if len(widths_given) > 1:
+            variant += (point.decision.widths,)
         removed = max(removed_shares(point, widths))
         series.setdefault((kind, point.recovery, variant), []).append((removed, point))
     return dict(sorted(series.items()))

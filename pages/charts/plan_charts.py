@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from pages.charts.common import COLOURS, DENSE, MAGNITUDE, NAMES, laid_out, layer_axis
+from transact_core.models.architecture import Architecture
 from transact_core.pruning.closed_form import LayerFit
 from transact_core.pruning.plan import PruningPlan
 
@@ -35,6 +36,56 @@ def energy_kept(shares: dict[str, np.ndarray]) -> go.Figure:
     return laid_out(figure, title, 320)
 
 
+def layer_widths(plan: PruningPlan, dense: Architecture, height: int = 320) -> go.Figure:
+    """Bars of the share of each module's width that a plan keeps in each layer."""
+    table = widths_table(plan, dense)
+    figure = go.Figure()
+    for module in ("mha", "mlp"):
+        figure.add_bar(
+            x=table["layer"],
+            y=table[f"{module}_share"],
+            name=NAMES[module],
+            marker={
+                "color": COLOURS[module],
+                "pattern": {"shape": "/" if module == "mha" else "", "solidity": 0.3},
+            },
+            customdata=table[["query_heads", "channels"]],
+            hovertemplate="layer %{x}: %{customdata[0]} query heads, %{customdata[1]:,} channels"
+            f"<extra>{NAMES[module]} %{{y:.1%}}</extra>",
+        )
+    figure.update_layout(barmode="group", bargap=0.15)
+    figure.update_xaxes(**layer_axis(len(table)))
+    figure.update_yaxes(title="width that stays", tickformat=".0%", range=[0, 1.02])
+    shares = {NAMES[module]: table[f"{module}_share"] for module in ("mha", "mlp")}
+    if all(share.nunique() == 1 for share in shares.values()):
+        kept = " and ".join(f"{share.iloc[0]:.0%} of its {name}" for name, share in shares.items())
+        return laid_out(figure, f"Every layer keeps {kept}", height)
+    name = min(shares, key=lambda name: shares[name].min())
+    layer = int(shares[name].idxmin())
+    return laid_out(
+        figure,
+        f"Layer {layer} keeps least of its {name}, {shares[name][layer]:.0%}, where the mean is "
+        f"{shares[name].mean():.0%}",
+        height,
+    )
+
+
+def widths_table(plan: PruningPlan, dense: Architecture) -> pd.DataFrame:
+    """One row per layer: what it keeps, and the shares of its widths that stay."""
+    left = plan.applied_to(dense)
+    return pd.DataFrame(
+        {
+            "layer": layer_index,
+            "query_heads": kept.num_attention_heads,
+            "key_value_heads": kept.num_key_value_heads,
+            "channels": kept.intermediate_size,
+            "mha_share": kept.num_attention_heads * left.head_dim / dense.mha_width,
+            "mlp_share": kept.intermediate_size / dense.intermediate_size,
+        }
+        for layer_index, kept in enumerate(left.layers)
+    )
+
+
 def kept_channels(plan: PruningPlan, width: int, height: int = 320) -> go.Figure:
     """Heatmap of layer × channel index: the share of each bin of channels that a plan keeps."""
     kept = np.zeros((len(plan.layers), width), dtype=np.float32)
@@ -57,9 +108,9 @@ def kept_channels(plan: PruningPlan, width: int, height: int = 320) -> go.Figure
     )
     figure.update_xaxes(title="MLP channel, by index", range=[0, width], showgrid=False)
     figure.update_yaxes(**layer_axis(len(plan.layers), downwards=True), showgrid=False)
-    return laid_out(
-        figure, f"{plan.intermediate_size:,} of {width:,} MLP channels stay in each layer", height
-    )
+    counts = sorted(len(layer.kept_channels) for layer in plan.layers)
+    stay = f"{counts[0]:,}" if counts[0] == counts[-1] else f"{counts[0]:,} to {counts[-1]:,}"
+    return laid_out(figure, f"{stay} of {width:,} MLP channels stay in each layer", height)
 
 
 def pair_map(

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pages.charts.common import DENSE, MAGNITUDE, PERPLEXITY, laid_out
+from pages.charts.common import BOTH, DENSE, MAGNITUDE, MHA, MLP, PERPLEXITY, laid_out
 from pages.charts.curve_chart import (
     KINDS,
     TOLERATED,
@@ -140,6 +140,79 @@ def _frontier_title(table: pd.DataFrame, field: str) -> str:
     if least >= dense[field]:
         return f"Within {TOLERATED} × dense no measured cut saves {saved}"
     return f"Within {TOLERATED} × dense: {least / scale:,.1f} of {dense[field] / scale:,.1f} {unit}"
+
+
+WIDTHS_STYLE = {
+    "uniform": (DENSE, "circle", "dash"),
+    "allocated": (MLP, "square", "solid"),
+    "traded": (BOTH, "diamond", "solid"),
+    "by-hand": (MHA, "star", "dot"),
+}
+"""Colour, mark and line of points by how their widths were given to layers."""
+EQUAL = 0.005
+"""Share of its parameters by which two models may differ and count as equally large."""
+
+
+def equal_parameters_chart(points: Sequence[Measurement], logarithmic: bool = False) -> go.Figure:
+    """Perplexity against parameters, one line for each way in which widths were given to layers."""
+    figure = go.Figure()
+    for widths, (colour, symbol, dash) in WIDTHS_STYLE.items():
+        members = sorted(
+            (point for point in points if point.decision.widths == widths),
+            key=lambda point: point.footprint.parameters,
+        )
+        if not members:
+            continue
+        upper, lower = zip(*map(interval, members), strict=True)
+        # Only cuts that differ in nothing but their ratios make a line.
+        alike = {(each.plan.granularity, each.plan.importance, each.recovery) for each in members}
+        figure.add_scatter(
+            x=[point.footprint.parameters / 1e6 for point in members],
+            y=[point.perplexity for point in members],
+            error_y={"type": "data", "array": upper, "arrayminus": lower, "thickness": 1.2},
+            mode="lines+markers" if len(alike) == 1 and widths != "by-hand" else "markers",
+            name=widths,
+            line={"color": colour, "dash": dash},
+            marker={"symbol": symbol, "size": 11, "color": colour},
+            customdata=[
+                [
+                    point.plan.mha_ratio,
+                    point.plan.mlp_ratio,
+                    point.plan.granularity,
+                    point.plan.importance,
+                    point.recovery,
+                ]
+                for point in members
+            ],
+            hovertemplate="%{x:,.2f} M parameters, perplexity %{y:.3f}<br>"
+            "MHA −%{customdata[0]:.1%}, MLP −%{customdata[1]:.1%}<br>%{customdata[2]}, by "
+            f"%{{customdata[3]}}, %{{customdata[4]}}<extra>{widths}</extra>",
+        )
+    figure.update_xaxes(title="parameters (M)").update_yaxes(
+        title=PERPLEXITY, type="log" if logarithmic else "linear"
+    )
+    return laid_out(figure, _equal_title(points), 420)
+
+
+def _equal_title(points: Sequence[Measurement]) -> str:
+    """The pair of equally large cuts that differ only in their widths, where they differ most."""
+    pairs = [
+        (one, other)
+        for one in points
+        for other in points
+        if one.decision.widths == "uniform" != other.decision.widths
+        and (one.recovery, one.plan.importance) == (other.recovery, other.plan.importance)
+        and abs(one.footprint.parameters / other.footprint.parameters - 1) <= EQUAL
+    ]
+    if not pairs:
+        return "No uniform cut was measured that is as large as one with widths of its own"
+    one, other = max(pairs, key=lambda pair: abs(pair[0].delta_nll - pair[1].delta_nll))
+    size = other.footprint.parameters / 1e6
+    return (
+        f"At {size:,.1f} M parameters {other.decision.widths} costs "
+        f"{math.exp(other.delta_nll):.2f} × the dense perplexity, uniform "
+        f"{math.exp(one.delta_nll):.2f} ×"
+    )
 
 
 def best_at_each_pair(

@@ -1,4 +1,5 @@
-"""The live view of the Compress page: two sliders, and pictures and figures that follow them.
+"""The live view of the Compress page: two sliders and the bars of every layer's width, and pictures
+and figures that follow them.
 
 The page sends tables for all slider positions once, so the browser needs nothing from Python while
 a slider is dragged. When the slider rests, the browser sends its position back, and Python draws
@@ -6,8 +7,7 @@ the rest of the page for it. The JavaScript files are joined here into one modul
 serves the files of a component only from an installed package.
 """
 
-import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ import streamlit as st
 from plotly.colors import sample_colorscale
 
 from pages.charts.common import COLOURS, MAGNITUDE
+from pages.live.packed import text_of_bytes
+from pages.live.skyline import by_hand_of
 from transact_core.models.architecture import DTYPE_BYTES, Architecture
 from transact_core.models.footprint import CONTEXT_LENGTH
 from transact_core.planning.preview import POSITIONS, EnergyKept, Maps, Option, Side, Structure
 from transact_core.planning.targets import Prediction
-from transact_core.pruning.plan import Granularity, Widths, head_counts
+from transact_core.pruning.plan import ByHand, Granularity, Widths, head_counts
 
 HERE = Path(__file__).parent
-SCRIPTS = ("figures.js", "pictures.js", "live.js")
+SCRIPTS = ("figures.js", "skyline.js", "pictures.js", "live.js")
 """Joined in this order into one module."""
 KEY = "live"
 """Key of the component's state in Streamlit's session state."""
@@ -50,11 +52,21 @@ _mount = st.components.v2.component(
 
 @dataclass(frozen=True)
 class Position:
-    """The sliders' positions in per cent of the width removed, and the context length in tokens."""
+    """The sliders' positions in per cent of the width removed, the context length in tokens, and
+    the widths of single layers."""
 
     mha: int = 33
     mlp: int = 30
     context: int = CONTEXT_LENGTH
+    heads: str = ""
+    """The bars of the attention and of the MLP, as `pages.live.skyline` writes them; empty where
+    layers are as the sliders say."""
+    channels: str = ""
+
+    @property
+    def by_hand(self) -> ByHand:
+        """The widths that the bars stand for; empty where there are none."""
+        return by_hand_of(self.heads, self.channels)
 
     @classmethod
     def read(cls, given: dict[str, Any], otherwise: "Position") -> "Position":
@@ -68,22 +80,52 @@ class Position:
             return value if least <= value <= most else getattr(otherwise, name)
 
         last = POSITIONS[-1]
+        bars = {"heads": otherwise.heads, "channels": otherwise.channels}
+        # A link that says where the sliders are has no bars but those that it names.
+        if {"mha", "mlp", *bars} & set(given):
+            bars = {name: str(given.get(name, "")) for name in bars}
+        if not by_hand_of(**bars):
+            bars = dict.fromkeys(bars, "")
         return cls(
-            number("mha", 0, last), number("mlp", 0, last), number("context", 1, LONGEST_CONTEXT)
+            number("mha", 0, last),
+            number("mlp", 0, last),
+            number("context", 1, LONGEST_CONTEXT),
+            **bars,
         )
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A measured point, at the indices of the MHA and the MLP option that have its widths."""
+    """A measured point, at the indices of the MHA and the MLP option that it was asked for by, or
+    with the bars of its layers."""
 
-    mha: int
-    mlp: int
+    mha: int | None
+    mlp: int | None
     ratio: float
     """Perplexity as a multiple of the dense model's."""
     low: float | None = None
     high: float | None = None
     """Ends of the ratio's 95 % interval; None for a single evaluation window."""
+    heads: str = ""
+    channels: str = ""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The widths that an allocation chose at a position of the sliders."""
+
+    mha: int
+    mlp: int
+    heads: str
+    channels: str
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """What is said of measuring what each layer's cut loses, while that is not known."""
+
+    words: str = ""
+    busy: bool = False
 
 
 def tables(
@@ -92,11 +134,12 @@ def tables(
     maps: Maps | None,
     energy: EnergyKept | None,
     save_dtype: str,
+    bars: dict[str, Any],
 ) -> dict[str, Any]:
     """The data that depend on the choices but not on the position.
 
     With `auto` there is one structure for each granularity that it may take; maps and energy belong
-    to the first.
+    to the first. `bars` are those of `skyline.bar_tables`.
     """
     first = structures[0]
     return {
@@ -117,6 +160,7 @@ def tables(
         if len(structures) == 1
         else "Heads: auto has not decided",
         "maps": _maps(maps, energy),
+        "skyline": bars,
         "colours": {
             **COLOURS,
             "ramp": [
@@ -190,10 +234,10 @@ def _maps(maps: Maps | None, energy: EnergyKept | None) -> dict[str, Any] | None
     if maps is None or energy is None:
         return None
     return {
-        "heads": _text(maps.heads.in_bytes()),
+        "heads": text_of_bytes(maps.heads.in_bytes()),
         "heads_scale": maps.heads.scale,
-        "stays_until": _text(maps.stays_until.astype(np.uint8).tobytes()),
-        "channels": _text(maps.ranked_channels.in_bytes()),
+        "stays_until": text_of_bytes(maps.stays_until.astype(np.uint8).tobytes()),
+        "channels": text_of_bytes(maps.ranked_channels.in_bytes()),
         "channels_scale": maps.ranked_channels.scale,
         "energy_mha": _two_bytes(energy.mha),
         "energy_mlp": _two_bytes(energy.mlp),
@@ -202,11 +246,7 @@ def _maps(maps: Maps | None, energy: EnergyKept | None) -> dict[str, Any] | None
 
 def _two_bytes(shares: np.ndarray) -> str:
     """Shares from 0 to 1 as base64 of 16-bit integers; figures.js reads them."""
-    return _text(np.round(shares * 65535).astype("<u2").tobytes())
-
-
-def _text(content: bytes) -> str:
-    return base64.b64encode(content).decode()
+    return text_of_bytes(np.round(shares * 65535).astype("<u2").tobytes())
 
 
 def predicted(table: Structure, prediction: Prediction) -> dict[str, list[list[float | None]]]:
@@ -221,6 +261,13 @@ def predicted(table: Structure, prediction: Prediction) -> dict[str, list[list[f
     }
 
 
+NOT_PRICED = Pricing()
+
+
+def nothing() -> None:
+    """What is called where a page does not listen."""
+
+
 def live(
     given: dict[str, Any],
     start: Position,
@@ -231,12 +278,20 @@ def live(
     measured: Sequence[Measured] = (),
     waiting: str = "",
     unpredicted: str = "not predicted yet: measure a point",
-    on_change: Any = None,
+    decided: Decided | None = None,
+    prices: dict[str, Any] | None = None,
+    pricing: Pricing = NOT_PRICED,
+    filling: bool = False,
+    on_change: Callable[[], None] = nothing,
+    on_fill: Callable[[], None] = nothing,
+    on_price: Callable[[], None] = nothing,
 ) -> Position:
     """Draws the live view and returns the position of its sliders.
 
     A new `revision` moves the sliders to `start`; otherwise they stay where they are. When one
-    argument changes, all are sent to the browser again, so they should change seldom.
+    argument changes, all are sent to the browser again, so they should change seldom. `prices` are
+    those of `skyline.price_tables`. `on_fill` and `on_price` are called when their buttons are
+    pressed, after the browser has sent its position.
     """
     result = _mount(
         key=KEY,
@@ -250,8 +305,15 @@ def live(
             "measured": [asdict(point) for point in measured],
             "waiting": waiting,
             "unpredicted": unpredicted,
+            "unpredicted_by_hand": "not predicted: only uniform widths are",
+            "decided": decided and asdict(decided),
+            "prices": prices,
+            "pricing": asdict(pricing),
+            "filling": filling,
         },
-        on_view_change=on_change or (lambda: None),
+        on_view_change=on_change,
+        on_fill_change=on_fill,
+        on_price_change=on_price,
     )
     return position_of(result.get("view"), start, revision)
 

@@ -51,12 +51,20 @@ function changeInWords(values, dense) {
   return low === high ? words(low) : `${words(low)} to ${words(high)}`;
 }
 
+// Along the sliders, whose widths are the same in every layer.
 function predictionAt(data, view) {
   if (!data.prediction || data.mha.length > 1) return null;
   const row = data.mha[0].option_at[view.mha], column = data.mlp.option_at[view.mlp];
   const mid = data.prediction.mid[row]?.[column];
   if (mid === null || mid === undefined) return null;
   return { low: data.prediction.low[row][column], mid, high: data.prediction.high[row][column] };
+}
+
+// The measured point of the bars that a hand has set.
+function measuredByHand(data, view) {
+  const plain = (text) => textOfBars(barsOf(text).map(({ units }) => ({ units, hand: false })));
+  const [heads, channels] = [plain(view.heads), plain(view.channels)];
+  return data.measured.find((point) => point.heads === heads && point.channels === channels) ?? null;
 }
 
 function measuredAt(data, view) {

@@ -9,7 +9,8 @@ class LiveView {
   constructor(root) {
     this.root = root;
     this.find = (selector) => root.querySelector(selector);
-    this.view = { mha: 0, mlp: 0, context: 1024 };
+    // The texts of heads and channels are empty where no hand has set a bar and nothing is filled.
+    this.view = { mha: 0, mlp: 0, context: 1024, heads: "", channels: "" };
     this.layer = 0;
     this.history = [];
     this.step = -1;
@@ -25,22 +26,25 @@ class LiveView {
       const canvas = this.find(`canvas.${name}`);
       canvas.addEventListener("pointermove", (event) => this.look(Math.floor(event.offsetY / rowHeight(this.data.layers))));
     }
+    for (const side of ["mha", "mlp"]) this.listenToBars(side);
     root.addEventListener("click", (event) => this.pressed(event.target.closest("button")));
     root.addEventListener("keydown", (event) => this.typed(event));
     this.resized = new ResizeObserver(() => this.draw());
     this.resized.observe(this.find(".live"));
   }
 
-  update({ data, setStateValue }) {
+  update({ data, setStateValue, setTriggerValue }) {
     if (!data) return;
-    this.send = setStateValue;
+    [this.send, this.ask] = [setStateValue, setTriggerValue];
     const first = !this.data, tablesChanged = JSON.stringify(data.maps) !== this.mapsRead;
     this.data = data;
     this.readTheme();
     if (tablesChanged) this.readMaps();
+    this.readPrices();
     if (first || data.start.revision !== this.revision) {
       this.revision = data.start.revision;
-      this.view = { mha: data.start.mha, mlp: data.start.mlp, context: data.start.context };
+      const { mha, mlp, context, heads, channels } = data.start;
+      this.view = { mha, mlp, context, heads, channels };
       if (first) this.resume();
       if (first) this.showPresets();
     }
@@ -102,13 +106,19 @@ class LiveView {
     const value = Math.round(Number(input.value));
     if (!(value >= Number(input.min) && value <= Number(input.max)) || input.value === "") return;
     this.view = { ...this.view, [name]: value };
+    if (name !== "context") this.followBudget(name);
     this.show();
+    this.restSoon();
+  }
+
+  restSoon() {
     clearTimeout(this.timer);
     this.timer = setTimeout(() => this.rest(), REST_MS);
   }
 
+  // Puts the sliders somewhere, with the same widths in every layer.
   place(view) {
-    this.view = { ...this.view, ...view };
+    this.view = { ...this.view, heads: "", channels: "", ...view };
     this.show();
     this.rest();
   }
@@ -133,6 +143,12 @@ class LiveView {
     if (what === "reset") this.place({ mha: 0, mlp: 0 });
     if (what === "preset") this.place({ mha: Number(button.dataset.mha), mlp: Number(button.dataset.mlp) });
     if (what === "link") this.copyLink(button);
+    if (what === "uniform") this.uniformAgain();
+    if ((what === "fill" || what === "price") && button.getAttribute("aria-disabled") !== "true") {
+      this.rest();
+      this.serial += 1;
+      this.ask(what, { ...this.view, revision: this.revision, serial: this.serial });
+    }
   }
 
   typed(event) {
@@ -142,6 +158,240 @@ class LiveView {
     if (!by) return;
     event.preventDefault();
     this.go(by);
+  }
+
+  // --- widths of single layers ------------------------------------------------------------
+
+  listenToBars(side) {
+    const module = this.find(`.module[data-side="${side}"]`), canvas = module.querySelector(".bars");
+    for (const each of module.querySelectorAll("canvas"))
+      each.addEventListener("pointermove", (event) => { if (!this.grabbed) this.look(layerUnder(event.offsetX, each.clientWidth, this.data.layers)); });
+    const drag = (event) => {
+      const share = 1 - (event.offsetY - BARS_TOP) / barHeightOf(canvas);
+      const { most } = this.data.skyline[side];
+      this.setBar(side, this.grabbed.layer, possibleUnits(this.data.skyline[side], Math.max(0, Math.min(1, share)) * most));
+    };
+    canvas.addEventListener("pointerdown", (event) => {
+      if (this.data.skyline.fixed || event.button) return;
+      const layer = layerUnder(event.offsetX, canvas.clientWidth, this.data.layers);
+      this.grabbed = { side, layer };
+      canvas.setPointerCapture(event.pointerId);
+      this.look(layer);
+      drag(event);
+    });
+    canvas.addEventListener("pointermove", (event) => { if (this.grabbed?.side === side) drag(event); });
+    for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, () => {
+      if (!this.grabbed) return;
+      this.grabbed = null;
+      this.rest();
+    });
+    canvas.addEventListener("dblclick", () => this.giveBack(side, this.layer));
+    canvas.addEventListener("keydown", (event) => this.typedOnBars(side, event));
+  }
+
+  typedOnBars(side, event) {
+    const table = this.data.skyline[side], { layers } = this.data;
+    const along = { ArrowLeft: this.layer - 1, ArrowRight: this.layer + 1 }[event.key];
+    if (along !== undefined) {
+      event.preventDefault();
+      this.look(Math.max(0, Math.min(layers - 1, along)));
+      return;
+    }
+    if (this.data.skyline.fixed || event.ctrlKey || event.metaKey) return;
+    const units = this.unitsNow()[side][this.layer].units;
+    const aim = {
+      ArrowUp: nextUnits(table, units, 1, !event.shiftKey), ArrowDown: nextUnits(table, units, -1, !event.shiftKey),
+      PageUp: possibleUnits(table, units + table.most / 10), PageDown: possibleUnits(table, Math.max(table.least, units - table.most / 10)),
+      Home: table.most, End: table.least,
+    }[event.key];
+    if (aim !== undefined) {
+      event.preventDefault();
+      this.setBar(side, this.layer, aim);
+      this.restSoon();
+    }
+    if (event.key === "Delete" || event.key === "Backspace") {
+      event.preventDefault();
+      this.giveBack(side, this.layer);
+    }
+  }
+
+  // The bars as they stand, those of the sliders included.
+  unitsNow() {
+    const own = this.ownUnits();
+    if (own) return own;
+    const bars = (side) => Array.from({ length: this.data.layers }, () => ({ units: this.unitsOfSlider(side), hand: false }));
+    return { mha: bars("mha"), mlp: bars("mlp") };
+  }
+
+  unitsOfSlider(side) {
+    const { mha, mlp } = this.optionsAt();
+    if (side === "mlp") return mlp.width;
+    return Math.round(mha[0].width / this.data.mha[0].options[0].width * this.data.skyline.mha.most);
+  }
+
+  setBar(side, layer, units, hand = true) {
+    const bars = this.unitsNow();
+    bars[side] = bars[side].map((bar, place) => (place === layer ? { units, hand } : bar));
+    this.takeBars(bars);
+    this.show();
+  }
+
+  // Bars that are all as the sliders say, and none of which a hand has set, need no text.
+  takeBars(bars) {
+    const plain = ["mha", "mlp"].every((side) => bars[side].every((bar) => !bar.hand && bar.units === this.unitsOfSlider(side)));
+    const [heads, channels] = plain ? ["", ""] : [textOfBars(bars.mha), textOfBars(bars.mlp)];
+    this.view = { ...this.view, heads, channels };
+  }
+
+  // Gives a bar back to the sliders and the allocator.
+  giveBack(side, layer) {
+    if (!this.byHand) return;
+    this.setBar(side, layer, this.unitsOfSlider(side), false);
+    this.rest();
+  }
+
+  // A slider has moved: the bars of its module that no hand has set go with it.
+  followBudget(side) {
+    if (!this.byHand) return;
+    const bars = this.unitsNow();
+    bars[side] = bars[side].map((bar) => (bar.hand ? bar : { units: this.unitsOfSlider(side), hand: false }));
+    this.takeBars(bars);
+  }
+
+  uniformAgain() {
+    this.view = { ...this.view, heads: "", channels: "" };
+    const { choices } = this.data;
+    this.asked = choices.widths && choices.widths !== "uniform" ? { ...choices, widths: "uniform" } : null;
+    this.show();
+    if (!this.asked) {
+      this.rest();
+      return;
+    }
+    clearTimeout(this.timer);
+    this.tell(this.asked);
+  }
+
+  layerParameters(layer, own) {
+    const { data } = this;
+    return ["mha", "mlp"].reduce((sum, side) => {
+      const table = data.skyline[side], bars = own[side];
+      const cut = bars.some((bar) => bar.units < table.most);
+      const added = cut ? table.bias_constant + table.bias_per_unit * bars[layer].units : 0;
+      return sum - (table.most - bars[layer].units) * table.per_unit.parameters + added;
+    }, data.layer_parameters);
+  }
+
+  readPrices() {
+    const { prices, skyline } = this.data, read = JSON.stringify(prices);
+    if (read === this.pricesRead) return;
+    this.pricesRead = read;
+    this.prices = prices && skyline.mha && {
+      mha: new Prices(prices.mha, skyline.mha.per_unit.parameters), mlp: new Prices(prices.mlp, skyline.mlp.per_unit.parameters),
+    };
+  }
+
+  // The price line of each module: one for both where heads are traded against channels.
+  priceLines(bars) {
+    const group = (side) => {
+      const free = bars[side].map((bar, layer) => (bar.hand ? -1 : layer)).filter((layer) => layer >= 0);
+      const all = bars[side].map((_, layer) => layer);
+      return {
+        prices: this.prices[side], units: bars[side].map((bar) => bar.units), free: free.length ? free : all,
+        least: this.data.skyline.floor * this.unitsOfSlider(side),
+      };
+    };
+    const sides = ["mha", "mlp"].filter((side) => bars[side].some((bar) => bar.units < this.data.skyline[side].most));
+    if (this.data.choices.widths === "traded" && !this.byHand) {
+      const line = multiplier(sides.map(group));
+      return { mha: sides.includes("mha") ? line : 0, mlp: sides.includes("mlp") ? line : 0 };
+    }
+    return { mha: sides.includes("mha") ? multiplier([group("mha")]) : 0, mlp: sides.includes("mlp") ? multiplier([group("mlp")]) : 0 };
+  }
+
+  conclusionOfBars(side) {
+    const { data, widths } = this, dense = (side === "mha" ? data.mha[0] : data.mlp).options[0].width;
+    const name = SIDE_NAMES[side], own = this.ownUnits();
+    if (data.mha.length > 1 && side === "mha") return `${name}: auto has not decided; at most what is drawn.`;
+    if (this.undecided) return `${name}: each layer's width is chosen when the cut is measured; drawn is the mean.`;
+    const least = Math.min(...widths[side]), mean = widths[side].reduce((sum, width) => sum + width, 0) / widths[side].length / dense;
+    if (!own || least === Math.max(...widths[side])) return `${name}: every layer keeps ${PERCENT.format(least / dense)} of its width.`;
+    const table = data.skyline[side], layer = widths[side].indexOf(least);
+    const set = own[side].filter((bar) => bar.hand).length;
+    return `${name}: ${PERCENT.format(mean)} of the width stays; layer ${layer} keeps least, ${own[side][layer].units.toLocaleString("en")} of ${table.most.toLocaleString("en")} ${UNIT_NAMES[side]}.`
+      + (set ? ` ${set} set by hand.` : "");
+  }
+
+  writeSkyline() {
+    const { data, layer } = this, own = this.ownUnits(), { fixed } = data.skyline;
+    this.undecided = !own && data.choices.widths !== undefined && data.choices.widths !== "uniform" && (this.view.mha > 0 || this.view.mlp > 0);
+    const box = this.find(".skylines"), bars = fixed ? null : this.unitsNow();
+    box.dataset.fixed = fixed ? "yes" : "no";
+    this.find('[data-do="fill"]').setAttribute("aria-disabled", Boolean(fixed) || data.filling);
+    this.find('[data-do="uniform"]').setAttribute("aria-disabled", !this.byHand && (data.choices.widths ?? "uniform") === "uniform");
+    this.lines = this.prices && bars ? this.priceLines(bars) : null;
+    const parts = [];
+    for (const side of ["mha", "mlp"]) {
+      const module = this.find(`.module[data-side="${side}"]`), words = (name, text) => { module.querySelector(`[data-of="${name}"]`).textContent = text; };
+      words("bars", this.conclusionOfBars(side));
+      for (const name of ["losses", "prices"]) {
+        module.querySelector(`canvas.${name}`).hidden = !this.lines;
+        module.querySelector(`[data-of="${name}"]`).hidden = !this.lines;
+      }
+      const canvas = module.querySelector(".bars");
+      if (bars) {
+        const bar = bars[side][layer], table = data.skyline[side];
+        const said = `Layer ${layer}: ${bar.units.toLocaleString("en")} of ${table.most.toLocaleString("en")} ${UNIT_NAMES[side]}${bar.hand ? ", set by hand" : ""}`;
+        canvas.setAttribute("aria-valuemin", table.least);
+        canvas.setAttribute("aria-valuemax", table.most);
+        canvas.setAttribute("aria-valuenow", bar.units);
+        canvas.setAttribute("aria-valuetext", said);
+      }
+      canvas.setAttribute("aria-disabled", Boolean(fixed));
+      if (!this.lines) continue;
+      this.writeLosses(side, bars[side], words);
+      parts.push(this.layerInWords(side, bars[side]));
+    }
+    this.find(".pricing").hidden = Boolean(fixed) || Boolean(this.prices);
+    this.find('[data-do="price"]').setAttribute("aria-disabled", Boolean(data.pricing.busy));
+    this.find(".pricing-words").textContent = data.pricing.words;
+    const how = "Drag a bar, or walk to it by ← and → and change it by ↑ and ↓ (finely with Shift); Delete or a double click gives it back. ▾ marks bars that a hand has set.";
+    this.find(".skyline-words").textContent = fixed ? `Bars show what stays of each layer's width. They cannot be set by hand here. ${fixed}`
+      : `${parts.length ? `Layer ${layer}: ${parts.join("; ")}. ` : ""}${how}`;
+  }
+
+  writeLosses(side, bars, words) {
+    const losses = bars.map((bar, layer) => this.prices[side].at(layer, bar.units));
+    const total = losses.reduce((sum, loss) => sum + loss, 0), most = losses.indexOf(Math.max(...losses));
+    const line = this.lines[side];
+    words("losses", total > 0 ? `Predicted damage, nats a token: layer ${most} loses most, ${inFewDigits(losses[most])} of ${inFewDigits(total)} in all.` : "Predicted damage, nats a token: none.");
+    if (!(line > 0)) {
+      words("prices", "Price of a million parameters, nats a token, by layer: nothing is cut.");
+      return;
+    }
+    const off = (which) => bars.map((bar, layer) => (sideOfLine(this.prices[side].range(layer, bar.units), line) === which ? layer : -1)).filter((layer) => layer >= 0);
+    const [widen, narrow] = [off(1), off(-1)];
+    const advice = [widen.length && `${layersInWords(widen)} (full, above) would be worth widening`, narrow.length && `${layersInWords(narrow)} (outlined, below) narrowing`].filter(Boolean);
+    words("prices", `Price of a million parameters, nats a token, by layer; the line is the budget's, ${inFewDigits(line * MILLION)}. `
+      + (advice.length ? `Layers ${advice.join(", ")}.` : "Every layer is at the width that this price asks for."));
+  }
+
+  layerInWords(side, bars) {
+    const { layer } = this, { units, hand } = bars[layer], price = this.prices[side].range(layer, units);
+    const slopes = [price.save !== null && `widening it would save ${inFewDigits(price.save * MILLION)}`, price.lose !== null && `narrowing it lose ${inFewDigits(price.lose * MILLION)}`].filter(Boolean);
+    return `${SIDE_NAMES[side]} ${units.toLocaleString("en")}${hand ? " by hand" : ""} loses ${inFewDigits(this.prices[side].at(layer, units))} nats, ${slopes.join(", ")} a million parameters`;
+  }
+
+  drawSkyline() {
+    const { data, widths, ink, layer } = this, bars = data.skyline.fixed ? null : this.unitsNow();
+    for (const side of ["mha", "mlp"]) {
+      const module = this.find(`.module[data-side="${side}"]`), dense = (side === "mha" ? data.mha[0] : data.mlp).options[0].width;
+      const hand = bars ? bars[side].map((bar) => bar.hand) : Array(data.layers).fill(false);
+      const open = this.undecided || (side === "mha" && data.mha.length > 1);
+      drawBars(module.querySelector(".bars"), side, widths[side].map((width) => width / dense), hand, ink, layer, open);
+      if (!this.lines) continue;
+      drawLosses(module.querySelector(".losses"), side, bars[side].map((bar, place) => this.prices[side].at(place, bar.units)), ink, layer);
+      drawPrices(module.querySelector(".prices"), side, bars[side].map((bar, place) => rangeOf(this.prices[side].range(place, bar.units))), this.lines[side], ink, layer);
+    }
   }
 
   // --- history ----------------------------------------------------------------------------
@@ -198,7 +448,10 @@ class LiveView {
 
   async copyLink(button) {
     const link = new URL(window.location.href);
-    for (const [name, value] of Object.entries({ ...this.data.choices, ...this.view })) link.searchParams.set(name, value);
+    for (const [name, value] of Object.entries({ ...this.data.choices, ...this.view })) {
+      if (value === "") link.searchParams.delete(name);
+      else link.searchParams.set(name, value);
+    }
     const field = this.find(".address");
     field.value = link.href;
     try {
@@ -220,6 +473,7 @@ class LiveView {
       this.write();
       this.draw();
       this.find(".live").dataset.choices = Object.values(this.data.choices).join(",");
+      this.find(".live").dataset.widths = `${this.view.heads}|${this.view.channels}`;
       this.find(".live").dataset.shown = `${this.view.mha},${this.view.mlp},${this.view.context}`;
     });
   }
@@ -229,9 +483,50 @@ class LiveView {
     return { mha: data.mha.map((side) => side.options[side.option_at[view.mha]]), mlp: data.mlp.options[data.mlp.option_at[view.mlp]] };
   }
 
+  // The widths of single layers, where they are not simply those of the sliders: as a hand has set
+  // them, or as the allocator has chosen them for these ratios.
+  ownUnits() {
+    const { data, view } = this, { decided } = data;
+    if (!data.skyline.mha) return null;
+    const heads = barsOf(view.heads), channels = barsOf(view.channels);
+    if (heads?.length === data.layers && channels?.length === data.layers) return { mha: heads, mlp: channels };
+    if (decided && decided.mha === view.mha && decided.mlp === view.mlp) return { mha: barsOf(decided.heads), mlp: barsOf(decided.channels) };
+    return null;
+  }
+
+  get byHand() {
+    return this.data.skyline.mha !== undefined && this.view.heads !== "";
+  }
+
+  // Of each layer: the width of both waists, and the option of the heads' map.
+  layerWidths() {
+    const { data } = this, { mha, mlp } = this.optionsAt(), own = this.ownUnits();
+    const same = (value) => Array(data.layers).fill(value);
+    if (!own) {
+      return {
+        mha: same(Math.max(...mha.map((option) => option.width))), mlp: same(mlp.width),
+        mhaOption: data.mha.length === 1 ? same(data.mha[0].option_at[this.view.mha]) : null,
+      };
+    }
+    const headDim = data.mha[0].options[0].width / data.skyline.mha.most, options = data.mha[0].options;
+    const widths = own.mha.map((bar) => bar.units * headDim);
+    const optionOf = (width) => {
+      const place = options.findIndex((option) => option.width <= width);
+      return place < 0 ? options.length - 1 : place;
+    };
+    return { mha: widths, mlp: own.mlp.map((bar) => bar.units), mhaOption: widths.map(optionOf) };
+  }
+
+  costs() {
+    const own = this.ownUnits();
+    if (!own) return costsAt(this.data, this.view);
+    return [costOfLayers(this.data, { mha: own.mha.map((bar) => bar.units), mlp: own.mlp.map((bar) => bar.units) })];
+  }
+
   write() {
     const { data, view } = this;
     const { mha, mlp } = this.optionsAt();
+    this.widths = this.layerWidths();
     for (const side of ["mha", "mlp"]) {
       const box = this.find(`.slider[data-side="${side}"]`), input = this.inputs[side];
       if (Number(input.value) !== view[side]) input.value = view[side];
@@ -240,10 +535,11 @@ class LiveView {
       const words = side === "mlp" ? mlp.words : data.mha.map((table, index) =>
         (data.mha.length > 1 ? `${table.granularity}: ` : "") + mha[index].words).join(" ");
       input.setAttribute("aria-valuetext", `${view[side]} percent. ${words}`);
-      box.querySelector(".words").textContent = `${words} ${side === "mlp" ? data.mlp.possible : data.mha.length > 1 ? data.undecided : data.mha[0].possible}`;
+      const budget = this.byHand ? "The budget; the bars below are cut. " : "";
+      box.querySelector(".words").textContent = `${budget}${words} ${side === "mlp" ? data.mlp.possible : data.mha.length > 1 ? data.undecided : data.mha[0].possible}`;
     }
     if (this.root.activeElement !== this.inputs.context) this.inputs.context.value = view.context;
-    const every = costsAt(data, view).map((cost) => figuresOf(data, cost, view.context));
+    const every = this.costs().map((cost) => figuresOf(data, cost, view.context));
     const whole = figuresOf(data, data.dense, view.context);
     for (const name of Object.keys(whole)) {
       const values = every.map((figures) => figures[name]), value = this.find(`[data-figure="${name}"]`);
@@ -253,9 +549,10 @@ class LiveView {
       this.find(`[data-note="${name}"]`).textContent = changeInWords(values, whole[name]);
     }
     this.writePrediction();
+    this.writeSkyline();
     this.find(".reading").textContent = data.serving;
     for (const button of this.root.querySelectorAll(".presets button"))
-      button.setAttribute("aria-pressed", Number(button.dataset.mha) === view.mha && Number(button.dataset.mlp) === view.mlp);
+      button.setAttribute("aria-pressed", !this.byHand && Number(button.dataset.mha) === view.mha && Number(button.dataset.mlp) === view.mlp);
     this.find('[data-do="undo"]').setAttribute("aria-disabled", this.step <= 0);
     this.find('[data-do="redo"]').setAttribute("aria-disabled", this.step >= this.history.length - 1);
     this.writeLayer(mha, mlp);
@@ -264,8 +561,9 @@ class LiveView {
 
   writePrediction() {
     const { data, view } = this;
-    const predicted = predictionAt(data, view), measured = measuredAt(data, view);
-    const nothing = view.mha === 0 && view.mlp === 0;
+    const predicted = this.byHand ? null : predictionAt(data, view);
+    const measured = this.byHand ? measuredByHand(data, view) : measuredAt(data, view);
+    const nothing = view.mha === 0 && view.mlp === 0 && !this.byHand;
     const value = this.find('[data-figure="predicted"]'), note = this.find('[data-note="predicted"]');
     const scale = data.dense_perplexity ?? 1, unit = data.dense_perplexity ? "" : " × dense";
     const between = ({ low, high }, scale) => `${(low * scale).toFixed(2)} to ${(high * scale).toFixed(2)}`;
@@ -282,22 +580,25 @@ class LiveView {
     value.value = shown ?? "";
     value.classList.toggle("none", shown == null);
     value.textContent = shown != null ? (shown * scale).toFixed(2) + unit
-      : data.mha.length > 1 ? "not predicted while auto is undecided" : nothing ? "nothing is cut" : data.unpredicted;
+      : data.mha.length > 1 ? "not predicted while auto is undecided" : nothing ? "nothing is cut" : this.byHand ? data.unpredicted_by_hand : data.unpredicted;
     note.textContent = parts.join("\n");
   }
 
   writeLayer(mha, mlp) {
-    const { data, layer, tables } = this;
-    const input = this.find("#live-layer");
+    const { data, layer, tables, widths } = this;
+    const input = this.find("#live-layer"), own = this.ownUnits();
+    const [mhaWidths, mlpWidth] = own ? [[widths.mha[layer]], widths.mlp[layer]] : [mha.map((option) => option.width), mlp.width];
+    const parameters = own ? [this.layerParameters(layer, own)]
+      : mha.map((option) => data.layer_parameters - (option.saving.parameters + mlp.saving.parameters) / data.layers);
     input.max = data.layers - 1;
     if (this.root.activeElement !== input) input.value = layer;
     const rows = [
-      ["MHA width", `${mha.map((option) => option.width.toLocaleString("en")).filter(unique).join(" or ")} of ${data.mha[0].options[0].width.toLocaleString("en")}`],
-      ["MLP width", `${mlp.width.toLocaleString("en")} of ${data.mlp.options[0].width.toLocaleString("en")}`],
-      ["Parameters", mha.map((option) => (data.layer_parameters - (option.saving.parameters + mlp.saving.parameters) / data.layers).toLocaleString("en")).filter(unique).join(" or ")],
+      ["MHA width", `${mhaWidths.map((width) => width.toLocaleString("en")).filter(unique).join(" or ")} of ${data.mha[0].options[0].width.toLocaleString("en")}`],
+      ["MLP width", `${mlpWidth.toLocaleString("en")} of ${data.mlp.options[0].width.toLocaleString("en")}`],
+      ["Parameters", parameters.map((count) => count.toLocaleString("en")).filter(unique).join(" or ")],
     ];
     if (tables && data.mha.length === 1) {
-      const option = data.mha[0].option_at[this.view.mha];
+      const option = widths.mhaOption[layer];
       const gone = Array.from({ length: data.heads }, (_, head) => head).filter((head) => tables.staysUntil[layer * data.heads + head] < option);
       rows.push(["Heads removed", gone.length ? `${gone.length}: ${gone.join(", ")}` : "none"]);
       rows.push(["MHA energy", PERCENT.format(this.energy("mha")[layer])]);
@@ -314,8 +615,8 @@ class LiveView {
     const { data } = this;
     const width = data.mlp.options[0].width, removed = width - mlp.width;
     this.find('[data-caption="heads"]').textContent = data.heads_caption;
-    this.find('[data-caption="channels"]').textContent = removed
-      ? `MLP channels, best first: the last ${removed.toLocaleString("en")} are removed` : "MLP channels, best first: all are kept";
+    this.find('[data-caption="channels"]').textContent = this.ownUnits() ? "MLP channels, best first: each layer keeps those before its line"
+      : removed ? `MLP channels, best first: the last ${removed.toLocaleString("en")} are removed` : "MLP channels, best first: all are kept";
     this.find(".curve-title").textContent = data.maps ? `Channel scores of layer ${this.layer}` : "";
     if (this.legendsFor === this.mapsRead) return;
     this.legendsFor = this.mapsRead;
@@ -328,39 +629,47 @@ class LiveView {
       legend.innerHTML = scale ? { linear: `0 ${ramp} layer's best`, log: `≤ 0.001 ${ramp} layer's best`, order: `first removed ${ramp} last` }[scale] : "";
   }
 
+  // Of each layer, at its own width; between two options of the sliders along a line.
   energy(side) {
-    const { data, tables, view } = this;
-    const option = (side === "mha" ? data.mha[0] : data.mlp).option_at[view[side]];
-    const shares = tables.energy[side].subarray(option * data.layers, (option + 1) * data.layers);
-    return Array.from(shares, (share) => share / 65535);
+    const { data, tables, widths } = this;
+    const { options } = side === "mha" ? data.mha[0] : data.mlp;
+    const share = (option, layer) => tables.energy[side][option * data.layers + layer] / 65535;
+    return widths[side].map((width, layer) => {
+      const narrower = options.findIndex((option) => option.width <= width);
+      if (narrower < 0) return share(options.length - 1, layer);
+      const over = options[narrower - 1], at = options[narrower].width;
+      if (at === width || !over) return share(narrower, layer);
+      return share(narrower, layer) + (width - at) / (over.width - at) * (share(narrower - 1, layer) - share(narrower, layer));
+    });
   }
 
   draw() {
-    if (!this.data || !this.find(".live").clientWidth) return;
+    if (!this.widths || !this.find(".live").clientWidth) return;
     const { data, tables, ink, layer, view } = this;
-    const { mha, mlp } = this.optionsAt();
-    const decided = data.mha.length === 1, kept = mlp.width / data.mlp.options[0].width;
-    const waists = { mha: Math.max(...mha.map((option) => option.width)), mlp: mlp.width };
-    for (const side of ["mha", "mlp"]) drawStrip(this.find(`.slider[data-side="${side}"] .strip`), data, side, view, ink);
+    const { widths } = this, denseMlp = data.mlp.options[0].width;
+    const decided = data.mha.length === 1, kept = widths.mlp.map((width) => width / denseMlp);
+    const waists = { mha: widths.mha[layer], mlp: widths.mlp[layer] };
+    for (const side of ["mha", "mlp"]) drawStrip(this.find(`.slider[data-side="${side}"] .strip`), data, side, view, ink, !this.byHand);
+    this.drawSkyline();
     drawLayer(this.find("canvas.layer"), data, waists, ink);
-    drawAnatomy(this.find("canvas.anatomy"), data, waists, ink, layer);
+    drawAnatomy(this.find("canvas.anatomy"), data, widths, ink, layer);
     if (tables) {
-      drawHeads(this.find("canvas.heads"), data, tables, decided ? data.mha[0].option_at[view.mha] : null, ink, layer);
+      drawHeads(this.find("canvas.heads"), data, tables, widths.mhaOption, ink, layer);
       drawChannels(this.find("canvas.channels"), data, this.image, kept, ink, layer);
       drawEnergy(this.find("canvas.energy"), data, decided ? this.energy("mha") : null, this.energy("mlp"), ink, layer);
-      drawCurve(this.find("canvas.curve"), tables, layer, kept, ink);
+      drawCurve(this.find("canvas.curve"), tables, layer, kept[layer], ink);
     } else {
       for (const name of ["heads", "channels", "energy"]) waiting(this.find(`canvas.${name}`), rowHeight(data.layers) * data.layers, data.waiting, ink);
       prepared(this.find("canvas.curve"));
     }
     const summary = this.summary();
-    for (const canvas of this.root.querySelectorAll("canvas")) canvas.setAttribute("aria-label", `${canvas.className}: ${summary}`);
+    for (const canvas of this.root.querySelectorAll("canvas:not(.bars)")) canvas.setAttribute("aria-label", `${canvas.className}: ${summary}`);
   }
 
   summary() {
     const { view } = this;
     const text = (name) => this.find(`[data-figure="${name}"]`).textContent;
-    const words = ["mha", "mlp"].map((side) => this.inputs[side].getAttribute("aria-valuetext"));
+    const words = ["mha", "mlp"].map((side) => this.byHand ? this.conclusionOfBars(side) : this.inputs[side].getAttribute("aria-valuetext"));
     return `MHA ${words[0]} MLP ${words[1]} ${text("parameters")} parameters, KV cache ${text("kv")} at ${view.context} tokens. Perplexity: ${text("predicted")}.`;
   }
 }

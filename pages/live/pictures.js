@@ -52,10 +52,11 @@ function drawAnatomy(canvas, data, waists, ink, chosen) {
   marked(pen, chosen, row, width, ink);
   pen.fillStyle = ink.stream;
   pen.fillRect(middle - stream / 2, 0, stream, height);
+  // `waists` has both widths of every layer.
   for (let layer = 0; layer < data.layers; layer++) {
     const top = layer * row;
     const dense = [data.mha[0].options[0].width, data.mlp.options[0].width];
-    [waists.mha, waists.mlp].forEach((waist, place) => {
+    [waists.mha[layer], waists.mlp[layer]].forEach((waist, place) => {
       const at = top + place * row / 2, tall = row / 2 - (row > 10 ? 1 : 0);
       module(pen, middle, at, tall, stream, dense[place] * scale, ink.gone);
       module(pen, middle, at, tall, stream, waist * scale, place ? ink.mlp : ink.mha);
@@ -95,14 +96,15 @@ function colourOf(ramp, share) {
   return ramp[Math.round(share * (ramp.length - 1))];
 }
 
-function drawHeads(canvas, data, tables, option, ink, chosen) {
+// `options` are those of the layers, null where they are not decided.
+function drawHeads(canvas, data, tables, options, ink, chosen) {
   const row = rowHeight(data.layers);
   const { pen, width } = prepared(canvas, row * data.layers);
   marked(pen, chosen, row, width, ink);
   const count = data.heads, cell = (width - 1) / count, gap = cell > 5 && row > 8 ? 1 : 0;
   for (let layer = 0; layer < data.layers; layer++) {
     for (let head = 0; head < count; head++) {
-      const place = layer * count + head, stays = option === null || tables.staysUntil[place] >= option;
+      const place = layer * count + head, stays = options === null || tables.staysUntil[place] >= options[layer];
       const [x, y] = [head * cell, layer * row];
       const [w, h] = [cell - gap, row - gap];
       pen.fillStyle = colourOf(ink.ramp, tables.heads[place] / 255);
@@ -127,18 +129,20 @@ function channelImage(data, tables, ink) {
   return canvas;
 }
 
+// `kept` is each layer's share of its channels.
 function drawChannels(canvas, data, image, kept, ink, chosen) {
   const row = rowHeight(data.layers);
   const { pen, width, height } = prepared(canvas, row * data.layers);
   pen.imageSmoothingEnabled = false;
   pen.drawImage(image, 0, 0, width, height);
-  const cut = kept * width;
-  if (kept < 1) {
+  kept.forEach((share, layer) => {
+    if (share >= 1) return;
+    const cut = share * width;
     pen.fillStyle = ink.veil;
-    pen.fillRect(cut, 0, width - cut, height);
+    pen.fillRect(cut, layer * row, width - cut, row);
     pen.fillStyle = ink.mlp;
-    pen.fillRect(cut - 1, 0, 2, height);
-  }
+    pen.fillRect(cut - 1, layer * row, 2, row);
+  });
   pen.strokeStyle = ink.text;
   pen.strokeRect(0.5, chosen * row + 0.5, width - 1, row - 1);
 }
@@ -188,7 +192,8 @@ function drawCurve(canvas, tables, layer, kept, ink) {
 }
 
 // Perplexity along one slider, with the other slider at its present position.
-function drawStrip(canvas, data, side, view, ink) {
+// `here` says whether that is the cut in view, and not only its budget.
+function drawStrip(canvas, data, side, view, ink, here) {
   const { pen, width, height } = prepared(canvas);
   const at = (place) => 8 + place / 95 * (width - 16);
   const along = Array.from({ length: 96 }, (_, place) => predictionAt(data, { ...view, [side]: place }));
@@ -231,8 +236,8 @@ function drawStrip(canvas, data, side, view, ink) {
     pen.beginPath(); pen.arc(at(place), y(ratio), 4, 0, 2 * Math.PI);
     pen.fillStyle = fill; pen.strokeStyle = ink.text; pen.fill(); pen.stroke();
   };
-  const here = along[view[side]];
-  if (here) dot(view[side], here.mid, ink[side]);
+  const now = along[view[side]];
+  if (here && now) dot(view[side], now.mid, ink[side]);
   dots.forEach(([place, point]) => dot(place, point.ratio, ink.paper));
   // Labels are drawn last, with an outline in the background colour, over the band.
   pen.save();

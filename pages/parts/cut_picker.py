@@ -4,9 +4,15 @@ import streamlit as st
 
 from pages.parts.progress import require_bench, require_prepared
 from pages.server.points import asked_by, find_cut, find_point
-from pages.server.request import Cut, first_look
+from pages.server.request import Cut, first_look, layers_in_words
 from pages.server.visits import points, visit
 from transact_core.experiments.bench import Bench, Measurement
+
+WIDTHS_IN_WORDS = {
+    "allocated": "widths allocated",
+    "traded": "widths traded",
+    "by-hand": "widths by hand",
+}
 
 
 def require_cut(key: str) -> tuple[Bench, Cut]:
@@ -43,10 +49,19 @@ def choose_cut(bench: Bench) -> Cut:
     return st.selectbox("Cut", cuts, format_func=described.__getitem__)
 
 
+def widths_in_words(cut: Cut) -> str:
+    """How widths were given to layers, as the end of a description; empty where all are alike."""
+    if cut.widths == "uniform":
+        return ""
+    whole = f", layers {layers_in_words(cut.keep_layers)} whole" if cut.keep_layers else ""
+    return f" · {WIDTHS_IN_WORDS[cut.widths]}{whole}"
+
+
 def in_words(cut: Cut) -> str:
     return (
         f"MHA {cut.mha_ratio:.0%}, MLP {cut.mlp_ratio:.0%} · {cut.granularity} · "
         f"{cut.importance} · {cut.recovery}"
         + (f" · {cut.steps} steps" if cut.steps > 1 else "")
         + (" · sequential" if cut.sequential else "")
+        + widths_in_words(cut)
     )

@@ -23,6 +23,17 @@ RECOVERY_HELP = (
     "fits `o_proj` and `down_proj` anew; `bias` adds the mean of the missing output as a bias, "
     "which adds parameters; `none` leaves the bare cut."
 )
+WIDTHS_HELP = (
+    "How much each layer keeps. `uniform` keeps the same widths in every layer, and the folder "
+    "loads in stock transformers; `allocated` gives each layer its own, as many heads and channels "
+    "in all, where their loss hurts the predictions least; `traded` as many parameters in all, "
+    "heads against channels. What each layer's cut loses is measured first, on held-out text, "
+    "which takes about as long as several cuts. A bar that is dragged below replaces this choice."
+)
+KEEP_LAYERS_HELP = (
+    "Layers that are not cut at all, counted from 0, with commas between them; the others then "
+    "lose more. With the widths allocated or traded."
+)
 MULTIPLE_HELP = "The MLP's width is rounded to a multiple of this; runtimes like 8, 32, 64 or 256."
 _MEASURES = {
     "activation": "how large a unit's activation is over the calibration text (TransAct)",

@@ -6,7 +6,7 @@ Plotly's own script, which are passed as markup.
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -203,17 +203,34 @@ def _cut_in_words(bench: Bench, plan: PruningPlan) -> str:
         return "Nothing: at these ratios the model is the dense one."
     return (
         f"In each of {shape.num_hidden_layers} layers, inside attention and MLP; the residual "
-        f"stream of {shape.hidden_size:,} stays whole. Attention keeps {left.num_attention_heads} "
-        f"of {shape.num_attention_heads} query heads over {left.num_key_value_heads} of "
+        f"stream of {shape.hidden_size:,} stays whole. Attention keeps "
+        f"{_span(layer.num_attention_heads for layer in left.layers)} of "
+        f"{shape.num_attention_heads} query heads over "
+        f"{_span(layer.num_key_value_heads for layer in left.layers)} of "
         f"{shape.num_key_value_heads} KV heads, {left.head_dim} of {shape.head_dim} dims in each; "
-        f"the MLP keeps {left.intermediate_size:,} of {shape.intermediate_size:,} channels. Which "
-        "ones differs from layer to layer."
+        f"the MLP keeps {_span(layer.intermediate_size for layer in left.layers)} of "
+        f"{shape.intermediate_size:,} channels. Which "
+        + ("ones differs" if left.uniform else "ones, and how many, differs")
+        + " from layer to layer."
     )
+
+
+def _span(counts: Iterable[int]) -> str:
+    """A number, or from the smallest to the largest."""
+    least, *_, most = sorted([*counts] * 2)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _cut_figures(bench: Bench, plan: PruningPlan) -> list[Figure]:
     shape = bench.loaded.architecture
     figures = []
+    if not plan.applied_to(shape).uniform:
+        figures.append(
+            (
+                plan_charts.layer_widths(plan, shape),
+                "each pair of bars is a layer; what is missing to 100 % is removed.",
+            )
+        )
     if plan.granularity == "head-dims" and plan.head_dim:
         pairs = bench.pairs()
         figures.append(
@@ -223,13 +240,14 @@ def _cut_figures(bench: Bench, plan: PruningPlan) -> list[Figure]:
             )
         )
     elif plan.cuts_mha(shape):
-        removed = shape.num_attention_heads - plan.num_attention_heads
+        heads = shape.num_attention_heads
+        removed = _span(heads - len(layer.kept_heads) for layer in plan.layers)
         figures.append(
             (
                 charts.head_map(
                     bench.scores(plan.importance).heads.numpy(),
                     plan,
-                    f"{removed} of {shape.num_attention_heads} heads are removed in each layer (×)",
+                    f"{removed} of {heads} heads are removed in each layer (×)",
                 ),
                 f"dark heads have low {plan.importance} scores; crossed-out heads are removed.",
             )

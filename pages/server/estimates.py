@@ -7,10 +7,17 @@ import numpy as np
 from pages.server.open_models import workbench
 from pages.server.request import Cut, Request, first_look
 from pages.server.visits import points
+from transact_core.experiments.allocate import (
+    KINDS_OF_TEXT,
+    TRIALS,
+    WINDOW_TOKENS,
+    WINDOWS_A_KIND,
+    fitted_on,
+)
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.experiments.sweep import Pair
 from transact_core.planning.damage import NARROW_RATIOS
-from transact_core.planning.duration import Feed, cut_flops
+from transact_core.planning.duration import Feed, cut_flops, pricing_flops, trial_flops
 from transact_core.pruning.plan import widths
 
 AUTO_TIMES = 3
@@ -39,11 +46,43 @@ def cuts_seconds(
     pace = workbench().pace(request)
     if pace is None:
         return None
+    looked_at = first_look(choices)
+    repairs = sum(_cut_flops(bench, pair, looked_at) for pair in ratios)
+    allocating = 0.0
+    if choices.widths in ("allocated", "traded"):
+        allocating = allocating_seconds(bench, request, ratios, choices)
+        allocating += pricing_seconds(bench, request, choices) or 0.0
     times = choices.steps
     times *= AUTO_TIMES if choices.granularity == "auto" else 1
     times *= SEQUENTIAL_TIMES if choices.sequential else 1
-    looked_at = first_look(choices)
-    return times * sum(_cut_flops(bench, pair, looked_at) for pair in ratios) / pace
+    return times * repairs / pace + allocating
+
+
+def allocating_seconds(
+    bench: Bench, request: Request, ratios: Sequence[Pair], choices: Choices
+) -> float | None:
+    """Of the trial cuts by which widths are chosen; None while nothing is timed."""
+    pace = workbench().pace(request)
+    if pace is None:
+        return None
+    return sum(_trials_flops(bench, pair, first_look(choices)) for pair in ratios) / pace
+
+
+def pricing_seconds(bench: Bench, request: Request, choices: Choices) -> float | None:
+    """Of measuring what the cuts of single layers lose, and the errors of all widths where they are
+    not known; None while nothing is timed."""
+    pace = workbench().pace(request)
+    if pace is None or workbench().prices(request, choices) is not None:
+        return None if pace is None else 0.0
+    errors = (
+        0.0
+        if bench.damage_known(first_look(choices))
+        else learning_seconds(bench, request, first_look(choices))
+    )
+    flops = pricing_flops(
+        bench.loaded.architecture, choices.recovery, _fitted_on(bench), _held_out(bench)
+    )
+    return (errors or 0.0) + flops / pace
 
 
 def learning_seconds(bench: Bench, request: Request, choices: Choices) -> float | None:
@@ -64,6 +103,24 @@ def pace_in_words(request: Request) -> str:
         f"Estimated from the work's FLOPs at the {pace / 1e9:,.0f} GFLOP/s at which this machine "
         "ran the dense model; an order of magnitude: seconds, minutes or hours."
     )
+
+
+def _fitted_on(bench: Bench) -> Feed:
+    """What repairs are fitted on where widths are allocated."""
+    windows = fitted_on(bench.calibration)
+    return Feed(windows.tokens, windows.sequence_length)
+
+
+def _held_out(bench: Bench) -> Feed:
+    """The held-out windows that widths are allocated by, where each text has enough."""
+    length = min(WINDOW_TOKENS, bench.calibration.sequence_length)
+    return Feed(KINDS_OF_TEXT * WINDOWS_A_KIND * length, length)
+
+
+def _trials_flops(bench: Bench, ratios: Pair, choices: Choices) -> float:
+    shape = bench.loaded.architecture
+    cut = widths(shape, *ratios, choices.granularity, choices.multiple_of).applied_to(shape)
+    return TRIALS * trial_flops(shape, cut, choices.recovery, _fitted_on(bench), _held_out(bench))
 
 
 def _cut_flops(bench: Bench, ratios: Pair, choices: Choices) -> float:

@@ -17,12 +17,13 @@ import torch
 
 from pages.server import libraries
 from pages.server.jobs import DONE, STOPPING_SECONDS, Job, JobQueue
-from pages.server.request import Request, first_look, what_to_learn
+from pages.server.request import Request, first_look, what_to_learn, what_to_price
 from pages.server.settings import require_readable_source, require_readable_text, settings
 from pages.server.visitors import Visitor, size_of
 from transact_core.base.errors import Progress
 from transact_core.base.files import sha256_of_text
 from transact_core.experiments import results
+from transact_core.experiments.allocate import Laws
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.models.devices import resolve_device
 from transact_core.planning.duration import Feed, damage_flops
@@ -66,6 +67,8 @@ class Opening:
     """The jobs that measured what plans need beyond the opening."""
     damages: dict[Choices, Job] = field(default_factory=dict)
     """The jobs that measured what a prediction needs."""
+    prices: dict[Choices, Laws] = field(default_factory=dict)
+    """What the cuts of single layers lose, by the choices that it depends on."""
 
 
 class Workbench:
@@ -263,6 +266,16 @@ class Workbench:
                     "Measuring what each layer loses", measure, background=True
                 )
             return job
+
+    def prices(self, request: Request, choices: Choices) -> Laws | None:
+        """What the cuts of single layers lose; None until that is measured."""
+        return self.open(request).prices.get(what_to_price(choices))
+
+    def keep_prices(self, request: Request, choices: Choices, prices: Laws) -> None:
+        """Notes them for every visitor of this request."""
+        with self._lock:
+            if request in self._openings:
+                self._openings[request].prices[what_to_price(choices)] = prices
 
     def _dense(self, request: Request, bench: Job) -> Job:
         def measure(report: Progress) -> None:

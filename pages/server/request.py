@@ -71,6 +71,23 @@ class Cut:
         return self.mha_ratio, self.mlp_ratio
 
     @property
+    def allocates(self) -> bool:
+        """Whether widths of their own are chosen for the layers, which takes measuring."""
+        return self.widths in ("allocated", "traded")
+
+    @property
+    def of_controls(self) -> "Cut":
+        """With uniform widths in place of those by hand, which no control can say."""
+        return replace(self, widths="uniform", by_hand=()) if self.by_hand else self
+
+    def by(self, importance: str, granularity: Granularity | None = None) -> "Cut":
+        """Scored by another importance, and with another granularity where one is given; widths by
+        hand are then given up, since they count what the old one leaves."""
+        if granularity in (None, self.granularity):
+            return replace(self, importance=importance)
+        return replace(self.of_controls, importance=importance, granularity=granularity)
+
+    @property
     def choices(self) -> Choices:
         return Choices(**{field.name: getattr(self, field.name) for field in fields(Choices)})
 
@@ -104,6 +121,11 @@ class Cut:
             "by_hand": tuple(map(tuple, stored.get("by_hand", ()))),
         }
         return cls(**{**stored, **lists})
+
+
+def layers_in_words(layers: tuple[int, ...]) -> str:
+    """Numbers of layers with commas between them, as they are typed."""
+    return ", ".join(map(str, layers))
 
 
 def choices_in_name(choices: Choices) -> str:

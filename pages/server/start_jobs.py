@@ -1,12 +1,13 @@
 """Jobs that pages start: a cut, a curve, an export."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from pages.server.jobs import Job, JobQueue, Work
 from pages.server.open_models import workbench
 from pages.server.points import add_point, kept_at_hand, measure, point_of
-from pages.server.request import Cut, first_look
+from pages.server.request import Cut, first_look, what_to_price
 from pages.server.settings import require_writable, settings
 from pages.server.visits import points, visit
 from pages.server.written import written_of
@@ -14,6 +15,7 @@ from transact_core.base.errors import Progress
 from transact_core.base.files import require_free_output
 from transact_core.experiments.bench import Bench, Choices, Measurement
 from transact_core.experiments.sweep import Pair, most_informative_first
+from transact_core.pruning.plan import ByHand
 from transact_core.workers import work
 
 FINISHED_JOBS_KEPT = 4
@@ -85,6 +87,43 @@ def start_curve(bench: Bench, ratios: list[Pair], choices: Choices) -> None:
         return len(missing)
 
     start(f"Curve up to {in_words(missing[0])}", measuring, ("curve", request))
+
+
+def start_pricing(choices: Choices) -> None:
+    """Measures what the cuts of single layers lose; once, however often it is asked for."""
+    request, wanted = visit().request, what_to_price(choices)
+    about = "prices", request, wanted
+    earlier = visit().latest_job(about)
+    if earlier is not None and not earlier.finished:
+        return
+
+    def pricing(report: Progress) -> None:
+        workbench().keep_prices(
+            request, wanted, workbench().run(request, work.price, report, wanted)
+        )
+
+    start("Measuring what each layer's cut loses", pricing, about)
+
+
+def start_filling(
+    ratios: Pair, choices: Choices, fixed: Mapping[str, Mapping[int, int]], about: Hashable
+) -> None:
+    """Chooses the widths of all layers that are not fixed, so that the ratios hold.
+
+    The job's result is the widths. What the cuts of single layers lose is measured on the way
+    where it is not known.
+    """
+    request, wanted = visit().request, replace(choices.of_uniform, steps=1, sequential=False)
+    earlier = visit().latest_job(about)
+    if earlier is not None and not earlier.finished:
+        return
+
+    def filling(report: Progress) -> ByHand:
+        laws, widths = workbench().run(request, work.fill, report, ratios, wanted, fixed)
+        workbench().keep_prices(request, wanted, laws)
+        return widths
+
+    start("Filling the rest of the budget", filling, about)
 
 
 def in_words(ratios: Pair) -> str:

@@ -10,6 +10,8 @@ import streamlit as st
 import torch
 
 from pages.live import KEY, Measured, Position, live, predicted, tables
+from pages.live.skyline import bar_tables
+from transact_core.experiments.bench import Choices
 from transact_core.forward.statistics import ActivationStatistics, ModuleStatistics
 from transact_core.importance.scores import Scores
 from transact_core.models.architecture import Architecture
@@ -45,7 +47,8 @@ def made(shape: str, granularity: Granularity) -> tuple:
     table = structure(architecture, granularity)
     energy = energy_kept(table, scores, statistics, architecture)
     drawn = maps(table, scores, architecture)
-    return table, tables(architecture, [table], drawn, energy, "float16")
+    bars = bar_tables(architecture, Choices(granularity=granularity))
+    return table, tables(architecture, [table], drawn, energy, "float16", bars)
 
 
 def restore() -> None:
@@ -82,7 +85,8 @@ def view() -> None:
     )
     st.session_state["rested"] = position
     runs = st.session_state["runs"] = st.session_state.get("runs", 0) + 1
-    st.text(f"rests at {asdict(position)}, run {runs}")
+    said = {name: value for name, value in asdict(position).items() if value != ""}
+    st.text(f"rests at {said}, run {runs}")
     if st.button("Put at 50"):
         st.session_state["start"] = (replace(position, mha=50, mlp=50), revision + 1)
         st.rerun(scope="fragment")

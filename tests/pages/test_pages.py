@@ -174,7 +174,14 @@ def test_an_address_reopens_its_view_and_nonsense_in_it_does_not_matter(open_pag
     )
     assert not page.exception
     given = live(page)
-    assert given["start"] == {"revision": 1, "mha": 50, "mlp": 30, "context": 4096}
+    assert given["start"] == {
+        "revision": 1,
+        "mha": 50,
+        "mlp": 30,
+        "context": 4096,
+        "heads": "",
+        "channels": "",
+    }
     assert given["choices"] == {
         "granularity": "kv-groups",
         "importance": "magnitude",
@@ -182,6 +189,8 @@ def test_an_address_reopens_its_view_and_nonsense_in_it_does_not_matter(open_pag
         "steps": 1,
         "multiple_of": 8,
         "sequential": False,
+        "widths": "uniform",
+        "keep_layers": "",
     }
     assert given["mlp_at"]["width"] == 32
     assert page.query_params["mlp"] == "30"

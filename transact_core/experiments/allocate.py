@@ -206,8 +206,8 @@ def allocated_plan(
     )
     table.layer_widths()  # refuses what does not fit before anything is priced
     held_out = HeldOut.of(bench.loaded.model, *price_windows(bench, progress))
-    fitted_on = _some(bench.calibration)
     table = _priced(bench, table, held_out, choices, progress)
+    windows = fitted_on(bench.calibration)
     tried: dict[tuple[LayerWidths, ...], float] = {}
     for trial in range(TRIALS):
         layers = table.layer_widths()
@@ -220,7 +220,7 @@ def allocated_plan(
         plan = plan_of_layers(uniform, scores, layers, architecture)
         require_memory(bench, plan, choices.recovery)
         dense = bench.loaded.model
-        cut, _ = repaired_cut(dense, plan, fitted_on, choices.recovery, dense.dtype, report)
+        cut, _ = repaired_cut(dense, plan, windows, choices.recovery, dense.dtype, report)
         divergence, parts = marginal_losses(bench.loaded.model, cut, held_out, report)
         # Kinds of text count the same, on whichever of them a cut loses more.
         tried[layers] = math.exp(float(held_out.by_kind(divergence).log().mean()))
@@ -239,9 +239,9 @@ def _priced(
     """With what each layer's module loses when it alone is cut."""
     orders = kept_first(bench.scores(choices.importance, progress), table.architecture)
     by_module = {"mha": orders["mha"][table.granularity], "mlp": orders["mlp"]["mlp"]}
-    fitted_on = _some(bench.calibration)
+    windows = fitted_on(bench.calibration)
     singles = {
-        name: _alone(bench, held_out, fitted_on, by_module[name], name, table, choices, progress)
+        name: _alone(bench, held_out, windows, by_module[name], name, table, choices, progress)
         for name in table.modules
     }
     return table.priced(_by_kind(held_out, singles))
@@ -315,7 +315,7 @@ def filled(
 def _alone(
     bench: Bench,
     held_out: HeldOut,
-    fitted_on: Windows,
+    windows: Windows,
     order: torch.Tensor,
     module: str,
     table: WidthTable,
@@ -326,7 +326,7 @@ def _alone(
     levels = table.modules[module].waist[table.modules[module].levels()].tolist()
     what = (
         f"what {module} alone loses at {levels} by {choices.importance}, {table.granularity}, "
-        f"seed {bench.seed}, {choices.recovery}, ridge {RIDGE}, {fitted_on.tokens} tokens, on "
+        f"seed {bench.seed}, {choices.recovery}, ridge {RIDGE}, {windows.tokens} tokens, on "
         f"{sha256_of_tokens(held_out.windows.ids)}, every {SCORED_EVERY}"
     )
 
@@ -334,18 +334,18 @@ def _alone(
         model = bench.loaded.model
         return {
             "losses": single_losses(
-                model, fitted_on, held_out, module, order, levels, choices.recovery, progress
+                model, windows, held_out, module, order, levels, choices.recovery, progress
             )
         }
 
     return bench.remember(what, measure)["losses"]
 
 
-def _some(windows: Windows) -> Windows:
-    """Every other window where there are many."""
-    if len(windows) < MANY_WINDOWS:
-        return windows
-    return replace(windows, ids=windows.ids[::2])
+def fitted_on(calibration: Windows) -> Windows:
+    """What prices and trial cuts are repaired on: every other window where there are many."""
+    if len(calibration) < MANY_WINDOWS:
+        return calibration
+    return replace(calibration, ids=calibration.ids[::2])
 
 
 def _by_kind(held_out: HeldOut, of_windows: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:

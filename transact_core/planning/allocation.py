@@ -43,7 +43,6 @@ class Item:
         stay = (self.widths >= least) | (self.widths == self.widths[-1])
         return Item(self.widths[stay], self.costs[stay], self.losses[stay])
 
-
     def only(self, width: float) -> "Item":
         """With this width alone."""
         stay = self.widths == width

@@ -6,7 +6,7 @@ Costs add up over the two modules, so each option's own saving is enough to work
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,9 +20,12 @@ from transact_core.pruning.plan import (
     Granularity,
     Widths,
     best_first,
+    channel_counts,
+    head_counts,
     kept_heads,
     value_dim_scores,
     widths,
+    widths_of_layer,
 )
 
 POSITIONS = tuple(range(96))
@@ -137,6 +140,83 @@ def structure(
         return Side(tuple(options), tuple(map(distinct.index, at)))
 
     return Structure(granularity, dense, side("mha"), side("mlp"))
+
+
+# --- widths of single layers -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """What one kind of module costs in a layer for each head or channel that it keeps; exact."""
+
+    units: Sequence[int]
+    """Numbers of heads or channels that a layer can keep, ascending up to the dense one."""
+    per_unit: Cost
+    bias_per_unit: int
+    """Parameters that a repair's biases add in every layer for each unit there, once any layer is
+    cut; 0 where it adds none."""
+    bias_constant: int
+    """And beside those."""
+
+    def saving(self, kept: Sequence[int]) -> Cost:
+        """By how much the model's cost falls where the layers keep so many units."""
+        removed = sum(self.units[-1] - units for units in kept)
+        added = 0
+        if removed:
+            added = len(kept) * self.bias_constant + sum(kept) * self.bias_per_unit
+        each = self.per_unit
+        return Cost(
+            removed * each.parameters - added,
+            removed * each.flops,
+            removed * each.flops_per_context,
+            removed * each.kv_values,
+        )
+
+
+def layer_costs(
+    architecture: Architecture,
+    granularity: Granularity,
+    multiple_of: int = 1,
+    with_biases: bool = False,
+) -> dict[str, LayerCosts]:
+    """By "mha" and "mlp"; `granularity` removes heads, `with_biases` as `surgery.prune` takes it.
+
+    Costs grow evenly with the units, so two numbers of units are enough to work them out.
+    """
+    dense, layers = architecture.intermediate_size, architecture.num_hidden_layers
+    channels = channel_counts(architecture, multiple_of)
+    units_of = {
+        "mha": head_counts(architecture, granularity),
+        "mlp": channels if channels[-1] == dense else [*channels, dense],
+    }
+
+    def cost(module: str, kept: int, biased: bool) -> Cost:
+        of_layer = widths_of_layer(
+            architecture,
+            granularity,
+            kept if module == "mha" else architecture.num_attention_heads,
+            kept if module == "mlp" else dense,
+        )
+        bias = {"attention_bias": True} if module == "mha" else {"mlp_bias": True}
+        left = architecture.with_layers([of_layer] * layers)
+        return cost_of(replace(left, **bias) if biased else left)
+
+    found = {}
+    for module, units in units_of.items():
+        least, most = units[0], units[-1]
+        span = max(1, most - least) * layers
+
+        def slope(
+            biased: bool, module: str = module, ends: tuple[int, int] = (least, most), n: int = span
+        ) -> Cost:
+            low, high = (cost(module, kept, biased) for kept in ends)
+            return Cost(*(value // n for value in _values(high - low)))
+
+        plain, biased = slope(False), slope(with_biases)
+        more = (cost(module, most, with_biases) - cost(module, most, False)).parameters // layers
+        per_unit = biased.parameters - plain.parameters
+        found[module] = LayerCosts(units, plain, per_unit, more - per_unit * most)
+    return found
 
 
 # --- energy ----------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ class WidthTable:
             except ValueError:
                 raise TransActError(
                     "The layers that are kept whole or set by hand leave too little to be cut in "
-                    "the others; keep fewer layers, or choose smaller ratios."
+                    "the others; keep fewer layers, set bars lower, or choose smaller ratios."
                 ) from None
             layers = self.architecture.num_hidden_layers
             for place, name in enumerate(together_chosen):

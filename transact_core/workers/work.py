@@ -6,7 +6,7 @@ back beside the result (`tasks.Outcome.learned`).
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transact_core.base.errors import Progress
 from transact_core.base.files import require_free_output, require_new_file, temporary_folder
 from transact_core.data.corpus import read_corpus
+from transact_core.experiments.allocate import Laws, filled, loss_laws
 from transact_core.experiments.bench import Bench, Choices, Measurement, compress
 from transact_core.experiments.cut_spec import BenchSpec
 from transact_core.experiments.head_probe import (
@@ -60,7 +61,7 @@ from transact_core.forward.latency import LatencyPoint, measure_latency, require
 from transact_core.forward.perplexity import token_losses
 from transact_core.models.llama_cpp import llama_cpp_version, require_llama_cpp
 from transact_core.planning.duration import Feed, evaluation_flops
-from transact_core.pruning.plan import PruningPlan
+from transact_core.pruning.plan import ByHand, PruningPlan
 from transact_core.training import loop
 from transact_core.workers.open_models import OpenModels, TaskRun
 
@@ -132,6 +133,25 @@ def learn(
 
     with suppress(_TooLong):
         models.bench(spec, report).damage(choices, allowed)
+
+
+def price(models: OpenModels, report: Progress, spec: BenchSpec, choices: Choices) -> Laws:
+    """What the cut of each layer's module alone does to the predictions, by its error."""
+    return loss_laws(models.bench(spec, report), choices, report)
+
+
+def fill(
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    ratios: Pair,
+    choices: Choices,
+    fixed: Mapping[str, Mapping[int, int]],
+) -> tuple[Laws, ByHand]:
+    """The widths of least loss where some are fixed and the ratios are the budget, and by what."""
+    bench = models.bench(spec, report)
+    laws = loss_laws(bench, choices, report)
+    return laws, filled(bench, *ratios, choices, laws, fixed, report)
 
 
 def measured_pace(bench: Bench, seconds: float | None) -> float:
