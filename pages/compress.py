@@ -152,7 +152,7 @@ def choose(shape: Architecture) -> Choices:
     if KEY not in st.session_state:
         begin_choices()
         begin_position()
-    columns = st.columns([6, 6, 6, 3.6, 4, 5.2, 4.6, 5.4], vertical_alignment="bottom")
+    columns = st.columns([5.6, 5.6, 5.8, 3.6, 4, 5, 4.4, 6.4], vertical_alignment="bottom")
     others = {
         name: column.selectbox(
             label,

@@ -354,9 +354,9 @@ class LiveView {
     this.find(".pricing").hidden = Boolean(fixed) || Boolean(this.prices);
     this.find('[data-do="price"]').setAttribute("aria-disabled", Boolean(data.pricing.busy));
     this.find(".pricing-words").textContent = data.pricing.words;
-    const how = "Drag a bar, or walk to it by ← and → and change it by ↑ and ↓ (finely with Shift); Delete or a double click gives it back. ▾ marks bars that a hand has set.";
+    const how = "Drag a bar, or walk to it by ← and → and change it by ↑ and ↓ (finely with Shift); Delete or a double click gives it back. ▼ marks bars that a hand has set.";
     this.find(".skyline-words").textContent = fixed ? `Bars show what stays of each layer's width. They cannot be set by hand here. ${fixed}`
-      : `${parts.length ? `Layer ${layer}: ${parts.join("; ")}. ` : ""}${how}`;
+      : `${parts.length ? `Layer ${layer}: ${parts.join("; ")}.\n` : ""}${how}`;
   }
 
   writeLosses(side, bars, words) {

@@ -119,7 +119,8 @@ def start_filling(
         return
 
     def filling(report: Progress) -> ByHand:
-        laws, widths = workbench().run(request, work.fill, report, ratios, wanted, fixed)
+        known = workbench().prices(request, wanted)
+        laws, widths = workbench().run(request, work.fill, report, ratios, wanted, fixed, known)
         workbench().keep_prices(request, wanted, laws)
         return widths
 

@@ -77,7 +77,7 @@ def test_a_measured_cut_of_own_widths_is_drawn_on_every_page(
 def test_the_export_says_what_loads_a_cut_of_own_widths(
     opened, open_page, allocated, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("TRANSACT_WRITE_FOLDERS", str(tmp_path))
+    exchange(monkeypatch, "require_writable", lambda *_: None)
     export = open_page("export")
     assert "does not load it by itself" in export.warning[0].value
     work_of(allocated, "Prune and measure perplexity")

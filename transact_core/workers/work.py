@@ -147,10 +147,14 @@ def fill(
     ratios: Pair,
     choices: Choices,
     fixed: Mapping[str, Mapping[int, int]],
+    laws: Laws | None,
 ) -> tuple[Laws, ByHand]:
-    """The widths of least loss where some are fixed and the ratios are the budget, and by what."""
+    """The widths of least loss where some are fixed and the ratios are the budget, and by what.
+
+    What single layers lose is measured where no `laws` are given.
+    """
     bench = models.bench(spec, report)
-    laws = loss_laws(bench, choices, report)
+    laws = laws or loss_laws(bench, choices, report)
     return laws, filled(bench, *ratios, choices, laws, fixed, report)
 
 
