@@ -277,7 +277,7 @@ class LiveView {
       const table = data.skyline[side], bars = own[side];
       const cut = bars.some((bar) => bar.units < table.most);
       const added = cut ? table.bias_constant + table.bias_per_unit * bars[layer].units : 0;
-      return sum - (table.most - bars[layer].units) * table.per_unit.parameters + added;
+      return sum - Math.round((table.most - bars[layer].units) * table.per_unit.parameters) + Math.round(added);
     }, data.layer_parameters);
   }
 

@@ -58,8 +58,8 @@ function costOfLayers(data, units) {
     const table = data.skyline[side], kept = units[side];
     const removed = kept.reduce((sum, each) => sum + table.most - each, 0);
     if (!removed) continue;
-    for (const name of COSTS) cost[name] -= removed * table.per_unit[name];
-    cost.parameters += kept.length * table.bias_constant + (kept.length * table.most - removed) * table.bias_per_unit;
+    for (const name of COSTS) cost[name] -= Math.round(removed * table.per_unit[name]);
+    cost.parameters += Math.round(kept.length * table.bias_constant + (kept.length * table.most - removed) * table.bias_per_unit);
   }
   return cost;
 }

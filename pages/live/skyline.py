@@ -8,7 +8,7 @@ other twenty-five. It says what stays, whatever the sliders say.
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -135,7 +135,7 @@ def bar_tables(architecture: Architecture, choices: Choices) -> dict[str, Any]:
             "least": units[0],
             "most": units[-1],
             "step": choices.multiple_of if module == "mlp" else None,
-            "per_unit": asdict(each.per_unit),
+            "per_unit": dict(each.per_unit),
             "bias_per_unit": each.bias_per_unit,
             "bias_constant": each.bias_constant,
         }

@@ -54,10 +54,17 @@ class PlanChoices(Recorded):
     importance: str
 
 
+class Decided(Recorded):
+    """What charts look at of a decision; files from before there were other widths have none."""
+
+    widths: str = "uniform"
+
+
 class Point(Recorded):
     """What charts look at of a `bench.Measurement`, under the same names."""
 
     plan: PlanChoices
+    decision: Decided = Decided()
     recovery: str
     footprint: Footprint
     perplexity: float

@@ -81,14 +81,16 @@ def test_a_bar_is_dragged_the_budget_filled_and_the_cut_seen_beside_the_uniform_
     expect(page.locator(".pricing-words")).to_contain_text("alone at two widths")
     button(page, "Fill the rest of the budget").click()
     expect(page.locator('.module[data-side="mlp"] .prices')).to_be_visible()
-    expect(page.locator(".live")).not_to_have_attribute("data-widths", re.compile(f"x3$"))
+    expect(page.locator(".live")).not_to_have_attribute("data-widths", re.compile("x3$"))
     filled = shown(page)[1]
     assert filled[0].by_hand
     assert [bar.by_hand for bar in filled[1:]] == [False] * 3
     assert sum(bar.units for bar in filled) == LAYERS * kept
     assert filled[1].units == min(bar.units for bar in filled)
     assert parameters(page) == uniform
-    expect(page.locator('.module[data-side="mlp"] [data-of="losses"]')).to_contain_text("loses most")
+    expect(page.locator('.module[data-side="mlp"] [data-of="losses"]')).to_contain_text(
+        "loses most"
+    )
     expect(page.locator('.module[data-side="mlp"] [data-of="prices"]')).to_contain_text("the line")
 
     # The address holds it, a reload brings it back, and it can be undone and redone.

@@ -7,7 +7,13 @@ from tests.conftest import KINDS, bench_of, make_model
 from transact_core.base.errors import TransActError
 from transact_core.data.windows import WindowSpec
 from transact_core.experiments import allocate
-from transact_core.experiments.allocate import allocated_plan, price_windows
+from transact_core.experiments.allocate import (
+    allocated_plan,
+    filled,
+    loss_laws,
+    plan_by_hand,
+    price_windows,
+)
 from transact_core.experiments.bench import Choices
 from transact_core.experiments.cut_spec import BenchSpec, open_bench
 from transact_core.experiments.decide import decide
@@ -18,6 +24,11 @@ OWN = Choices(widths="allocated")
 
 
 pytestmark = pytest.mark.usefixtures("short_texts")
+BY_HAND = ((6, 48), (3, 16), (6, 48), (3, 25))
+
+
+def by_hand(**others) -> Choices:
+    return Choices(widths="by-hand", by_hand=BY_HAND, **others)
 
 
 @pytest.fixture
@@ -132,6 +143,14 @@ def test_sequential_choices_and_auto_keep_the_allocated_widths(bench):
         (Choices(widths="allocated", keep_layers=(0, 1, 2, 3)), "nothing can be cut"),
         (Choices(widths="allocated", keep_layers=(0, 1, 2)), "keep fewer layers"),
         (Choices(widths="even"), "'even' are not known"),
+        (Choices(by_hand=BY_HAND), "where the widths are by-hand"),
+        (Choices(widths="by-hand"), "0 layers, where the model has 4"),
+        (by_hand(keep_layers=(0,)), "name the dense width"),
+        (by_hand(granularity="auto"), "in place of auto"),
+        (by_hand(granularity="kv-groups"), "Layer 1 cannot keep 3 query heads by kv-groups"),
+        (by_hand(granularity="head-dims"), "same dimensions"),
+        (by_hand(multiple_of=16), "Layer 3 cannot keep 25 channels.*multiples of 16"),
+        (by_hand(steps=2), "in one step"),
     ],
 )
 def test_choices_that_exclude_each_other_are_refused(bench, choices, complaint):
@@ -154,3 +173,38 @@ def test_held_out_windows_are_of_several_kinds_and_used_for_nothing_else(checkpo
     assert torch.equal(price_windows(bench)[0].ids, held_out.ids)
     bench.seed = 1
     assert not torch.equal(price_windows(bench)[0].ids, held_out.ids)
+
+
+def test_widths_by_hand_are_cut_as_they_are_named_whatever_the_ratios(bench):
+    shape = bench.loaded.architecture
+    decision = decided(bench, 0.9, 0.1, by_hand())
+    plan = decision.plan
+    plan.check(shape)
+    assert (plan.mha_ratio, plan.mlp_ratio) == (0.25, round(1 - 137 / 192, 4))
+    widths = [
+        (each.num_attention_heads, each.intermediate_size) for each in plan.layer_widths(shape)
+    ]
+    assert tuple(widths) == BY_HAND == decision.by_hand
+    # The best-scored units stay, as in a uniform cut.
+    alike = bench.plan(0.5, 1 - 16 / 48, Choices())
+    assert plan.layers[1] == alike.layers[1]
+    dense = tuple((6, 48) for _ in range(4))
+    assert plan_by_hand(bench, Choices(widths="by-hand", by_hand=dense)) == bench.plan(
+        0, 0, Choices()
+    )
+
+
+def test_the_rest_is_filled_as_the_allocator_would(bench):
+    shape = bench.loaded.architecture
+    laws = loss_laws(bench, Choices())
+    assert set(laws) == {"mha", "mlp"}
+    free = filled(bench, 0.5, 0.3, Choices(), laws, {})
+    uniform = bench.plan(0.5, 0.3, Choices()).widths
+    assert sum(heads for heads, _ in free) == 4 * uniform.num_attention_heads
+    assert sum(channels for _, channels in free) == 4 * uniform.intermediate_size
+    assert min(free, key=lambda each: each[1]) == free[1]
+    fixed = filled(bench, 0.5, 0.3, Choices(multiple_of=2), laws, {"mlp": {1: 48}, "mha": {}})
+    assert fixed[1][1] == 48
+    assert sum(channels for _, channels in fixed) == 4 * uniform.intermediate_size
+    assert all(channels % 2 == 0 for _, channels in fixed)
+    assert all(0 < heads <= shape.num_attention_heads for heads, _ in fixed)

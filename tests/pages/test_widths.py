@@ -62,7 +62,9 @@ def test_a_measured_cut_of_own_widths_is_drawn_on_every_page(
     assert table["widths"].tolist() == ["allocated", "uniform"]
     # Both are equally large.
     assert table["parameters"].nunique() == 1
-    assert any("parameters allocated costs" in chart.proto.spec for chart in curve.get("plotly_chart"))
+    assert any(
+        "parameters allocated costs" in chart.proto.spec for chart in curve.get("plotly_chart")
+    )
     # Layers 0 to 2 of the model; the allocated one is the second of the offered cuts.
     for name in ("export", "compare", "damage", "latency", "tasks", "recover", "deploy"):
         page = open_page(name)

@@ -9,6 +9,8 @@ from transact_core.planning.duration import (
     damage_flops,
     evaluation_flops,
     pass_flops,
+    pricing_flops,
+    trial_flops,
 )
 
 SHAPE = Architecture(576, 1536, 30, 9, 3, 64, 49152, True, False, False)
@@ -42,3 +44,18 @@ def test_the_damage_of_a_wide_model_is_in_its_factorisations():
     assert damage_flops(large, CALIBRATION) > factorisations
     assert damage_flops(large, CALIBRATION) / 50e9 > 2 * 3600
     assert damage_flops(SHAPE, CALIBRATION) / 50e9 == pytest.approx(300, rel=0.5)
+
+
+def test_pricing_runs_half_a_pass_behind_each_layer_and_more_for_repairs():
+    held_out = Feed(1536, 256)
+    bare, repaired = (
+        pricing_flops(SHAPE, recovery, CALIBRATION, held_out)
+        for recovery in ("none", "least-squares")
+    )
+    # Two modules at two levels in each of 30 layers, behind which runs half a pass.
+    assert bare > 30 * 2 * 2 * pass_flops(SHAPE, held_out) / 2
+    assert bare < repaired < 3 * bare
+    cut = replace(SHAPE, intermediate_size=1075)
+    trial = trial_flops(SHAPE, cut, "least-squares", CALIBRATION, held_out)
+    whole = cut_flops(SHAPE, cut, "least-squares", CALIBRATION, EVALUATION)
+    assert evaluation_flops(SHAPE, held_out) < trial < whole + 5 * evaluation_flops(SHAPE, held_out)

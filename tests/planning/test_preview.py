@@ -16,12 +16,13 @@ from transact_core.planning.preview import (
     POSITIONS,
     cost_of,
     energy_kept,
+    layer_costs,
     maps,
     relative,
     shades,
     structure,
 )
-from transact_core.pruning.plan import GRANULARITIES, widths
+from transact_core.pruning.plan import GRANULARITIES, widths, widths_of_layer
 
 positions = st.sampled_from(POSITIONS)
 
@@ -187,3 +188,41 @@ def test_relative_scores_have_no_size_without_a_best():
 def test_costs_subtract_by_name():
     cost = cost_of(small_shape())
     assert vars(cost - cost) == dict.fromkeys(vars(cost), 0)
+
+
+@settings(max_examples=40)
+@given(
+    shape=architectures(),
+    granularity=st.sampled_from(("query-heads", "kv-groups")),
+    multiple_of=st.sampled_from([1, 4]),
+    biases=st.booleans(),
+    data=st.data(),
+)
+def test_costs_of_single_layers_are_those_of_the_architecture(
+    shape, granularity, multiple_of, biases, data
+):
+    costs = layer_costs(shape, granularity, multiple_of, biases)
+    kept = {
+        module: [data.draw(st.sampled_from(each.units)) for _ in range(shape.num_hidden_layers)]
+        for module, each in costs.items()
+    }
+    cut = shape.with_layers(
+        [
+            widths_of_layer(shape, granularity, heads, channels)
+            for heads, channels in zip(kept["mha"], kept["mlp"], strict=True)
+        ]
+    )
+    if biases:
+        removed = {
+            module: any(units < costs[module].units[-1] for units in of_layers)
+            for module, of_layers in kept.items()
+        }
+        cut = dataclasses.replace(
+            cut,
+            attention_bias=cut.attention_bias or removed["mha"],
+            mlp_bias=cut.mlp_bias or removed["mlp"],
+        )
+    saved = cost_of(shape) - cost_of(cut)
+    found = [costs[module].saving(kept[module]) for module in costs]
+    for name in vars(saved):
+        assert sum(getattr(each, name) for each in found) == getattr(saved, name), name

@@ -9,7 +9,12 @@ import torch
 from transact_core.base.errors import TransActError
 from transact_core.models.architecture import Architecture
 from transact_core.planning.damage import Curve, Damage
-from transact_core.planning.width_table import FLOOR, LEAST_PART, WidthTable
+from transact_core.planning.width_table import (
+    FLOOR,
+    LEAST_PART,
+    NONE_FIXED,
+    WidthTable,
+)
 from transact_core.pruning.plan import widths
 
 SHAPE = Architecture(48, 40, 4, 6, 3, 8, 320, False, False, False)
@@ -24,7 +29,9 @@ def curve(known: torch.Tensor) -> Curve:
 DAMAGE = Damage(mha=curve(torch.tensor([24, 48])), mlp=curve(torch.arange(1, 41)))
 
 
-def table(mha=0.5, mlp=0.3, traded=False, kept_whole=(), multiple_of=1) -> WidthTable:
+def table(
+    mha=0.5, mlp=0.3, traded=False, kept_whole=(), multiple_of=1, fixed=NONE_FIXED
+) -> WidthTable:
     uniform = widths(SHAPE, mha, mlp, "query-heads", multiple_of)
     return WidthTable.of(
         SHAPE,
@@ -35,6 +42,7 @@ def table(mha=0.5, mlp=0.3, traded=False, kept_whole=(), multiple_of=1) -> Width
         DAMAGE,
         traded,
         kept_whole,
+        fixed,
     )
 
 
@@ -124,3 +132,29 @@ def test_layers_that_are_kept_whole_may_leave_too_little():
     assert channels(table(mha=0, kept_whole=(1,)))[1] == 40
     with pytest.raises(TransActError, match="keep fewer layers"):
         table(mha=0, mlp=0.9, kept_whole=(0, 1)).layer_widths()
+
+
+def test_what_is_fixed_counts_towards_the_budget():
+    of = table(fixed={"mlp": {0: 10, 2: 40}, "mha": {1: 3}})
+    layers = of.layer_widths()
+    kept = [layer.intermediate_size for layer in layers]
+    assert (kept[0], kept[2]) == (10, 40)
+    assert sum(kept) == 4 * 28
+    assert kept[1] == kept[3]
+    heads = [layer.num_attention_heads for layer in layers]
+    assert heads[1] == 3
+    assert sum(heads) == 4 * 3
+    # A module whose ratio is 0 is cut only where it is fixed.
+    alone = table(mha=0, fixed={"mha": {1: 3}}).layer_widths()
+    assert [layer.num_attention_heads for layer in alone] == [6, 3, 6, 6]
+    # The floor is no limit for what is fixed.
+    assert channels(table(mha=0, fixed={"mlp": {0: 1}}))[0] == 1
+    with pytest.raises(TransActError, match="set by hand leave too little"):
+        table(mha=0, mlp=0.9, fixed={"mlp": {0: 40}}).layer_widths()
+
+
+def test_laws_that_were_found_before_choose_as_new_ones_do():
+    of = table()
+    priced = of.priced(losses(of, [1, 5, 1, 0.2]))
+    laws = {name: module.laws for name, module in priced.modules.items()}
+    assert of.with_laws(laws).layer_widths() == priced.layer_widths()

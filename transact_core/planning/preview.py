@@ -5,7 +5,7 @@ few distinct widths: these are its *options*, and every position of its slider t
 Costs add up over the two modules, so each option's own saving is enough to work out any pair.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -151,11 +151,13 @@ class LayerCosts:
 
     units: Sequence[int]
     """Numbers of heads or channels that a layer can keep, ascending up to the dense one."""
-    per_unit: Cost
-    bias_per_unit: int
+    per_unit: Mapping[str, float]
+    """By field of `Cost`. A part of a key-value head belongs to each of its query heads, so that a
+    single one may be a fraction; sums over layers are whole."""
+    bias_per_unit: float
     """Parameters that a repair's biases add in every layer for each unit there, once any layer is
     cut; 0 where it adds none."""
-    bias_constant: int
+    bias_constant: float
     """And beside those."""
 
     def saving(self, kept: Sequence[int]) -> Cost:
@@ -163,14 +165,9 @@ class LayerCosts:
         removed = sum(self.units[-1] - units for units in kept)
         added = 0
         if removed:
-            added = len(kept) * self.bias_constant + sum(kept) * self.bias_per_unit
-        each = self.per_unit
-        return Cost(
-            removed * each.parameters - added,
-            removed * each.flops,
-            removed * each.flops_per_context,
-            removed * each.kv_values,
-        )
+            added = round(len(kept) * self.bias_constant + sum(kept) * self.bias_per_unit)
+        saved = {name: round(removed * each) for name, each in self.per_unit.items()}
+        return Cost(**saved | {"parameters": saved["parameters"] - added})
 
 
 def layer_costs(
@@ -208,13 +205,13 @@ def layer_costs(
 
         def slope(
             biased: bool, module: str = module, ends: tuple[int, int] = (least, most), n: int = span
-        ) -> Cost:
+        ) -> dict[str, float]:
             low, high = (cost(module, kept, biased) for kept in ends)
-            return Cost(*(value // n for value in _values(high - low)))
+            return {name: value / n for name, value in vars(high - low).items()}
 
         plain, biased = slope(False), slope(with_biases)
-        more = (cost(module, most, with_biases) - cost(module, most, False)).parameters // layers
-        per_unit = biased.parameters - plain.parameters
+        more = (cost(module, most, with_biases) - cost(module, most, False)).parameters / layers
+        per_unit = biased["parameters"] - plain["parameters"]
         found[module] = LayerCosts(units, plain, per_unit, more - per_unit * most)
     return found
 

@@ -7,6 +7,8 @@ import torch
 from pages.charts import common as charts
 from pages.charts import curve_chart, plan_charts, tradeoff_charts
 from pages.parts import help_texts as options
+from transact_core.experiments.allocate import plan_by_hand
+from transact_core.experiments.bench import Choices
 from transact_core.forward.perplexity import Evaluation
 from transact_core.importance.scores import IMPORTANCES
 from transact_core.pruning.closed_form import LayerFit
@@ -46,7 +48,12 @@ def point(importance="activation", recovery="least-squares", mha=50, granularity
     plan = SimpleNamespace(importance=importance, granularity=granularity)
     cost = SimpleNamespace(mha_width=mha, mlp_width=50, parameters=1_000_000)
     return SimpleNamespace(
-        plan=plan, footprint=cost, recovery=recovery, perplexity=12.0, delta_nll_se=0.01
+        plan=plan,
+        decision=SimpleNamespace(widths="uniform"),
+        footprint=cost,
+        recovery=recovery,
+        perplexity=12.0,
+        delta_nll_se=0.01,
     )
 
 
@@ -194,14 +201,26 @@ def test_importance_is_told_in_the_hover():
 
 
 def measured(
-    mha=50, mlp=50, parameters=1_000_000, kv=100, perplexity=12.0, importance="activation"
+    mha=50,
+    mlp=50,
+    parameters=1_000_000,
+    kv=100,
+    perplexity=12.0,
+    importance="activation",
+    widths="uniform",
 ):
-    plan = SimpleNamespace(importance=importance, granularity="query-heads")
+    plan = SimpleNamespace(
+        importance=importance,
+        granularity="query-heads",
+        mha_ratio=1 - mha / 100,
+        mlp_ratio=1 - mlp / 100,
+    )
     cost = SimpleNamespace(
         mha_width=mha, mlp_width=mlp, parameters=parameters, kv_bytes_per_token=kv
     )
     return SimpleNamespace(
         plan=plan,
+        decision=SimpleNamespace(widths=widths),
         footprint=cost,
         recovery="none",
         perplexity=perplexity,
@@ -263,3 +282,50 @@ def test_the_map_holds_the_best_of_each_measured_pair_and_nothing_else():
     assert squares.customdata[1][3] == "taylor"
     assert title(figure).startswith("1 of 2 measured pairs cost at most 1.2 ×")
     assert "No pair" in title(tradeoff_charts.ratio_map([], (100, 100)))
+
+
+def test_widths_of_their_own_have_lines_of_their_own():
+    points = [measured(), measured(widths="allocated")]
+    figure = curve_chart.perplexity_curve(points, None, (100, 100))
+    assert [trace.name for trace in figure.data] == [
+        "both, bare cut, allocated",
+        "both, bare cut, uniform",
+    ]
+    assert curve_chart.points_table(points)["widths"].tolist() == ["uniform", "allocated"]
+    assert "allocated: means" in figure.data[0].customdata[0][5]
+
+
+def test_equally_large_cuts_are_compared_by_how_widths_were_given():
+    sized = [(9e5, 14.0), (8e5, 18.0)]
+    uniform = [measured(parameters=int(size), perplexity=loss) for size, loss in sized]
+    own = [
+        measured(parameters=int(size) + 1000, perplexity=loss - 2, widths="allocated")
+        for size, loss in sized
+    ]
+    figure = tradeoff_charts.equal_parameters_chart([*uniform, *own])
+    assert [trace.name for trace in figure.data] == ["uniform", "allocated"]
+    assert list(figure.data[1].x) == [0.801, 0.901]
+    # Where the two differ most: dense is 10.
+    assert figure.layout.title.text == (
+        "At 0.9 M parameters allocated costs 1.20 × the dense perplexity, uniform 1.40 ×"
+    )
+    assert figure.layout.xaxis.title.text == "parameters (M)"
+    symbols = {trace.marker.symbol for trace in figure.data}
+    assert len(symbols) == 2
+    far = measured(parameters=700_000, widths="traded")
+    title = tradeoff_charts.equal_parameters_chart([uniform[0], far]).layout.title.text
+    assert title.startswith("No uniform cut was measured that is as large")
+
+
+def test_bars_of_every_layer_say_which_keeps_least(gqa_bench):
+    shape = gqa_bench.loaded.architecture
+    choices = Choices(widths="by-hand", by_hand=((6, 40), (3, 10), (6, 40)))
+    plan = plan_by_hand(gqa_bench, choices)
+    figure = plan_charts.layer_widths(plan, shape)
+    assert figure.layout.title.text == "Layer 1 keeps least of its MLP, 25%, where the mean is 75%"
+    assert list(figure.data[0].y) == [1, 0.5, 1]
+    table = plan_charts.widths_table(plan, shape)
+    assert table["key_value_heads"].tolist() == [3, 3, 3]
+    assert "10 to 40 of 40" in plan_charts.kept_channels(plan, 40).layout.title.text
+    uniform = plan_charts.layer_widths(gqa_bench.plan(0.5, 0.3, Choices()), shape)
+    assert uniform.layout.title.text == "Every layer keeps 50% of its MHA and 70% of its MLP"
