@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import make_model
 from transact_core.cli import main
-from transact_core.export.compression import read_compression
+from transact_core.export.compression import read_compression, reproduce_command
 from transact_core.forward.perplexity import evaluate
 from transact_core.models.load import load_model
 
@@ -150,6 +150,29 @@ def test_allocated_widths_are_saved_opened_and_made_again(
     assert "cut the dense model that it was made of" in capsys.readouterr().err
 
 
+def test_widths_by_hand_are_saved_and_made_again(prune, tmp_path):
+    options = ["--mha-ratio", "0.5", "--mlp-ratio", "0.5", "--widths", "by-hand"]
+    folder = prune(*options, "--layer-widths", "6:40,3:10,3:25")
+    compression = read_compression(folder / "compression.json")
+    kept = [(len(layer.kept_heads), len(layer.kept_channels)) for layer in compression.plan.layers]
+    assert kept == [(6, 40), (3, 10), (3, 25)]
+    assert compression.widths == "by-hand"
+    assert compression.plan.mlp_ratio == 0.375
+    assert "--widths by-hand --layer-widths 6:40,3:10,3:25" in reproduce_command(compression)
+    again = tmp_path / "again"
+    assert main(["apply", str(folder / "compression.json"), "--output", str(again)]) == 0
+    for name in ("model.safetensors", "config.json", "compression.json", "report.json"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+    assert "widths `by-hand`" in (folder / "README.md").read_text()
+
+
+def test_widths_by_hand_are_no_sweep(checkpoint, tmp_path, capsys):
+    options = ["--widths", "by-hand", "--layer-widths", "6:40,3:10,3:25"]
+    ratios = ["--mha-ratio", "0", "--mlp-ratio", "0.3", "--output", str(tmp_path / "points.csv")]
+    assert main(["sweep", "--model", str(checkpoint), *ratios, *options]) == 2
+    assert "use prune for it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -157,6 +180,9 @@ def test_allocated_widths_are_saved_opened_and_made_again(
         (["--keep-layers", "0"], "allocated or traded"),
         (["--widths", "traded", "--keep-layers", "9"], "There is no layer 9"),
         (["--widths", "traded", "--keep-layers", "first"], "'first' is not a whole number"),
+        (["--widths", "by-hand"], "named for 0 layers, where the model has 3"),
+        (["--layer-widths", "6:40,6:40,6:40"], "where the widths are by-hand"),
+        (["--layer-widths", "6-40"], "not of the form HEADS:CHANNELS"),
     ],
 )
 def test_widths_that_cannot_be_had_are_one_line(
