@@ -152,7 +152,9 @@ def choose(shape: Architecture) -> Choices:
     if KEY not in st.session_state:
         begin_choices()
         begin_position()
-    columns = st.columns([5.6, 5.6, 5.8, 3.6, 4, 5, 4.4, 6.4], vertical_alignment="bottom")
+    own = st.session_state["widths"] != "uniform"
+    parts = [5.6, 5, 5.6, 3.2, 3.8, 5.4, *([4.6] if own else []), 5.4]
+    columns = st.columns(parts, vertical_alignment="bottom")
     others = {
         name: column.selectbox(
             label,
@@ -166,8 +168,9 @@ def choose(shape: Architecture) -> Choices:
     }
     with columns[5]:
         choose_widths(shape, others)
-    with columns[6]:
-        name_kept_layers(shape)
+    if own:
+        with columns[6]:
+            name_kept_layers(shape)
     refused = why_not_sequential(others)
     columns[-1].toggle(
         "Sequential",
@@ -199,7 +202,6 @@ def choose_widths(shape: Architecture, others: dict[str, Any]) -> None:
 
 def name_kept_layers(shape: Architecture) -> None:
     """The field of layers that are not cut."""
-    own = st.session_state["widths"] != "uniform"
     st.text_input(
         "Kept whole",
         key=WRITTEN,
@@ -207,10 +209,9 @@ def name_kept_layers(shape: Architecture) -> None:
         bind="query-params",
         persist_state="session",
         help=KEEP_LAYERS_HELP,
-        disabled=not own,
     )
     text = st.session_state[WRITTEN]
-    if own and kept_layers(text, shape.num_hidden_layers) is None:
+    if kept_layers(text, shape.num_hidden_layers) is None:
         st.caption(
             f":red[{plain(text)} does not name layers from 0 to {shape.num_hidden_layers - 1}.]"
         )
@@ -949,14 +950,14 @@ def workbench_view(bench: Bench, beside_title: DeltaGenerator) -> None:
     room = buttons.container()
     with buttons:
         choose_target(bench, choices, table, energy)
-    position, revision = st.session_state["start"]
+    start, revision = st.session_state["start"]
     dense = workbench().open(visit().request).dense
     at_work = unfinished(filling, pricing)
     elsewhere = unfinished(dense)
     prediction = prediction_of(bench, choices, table)
     position = live(
         given,
-        position,
+        start,
         revision,
         in_address(choices),
         bench.dense().perplexity if dense.state == DONE else None,

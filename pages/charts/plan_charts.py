@@ -64,8 +64,7 @@ def layer_widths(plan: PruningPlan, dense: Architecture, height: int = 320) -> g
     layer = int(shares[name].idxmin())
     return laid_out(
         figure,
-        f"Layer {layer} keeps least of its {name}, {shares[name][layer]:.0%}, where the mean is "
-        f"{shares[name].mean():.0%}",
+        f"Layer {layer} keeps least: {shares[name][layer]:.0%} of its {name}",
         height,
     )
 

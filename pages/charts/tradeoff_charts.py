@@ -188,7 +188,9 @@ def equal_parameters_chart(points: Sequence[Measurement], logarithmic: bool = Fa
             "MHA −%{customdata[0]:.1%}, MLP −%{customdata[1]:.1%}<br>%{customdata[2]}, by "
             f"%{{customdata[3]}}, %{{customdata[4]}}<extra>{widths}</extra>",
         )
-    figure.update_xaxes(title="parameters (M)").update_yaxes(
+    sizes = [point.footprint.parameters / 1e6 for point in points]
+    around = [0.97 * min(sizes), 1.03 * max(sizes)]
+    figure.update_xaxes(title="parameters (M)", range=around).update_yaxes(
         title=PERPLEXITY, type="log" if logarithmic else "linear"
     )
     return laid_out(figure, _equal_title(points), 420)

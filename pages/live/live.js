@@ -368,15 +368,20 @@ class LiveView {
       words("prices", "Price of a million parameters, nats a token, by layer: nothing is cut.");
       return;
     }
-    const off = (which) => bars.map((bar, layer) => (sideOfLine(this.prices[side].range(layer, bar.units), line) === which ? layer : -1)).filter((layer) => layer >= 0);
+    const off = (which) => bars.map((bar, layer) => (sideOfLine(this.rangeAt(side, layer, bar), line) === which ? layer : -1)).filter((layer) => layer >= 0);
     const [widen, narrow] = [off(1), off(-1)];
-    const advice = [widen.length && `${layersInWords(widen)} (full, above) would be worth widening`, narrow.length && `${layersInWords(narrow)} (outlined, below) narrowing`].filter(Boolean);
+    const advice = [widen.length && `Worth widening: ${layersInWords(widen)} (full, above).`, narrow.length && `Worth narrowing: ${layersInWords(narrow)} (outlined, below).`].filter(Boolean);
     words("prices", `Price of a million parameters, nats a token, by layer; the line is the budget's, ${inFewDigits(line * MILLION)}. `
-      + (advice.length ? `Layers ${advice.join(", ")}.` : "Every layer is at the width that this price asks for."));
+      + (advice.length ? advice.join(" ") : "Every layer is at the width that this price asks for."));
+  }
+
+  // As `Prices.range`; a bar that is not set by hand goes no lower than the allocator's floor.
+  rangeAt(side, layer, { units, hand }) {
+    return this.prices[side].range(layer, units, hand ? 0 : this.data.skyline.floor * this.unitsOfSlider(side));
   }
 
   layerInWords(side, bars) {
-    const { layer } = this, { units, hand } = bars[layer], price = this.prices[side].range(layer, units);
+    const { layer } = this, { units, hand } = bars[layer], price = this.rangeAt(side, layer, bars[layer]);
     const slopes = [price.save !== null && `widening it would save ${inFewDigits(price.save * MILLION)}`, price.lose !== null && `narrowing it lose ${inFewDigits(price.lose * MILLION)}`].filter(Boolean);
     return `${SIDE_NAMES[side]} ${units.toLocaleString("en")}${hand ? " by hand" : ""} loses ${inFewDigits(this.prices[side].at(layer, units))} nats, ${slopes.join(", ")} a million parameters`;
   }
@@ -390,7 +395,7 @@ class LiveView {
       drawBars(module.querySelector(".bars"), side, widths[side].map((width) => width / dense), hand, ink, layer, open);
       if (!this.lines) continue;
       drawLosses(module.querySelector(".losses"), side, bars[side].map((bar, place) => this.prices[side].at(place, bar.units)), ink, layer);
-      drawPrices(module.querySelector(".prices"), side, bars[side].map((bar, place) => rangeOf(this.prices[side].range(place, bar.units))), this.lines[side], ink, layer);
+      drawPrices(module.querySelector(".prices"), side, bars[side].map((bar, place) => rangeOf(this.rangeAt(side, place, bar))), this.lines[side], ink, layer);
     }
   }
 

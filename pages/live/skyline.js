@@ -93,12 +93,12 @@ class Prices {
   }
 
   // Nats a parameter: what the next wider one would save, and what the next narrower would lose.
-  // Between the two the layer keeps its width.
-  range(layer, units) {
+  // Between the two the layer keeps its width. Nothing is narrower than `least`.
+  range(layer, units, least) {
     const place = this.below(units), here = this.at(layer, units), slope = (other) =>
       Math.abs(here - this.at(layer, other)) / (Math.abs(units - other) * this.perUnit);
     const wider = this.units[place + 1], narrower = units > this.units[place] ? this.units[place] : this.units[place - 1];
-    const save = wider === undefined ? null : slope(wider), lose = narrower === undefined ? null : slope(narrower);
+    const save = wider === undefined ? null : slope(wider), lose = narrower === undefined || narrower < least ? null : slope(narrower);
     return { save, lose };
   }
 

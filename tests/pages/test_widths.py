@@ -85,7 +85,7 @@ def test_the_export_says_what_loads_a_cut_of_own_widths(
     work_of(allocated, "Prune and measure perplexity")
     export.run()
     assert not export.exception
-    assert "Layer 1 keeps least of its MLP" in export.get("plotly_chart")[0].proto.spec
+    assert "Layer 1 keeps least: " in export.get("plotly_chart")[0].proto.spec
     assert "--widths allocated --keep-layers 2" in export.code[1].value
     export.text_input[0].set_value(str(tmp_path / "out")).run()
     work_of(export, "Write the checkpoint")

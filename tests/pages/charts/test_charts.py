@@ -322,7 +322,7 @@ def test_bars_of_every_layer_say_which_keeps_least(gqa_bench):
     choices = Choices(widths="by-hand", by_hand=((6, 40), (3, 10), (6, 40)))
     plan = plan_by_hand(gqa_bench, choices)
     figure = plan_charts.layer_widths(plan, shape)
-    assert figure.layout.title.text == "Layer 1 keeps least of its MLP, 25%, where the mean is 75%"
+    assert figure.layout.title.text == "Layer 1 keeps least: 25% of its MLP"
     assert list(figure.data[0].y) == [1, 0.5, 1]
     table = plan_charts.widths_table(plan, shape)
     assert table["key_value_heads"].tolist() == [3, 3, 3]

@@ -48,7 +48,9 @@ def test_a_cut_comes_back_from_json():
     stored = json.loads(json.dumps(asdict(cut)))
     assert Cut.from_json(stored) == cut
     # As cuts were stored before layers had widths of their own.
-    older = {name: value for name, value in asdict(Cut()).items() if name[:4] not in ("by_h", "keep")}
+    older = {
+        name: value for name, value in asdict(Cut()).items() if name[:4] not in ("by_h", "keep")
+    }
     assert Cut.from_json(older) == Cut()
 
 
