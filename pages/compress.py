@@ -24,25 +24,23 @@ from pages.charts.text import plain
 from pages.live import (
     KEY,
     NOT_PRICED,
-    Decided,
     Measured,
     Position,
-    Pricing,
     live,
     position_of,
     predicted,
     tables,
 )
-from pages.live.skyline import (
-    Bar,
-    bar_tables,
-    fitted,
-    fixed_of,
-    price_tables,
-    text_of,
-    texts_of,
-    why_fixed,
+from pages.live.layers import (
+    decided_at,
+    fill,
+    filling_of,
+    prices_of,
+    pricing_in_words,
+    what_comes_first,
+    with_filled,
 )
+from pages.live.skyline import bar_tables, fitted, texts_of, why_fixed
 from pages.parts.figure import show
 from pages.parts.help_texts import (
     GRANULARITY_HELP,
@@ -67,17 +65,15 @@ from pages.parts.progress import (
 )
 from pages.parts.texts import kind_warning, on_other_texts, text_in_words
 from pages.server.estimates import (
-    allocating_seconds,
     cuts_seconds,
     learning_seconds,
     pace_in_words,
-    pricing_seconds,
 )
 from pages.server.jobs import DONE, Job
 from pages.server.open_models import workbench
 from pages.server.points import find_cut, find_point, plan_at
 from pages.server.request import Cut, first_look, layers_in_words, what_to_learn, what_to_price
-from pages.server.start_jobs import start_cut, start_filling, start_pricing
+from pages.server.start_jobs import start_cut, start_pricing
 from pages.server.visits import points, visit
 from transact_core.base.errors import TransActError
 from transact_core.experiments.allocate import require_allocatable
@@ -820,40 +816,14 @@ def show_unmeasured(
             offer_prediction(bench, cut.choices, learning)
 
 
-def what_comes_first(bench: Bench, cut: Cut) -> str:
-    """What choosing the widths takes, by its stages, before the cut itself; empty for others."""
-    if not cut.allocates:
-        return ""
-    request, choices = visit().request, cut.choices
-    prices = estimate_in_words(pricing_seconds(bench, request, choices))
-    trials = estimate_in_words(allocating_seconds(bench, request, [cut.ratios], choices))
-    return (
-        "The widths are chosen first: the error of each width and the price of each layer "
-        f"({prices}), then two trial cuts ({trials}). "
-    )
-
-
 # --- widths of single layers -----------------------------------------------------------------
-
-
-def filling_of(position: Position, choices: Choices) -> tuple:
-    """What a job that fills the rest of a budget is about."""
-    return "fill", visit().request, position, choices
 
 
 def fill_now() -> None:
     """Starts to fill the rest of the budget at the present position; for a callback."""
     bench = workbench().open(visit().request).bench.result
-    if bench is None:
-        return
-    choices, position = choices_now(bench.loaded.architecture), position_sent()
-    if not why_fixed(choices):
-        start_filling(
-            (position.mha / 100, position.mlp / 100),
-            choices,
-            fixed_of(position.heads, position.channels),
-            filling_of(position, choices),
-        )
+    if bench is not None:
+        fill(position_sent(), choices_now(bench.loaded.architecture))
 
 
 def price_now() -> None:
@@ -869,59 +839,8 @@ def take_filled(job: Job | None, position: Position) -> bool:
     if job is None or job.state != DONE or state.get("filled") is job:
         return False
     state["filled"] = job
-    fixed = fixed_of(position.heads, position.channels)
-    texts = (
-        text_of([Bar(units, layer in fixed[module]) for layer, units in enumerate(kept)])
-        for module, kept in zip(("mha", "mlp"), zip(*job.result, strict=True), strict=True)
-    )
-    heads, channels = texts
-    put_at(replace(position, heads=heads, channels=channels))
+    put_at(with_filled(position, job.result))
     return True
-
-
-def prices_of(bench: Bench, choices: Choices) -> dict[str, Any] | None:
-    """What each layer's module loses at its widths, for the live view; None until that is known."""
-    if why_fixed(choices):
-        return None
-    laws = workbench().prices(visit().request, choices)
-    if laws is None or not bench.damage_known(choices):
-        return None
-
-    def make() -> dict[str, Any]:
-        shape = bench.loaded.architecture
-        costs = layer_costs(shape, choices.granularity, choices.multiple_of)
-        return price_tables(bench.damage(choices), laws, costs, shape.head_dim)
-
-    key = visit().request, what_to_price(choices), choices.multiple_of
-    return while_same("prices", key, make)
-
-
-def pricing_in_words(bench: Bench, choices: Choices, job: Job | None) -> Pricing:
-    """What is said beside the button that measures what each layer's cut loses."""
-    if job is not None and not job.finished:
-        return Pricing("Under way; the progress is at the top of the page.", True)
-    seconds = pricing_seconds(bench, visit().request, choices)
-    words = (
-        f"Takes {estimate_in_words(seconds)}: each layer's attention and MLP is cut and repaired "
-        "alone at two widths, and its effect on the predictions measured on held-out text. Then "
-        "the predicted damage of every bar is drawn below it, and the price of its parameters."
-    )
-    if job is not None and job.error:
-        words = f"{job.title} failed. {job.error} {words}"
-    return Pricing(words)
-
-
-def decided_at(bench: Bench, position: Position, choices: Choices) -> Decided | None:
-    """The widths that the allocation chose here; None where it was not made or asked for."""
-    cut = cut_of(position, choices, bench.loaded.architecture)
-    if not cut.allocates or not bench.prepared(first_look(choices)):
-        return None
-    decision = find_cut(bench, cut)
-    if decision is None:
-        return None
-    widths = decision.plan.layer_widths(bench.loaded.architecture)
-    kept = tuple((layer.num_attention_heads, layer.intermediate_size) for layer in widths)
-    return Decided(position.mha, position.mlp, *texts_of(kept))
 
 
 def other_cuts(cutting: Job | None) -> list[Job]:
@@ -965,7 +884,7 @@ def workbench_view(bench: Bench, beside_title: DeltaGenerator) -> None:
         measured_at(table, choices),
         f"Scoring by {choices.importance}",
         why_unpredicted(choices, prediction is not None),
-        decided_at(bench, position, choices),
+        decided_at(bench, cut_of(position, choices, shape), position),
         prices := prices_of(bench, choices),
         NOT_PRICED if prices else pricing_in_words(bench, choices, pricing),
         bool(unfinished(filling)),
