@@ -7,7 +7,7 @@ const SIDE_NAMES = { mha: "MHA", mlp: "MLP" };
 // A parameter's price is shown for a million of them.
 const MILLION = 1e6;
 // A mark this near to the price line, as a factor, counts as on it.
-const NEAR = 1.15;
+const NEAR = 1.25;
 
 // Bars from a text such as 9x4.6h.9x25, which the address holds too; null where none is set.
 function barsOf(text) {
