@@ -126,11 +126,17 @@ WRITTEN = "keep_layers"
 ALL_CONTROLS = (*CONTROLS, WRITTEN)
 GOALS = {
     "parameters": ("At most, in millions of parameters", 0.001, None),
+    "flops": ("At most, in millions of FLOPs a token", 0.001, None),
     "kv-cache": ("At most, in % of the dense KV cache", 1.0, 100.0),
     "perplexity": ("At most, times the dense perplexity", 1.0, None),
 }
 """What a target can limit: label of its number, least value and largest value."""
-GOAL_NAMES = {"parameters": "Parameters", "kv-cache": "KV cache", "perplexity": "Perplexity"}
+GOAL_NAMES = {
+    "parameters": "Parameters",
+    "flops": "FLOPs",
+    "kv-cache": "KV cache",
+    "perplexity": "Perplexity",
+}
 
 
 # --- choices and position --------------------------------------------------------------------
@@ -542,10 +548,13 @@ def choose_target(
     def search() -> None:
         state = st.session_state
         goal, most = state["goal"], state[f"at-most-{state['goal']}"]
-        scale = {"parameters": 1e6, "kv-cache": 0.01, "perplexity": 1.0}[goal]
+        scale = {"parameters": 1e6, "flops": 1e6, "kv-cache": 0.01, "perplexity": 1.0}[goal]
         try:
             found = find(
-                Target(goal, most * scale), table, prediction_of(bench, choices, table), energy
+                Target(goal, most * scale, state["position"].context),
+                table,
+                prediction_of(bench, choices, table),
+                energy,
             )
         except TransActError as error:
             state["target-outcome"] = (False, str(error))
@@ -561,8 +570,14 @@ def choose_target(
         )
         state["target-outcome"] = (True, found_in_words(found))
 
-    dense = table.dense.parameters / 1e6
-    usual = {"parameters": round(0.75 * dense, 3), "kv-cache": 50.0, "perplexity": 1.2}
+    dense, context = table.dense, st.session_state.get("position", Position()).context
+    flops = dense.flops + dense.flops_per_context * context
+    usual = {
+        "parameters": round(0.75 * dense.parameters / 1e6, 3),
+        "flops": round(0.75 * flops / 1e6, 3),
+        "kv-cache": 50.0,
+        "perplexity": 1.2,
+    }
     with st.popover(
         "A target instead of ratios",
         icon=":material/target:",
@@ -713,7 +728,7 @@ def show_point(
         elif choices.granularity == "auto":
             st.metric("Predicted before", "–", "not with auto", **quiet)
         elif point.decision.widths != "uniform":
-            st.metric("Predicted before", "–", "only uniform widths are", **quiet)
+            st.metric("Predicted before", "–", "uniform only", **quiet)
         elif bench.damage_known(choices_of(point)):
             st.metric("Predicted before", "–", "not this narrow", **quiet)
         elif under_way:

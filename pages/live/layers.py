@@ -64,7 +64,8 @@ def pricing_in_words(bench: Bench, choices: Choices, job: Job | None) -> Pricing
     words = (
         f"Takes {estimate_in_words(seconds)}: each layer's attention and MLP is cut and repaired "
         "alone at two widths, and its effect on the predictions measured on held-out text. Then "
-        "the predicted damage of every bar is drawn below it, and the price of its parameters."
+        "the predicted damage of every bar is drawn below it, and the price of its parameters. "
+        "Filling the rest of the budget measures it too."
     )
     if job is not None and job.error:
         words = f"{job.title} failed. {job.error} {words}"

@@ -102,7 +102,7 @@ def start_pricing(choices: Choices) -> None:
             request, wanted, workbench().run(request, work.price, report, wanted)
         )
 
-    start("Measuring what each layer's cut loses", pricing, about)
+    start("Measuring the layers' prices", pricing, about)
 
 
 def start_filling(

@@ -25,7 +25,7 @@ def cost_at(shape, granularity, mha, mlp):
     shape=architectures(),
     granularity=st.sampled_from(GRANULARITIES),
     share=st.floats(0.3, 1.2),
-    goal=st.sampled_from(["parameters", "kv-cache"]),
+    goal=st.sampled_from(["parameters", "flops", "kv-cache"]),
 )
 def test_a_size_is_met_with_the_most_parameters_or_refused(shape, granularity, share, goal):
     dense = footprint(shape, "float32")
@@ -33,6 +33,8 @@ def test_a_size_is_met_with_the_most_parameters_or_refused(shape, granularity, s
     def size(cost) -> float:
         if goal == "parameters":
             return cost.parameters
+        if goal == "flops":
+            return cost.flops_per_token
         return cost.kv_bytes_per_token / dense.kv_bytes_per_token
 
     at_most = share * size(dense)

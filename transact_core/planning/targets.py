@@ -6,10 +6,11 @@ from itertools import product
 from typing import Literal
 
 from transact_core.base.errors import TransActError
+from transact_core.models.footprint import CONTEXT_LENGTH
 from transact_core.planning.law import Ratio
 from transact_core.planning.preview import EnergyKept, Structure
 
-Goal = Literal["parameters", "kv-cache", "perplexity"]
+Goal = Literal["parameters", "flops", "kv-cache", "perplexity"]
 
 
 Prediction = Mapping[tuple[int, int], Ratio]
@@ -20,7 +21,10 @@ Prediction = Mapping[tuple[int, int], Ratio]
 class Target:
     goal: Goal
     at_most: float
-    """Parameters as a number; the KV cache and perplexity as multiples of the dense model's."""
+    """Parameters and FLOPs a token as numbers; the KV cache and perplexity as multiples of the
+    dense model's."""
+    context: int = CONTEXT_LENGTH
+    """Tokens of context that FLOPs are counted at."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def find(
     if target.goal == "perplexity" and not prediction:
         raise TransActError("No perplexity is predicted yet: measure a point, then ask again.")
     pairs = list(product(range(len(table.mha.options)), range(len(table.mlp.options))))
-    sizes = {pair: _size(target.goal, table, pair, prediction) for pair in pairs}
+    sizes = {pair: _size(target, table, pair, prediction) for pair in pairs}
     meeting = [pair for pair in pairs if sizes[pair] <= target.at_most]
     if not meeting:
         least = min(sizes.values())
@@ -93,12 +97,15 @@ def _widths(table: Structure, pair: tuple[int, int]) -> tuple[int, int]:
 
 
 def _size(
-    goal: Goal, table: Structure, pair: tuple[int, int], prediction: Prediction | None
+    target: Target, table: Structure, pair: tuple[int, int], prediction: Prediction | None
 ) -> float:
-    if goal == "parameters":
-        return table.cost(*pair).parameters
-    if goal == "kv-cache":
-        return table.cost(*pair).kv_values / table.dense.kv_values
+    cost = table.cost(*pair)
+    if target.goal == "parameters":
+        return cost.parameters
+    if target.goal == "flops":
+        return cost.flops + cost.flops_per_context * target.context
+    if target.goal == "kv-cache":
+        return cost.kv_values / table.dense.kv_values
     interval = prediction.get(_widths(table, pair))
     return interval.mid if interval else float("inf")
 
@@ -106,6 +113,8 @@ def _size(
 def _in_words(goal: Goal, size: float) -> str:
     if goal == "parameters":
         return f"{size / 1e6:,.1f} M parameters"
+    if goal == "flops":
+        return f"{size / 1e6:,.1f} million FLOPs a token"
     if goal == "kv-cache":
         return f"{size:.0%} of the KV cache"
     return f"{size:.2f} times the dense model's perplexity"
