@@ -259,6 +259,8 @@ class LiveView {
   }
 
   uniformAgain() {
+    // Bars that were moved a moment ago have not rested yet, and are to be undone to.
+    this.remember();
     this.view = { ...this.view, heads: "", channels: "" };
     const { choices } = this.data;
     this.asked = choices.widths && choices.widths !== "uniform" ? { ...choices, widths: "uniform" } : null;

@@ -10,7 +10,7 @@ from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 from tests.browser.driving import at, button, choose, running_app, settle, slider
 from tests.browser.live_page import SHAPES
 from transact_core.models.footprint import footprint
-from transact_core.pruning.plan import widths
+from transact_core.pruning.plan import widths, widths_of_layer
 
 pytestmark = pytest.mark.browser
 SHAPE = SHAPES["small"]
@@ -76,6 +76,50 @@ def test_figures_at_positions_are_the_footprints(view: Page, granularity: str):
             "flops": cost.flops_per_token,
             "serve": cost.weight_bytes + kv,
         }
+
+
+@pytest.mark.parametrize("granularity", ["query-heads", "kv-groups"])
+def test_figures_of_bars_are_the_footprints(view: Page, granularity: str):
+    choose(view, "Granularity", granularity)
+    expect(view.locator(".live")).to_have_attribute("data-choices", granularity)
+    heads, channels = (
+        view.locator(f'.module[data-side="{side}"] .bars') for side in ("mha", "mlp")
+    )
+    channels.focus()
+    for key in ("End", "ArrowRight", "Home", "ArrowRight", "PageDown", "Shift+ArrowDown"):
+        view.keyboard.press(key)
+    heads.focus()
+    for key in ("ArrowDown", "ArrowRight", "Home"):
+        view.keyboard.press(key)
+    # 33 and 30 % leave 8 heads and 140 channels.
+    counts = {"query-heads": (8, 8, 4, 12), "kv-groups": (9, 9, 6, 12)}[granularity]
+    kept = [1, 200, 119, 140]
+    text = f"{counts[0]}x2.{counts[2]}h.{counts[3]}h|1h.200h.119h.140"
+    expect(view.locator(".live")).to_have_attribute("data-widths", text)
+    cut = SHAPE.with_layers(
+        [widths_of_layer(SHAPE, granularity, *each) for each in zip(counts, kept, strict=True)]
+    )
+    cost = footprint(cut, "float16", 1024)
+    kv = cost.kv_bytes_per_token * 1024
+    shown = figures(view)
+    shown.pop("predicted")
+    assert shown == {
+        "parameters": cost.parameters,
+        "weights4": 4 * cost.parameters,
+        "weights2": cost.weight_bytes,
+        "kv": kv,
+        "flops": cost.flops_per_token,
+        "serve": cost.weight_bytes + kv,
+    }
+    expect(view.locator(".perplexity")).to_contain_text("only uniform widths are")
+    # The slider moves the bars that no hand has set.
+    move(view, "MLP", 50)
+    text = text.replace("140", "100")
+    expect(view.locator(".live")).to_have_attribute("data-widths", text)
+    button(view, "Uniform again").click()
+    rests(view, 33, 50)
+    button(view, "↶ Undo").click()
+    expect(view.locator(".live")).to_have_attribute("data-widths", re.compile(r"\|1h\."))
 
 
 def test_the_context_length_is_counted(view: Page):
