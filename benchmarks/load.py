@@ -9,8 +9,8 @@ recently used ones are released and loaded again.
 
 The run fails if a visitor sees a job or a figure of another visitor, or a figure that differs from
 what the library computes in this process; if a cut waits for more than two points of the curve; or
-if no page says what a cut waits for. It prints the times of pages and cuts, and the server's resident
-memory.
+if no page says what a cut waits for. It prints the times of pages and cuts, and the server's
+resident memory.
 """
 
 import argparse

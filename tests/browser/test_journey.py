@@ -165,7 +165,6 @@ def test_cancel_keeps_the_page_usable(page: Page, address: str):
     before = slider(page, "MHA").bounding_box()
     prune.click()
     progress = page.get_by_test_id("stMain").get_by_text("Cut of MHA 60%")
-    # A second Cancel button may belong to the damage measurement in the background.
     cancel = button(page, "Cancel").last
     expect(progress).to_be_in_viewport()
     expect(cancel).to_be_in_viewport()
