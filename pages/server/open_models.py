@@ -35,8 +35,6 @@ BENCHES_KEPT = 12
 VISITORS_KEPT = 200
 HELD_BYTES = 1 << 30
 """Most bytes of results that are held in memory for all visitors; more of them are on disk."""
-UNASKED_SECONDS = 60
-"""The longest estimate of work in the background that begins without being asked for."""
 
 
 class Worker(Protocol):
@@ -249,7 +247,7 @@ class Workbench:
 
         The request must be open. `anew` is for what failed, was cancelled or was left. A job that
         is `unasked` looks the measurement up; where it is not kept, it measures if that is
-        estimated to take `UNASKED_SECONDS` at most, and otherwise leaves it.
+        estimated to take `TRANSACT_UNASKED_SECONDS` at most, and otherwise leaves it.
         """
         wanted = what_to_learn(choices)
         with self._lock:
@@ -259,7 +257,8 @@ class Workbench:
 
                 def measure(report: Progress) -> None:
                     seconds = self.damage_seconds(request, opening.bench.result)
-                    only_kept = unasked and (seconds is None or seconds > UNASKED_SECONDS)
+                    longest = settings().unasked_seconds
+                    only_kept = unasked and (seconds is None or seconds > longest)
                     self.run(request, work.learn, report, wanted, only_kept)
 
                 job = opening.damages[wanted] = self.lane(request).queue.submit(
