@@ -25,7 +25,8 @@ PREFIX = "TRANSACT_"
 READ, WRITE = "TRANSACT_READ_FOLDERS", "TRANSACT_WRITE_FOLDERS"
 UPLOADS_MB = "TRANSACT_UPLOADS_MB"
 TOKEN, USER_HEADER, USERS = "TRANSACT_ACCESS_TOKEN", "TRANSACT_USER_HEADER", "TRANSACT_USERS"
-NAMES = (READ, WRITE, UPLOADS_MB, TOKEN, USER_HEADER, USERS, "TRANSACT_CACHE", CACHE_LIMIT)
+RAY = "TRANSACT_RAY"
+NAMES = (READ, WRITE, UPLOADS_MB, TOKEN, USER_HEADER, USERS, "TRANSACT_CACHE", CACHE_LIMIT, RAY)
 UPLOADS_MB_USUAL = 1024
 SHORTEST_TOKEN = 16
 """Characters of an access token; so many cannot be guessed through the form."""
@@ -49,6 +50,8 @@ class Settings:
     """Whether Streamlit's own OIDC login is set up."""
     users: frozenset[str] | None = None
     """Users who may come in, of those whom the header or the login names; None is all of them."""
+    ray: str | None = None
+    """Address of the Ray cluster that measures curves; None where this machine does."""
 
     @property
     def local(self) -> bool:
@@ -130,6 +133,7 @@ def read_settings(
         header,
         login,
         allowed,
+        _cluster(environment),
     )
 
 
@@ -162,6 +166,17 @@ def _megabytes(environment: Mapping[str, str]) -> int:
             f"{UPLOADS_MB} is {value!r}; it takes a whole number of megabytes, from 1."
         )
     return int(value)
+
+
+def _cluster(environment: Mapping[str, str]) -> str | None:
+    """The address of a Ray cluster, as `sweep --ray` takes it."""
+    value = environment.get(RAY)
+    if value is not None and not re.fullmatch(r"auto|local|[\w.\[\]:-]+:[0-9]+", value, re.ASCII):
+        raise TransActError(
+            f"{RAY} is {value!r}; it takes auto, for the Ray cluster that this machine is a node "
+            "of, local, for this machine alone, or the cluster's HOST:PORT."
+        )
+    return value
 
 
 def login_configured() -> bool:
