@@ -12,6 +12,7 @@ imported when it is asked for: it is an optional package.
 import logging
 import os
 import signal
+import socket
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,8 @@ TRIES = 3
 """How often a point is tried, and how many workers of a node may die, before it is given up."""
 POLL_SECONDS = 0.5
 """How long answers are waited for before progress is reported, which may cancel the work."""
+ANSWER_SECONDS = 10
+"""How long an address may take to answer."""
 LOCAL = "local"
 """The address of a cluster of this machine alone, which is started now and ends with the work."""
 SAME_FOR_ALL = {
@@ -102,6 +105,7 @@ def _connect(ray: ModuleType, address: str) -> None:
             "its machines, and name auto, or the address that `ray start` was given there, as "
             "192.0.2.1:6379."
         )
+    _require_answer(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
     alone = {"include_dashboard": False} if address == LOCAL else {}
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
@@ -118,6 +122,19 @@ def _connect(ray: ModuleType, address: str) -> None:
         if in_main:
             # Ray puts one of its own in its place.
             signal.signal(signal.SIGTERM, handler)
+
+
+def _require_answer(address: str) -> None:
+    """Refuses HOST:PORT where nothing listens: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise TransActError(
+                f"Nothing answers at {address}, where the Ray cluster should be: "
+                f"{first_line(error)}. Name the address that `ray start --head` printed."
+            ) from None
 
 
 @dataclass
