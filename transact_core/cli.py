@@ -88,7 +88,7 @@ from transact_core.pruning.plan import GRANULARITIES, WIDTHS, parse_ratio, plan_
 from transact_core.training.loop import LEARNING_RATES, Settings, Standing
 from transact_core.training.objective import LOSSES
 from transact_core.training.student import METHODS
-from transact_core.workers.on_ray import on_cluster, require_ray
+from transact_core.workers import on_ray
 
 # tqdm's monitor thread redraws slow bars at any time, even in the middle of an error message.
 tqdm.monitor_interval = 0
@@ -1210,12 +1210,12 @@ def _measuring(
         return
     # What is wrong with the choices or the names is found before a cluster is asked.
     require_recovery(choices.recovery)
-    require_ray()
+    on_ray.require_ray()
     texts = read_texts(spec.windows)
     progress("Fingerprinting the weights", 0, 1)
     weights = fingerprint(spec.model)
     progress("Looking for the Ray cluster", 0, 1)
-    with on_cluster(chosen.ray, chosen.ray_threads or 1, _warn) as cluster:
+    with on_ray.on_cluster(chosen.ray, chosen.ray_threads or 1, _warn) as cluster:
         bench = cluster.open(spec, texts, weights, choices, points, progress)
         _warn_all(bench.notices)
         yield bench, cluster.measure

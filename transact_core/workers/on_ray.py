@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -110,18 +111,37 @@ def _connect(ray: ModuleType, address: str) -> None:
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, configure_logging=False, log_to_driver=False, **alone)
+        with _without_stderr():
+            ray.init(address=address, configure_logging=False, log_to_driver=False, **alone)
+        # What has no option: deaths of workers are printed on standard output, with pages of advice.
+        ray._private.worker._worker_logs_enabled = False
     except Exception as error:
         with suppress(Exception):
             ray.shutdown()
         raise TransActError(
             f"There is no Ray cluster at {address} that this machine is a node of, or it does not "
-            f"take this process: {first_line(error)}. See `ray start`."
+            f"take this process: {first_line(error)}. All of its machines need the same versions "
+            "of Python and Ray and the same token (`ray get-auth-token`)."
         ) from None
     finally:
         if in_main:
             # Ray puts one of its own in its place.
             signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Drops what native code and new processes write to standard error: Ray logs there each of its
+    attempts to connect."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _require_answer(address: str) -> None:
@@ -131,9 +151,10 @@ def _require_answer(address: str) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
         except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or first_line(error)
             raise TransActError(
                 f"Nothing answers at {address}, where the Ray cluster should be: "
-                f"{first_line(error)}. Name the address that `ray start --head` printed."
+                f"{why}. Name the address that `ray start --head` printed."
             ) from None
 
 
@@ -261,7 +282,7 @@ class Cluster:
                 yield point
             under_way = sum(worker.share for worker in self._workers if worker.pair)
             workers = len([worker for worker in self._workers if worker.ready])
-            stage = f"Measuring {len(pairs)} points on Ray ({workers} workers)"
+            stage = f"Measuring on Ray, {workers} worker" + "s" * (workers != 1)
             # In hundredths of a point.
             done = 100 * (len(pairs) - missing) + int(100 * under_way)
             progress(stage, done, 100 * len(pairs))
