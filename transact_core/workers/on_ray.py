@@ -113,7 +113,7 @@ def _connect(ray: ModuleType, address: str) -> None:
     try:
         with _without_stderr():
             ray.init(address=address, configure_logging=False, log_to_driver=False, **alone)
-        # What has no option: deaths of workers are printed on standard output, with pages of advice.
+        # There is no option for it: it prints each death of a worker on standard output.
         ray._private.worker._worker_logs_enabled = False
     except Exception as error:
         with suppress(Exception):
