@@ -91,7 +91,8 @@ class OpenModels:
             TransActError: as `load_model` does.
         """
         loaded = self._model(spec, report)
-        self._in_use[-1].add(_model_key(spec))
+        for asked_for in self._in_use[-1:]:
+            asked_for.add(_model_key(spec))
         return loaded
 
     def adopt(self, spec: BenchSpec, bench: Bench) -> None:
