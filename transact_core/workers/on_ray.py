@@ -5,8 +5,9 @@ same fingerprint on every node. Texts need not be there: token ids, scores, stat
 model's losses come to every worker from the one that made them first. This process holds no model;
 it keeps the points under the keys that they would have had if they had been measured here.
 
-A worker that dies costs the time of its point, which another worker measures again. Ray is
-imported when it is asked for: it is an optional package.
+A worker that dies costs the time of its point, which another worker measures again. Where the
+cluster's head goes away, Ray itself ends this process after a minute. Ray is imported when it is
+asked for: it is an optional package.
 """
 
 import logging
