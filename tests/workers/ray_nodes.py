@@ -57,7 +57,7 @@ def _node(
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
     with log.open("w") as output:
         node = subprocess.Popen(
-            [*command, "--num-cpus", str(cpus), *options],
+            [*command, "--num-cpus", str(cpus), "--object-store-memory", "100000000", *options],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | own,
