@@ -7,10 +7,10 @@ own model and slider positions, request a cut at the same moment, and another on
 their results. There are more models than the server keeps, and some are shared, so that the least
 recently used ones are released and loaded again.
 
-The run fails if a visitor sees a figure of another visitor, or one that differs from what the
-library computes in this process; if a cut waits for more than two points of the curve; or if no
-page says what a cut waits for. It prints the times of pages and cuts, and the server's resident
-memory.
+The run fails if a visitor sees a job or a figure of another visitor, or a figure that differs from
+what the library computes in this process; if a cut waits for more than two points of the curve; or
+if no page says what a cut waits for. It prints the times of pages and cuts, and the server's
+resident memory.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.browser.driving import (
+    CALIBRATION_TOKENS,
     TIMEOUT_MS,
     ask_to_open,
     at,
@@ -50,8 +51,6 @@ from transact_core.models.load import load_model
 from transact_core.workers.open_models import MODELS_KEPT
 from transact_core.workers.process import worker_threads
 
-CALIBRATION_TOKENS = 1024
-"""Calibration tokens, as `tests.browser.driving.ask_to_open` asks for."""
 WAITING = re.compile(r"waiting, \d+ ahead: [^·\n]*[^·\n ]|next in line")
 PIECES_WAITED_AT_MOST = 2
 """Points of the curve that may be measured while a cut waits: the one in progress when it was
@@ -214,7 +213,9 @@ def ask_for_cuts(seen: Seen, address: str, turn: int) -> None:
         asked[visitor.page] = time.monotonic(), seen.pieces
         # Now, too: its cut may be done before all others are asked for.
         settle(visitor.page)
-        seen.words |= set(WAITING.findall(sidebar(visitor.page).inner_text()))
+        listed = sidebar(visitor.page).inner_text()
+        assert "Curve" not in listed, "a visitor sees another one's job"
+        seen.words |= set(WAITING.findall(listed))
     waiting = list(seen.others)
     while waiting:
         seen.pieces = max(seen.pieces, pieces_done(seen.first.page))
@@ -281,7 +282,7 @@ def go_through(
         sidebar(first.page).get_by_text(re.compile("Curve .* · (cancelled|done)"))
     ).to_be_visible()
     for visitor in (first, *others):
-        visitor.page.goto(f"{address}/perplexity")
+        visitor.page.get_by_test_id("stSidebarNav").get_by_text("Perplexity", exact=True).click()
         expect(visitor.page.get_by_text("All points")).to_be_visible()
         settle(visitor.page)
         visitor.charted = charted(visitor.page)

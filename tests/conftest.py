@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.trust.hub import TOKEN, hub_of
-from transact_core.data.corpus import corpus_from_text, read_corpus
+from transact_core.data.corpus import BUILTIN_TEXTS, corpus_from_text, read_corpus
 from transact_core.data.windows import WindowSpec, make_windows
 from transact_core.experiments.bench import Bench
 from transact_core.models.architecture import Architecture
@@ -243,14 +243,16 @@ def text_file(tmp_path):
 
 @pytest.fixture
 def short_texts(monkeypatch):
-    """Widths are allocated by the beginnings of the built-in texts: all of them take seconds to be
-    tokenised."""
+    """Widths are allocated, and trainings are watched, by the beginnings of the built-in texts: all
+    of them take seconds to be tokenised."""
 
     def beginning(source):
         corpus = read_corpus(source)
-        return replace(corpus, text=corpus.text[:40_000])
+        built_in = source in BUILTIN_TEXTS
+        return replace(corpus, text=corpus.text[:40_000]) if built_in else corpus
 
-    monkeypatch.setattr("transact_core.experiments.allocate.read_corpus", beginning)
+    for module in ("experiments.allocate", "export.tune"):
+        monkeypatch.setattr(f"transact_core.{module}.read_corpus", beginning)
 
 
 def snapshot(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:

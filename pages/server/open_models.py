@@ -36,8 +36,6 @@ HELD_BYTES = 1 << 30
 """Most bytes of results that are held in memory for all visitors; more of them are on disk."""
 CLUSTER = "ray"
 """Name of the lane of a Ray cluster among those of devices."""
-UNASKED_SECONDS = 60
-"""The longest estimate of work in the background that begins without being asked for."""
 
 
 class Worker(Protocol):
@@ -257,7 +255,7 @@ class Workbench:
 
         The request must be open. `anew` is for what failed, was cancelled or was left. A job that
         is `unasked` looks the measurement up; where it is not kept, it measures if that is
-        estimated to take `UNASKED_SECONDS` at most, and otherwise leaves it.
+        estimated to take `TRANSACT_UNASKED_SECONDS` at most, and otherwise leaves it.
         """
         wanted = what_to_learn(choices)
         with self._lock:
@@ -267,7 +265,8 @@ class Workbench:
 
                 def measure(report: Progress) -> None:
                     seconds = self.damage_seconds(request, opening.bench.result)
-                    only_kept = unasked and (seconds is None or seconds > UNASKED_SECONDS)
+                    longest = settings().unasked_seconds
+                    only_kept = unasked and (seconds is None or seconds > longest)
                     self.run(request, work.learn, report, wanted, only_kept)
 
                 job = opening.damages[wanted] = self.lane(request).queue.submit(

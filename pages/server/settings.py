@@ -23,11 +23,11 @@ from transact_core.base.files import CACHE_LIMIT, cache_folder, cache_limit_byte
 
 PREFIX = "TRANSACT_"
 READ, WRITE = "TRANSACT_READ_FOLDERS", "TRANSACT_WRITE_FOLDERS"
-UPLOADS_MB = "TRANSACT_UPLOADS_MB"
+UPLOADS_MB, UNASKED = "TRANSACT_UPLOADS_MB", "TRANSACT_UNASKED_SECONDS"
 TOKEN, USER_HEADER, USERS = "TRANSACT_ACCESS_TOKEN", "TRANSACT_USER_HEADER", "TRANSACT_USERS"
-RAY = "TRANSACT_RAY"
-NAMES = (READ, WRITE, UPLOADS_MB, TOKEN, USER_HEADER, USERS, "TRANSACT_CACHE", CACHE_LIMIT, RAY)
-UPLOADS_MB_USUAL = 1024
+CACHE, RAY = "TRANSACT_CACHE", "TRANSACT_RAY"
+NAMES = (READ, WRITE, UPLOADS_MB, UNASKED, TOKEN, USER_HEADER, USERS, CACHE, CACHE_LIMIT, RAY)
+UPLOADS_MB_USUAL, UNASKED_USUAL = 1024, 60
 SHORTEST_TOKEN = 16
 """Characters of an access token; so many cannot be guessed through the form."""
 LONGEST_PATH = 4096
@@ -44,6 +44,8 @@ class Settings:
     read_folders: tuple[Path, ...]
     write_folders: tuple[Path, ...]
     uploads_mb: int = UPLOADS_MB_USUAL
+    unasked_seconds: int = UNASKED_USUAL
+    """The longest estimate of work in the background that begins without being asked for."""
     access_token: str | None = field(default=None, repr=False)
     user_header: str | None = None
     login: bool = False
@@ -128,7 +130,8 @@ def read_settings(
         address,
         _folders(environment, READ, usual),
         _folders(environment, WRITE, usual),
-        _megabytes(environment),
+        _whole_number(environment, UPLOADS_MB, UPLOADS_MB_USUAL, 1, "megabytes"),
+        _whole_number(environment, UNASKED, UNASKED_USUAL, 0, "seconds"),
         token,
         header,
         login,
@@ -158,12 +161,14 @@ def _folders(
     return tuple(dict.fromkeys(folders))
 
 
-def _megabytes(environment: Mapping[str, str]) -> int:
-    value = environment.get(UPLOADS_MB, str(UPLOADS_MB_USUAL))
+def _whole_number(
+    environment: Mapping[str, str], name: str, usual: int, least: int, unit: str
+) -> int:
+    value = environment.get(name, str(usual))
     # int() would take signs, underscores and numbers of thousands of digits too.
-    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", value, re.ASCII):
+    if not re.fullmatch(r"0*[0-9]{1,9}", value, re.ASCII) or int(value) < least:
         raise TransActError(
-            f"{UPLOADS_MB} is {value!r}; it takes a whole number of megabytes, from 1."
+            f"{name} is {value!r}; it takes a whole number of {unit}, from {least}."
         )
     return int(value)
 

@@ -1,12 +1,12 @@
 """Fixtures: a running app and a page of a real Chromium."""
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.browser.driving import TIMEOUT_MS, running_app, start_chromium
+from tests.browser.driving import new_page, running_app, start_chromium
 
 
 @pytest.fixture(scope="session")
@@ -24,17 +24,14 @@ def browser():
 
 @pytest.fixture(scope="session")
 def address(tmp_path_factory, converted_builtin):
-    """Address of a running app."""
-    with running_app(tmp_path_factory.mktemp("server") / "log.txt") as address:
+    """Address of a running app, which does not begin the minute of work that a prediction for the
+    built-in model takes."""
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with running_app(log, TRANSACT_UNASKED_SECONDS="0") as address:
         yield address
 
 
 @pytest.fixture
-def page(browser: Browser, tmp_path: Path):
-    # High enough for the whole sidebar: a menu does not open if its box is partly out of view.
-    context = browser.new_context(viewport={"width": 1440, "height": 1400}, accept_downloads=True)
-    page: Page = context.new_page()
-    page.set_default_timeout(TIMEOUT_MS)
-    expect.set_options(timeout=TIMEOUT_MS)
-    yield page
-    context.close()
+def page(browser: Browser) -> Iterator[Page]:
+    with new_page(browser) as page:
+        yield page

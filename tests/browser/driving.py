@@ -19,6 +19,8 @@ from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 ROOT = Path(__file__).parents[2]
 TIMEOUT_MS = 300_000
 """Longest wait in milliseconds. Loading and measuring take minutes on a busy two-core machine."""
+CALIBRATION_TOKENS = 512
+"""Calibration tokens of the models that are opened here."""
 MENU_MS = 5_000
 """Wait for an open menu in milliseconds, before it is opened again."""
 CHART = ".js-plotly-plot"
@@ -32,12 +34,36 @@ CHROMIUM_FLAGS = [
     "--no-first-run",
 ]
 
+# Written to sitecustomize.py, which Python imports when it starts.
+HOLDING_TORCH_BACK = """
+import importlib.abc, pathlib, sys, time
+
+class HoldBack(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        while name == "torch" and not pathlib.Path({gate!r}).exists():
+            time.sleep(0.05)
+
+sys.meta_path.insert(0, HoldBack())
+"""
+
 
 def start_chromium(playwright: Playwright) -> Browser:
     """Starts the system's Chromium or Chrome, or else the one that Playwright installs."""
     names = ("chromium", "chromium-browser", "google-chrome")
     installed = next((path for name in names if (path := shutil.which(name))), None)
     return playwright.chromium.launch(executable_path=installed, args=CHROMIUM_FLAGS)
+
+
+@contextmanager
+def new_page(browser: Browser) -> Iterator[Page]:
+    """A page of a visitor of its own."""
+    # High enough for the whole sidebar: a menu does not open if its box is partly out of view.
+    context = browser.new_context(viewport={"width": 1440, "height": 1400}, accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(TIMEOUT_MS)
+    expect.set_options(timeout=TIMEOUT_MS)
+    yield page
+    context.close()
 
 
 @contextmanager
@@ -66,6 +92,21 @@ def running_app(log: Path, script: str = "app.py", **environment: str) -> Iterat
     finally:
         server.terminate()
         server.wait(timeout=30)
+
+
+def without_torch(folder: Path) -> dict[str, str]:
+    """An environment in which an app's import of torch waits for `give_torch` of the same folder."""
+    (folder / "sitecustomize.py").write_text(HOLDING_TORCH_BACK.format(gate=str(_gate(folder))))
+    return {"PYTHONPATH": str(folder)}
+
+
+def give_torch(folder: Path) -> None:
+    """Lets torch be imported by an app that was started with the environment for `folder`."""
+    _gate(folder).touch()
+
+
+def _gate(folder: Path) -> Path:
+    return folder / "gate"
 
 
 def wait_for_app(address: str, server: subprocess.Popen, log: Path) -> None:
@@ -119,7 +160,7 @@ def ask_to_open(
         name.fill(str(folder))
         name.press("Enter")
     page.get_by_text("How much, and on what").click()
-    set_number(page, "Calibration tokens", 1024)
+    set_number(page, "Calibration tokens", CALIBRATION_TOKENS)
     set_number(page, "Evaluation tokens", evaluation_tokens)
     set_number(page, "Sequence length", sequence_length)
     load = button(page, "Load")

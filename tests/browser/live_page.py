@@ -1,7 +1,7 @@
 """A page with only the live view, on random scores, for its tests and its benchmark.
 
 The address says which model shape (`?shape=small`, `large` or `largest`) and whether there is a
-prediction (`?predicted=1`).
+prediction (`?predicted=1`). What the switch hides is drawn afresh when it is shown again.
 """
 
 from dataclasses import asdict, replace
@@ -89,4 +89,8 @@ def view() -> None:
 
 
 st.set_page_config(layout="wide")
-view()
+if st.toggle("Shown", value=True):
+    view()
+else:
+    for key in (KEY, "granularity", "start", "rested", "runs"):
+        st.session_state.pop(key, None)

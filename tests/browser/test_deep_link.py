@@ -1,4 +1,4 @@
-"""The first visit to a server, at its plain address or at the address of a page."""
+"""The first visit to a server at the address of a page."""
 
 import re
 from pathlib import Path
@@ -7,25 +7,9 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from pages.parts.navigation import SECTIONS
-from tests.browser.driving import CHART, TIMEOUT_MS, button, running_app
+from tests.browser.driving import TIMEOUT_MS, running_app, without_torch
 
 pytestmark = pytest.mark.browser
-
-
-def test_a_first_visit_is_shown_an_example_while_the_model_is_opened(
-    browser: Browser, tmp_path: Path
-):
-    with running_app(tmp_path / "log.txt", TRANSACT_CACHE=str(tmp_path / "cache")) as address:
-        page = browser.new_page()
-        page.set_default_timeout(TIMEOUT_MS)
-        page.goto(address)
-        expect(page.locator(CHART)).to_have_count(3, timeout=TIMEOUT_MS)
-        # The built-in model is not converted yet, so it cannot be open.
-        expect(button(page, "Cancel")).to_be_visible(timeout=TIMEOUT_MS)
-        button(page, "Cancel").click()
-        page.get_by_role("link", name="Open this very cut").click()
-        expect(page).to_have_url(re.compile("/compress.*mha=33&mlp=30"))
-        page.close()
 
 
 def test_a_page_is_never_drawn_without_the_app_around_it(browser: Browser, tmp_path: Path):
@@ -52,7 +36,8 @@ def test_a_page_is_never_drawn_without_the_app_around_it(browser: Browser, tmp_p
 
 
 def test_the_first_page_has_its_name_as_an_address_too(browser: Browser, tmp_path: Path):
-    with running_app(tmp_path / "log.txt") as address:
+    """This page does without torch, which is therefore never imported here."""
+    with running_app(tmp_path / "log.txt", **without_torch(tmp_path)) as address:
         # Twice, because the first visitor of a server is redirected in another way (see above).
         for _ in range(2):
             page = browser.new_page()

@@ -1,25 +1,23 @@
-"""What the first visitor sees before torch is imported; the test holds the import back."""
+"""What the first visitor sees before torch is imported and while the model is opened."""
 
+import re
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, expect
 
-from tests.browser.driving import CHART, TIMEOUT_MS, button, running_app, sidebar
+from tests.browser.driving import (
+    CHART,
+    TIMEOUT_MS,
+    button,
+    give_torch,
+    running_app,
+    sidebar,
+    without_torch,
+)
 
 pytestmark = pytest.mark.browser
 
-# Written to sitecustomize.py, which Python imports when it starts.
-HOLDING_TORCH_BACK = """
-import importlib.abc, pathlib, sys, time
-
-class HoldBack(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        while name == "torch" and not pathlib.Path({gate!r}).exists():
-            time.sleep(0.05)
-
-sys.meta_path.insert(0, HoldBack())
-"""
 RECORDING_LINKS = """
 window.linksSeen = new Set();
 new MutationObserver(() => {
@@ -29,11 +27,11 @@ new MutationObserver(() => {
 """
 
 
-def test_the_first_page_is_there_before_torch(browser: Browser, tmp_path: Path):
-    gate = tmp_path / "gate"
-    (tmp_path / "sitecustomize.py").write_text(HOLDING_TORCH_BACK.format(gate=str(gate)))
-    held_back = {"PYTHONPATH": str(tmp_path), "TRANSACT_CACHE": str(tmp_path / "cache")}
-    with running_app(tmp_path / "log.txt", **held_back) as address:
+def test_the_first_page_is_there_before_torch_and_shows_an_example(
+    browser: Browser, tmp_path: Path
+):
+    environment = without_torch(tmp_path) | {"TRANSACT_CACHE": str(tmp_path / "cache")}
+    with running_app(tmp_path / "log.txt", **environment) as address:
         page = browser.new_page()
         page.set_default_timeout(TIMEOUT_MS)
         expect.set_options(timeout=TIMEOUT_MS)
@@ -46,9 +44,16 @@ def test_the_first_page_is_there_before_torch(browser: Browser, tmp_path: Path):
         expect(page.get_by_role("heading", level=1)).to_contain_text("Compress")
         expect(page.get_by_text("are being loaded")).to_be_visible()
         expect(button(page, "Load")).to_have_count(0)
-        gate.touch()
+        give_torch(tmp_path)
         expect(button(page, "Load")).to_be_visible()
         expect(page.get_by_text("are being loaded")).to_have_count(0)
+        # The built-in model is not converted yet, so it cannot be open.
+        page.get_by_test_id("stSidebarNav").get_by_text("Start here", exact=True).click()
+        expect(button(page, "Cancel")).to_be_visible()
+        button(page, "Cancel").click()
+        expect(page.locator(CHART)).to_have_count(3)
+        page.get_by_role("link", name="Open this very cut").click()
+        expect(page).to_have_url(re.compile("/compress.*mha=33&mlp=30"))
         expect(page.get_by_test_id("stException")).to_have_count(0)
         seen = page.evaluate("[...window.linksSeen]")
         page.close()

@@ -2,12 +2,13 @@
 
 import itertools
 import re
+from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 
-from tests.browser.driving import at, button, choose, running_app, settle, slider
+from tests.browser.driving import at, button, choose, new_page, running_app, settle, slider
 from tests.browser.live_page import SHAPES
 from transact_core.models.footprint import footprint
 from transact_core.pruning.plan import widths
@@ -23,12 +24,24 @@ def live_address(tmp_path_factory):
         yield address
 
 
+@pytest.fixture(scope="module")
+def opened(browser: Browser, live_address: str) -> Iterator[Page]:
+    with new_page(browser) as page:
+        page.goto(f"{live_address}/?predicted=1")
+        yield page
+
+
 @pytest.fixture
-def view(page: Page, live_address: str) -> Page:
-    page.goto(f"{live_address}/?predicted=1")
-    at(page, 33, 30)
-    settle(page)
-    return page
+def view(opened: Page) -> Iterator[Page]:
+    """The live view as at a first visit; the page around it is opened once for all tests."""
+    expect(opened.locator(".live")).to_have_count(1)
+    yield opened
+    shown = opened.get_by_text("Shown", exact=True)
+    opened.mouse.up()
+    shown.click()
+    expect(opened.locator(".live")).to_have_count(0)
+    settle(opened)
+    shown.click()
 
 
 def rests(page: Page, mha: int, mlp: int, context: int = 1024) -> None:

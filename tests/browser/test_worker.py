@@ -11,10 +11,10 @@ from playwright.sync_api import Browser, expect
 from benchmarks.load import server, write_models
 from tests.browser.driving import (
     TIMEOUT_MS,
+    at,
     button,
     metric,
     open_with_few_tokens,
-    settle,
     sidebar,
 )
 
@@ -34,26 +34,24 @@ def test_a_worker_killed_in_the_middle_of_a_cut_costs_that_cut_alone(
     browser: Browser, tmp_path: Path
 ):
     expect.set_options(timeout=TIMEOUT_MS)
-    large = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8}
+    large = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12}
     (folder,) = write_models(tmp_path, {"large": large})
     of_others = workers()
     with server(tmp_path) as (address, _):
         pages = []
-        for _ in range(2):
+        for mlp in (50, 20):
             page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
             page.set_default_timeout(TIMEOUT_MS)
-            open_with_few_tokens(page, f"{address}/compress", folder, 4_000, 128)
+            place = f"{address}/compress?mha=0&mlp={mlp}"
+            open_with_few_tokens(page, place, folder, 4_000, 128)
+            at(page, 0, mlp)
             pages.append(page)
         mine, other = pages
-        other.goto(f"{address}/compress?mha=0&mlp=20")
-        settle(other)
         button(other, "Prune and measure perplexity").click()
         kept = metric(other, "Perplexity, measured")
         expect(kept).to_be_visible()
         figure = kept.inner_text()
 
-        mine.goto(f"{address}/compress?mha=0&mlp=50")
-        settle(mine)
         button(mine, "Prune and measure perplexity").click()
         expect(mine.get_by_text("Repairing layers").first).to_be_visible()
         (worker,) = workers() - of_others

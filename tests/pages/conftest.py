@@ -1,11 +1,13 @@
 """A workbench of the tests' own, opened on a tiny model."""
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import streamlit as st
 import torch
+from streamlit.components.v2 import manifest_scanner
 from streamlit.runtime.pages_manager import PagesManager
 from streamlit.testing.v1 import AppTest
 
@@ -26,6 +28,9 @@ from transact_core.workers.tasks import Inline
 
 # All that these tests draw is drawn after the imports.
 libraries.wait()
+
+# Otherwise every run of an AppTest reads the metadata of all installed packages, a third of its time.
+manifest_scanner.scan_component_manifests = cache(manifest_scanner.scan_component_manifests)
 
 ROOT = Path(__file__).parents[2]
 WAIT = 30

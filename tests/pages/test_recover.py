@@ -22,7 +22,7 @@ from transact_core.training.loop import Pace
 from transact_core.workers import work
 from transact_core.workers.tasks import WorkerDied
 
-pytestmark = pytest.mark.usefixtures("links_in_words")
+pytestmark = pytest.mark.usefixtures("links_in_words", "short_texts")
 CUT = Cut(0.34, 0.5)
 STEP = 4 * 32
 """Tokens of a step."""

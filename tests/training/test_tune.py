@@ -61,7 +61,7 @@ def cut(tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def spec(cut, tmp_path) -> TuneSpec:
+def spec(cut, tmp_path, short_texts) -> TuneSpec:
     return TuneSpec(
         model=str(cut),
         output=tmp_path / "trained",
@@ -101,7 +101,6 @@ def test_a_trained_cut_is_nearer_to_the_dense_model_and_loads_in_stock_transform
     assert not work_folder(spec.output).exists()
 
 
-@pytest.mark.usefixtures("short_texts")
 def test_a_cut_of_allocated_widths_is_trained_too(spec, cut, tmp_path):
     own, text = tmp_path / "own", str(cut.parent / "text.txt")
     arguments = ["prune", "--model", str(cut.parent / "dense"), "--output", str(own)]

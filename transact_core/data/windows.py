@@ -193,13 +193,15 @@ def tokenise(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocab_size: int
         TransActError: the tokenizer fails, or makes ids that the model has no embedding for.
     """
     try:
+        # Of a long text, transformers' own conversion to a tensor takes as long as the splitting.
         encoded = tokenizer(
             corpus.text,
-            return_tensors="pt",
             verbose=False,
             add_special_tokens=not corpus.has_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
         )
-        ids = encoded["input_ids"][0].long()
+        ids = torch.tensor(encoded["input_ids"], dtype=torch.long)
     except INTERRUPTIONS:
         raise
     except BaseException as error:

@@ -14,9 +14,10 @@ from pages.server.jobs import CANCELLED, DONE
 from pages.server.open_models import Workbench
 from pages.server.points import add_point
 from pages.server.request import Cut, Request
+from pages.server.settings import settings
 from pages.server.visitors import Visit, size_of
 from pages.server.visits import visitor_id
-from tests.pages.conftest import ended
+from tests.pages.conftest import ended, exchange
 from transact_core.base.errors import TransActError
 from transact_core.experiments.bench import Choices, compress
 from transact_core.models.load import ReleasedTokenizer
@@ -329,6 +330,14 @@ def test_a_model_is_timed_once_its_dense_losses_are_known(tiny):
     assert workbench.pace(request) > 0
     assert workbench.damage_seconds(request, workbench.open(request).bench.result) > 0
     assert workbench.pace(Request()) is None
+
+
+def test_unasked_work_is_left_where_the_server_allows_none(tiny, monkeypatch):
+    workbench, request = tiny
+    none = replace(settings(), unasked_seconds=0)
+    exchange(monkeypatch, "settings", lambda: none)
+    assert ended(workbench.learn(request, Choices(), unasked=True)).state == DONE
+    assert not workbench.open(request).bench.result.damage_known(Choices())
 
 
 def test_unasked_work_in_the_background_is_left_where_it_would_take_long(tiny):

@@ -98,6 +98,7 @@ def test_addresses_that_others_reach(address):
         ({"TRANSACT_READ_FOLDERS": "~nobody-of-that-name"}, "READ_FOLDERS names"),
         ({"TRANSACT_UPLOADS_MB": "0"}, "UPLOADS_MB is '0'"),
         ({"TRANSACT_UPLOADS_MB": "1e3"}, "whole number of megabytes"),
+        ({"TRANSACT_UNASKED_SECONDS": "-1"}, "whole number of seconds, from 0"),
         ({"TRANSACT_CACHE_GB": "much"}, "CACHE_GB is .much."),
         ({"TRANSACT_ACCESS_TOKEN": "short"}, "at least 16"),
         ({"TRANSACT_ACCESS_TOKEN": ""}, "at least 16"),
