@@ -25,10 +25,11 @@ SETUP_DEV := $(VENV)/.setup-dev
 SETUP_BENCHMARK := $(VENV)/.setup-benchmark
 SETUP_LLAMA_CPP := $(VENV)/.setup-llama-cpp
 SETUP_TUNE := $(VENV)/.setup-tune
+SETUP_RAY := $(VENV)/.setup-ray
 STOCK_LLAMA_CPP := $(VENV)/stock-llama-cpp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup llama-cpp tune app test runtimes stock-llama-cpp benchmark example screenshots lint format lock audit licences clean distclean
+.PHONY: help setup llama-cpp tune ray app test runtimes stock-llama-cpp benchmark example screenshots lint format lock audit licences clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +45,8 @@ llama-cpp: $(SETUP_LLAMA_CPP) ## install llama.cpp into .venv, to quantise model
 
 tune: $(SETUP_TUNE) ## install peft into .venv, to train cuts by LoRA
 
+ray: $(SETUP_RAY) ## install Ray into .venv, to measure curves on a cluster
+
 app: $(SETUP) $(SETUP_TASKS) ## start the app on http://ADDRESS:PORT
 	$(PY) -m transact_core app --address "$(ADDRESS)" --port $(PORT)
 
@@ -53,7 +56,7 @@ test: lint runtimes ## check the code and run the tests (PYTEST_ARGS="-k name")
 
 # In CI a runtime that cannot be installed fails the run; elsewhere its tests are skipped.
 runtimes: $(SETUP_DEV) ## install the other runtimes that exported models are tried in
-	$(MAKE) --no-print-directory $(SETUP_LLAMA_CPP) $(SETUP_TUNE) $(RUNTIMES)/.setup $(TRANSFORMERS_4)/.setup || \
+	$(MAKE) --no-print-directory $(SETUP_LLAMA_CPP) $(SETUP_TUNE) $(SETUP_RAY) $(RUNTIMES)/.setup $(TRANSFORMERS_4)/.setup || \
 		{ [ -z "$$CI" ] && echo "Going on without them: their tests will be skipped." >&2; }
 
 # Its quantiser is what tests/trust/stored/stock-quantiser.json was made with.
@@ -82,7 +85,7 @@ lock: $(TOOLS)/.setup ## write locks/ anew from the requirements (LOCK_ARGS=--up
 
 # --strict, as what could not be looked up would else count as clean.
 audit: $(TOOLS)/.setup ## look the locked packages up in the advisories of PyPI
-	for lock in app torch cuda tasks dev llama-cpp tune runtimes transformers-4; do \
+	for lock in app torch cuda tasks dev llama-cpp tune ray runtimes transformers-4; do \
 		$(TOOLS)/bin/pip-audit --strict --disable-pip --progress-spinner off \
 			-r locks/$$lock.txt || exit 1; \
 	done
@@ -137,6 +140,10 @@ $(SETUP_LLAMA_CPP): locks/llama-cpp.txt $(SETUP)
 
 $(SETUP_TUNE): locks/tune.txt $(SETUP)
 	$(LOCKED) -r locks/tune.txt
+	@touch $@
+
+$(SETUP_RAY): locks/ray.txt $(SETUP)
+	$(LOCKED) -r locks/ray.txt
 	@touch $@
 
 # In folders of their own, as each has a package in another version than the app: the converter of

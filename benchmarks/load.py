@@ -231,7 +231,7 @@ def ask_for_cuts(seen: Seen, address: str, turn: int) -> None:
         seen.words |= set(WAITING.findall(sidebar(seen.first.page).inner_text()))
         taken = time.monotonic() - min(began for began, _ in asked.values())
         assert taken < ROUND_SECONDS, f"{len(waiting)} cuts have not come"
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def charted(page: Page) -> list[float]:

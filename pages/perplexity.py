@@ -12,7 +12,7 @@ import streamlit as st
 
 from pages.charts import curve_chart, tradeoff_charts
 from pages.charts.common import on_text
-from pages.charts.text import counted
+from pages.charts.text import counted, plain
 from pages.parts.example import Example, example
 from pages.parts.figure import show
 from pages.parts.help_texts import (
@@ -39,7 +39,8 @@ from pages.server.gguf_files import known_file, start_files
 from pages.server.jobs import DONE, Job
 from pages.server.open_models import workbench
 from pages.server.request import first_look
-from pages.server.start_jobs import start_curve
+from pages.server.settings import settings
+from pages.server.start_jobs import said_of_cluster, start_curve
 from pages.server.trainings import trainings
 from pages.server.visits import points, visit
 from transact_core.base.errors import TransActError
@@ -51,6 +52,7 @@ from transact_core.forward.perplexity import Evaluation, paired_difference
 from transact_core.importance.scores import IMPORTANCES
 from transact_core.pruning.closed_form import RECOVERIES
 from transact_core.pruning.plan import GRANULARITIES, head_counts, widths
+from transact_core.workers.process import worker_threads
 
 CURVES = ("MHA only", "MLP only", "Both")
 # What the points on the charts may be chosen by.
@@ -158,6 +160,14 @@ def choose_curve(bench: Bench, measuring: Job | None, under_way: Sequence[Job]) 
         if not bench.prepared(choices):
             words += f" Scoring by {importance} comes first."
         st.caption(words, help=pace_in_words(visit().request))
+        if (cluster := settings().ray) is not None:
+            st.caption(
+                f":material/hub: The points are measured on the Ray cluster at `{cluster}`, by "
+                f"workers with {counted(worker_threads(), 'thread')} each, several at a time; the "
+                "time above is that of one worker."
+            )
+        for sentence in said_of_cluster():
+            st.caption(f":material/warning: {plain(sentence)}")
         with st.container(key="curve-bar"):
             button, beside = st.columns([3, 11], vertical_alignment="center", gap="medium")
             with button:

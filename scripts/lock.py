@@ -88,6 +88,9 @@ def main() -> None:
     tune = compile_lock(["requirements.txt", "requirements-tune.txt"], preferred)
     if not set(app) <= set(tune):
         raise SystemExit("peft changes the app's packages; mend requirements-tune.txt")
+    ray = compile_lock(["requirements.txt", "requirements-ray.txt"], preferred)
+    if not set(app) <= set(ray):
+        raise SystemExit("Ray changes the app's packages; mend requirements-ray.txt")
     runtimes = compile_lock(
         ["requirements.txt", "requirements-dev.txt", "requirements-runtimes.txt"], preferred
     )
@@ -115,6 +118,8 @@ def main() -> None:
     write_lock("llama-cpp.txt", about, without(llama_cpp, app))
     about = "The optional LoRA of `tune`, on top of app.txt."
     write_lock("tune.txt", about, without(tune, app))
+    about = "The optional curves on a Ray cluster, on top of app.txt."
+    write_lock("ray.txt", about, without(ray, app))
     about = "The runtimes that exported models are tried in, on top of app.txt and dev.txt."
     write_lock("runtimes.txt", about, without(runtimes, dev))
     about = "transformers 4 and what it needs in other versions than app.txt and dev.txt have."

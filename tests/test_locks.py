@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-LOCKS = ("app", "torch", "cuda", "tasks", "dev", "llama-cpp", "tune", "runtimes")
+LOCKS = ("app", "torch", "cuda", "tasks", "dev", "llama-cpp", "tune", "ray", "runtimes")
 """What shares one environment, .venv: no package twice."""
 PLATFORMS = [
     {"sys_platform": system, "platform_system": name, "platform_machine": machine}
@@ -48,6 +48,7 @@ ASKED = [
     "requirements-dev.txt",
     "requirements-llama-cpp.txt",
     "requirements-tune.txt",
+    "requirements-ray.txt",
     "requirements-runtimes.txt",
     "requirements-transformers-4.txt",
     "requirements-model.txt",
@@ -80,6 +81,7 @@ def test_the_locks_agree_with_the_requirements():
     assert pins("requirements-dev.txt").items() <= every.items()
     assert pins("requirements-llama-cpp.txt").items() <= pins("locks/llama-cpp.txt").items()
     assert pins("requirements-tune.txt").items() <= pins("locks/tune.txt").items()
+    assert pins("requirements-ray.txt").items() <= pins("locks/ray.txt").items()
     assert pins("requirements-runtimes.txt").items() <= every.items()
     assert sum(len(entries(file)) for file in LOCKED) == len(every), "a package is locked twice"
 
@@ -95,7 +97,7 @@ def test_the_folder_of_transformers_4_holds_only_other_versions():
 
 def test_only_the_cuda_build_needs_what_is_cudas():
     assert set(pins("locks/torch.txt")) == {"torch"}
-    others = ("app", "dev", "llama-cpp", "tune", "runtimes")
+    others = ("app", "dev", "llama-cpp", "tune", "ray", "runtimes")
     names = pins(*(f"locks/{name}.txt" for name in others), TRANSFORMERS_4)
     assert not [name for name in names if re.match("nvidia|cuda|triton", name)]
     for requirement, _ in entries("locks/cuda.txt"):

@@ -23,6 +23,7 @@ FILES = (
     "pyproject.toml",
     "requirements.txt",
     "requirements-llama-cpp.txt",
+    "requirements-ray.txt",
     "requirements-tune.txt",
     "LICENSE",
 )

@@ -10,8 +10,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from transact_core.experiments.cut_spec import (
     decide_spec,
     open_bench,
 )
-from transact_core.experiments.sweep import Pair, known_points, sweep
+from transact_core.experiments.sweep import MeasureAll, Pair, known_points, one_by_one, sweep
 from transact_core.experiments.task_data import open_tasks
 from transact_core.experiments.tasks import contestant_of, run_tasks, tasks_report, tasks_table
 from transact_core.export.compression import (
@@ -82,12 +82,13 @@ from transact_core.models.devices import dtype_name, resolve_device
 from transact_core.models.footprint import footprint
 from transact_core.models.gguf import read_gguf_text
 from transact_core.models.llama_cpp import require_llama_cpp, runtime_name
-from transact_core.models.load import LoadedModel, load_model
-from transact_core.pruning.closed_form import RECOVERIES
+from transact_core.models.load import LoadedModel, fingerprint, load_model
+from transact_core.pruning.closed_form import RECOVERIES, require_recovery
 from transact_core.pruning.plan import GRANULARITIES, WIDTHS, parse_ratio, plan_notices
 from transact_core.training.loop import LEARNING_RATES, Settings, Standing
 from transact_core.training.objective import LOSSES
 from transact_core.training.student import METHODS
+from transact_core.workers import on_ray
 
 # tqdm's monitor thread redraws slow bars at any time, even in the middle of an error message.
 tqdm.monitor_interval = 0
@@ -262,6 +263,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_choices(points)
     _add_calibration(points)
     _add_evaluation(points)
+    points.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="share the points among the workers of a Ray cluster: auto for the one that this "
+        "machine is a node of, HOST:PORT as `ray start` names it, or local for this machine alone; "
+        "needs `make ray` (default: measured here, one after the other)",
+    )
+    points.add_argument(
+        "--ray-threads",
+        type=_positive,
+        metavar="N",
+        help="CPUs and threads of each worker, on which the last digits depend; a worker has a GPU "
+        "besides where there are any (default: 1)",
+    )
 
     gguf = command("gguf", _gguf, "write a model as a GGUF file, quantised, for llama.cpp")
     _add_model(gguf)
@@ -1184,8 +1199,7 @@ def _sweep(chosen: argparse.Namespace) -> None:
     if choices.widths == "by-hand":
         raise TransActError("Widths by hand are one cut, whatever the ratios; use prune for it.")
     before = _lines_of_sweep(output, pairs)
-    with _Bar() as progress:
-        bench = _open(_bench_spec(chosen), progress)
+    with _Bar() as progress, _measuring(chosen, choices, len(pairs), progress) as (bench, measure):
         known = known_points(bench, pairs, choices, progress)
         rows = {pair: point.row() for pair, point in known.items()}
         if not _without_seconds(before) <= _without_seconds(_as_csv(rows, pairs).splitlines()):
@@ -1194,14 +1208,38 @@ def _sweep(chosen: argparse.Namespace) -> None:
                 "these choices; name a new file."
             )
         notices: list[str] = []
-        for measurement in sweep(bench, pairs, choices, progress):
-            if choices.widths not in ("traded", "by-hand"):
+        for measurement in sweep(bench, pairs, choices, progress, measure):
+            if choices.widths != "traded":
                 notices += plan_notices(measurement.plan, bench.loaded.architecture)
             rows[measurement.plan.mha_ratio, measurement.plan.mlp_ratio] = measurement.row()
             text = _as_csv(rows, pairs)
             _write_file(output, lambda path, text=text: path.write_text(text))
         _warn_all(notices)
     print(f"{len(pairs)} points in {output}")
+
+
+@contextmanager
+def _measuring(
+    chosen: argparse.Namespace, choices: Choices, points: int, progress: Progress
+) -> Iterator[tuple[Bench, MeasureAll]]:
+    """The bench of a sweep, and what measures its points: this process or a Ray cluster."""
+    spec = _bench_spec(chosen)
+    if chosen.ray is None:
+        if chosen.ray_threads is not None:
+            raise TransActError("--ray-threads is for workers of a cluster; name one with --ray.")
+        yield _open(spec, progress), one_by_one
+        return
+    # What is wrong with the choices or the names is found before a cluster is asked.
+    require_recovery(choices.recovery)
+    on_ray.require_ray()
+    texts = read_texts(spec.windows)
+    progress("Fingerprinting the weights", 0, 1)
+    weights = fingerprint(spec.model)
+    progress("Looking for the Ray cluster", 0, 1)
+    with on_ray.on_cluster(chosen.ray, chosen.ray_threads or 1, _warn) as cluster:
+        bench = cluster.open(spec, texts, weights, choices, points, progress)
+        _warn_all(bench.notices)
+        yield bench, cluster.measure
 
 
 def _tasks(chosen: argparse.Namespace) -> None:

@@ -234,6 +234,10 @@ class JobQueue:
                 other.state == QUEUED and other.owner is not job.owner for other in self._unfinished
             )
 
+    def others_wait(self) -> bool:
+        """As `wanted_by_others`, of the job that runs; for that job's own work."""
+        return self._running is not None and self.wanted_by_others(self._running)
+
     def ahead_of(self, job: Job) -> list[Job]:
         """The jobs that have a turn before this one has its next, the running job first."""
         with self._changed:

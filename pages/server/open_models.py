@@ -35,6 +35,8 @@ BENCHES_KEPT = 12
 VISITORS_KEPT = 200
 HELD_BYTES = 1 << 30
 """Most bytes of results that are held in memory for all visitors; more of them are on disk."""
+CLUSTER = "ray"
+"""Name of the lane of a Ray cluster among those of devices."""
 
 
 class Worker(Protocol):
@@ -97,6 +99,13 @@ class Workbench:
                 self._lanes[name] = Lane(JobQueue(), self._new_worker())
             return self._lanes[name]
 
+    def cluster(self) -> Lane:
+        """The lane of curves on a Ray cluster, whose worker hands their points out."""
+        with self._lock:
+            if CLUSTER not in self._lanes:
+                self._lanes[CLUSTER] = Lane(JobQueue(), self._new_worker())
+            return self._lanes[CLUSTER]
+
     def stop(self, seconds: float = STOPPING_SECONDS) -> bool:
         """Cancels all jobs and ends the workers; whether all jobs ended within so many seconds."""
         with self._lock:
@@ -113,11 +122,13 @@ class Workbench:
         report: Progress,
         *arguments: Any,
         received: Received = lambda _: None,
+        lane: Lane | None = None,
     ) -> Any:
         """The result of a function of `transact_core.workers.work`, on a request's bench; for jobs.
 
         What the worker's benches measure on the way is added to the benches here. `received` is
-        called with each thing that the function yields.
+        called with each thing that the function yields. `lane` is the one of the request's device
+        where no other is given; jobs use the worker of the lane that they wait in.
 
         Raises:
             Cancelled, TransActError, MemoryError, WorkFailed, WorkerDied: as the task ended.
@@ -125,7 +136,7 @@ class Workbench:
         task = Task(
             f"{function.__module__}:{function.__qualname__}", (request.bench_spec, *arguments)
         )
-        outcome = self.lane(request).worker.run(task, report, received)
+        outcome = (lane or self.lane(request)).worker.run(task, report, received)
         self._learn(outcome)
         return result_of(outcome)
 

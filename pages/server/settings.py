@@ -25,7 +25,8 @@ PREFIX = "TRANSACT_"
 READ, WRITE = "TRANSACT_READ_FOLDERS", "TRANSACT_WRITE_FOLDERS"
 UPLOADS_MB, UNASKED = "TRANSACT_UPLOADS_MB", "TRANSACT_UNASKED_SECONDS"
 TOKEN, USER_HEADER, USERS = "TRANSACT_ACCESS_TOKEN", "TRANSACT_USER_HEADER", "TRANSACT_USERS"
-NAMES = (READ, WRITE, UPLOADS_MB, UNASKED, TOKEN, USER_HEADER, USERS, "TRANSACT_CACHE", CACHE_LIMIT)
+CACHE, RAY = "TRANSACT_CACHE", "TRANSACT_RAY"
+NAMES = (READ, WRITE, UPLOADS_MB, UNASKED, TOKEN, USER_HEADER, USERS, CACHE, CACHE_LIMIT, RAY)
 UPLOADS_MB_USUAL, UNASKED_USUAL = 1024, 60
 SHORTEST_TOKEN = 16
 """Characters of an access token; so many cannot be guessed through the form."""
@@ -51,6 +52,8 @@ class Settings:
     """Whether Streamlit's own OIDC login is set up."""
     users: frozenset[str] | None = None
     """Users who may come in, of those whom the header or the login names; None is all of them."""
+    ray: str | None = None
+    """Address of the Ray cluster that measures curves; None where this machine does."""
 
     @property
     def local(self) -> bool:
@@ -133,6 +136,7 @@ def read_settings(
         header,
         login,
         allowed,
+        _cluster(environment),
     )
 
 
@@ -167,6 +171,17 @@ def _whole_number(
             f"{name} is {value!r}; it takes a whole number of {unit}, from {least}."
         )
     return int(value)
+
+
+def _cluster(environment: Mapping[str, str]) -> str | None:
+    """The address of a Ray cluster, as `sweep --ray` takes it."""
+    value = environment.get(RAY)
+    if value is not None and not re.fullmatch(r"auto|local|[\w.\[\]:-]+:[0-9]+", value, re.ASCII):
+        raise TransActError(
+            f"{RAY} is {value!r}; it takes auto, for the Ray cluster that this machine is a node "
+            "of, local, for this machine alone, or the cluster's HOST:PORT."
+        )
+    return value
 
 
 def login_configured() -> bool:

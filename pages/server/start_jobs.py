@@ -1,5 +1,6 @@
 """Jobs that pages start: a cut, a curve, an export."""
 
+import time
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -7,11 +8,11 @@ from pathlib import Path
 from pages.server.jobs import Job, JobQueue, Work
 from pages.server.open_models import workbench
 from pages.server.points import add_point, kept_at_hand, measure, point_of
-from pages.server.request import Cut, first_look, what_to_price
+from pages.server.request import Cut, Request, first_look, what_to_price
 from pages.server.settings import require_writable, settings
-from pages.server.visits import points, visit
+from pages.server.visits import holding, points, visit
 from pages.server.written import written_of
-from transact_core.base.errors import Progress
+from transact_core.base.errors import Cancelled, Progress
 from transact_core.base.files import require_free_output
 from transact_core.experiments.bench import Bench, Choices, Measurement
 from transact_core.experiments.sweep import Pair, most_informative_first
@@ -19,6 +20,8 @@ from transact_core.pruning.plan import ByHand
 from transact_core.workers import work
 
 FINISHED_JOBS_KEPT = 4
+CLUSTER_TURN_SECONDS = 600
+"""How long a curve keeps the workers of a cluster while another visitor's waits for them."""
 
 
 def start(
@@ -71,6 +74,18 @@ def start_curve(bench: Bench, ratios: list[Pair], choices: Choices) -> None:
     if not missing:
         return
     missing = most_informative_first(missing)
+    title, about = f"Curve up to {in_words(missing[0])}", ("curve", request)
+    if (cluster := settings().ray) is not None:
+        said = holding().found["cluster"] = []
+        start(
+            title,
+            lambda report: _on_cluster(
+                cluster, request, bench, missing, choices, mine, said, report
+            ),
+            about,
+            queue=workbench().cluster().queue,
+        )
+        return
 
     def measuring(report: Progress) -> Iterator[tuple[int, int]]:
         workbench().run(request, work.prepare, report, first_look(choices))
@@ -86,7 +101,71 @@ def start_curve(bench: Bench, ratios: list[Pair], choices: Choices) -> None:
             yield place, len(missing)
         return len(missing)
 
-    start(f"Curve up to {in_words(missing[0])}", measuring, ("curve", request))
+    start(title, measuring, about)
+
+
+def said_of_cluster() -> list[str]:
+    """Sentences on the cluster's workers from this visitor's last curve with the bench in view."""
+    return holding().found.get("cluster", [])
+
+
+def _on_cluster(
+    address: str,
+    request: Request,
+    bench: Bench,
+    missing: list[Pair],
+    choices: Choices,
+    mine: list[Measurement],
+    said: list[str],
+    report: Progress,
+) -> Iterator[tuple[int, int]]:
+    """The work of a curve on a Ray cluster, which keeps its workers for a whole turn.
+
+    What is under way at a turn's end is measured again at the next one.
+    """
+    left, lane = list(missing), workbench().cluster()
+
+    def received(thing: Measurement | str) -> None:
+        if isinstance(thing, str):
+            said.append(thing)
+            return
+        add_point(mine, thing)
+        left.remove((thing.plan.mha_ratio, thing.plan.mlp_ratio))
+
+    while left:
+        turn_ends, at_first, gave_up = time.monotonic() + CLUSTER_TURN_SECONDS, len(left), False
+
+        def reporting(
+            stage: str,
+            done: int,
+            total: int,
+            turn_ends: float = turn_ends,
+            at_first: int = at_first,
+        ) -> None:
+            nonlocal gave_up
+            report(stage, done, total)
+            # A turn has a point at least, however long models take to load.
+            if time.monotonic() > turn_ends and len(left) < at_first and lane.queue.others_wait():
+                gave_up = True
+                raise Cancelled
+
+        try:
+            workbench().run(
+                request,
+                work.curve_on_ray,
+                reporting,
+                bench.without_model(),
+                list(left),
+                choices,
+                address,
+                received=received,
+                lane=lane,
+            )
+        except Cancelled:
+            if not gave_up:
+                raise
+        yield len(missing) - len(left), len(missing)
+    return len(missing)
 
 
 def start_pricing(choices: Choices) -> None:

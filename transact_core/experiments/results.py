@@ -105,9 +105,16 @@ def decided(
     known = find_decision(bench, mha_ratio, mlp_ratio, choices, progress)
     if known is None:
         known = decide(bench, mha_ratio, mlp_ratio, choices, progress)
-        key = _decision_key(bench, mha_ratio, mlp_ratio, choices)
-        _write(_DECISIONS, key, _DECISION.dump_python(known))
+        keep_decision(bench, mha_ratio, mlp_ratio, choices, known)
     return known
+
+
+def keep_decision(
+    bench: Bench, mha_ratio: float, mlp_ratio: float, choices: Choices, decision: Decision
+) -> None:
+    """Keeps what was decided for these ratios; does nothing where the file cannot be written."""
+    key = _decision_key(bench, mha_ratio, mlp_ratio, choices)
+    _write(_DECISIONS, key, _DECISION.dump_python(decision))
 
 
 def find_decision(

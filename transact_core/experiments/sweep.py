@@ -1,7 +1,7 @@
 """Pairs of ratios to measured points, the most informative ones first."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from transact_core.base.errors import Progress, silent
 from transact_core.experiments.bench import Bench, Choices, Measurement
@@ -11,12 +11,28 @@ from transact_core.pruning.closed_form import require_recovery
 Pair = tuple[float, float]
 """(mha_ratio, mlp_ratio)."""
 
+MeasureAll = Callable[[Bench, list[Pair], Choices, Progress], Iterator[Measurement]]
+"""Yields the points that are missing, in an order of its own."""
+
+
+def one_by_one(
+    bench: Bench, pairs: list[Pair], choices: Choices, progress: Progress = silent
+) -> Iterator[Measurement]:
+    """Yields the point of each pair, measured here."""
+    for position, pair in enumerate(pairs, start=1):
+
+        def counted(stage: str, done: int, total: int, position: int = position) -> None:
+            progress(f"Point {position} of {len(pairs)}: {stage.lower()}", done, total)
+
+        yield point_at(bench, pair, choices, counted)
+
 
 def sweep(
     bench: Bench,
     ratios: Iterable[Pair],
     choices: Choices,
     progress: Progress = silent,
+    measure: MeasureAll = one_by_one,
 ) -> Iterator[Measurement]:
     """Yields the point of every pair of ratios: known ones first, then the most informative.
 
@@ -30,14 +46,8 @@ def sweep(
     known = known_points(bench, pairs, choices, progress)
     bench.dense(progress)
     yield from known.values()
-    missing = [pair for pair in pairs if pair not in known]
-    known_count = len(pairs) - len(missing)
-    for position, pair in enumerate(most_informative_first(missing), start=known_count + 1):
-
-        def counted(stage: str, done: int, total: int, position: int = position) -> None:
-            progress(f"Point {position} of {len(pairs)}: {stage.lower()}", done, total)
-
-        yield point_at(bench, pair, choices, counted)
+    missing = most_informative_first(pair for pair in pairs if pair not in known)
+    yield from measure(bench, missing, choices, progress)
 
 
 def known_points(

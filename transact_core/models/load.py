@@ -152,33 +152,17 @@ def load_model(
     compute_dtype = resolve_dtype(dtype, target)
     source = source.strip()
     progress("Finding the model", 0, 3)
-    if source == BUILTIN:
-        path = builtin_gguf()
-    # Unlike Path.exists, this is False where the name is too long or the folder cannot be read.
-    elif source and os.path.exists(path := expanded(source)):
-        pass
-    elif is_hub_id(source):
-        path = download(source)
-    else:
-        raise TransActError(
-            f"There is no model at {source!r}: name a checkpoint folder, a .gguf file, "
-            f"a hub id such as owner/name, or {BUILTIN!r}."
-        )
-
+    path = located(source)
     folder, fingerprints = path, {}
     if path.is_dir():
         found = inspect_folder(path)
-    elif path.suffix.lower() == ".gguf":
+    else:
         require_plausible_size(path, target)
         # A GGUF file is converted once to a checkpoint folder, which then loads in a second.
         fingerprints[path] = sha256_of_file(path)
         folder = converted_folder(fingerprints[path])
         mark_in_use(folder)
         found = inspect_converted(folder, path) or inspect_gguf(path)
-    elif path.suffix in PICKLE_SUFFIXES:
-        raise TransActError(pickle_refusal(path.name))
-    else:
-        raise TransActError(f"{path} is neither a checkpoint folder nor a .gguf file.")
 
     converts = not folder.is_dir()
     needed = (found.architecture, compute_dtype, target)
@@ -220,6 +204,42 @@ def load_model(
             if notice
         ),
     )
+
+
+def located(source: str) -> Path:
+    """The folder or the GGUF file that a source names; a model of the hub is fetched.
+
+    Raises:
+        TransActError: there is none.
+    """
+    if source == BUILTIN:
+        return builtin_gguf()
+    # Unlike Path.exists, this is False where the name is too long or the folder cannot be read.
+    if source and os.path.exists(path := expanded(source)):
+        pass
+    elif is_hub_id(source):
+        path = download(source)
+    else:
+        raise TransActError(
+            f"There is no model at {source!r}: name a checkpoint folder, a .gguf file, "
+            f"a hub id such as owner/name, or {BUILTIN!r}."
+        )
+    if path.is_dir() or path.suffix.lower() == ".gguf":
+        return path
+    if path.suffix in PICKLE_SUFFIXES:
+        raise TransActError(pickle_refusal(path.name))
+    raise TransActError(f"{path} is neither a checkpoint folder nor a .gguf file.")
+
+
+def fingerprint(source: str) -> dict[str, str]:
+    """The `weight_files` of a source as `load_model` would load it; nothing is loaded.
+
+    Raises:
+        TransActError: the source is missing, damaged, of another architecture or kind.
+    """
+    path = located(source.strip())
+    files = inspect_folder(path).files if path.is_dir() else [path]
+    return {file.name: sha256_of_file(file) for file in files}
 
 
 def _offloading(whole: MemoryEstimate, found: Inspection) -> str:

@@ -84,6 +84,21 @@ class OpenModels:
         self._note_use(spec)
         return bench
 
+    def load(self, spec: BenchSpec, report: Progress) -> LoadedModel:
+        """The model of a specification; loaded where it is not open.
+
+        Raises:
+            TransActError: as `load_model` does.
+        """
+        loaded = self._model(spec, report)
+        for asked_for in self._in_use[-1:]:
+            asked_for.add(_model_key(spec))
+        return loaded
+
+    def adopt(self, spec: BenchSpec, bench: Bench) -> None:
+        """Takes over a bench without its model that was opened and measured elsewhere."""
+        self._benches[spec] = bench
+
     def _note_use(self, spec: BenchSpec) -> None:
         key = _model_key(spec)
         if key in self._models:

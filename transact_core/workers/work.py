@@ -204,6 +204,37 @@ def curve_point(
     return point_at(models.bench(spec, report), ratios, choices, report)
 
 
+def curve_on_ray(
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    bench: Bench,
+    pairs: Sequence[Pair],
+    choices: Choices,
+    address: str,
+) -> Iterator[Measurement | str]:
+    """The points of a curve, measured on a Ray cluster by workers with as many threads as this one.
+
+    `bench` is the one of the specification, opened elsewhere; this process holds no model. Points
+    come as they are measured, and between them sentences on what the user should know.
+    """
+    # Imported late: it hands tasks of this module out.
+    from transact_core.workers.on_ray import on_cluster
+
+    said: list[str] = []
+    report("Looking for the Ray cluster", 0, 1)
+    weights = bench.loaded.weight_files
+    with on_cluster(address, torch.get_num_threads(), said.append) as cluster:
+        shared = cluster.open(spec, bench, weights, choices, len(pairs), report)
+        # So that the server learns what was measured for it.
+        models.adopt(spec, shared)
+        for point in cluster.measure(shared, list(pairs), choices, report):
+            yield from said
+            said.clear()
+            yield point
+    yield from said
+
+
 def export(
     models: OpenModels,
     report: Progress,
