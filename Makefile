@@ -45,6 +45,7 @@ llama-cpp: $(SETUP_LLAMA_CPP) ## install llama.cpp into .venv, to quantise model
 
 tune: $(SETUP_TUNE) ## install peft into .venv, to train cuts by LoRA
 
+# Tests on real clusters take a minute and a half: `make ray test` runs them, CI skips them.
 ray: $(SETUP_RAY) ## install Ray into .venv, to measure curves on a cluster
 
 app: $(SETUP) $(SETUP_TASKS) ## start the app on http://ADDRESS:PORT
@@ -56,7 +57,7 @@ test: lint runtimes ## check the code and run the tests (PYTEST_ARGS="-k name")
 
 # In CI a runtime that cannot be installed fails the run; elsewhere its tests are skipped.
 runtimes: $(SETUP_DEV) ## install the other runtimes that exported models are tried in
-	$(MAKE) --no-print-directory $(SETUP_LLAMA_CPP) $(SETUP_TUNE) $(SETUP_RAY) $(RUNTIMES)/.setup $(TRANSFORMERS_4)/.setup || \
+	$(MAKE) --no-print-directory $(SETUP_LLAMA_CPP) $(SETUP_TUNE) $(RUNTIMES)/.setup $(TRANSFORMERS_4)/.setup || \
 		{ [ -z "$$CI" ] && echo "Going on without them: their tests will be skipped." >&2; }
 
 # Its quantiser is what tests/trust/stored/stock-quantiser.json was made with.

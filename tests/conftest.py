@@ -34,6 +34,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
     torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(items):
+    """Browser tests come first: they take longest and wait most, so that all processes end at about
+    the same time."""
+    items.sort(key=lambda item: item.get_closest_marker("browser") is None)
+
+
 VOCAB_SIZE = 320
 KINDS = {
     "mha": {"num_key_value_heads": 6},

@@ -95,6 +95,10 @@ def test_journey(page: Page, address: str, tmp_path: Path):
     at(page, 33, 31)
     expect(numbers).to_contain_text("384 of 576")
 
+    # So narrow that the repairs, here and by `apply`, are soon done.
+    slider(page, "MLP").fill("80")
+    at(page, 33, 80)
+    expect(numbers).to_contain_text("307 of 1,536")
     page.get_by_role("button", name="Prune and measure perplexity").click()
     measured = metric(page, "Perplexity, measured")
     expect(measured).to_be_in_viewport()
@@ -119,7 +123,7 @@ def test_journey(page: Page, address: str, tmp_path: Path):
     configuration = tmp_path / "compression.json"
     download.value.save_as(configuration)
     plan = json.loads(configuration.read_text())["plan"]
-    assert (plan["mha_ratio"], plan["mlp_ratio"]) == (0.33, 0.31)
+    assert (plan["mha_ratio"], plan["mlp_ratio"]) == (0.33, 0.8)
     assert plan["importance"] == "activation-weight"
 
     written = tmp_path / "from-the-browser"
@@ -135,7 +139,7 @@ def test_journey(page: Page, address: str, tmp_path: Path):
     assert weights_sha256(applied) == weights_sha256(written)
     report = json.loads((applied / "report.json").read_text())
     assert report["pruned"]["perplexity"] == pytest.approx(perplexity, abs=0.006)
-    assert (report["pruned"]["mha_width"], report["pruned"]["mlp_width"]) == (6 * 64, 1060)
+    assert (report["pruned"]["mha_width"], report["pruned"]["mlp_width"]) == (6 * 64, 307)
     assert report["dense"]["parameters"] == 134_515_008
     assert report["dense"]["perplexity"] < report["pruned"]["perplexity"]
 

@@ -72,26 +72,36 @@ def opened(cluster, spec, progress):
     return cluster.open(spec, texts, weights, Choices(), len(PAIRS), progress)
 
 
+def refused(said):
+    """Whether the worker of the second node takes no part."""
+    return any(sentence.endswith("its model has other weights (SHA-256).") for sentence in said)
+
+
 def test_a_curve_is_that_of_one_process_though_a_worker_is_killed(
-    spec, address, tmp_path, monkeypatch, capfd
+    spec, homes, address, tmp_path, monkeypatch, capfd
 ):
-    said, points, stages = [], [], []
+    said, points, stages, waiting = [], [], [], []
 
     def progress(stage, *_):
         stages.append(stage)
+        if waiting and refused(said):
+            waiting.pop().resume()
 
     with on_cluster(address, 1, said.append) as cluster:
         bench = opened(cluster, spec, progress)
-        # One of the two that go on is held at its first point.
-        held = workers()[0]
-        held.send_signal(signal.SIGSTOP)
+        # Of the two that go on one is held at its first point, and the other one until the worker
+        # of the second node is refused: it may start late.
+        held, other = [each for each in workers() if each.environ()["HOME"] == str(homes[0])]
+        for process in (held, other):
+            process.suspend()
+        waiting.append(other)
         for point in sweep(bench, PAIRS, Choices(), progress, cluster.measure):
             points.append(point)
             if len(points) == 3:
                 os.kill(held.pid, signal.SIGKILL)
     assert {(point.plan.mha_ratio, point.plan.mlp_ratio) for point in points} == set(PAIRS)
     assert len(points) == len(PAIRS)
-    assert any(sentence.endswith("its model has other weights (SHA-256).") for sentence in said)
+    assert refused(said)
     assert [each for each in said if each.endswith("has ended; its point is measured again.")]
     assert stages[-1].startswith("Measuring on Ray")
     assert not psutil.wait_procs(workers(), timeout=30)[1]
