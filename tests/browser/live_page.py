@@ -96,5 +96,8 @@ st.set_page_config(layout="wide")
 if st.toggle("Shown", value=True):
     view()
 else:
-    for key in (KEY, "granularity", "start", "rested", "runs"):
+    for key in (KEY, "granularity", "rested", "runs"):
         st.session_state.pop(key, None)
+    # Whatever the browser sent for an earlier revision counts no more.
+    _, last = st.session_state.get("start", (Position(), 1))
+    st.session_state["start"] = (Position(), last + 1)

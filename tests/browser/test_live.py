@@ -34,7 +34,8 @@ def opened(browser: Browser, live_address: str) -> Iterator[Page]:
 @pytest.fixture
 def view(opened: Page) -> Iterator[Page]:
     """The live view as at a first visit; the page around it is opened once for all tests."""
-    expect(opened.locator(".live")).to_have_count(1)
+    at(opened, 33, 30)
+    settle(opened)
     yield opened
     shown = opened.get_by_text("Shown", exact=True)
     opened.mouse.up()
