@@ -2,8 +2,10 @@
 
 import os
 import signal
+import time
 from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 
 import psutil
 import pytest
@@ -67,6 +69,11 @@ def workers():
     return found
 
 
+def home_of(process):
+    """The home folder that a process was started with, which tells its node."""
+    return Path(process.environ()["HOME"])
+
+
 def opened(cluster, spec, progress):
     texts, weights = read_texts(spec.windows), fingerprint(spec.model)
     return cluster.open(spec, texts, weights, Choices(), len(PAIRS), progress)
@@ -91,7 +98,11 @@ def test_a_curve_is_that_of_one_process_though_a_worker_is_killed(
         bench = opened(cluster, spec, progress)
         # Of the two that go on one is held at its first point, and the other one until the worker
         # of the second node is refused: it may start late.
-        held, other = [each for each in workers() if each.environ()["HOME"] == str(homes[0])]
+        deadline = time.monotonic() + 60
+        while len(first := [each for each in workers() if home_of(each) == homes[0]]) < 2:
+            assert time.monotonic() < deadline, "the first node's workers do not come up"
+            time.sleep(0.1)
+        held, other = first
         for process in (held, other):
             process.suspend()
         waiting.append(other)
