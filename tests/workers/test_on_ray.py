@@ -20,6 +20,15 @@ from transact_core.workers.on_ray import TRIES, on_cluster
 PAIRS = [(0.34, ratio) for ratio in (0.1, 0.2, 0.3, 0.5)]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As many as the tests' nodes have CPUs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def spec(checkpoint, text_file, tmp_path, monkeypatch):
     monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "cache"))
