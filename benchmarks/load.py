@@ -35,6 +35,7 @@ from tests.browser.driving import (
     ask_to_open,
     at,
     button,
+    go_to,
     measure_mlp_curve,
     metric,
     running_app,
@@ -282,7 +283,7 @@ def go_through(
         sidebar(first.page).get_by_text(re.compile("Curve .* · (cancelled|done)"))
     ).to_be_visible()
     for visitor in (first, *others):
-        visitor.page.get_by_test_id("stSidebarNav").get_by_text("Perplexity", exact=True).click()
+        go_to(visitor.page, "Perplexity")
         expect(visitor.page.get_by_text("All points")).to_be_visible()
         settle(visitor.page)
         visitor.charted = charted(visitor.page)

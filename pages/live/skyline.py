@@ -6,7 +6,6 @@ other twenty-five. It says what stays, whatever the sliders say.
 """
 
 import re
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,7 +20,7 @@ from transact_core.models.architecture import Architecture
 from transact_core.planning.damage import Curve, Damage
 from transact_core.planning.preview import LayerCosts, layer_costs
 from transact_core.planning.width_table import FLOOR
-from transact_core.pruning.plan import ByHand
+from transact_core.pruning.plan import ByHand, nearest_width
 
 PART = re.compile(r"(\d{1,7})(h?)(?:x(\d{1,4}))?")
 """One run of layers that are alike."""
@@ -92,16 +91,9 @@ def fitted(heads: str, channels: str, costs: Mapping[str, LayerCosts], layers: i
     if any(len(bars) != layers for bars in both):
         return "", ""
     return tuple(
-        text_of([Bar(_nearest(costs[module].units, bar.units), bar.by_hand) for bar in bars])
+        text_of([Bar(nearest_width(costs[module].units, bar.units), bar.by_hand) for bar in bars])
         for module, bars in zip(("mha", "mlp"), both, strict=True)
     )
-
-
-def _nearest(possible: Sequence[int], wanted: int) -> int:
-    """The nearest of ascending numbers, the larger one on a tie."""
-    above = bisect_left(possible, wanted)
-    around = possible[max(0, above - 1) : above + 1]
-    return min(around, key=lambda units: (abs(units - wanted), -units))
 
 
 def why_fixed(choices: Choices) -> str:

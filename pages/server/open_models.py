@@ -94,17 +94,17 @@ class Workbench:
         if name == "auto":
             device = resolve_device()
             name = "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"
+        return self._lane(name)
+
+    def cluster(self) -> Lane:
+        """The lane of curves on a Ray cluster, whose worker hands their points out."""
+        return self._lane(CLUSTER)
+
+    def _lane(self, name: str) -> Lane:
         with self._lock:
             if name not in self._lanes:
                 self._lanes[name] = Lane(JobQueue(), self._new_worker())
             return self._lanes[name]
-
-    def cluster(self) -> Lane:
-        """The lane of curves on a Ray cluster, whose worker hands their points out."""
-        with self._lock:
-            if CLUSTER not in self._lanes:
-                self._lanes[CLUSTER] = Lane(JobQueue(), self._new_worker())
-            return self._lanes[CLUSTER]
 
     def stop(self, seconds: float = STOPPING_SECONDS) -> bool:
         """Cancels all jobs and ends the workers; whether all jobs ended within so many seconds."""

@@ -41,6 +41,12 @@ def start(
     return job
 
 
+def under_way(about: Hashable) -> bool:
+    """Whether a job of this visitor's that is about this has not ended."""
+    earlier = visit().latest_job(about)
+    return earlier is not None and not earlier.finished
+
+
 def start_cut(bench: Bench, cut: Cut) -> None:
     """The point of a cut joins this visitor's: at once where it is kept, or measured by a job.
 
@@ -48,8 +54,7 @@ def start_cut(bench: Bench, cut: Cut) -> None:
     """
     mine, request = points(), visit().request
     about = "cut", request, cut
-    earlier = visit().latest_job(about)
-    if earlier is not None and not earlier.finished:
+    if under_way(about):
         return
     known = kept_at_hand(bench, cut.ratios, cut.choices)
     if known is not None:
@@ -172,8 +177,7 @@ def start_pricing(choices: Choices) -> None:
     """Measures what the cuts of single layers lose; once, however often it is asked for."""
     request, wanted = visit().request, what_to_price(choices)
     about = "prices", request, wanted
-    earlier = visit().latest_job(about)
-    if earlier is not None and not earlier.finished:
+    if under_way(about):
         return
 
     def pricing(report: Progress) -> None:
@@ -193,8 +197,7 @@ def start_filling(
     where it is not known.
     """
     request, wanted = visit().request, replace(choices.of_uniform, steps=1, sequential=False)
-    earlier = visit().latest_job(about)
-    if earlier is not None and not earlier.finished:
+    if under_way(about):
         return
 
     def filling(report: Progress) -> ByHand:

@@ -201,6 +201,12 @@ def measure_mlp_curve(page: Page, points: int, recovery: str = "none") -> None:
     button(page, "Measure the curve").click()
 
 
+def go_to(page: Page, name: str) -> None:
+    """Goes to another page by the navigation."""
+    page.get_by_test_id("stSidebarNav").get_by_text(name, exact=True).click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text(name)
+
+
 def sidebar(page: Page) -> Locator:
     return page.get_by_test_id("stSidebar")
 

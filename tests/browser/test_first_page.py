@@ -11,6 +11,7 @@ from tests.browser.driving import (
     TIMEOUT_MS,
     button,
     give_torch,
+    go_to,
     running_app,
     sidebar,
     without_torch,
@@ -48,7 +49,7 @@ def test_the_first_page_is_there_before_torch_and_shows_an_example(
         expect(button(page, "Load")).to_be_visible()
         expect(page.get_by_text("are being loaded")).to_have_count(0)
         # The built-in model is not converted yet, so it cannot be open.
-        page.get_by_test_id("stSidebarNav").get_by_text("Start here", exact=True).click()
+        go_to(page, "Start here")
         expect(button(page, "Cancel")).to_be_visible()
         button(page, "Cancel").click()
         expect(page.locator(CHART)).to_have_count(3)

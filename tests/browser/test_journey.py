@@ -16,6 +16,7 @@ from tests.browser.driving import (
     at,
     button,
     choose,
+    go_to,
     metric,
     open_with_few_tokens,
     settle,
@@ -49,11 +50,6 @@ print(json.dumps({"class": type(model).__name__, "perplexity": math.exp(total / 
                   "new": generated.shape[1] - chat["input_ids"].shape[1],
                   "parameters": sum(weight.numel() for weight in model.parameters())}))
 """
-
-
-def go_to(page: Page, name: str) -> None:
-    page.get_by_test_id("stSidebarNav").get_by_text(name, exact=True).click()
-    expect(page.get_by_role("heading", level=1)).to_contain_text(name)
 
 
 def expect_no_exception(page: Page) -> None:

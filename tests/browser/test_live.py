@@ -10,6 +10,7 @@ from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 
 from tests.browser.driving import at, button, choose, new_page, running_app, settle, slider
 from tests.browser.live_page import SHAPES
+from transact_core.models.architecture import Architecture
 from transact_core.models.footprint import footprint
 from transact_core.pruning.plan import widths, widths_of_layer
 
@@ -60,6 +61,21 @@ def figures(page: Page) -> dict[str, float]:
     return dict(values)
 
 
+def assert_figures_are_the_footprint(page: Page, cut: Architecture) -> None:
+    cost = footprint(cut, "float16", 1024)
+    kv = cost.kv_bytes_per_token * 1024
+    shown = figures(page)
+    shown.pop("predicted")
+    assert shown == {
+        "parameters": cost.parameters,
+        "weights4": 4 * cost.parameters,
+        "weights2": cost.weight_bytes,
+        "kv": kv,
+        "flops": cost.flops_per_token,
+        "serve": cost.weight_bytes + kv,
+    }
+
+
 def move(page: Page, side: str, value: int) -> None:
     """Moves a slider as one step of a drag does, without releasing it."""
     slider(page, side).evaluate(
@@ -78,18 +94,7 @@ def test_figures_at_positions_are_the_footprints(view: Page, granularity: str):
         move(view, "MLP", mlp)
         at(view, mha, mlp)
         cut = widths(SHAPE, mha / 100, mlp / 100, granularity).applied_to(SHAPE)
-        cost = footprint(cut, "float16", 1024)
-        kv = cost.kv_bytes_per_token * 1024
-        shown = figures(view)
-        shown.pop("predicted")
-        assert shown == {
-            "parameters": cost.parameters,
-            "weights4": 4 * cost.parameters,
-            "weights2": cost.weight_bytes,
-            "kv": kv,
-            "flops": cost.flops_per_token,
-            "serve": cost.weight_bytes + kv,
-        }
+        assert_figures_are_the_footprint(view, cut)
 
 
 @pytest.mark.parametrize("granularity", ["query-heads", "kv-groups"])
@@ -113,18 +118,7 @@ def test_figures_of_bars_are_the_footprints(view: Page, granularity: str):
     cut = SHAPE.with_layers(
         [widths_of_layer(SHAPE, granularity, *each) for each in zip(counts, kept, strict=True)]
     )
-    cost = footprint(cut, "float16", 1024)
-    kv = cost.kv_bytes_per_token * 1024
-    shown = figures(view)
-    shown.pop("predicted")
-    assert shown == {
-        "parameters": cost.parameters,
-        "weights4": 4 * cost.parameters,
-        "weights2": cost.weight_bytes,
-        "kv": kv,
-        "flops": cost.flops_per_token,
-        "serve": cost.weight_bytes + kv,
-    }
+    assert_figures_are_the_footprint(view, cut)
     expect(view.locator(".perplexity")).to_contain_text("only uniform widths are")
     # The slider moves the bars that no hand has set.
     move(view, "MLP", 50)

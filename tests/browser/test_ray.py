@@ -1,6 +1,5 @@
 """A curve from the Perplexity page to a Ray cluster on this machine, and a second one cancelled."""
 
-import os
 import sqlite3
 from contextlib import closing
 from importlib.util import find_spec
@@ -20,7 +19,7 @@ from tests.browser.driving import (
     running_app,
     sidebar,
 )
-from tests.workers.ray_nodes import ray_nodes
+from tests.workers.ray_nodes import ray_nodes, ray_workers
 from transact_core.workers.process import worker_threads
 
 pytestmark = [
@@ -36,17 +35,6 @@ POINTS = 8
 def kept_points(cache: Path) -> int:
     with closing(sqlite3.connect(cache / "results.sqlite")) as database:
         return database.execute("SELECT count(*) FROM points").fetchone()[0]
-
-
-def workers_of_ray() -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process(os.getpid()).children(recursive=True):
-        try:
-            if "ray::RayWorker" in "".join(process.cmdline()[:1]):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def test_a_curve_goes_to_the_cluster_and_can_be_cancelled(browser: Browser, tmp_path: Path):
@@ -73,7 +61,7 @@ def test_a_curve_goes_to_the_cluster_and_can_be_cancelled(browser: Browser, tmp_
         button(page, "Measure the curve").click()
         button(page, "Cancel").first.click()
         expect(page.get_by_text("was cancelled").first).to_be_visible()
-        assert not psutil.wait_procs(workers_of_ray(), timeout=30)[1]
+        assert not psutil.wait_procs(ray_workers(), timeout=30)[1]
         assert POINTS <= kept_points(cache) < 2 * POINTS
         expect(page.get_by_test_id("stException")).to_have_count(0)
         page.context.close()

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.driving import CHART, button, metric, open_with_few_tokens, set_number, settle
+from tests.browser.driving import (
+    CHART,
+    button,
+    go_to,
+    metric,
+    open_with_few_tokens,
+    set_number,
+    settle,
+)
 from tests.conftest import make_model
 from transact_core.data.corpus import read_corpus
 
@@ -33,7 +41,7 @@ def test_a_training(page: Page, address: str, model_folder: Path):
     page.get_by_role("link", name="Measure this cut on the Compress page").click()
     button(page, "Prune and measure perplexity").click()
     expect(metric(page, "Perplexity, measured")).to_be_visible()
-    page.get_by_test_id("stSidebarNav").get_by_text("Recover", exact=True).click()
+    go_to(page, "Recover")
     expect(button(page, "Train")).to_be_enabled()
     settle(page)
     # So many that it is under way until it is stopped.

@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from pages.live.skyline import bars_of
-from tests.browser.driving import CHART, at, button, metric, open_with_few_tokens, settle
+from tests.browser.driving import CHART, at, button, go_to, metric, open_with_few_tokens, settle
 from tests.conftest import make_model
 
 pytestmark = [pytest.mark.browser, pytest.mark.builtin]
@@ -112,6 +112,6 @@ def test_a_bar_is_dragged_the_budget_filled_and_the_cut_seen_beside_the_uniform_
     shown_there = float(page.locator('[data-figure="predicted"]').inner_text())
     # The live view is sent four decimals of the ratio to the dense model.
     assert shown_there == pytest.approx(perplexity, rel=1e-4)
-    page.get_by_test_id("stSidebarNav").get_by_text("Perplexity", exact=True).click()
+    go_to(page, "Perplexity")
     chart = page.locator(".st-key-equal-parameters").locator(CHART)
     expect(chart).to_contain_text("M parameters by-hand costs")

@@ -10,7 +10,7 @@ from playwright.sync_api import Page, expect
 
 pytest.importorskip("lm_eval")
 
-from tests.browser.driving import CHART, button, open_with_few_tokens, settle, sidebar
+from tests.browser.driving import CHART, button, go_to, open_with_few_tokens, settle, sidebar
 from tests.conftest import make_model
 
 pytestmark = [pytest.mark.browser, pytest.mark.builtin]
@@ -75,7 +75,7 @@ def test_tasks_of_a_cut(page: Page, address: str, model_folder: Path, tmp_path: 
         assert int(row["questions"]) == entry["model"]["n"]
     assert set(report["tasks"]) == {task for task, _ in rows}
 
-    page.get_by_test_id("stSidebarNav").get_by_text("Token damage", exact=True).click()
+    go_to(page, "Token damage")
     button(page, "Compare the predictions").click()
     expect(page.get_by_text("worst fifth of the tokens carries")).to_be_visible()
     mark = page.locator("span[title*='pruned:']").first

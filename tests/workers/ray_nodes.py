@@ -8,14 +8,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 SECONDS_TO_START = 120
 """What a node may take until it has joined the cluster, on a busy machine."""
 TOKEN = "a token of the tests alone, as long"
 """What the nodes know each other by; without one Ray would write one into the home folder."""
+
+
+def ray_workers() -> list[psutil.Process]:
+    """The processes of the workers on the nodes that this process runs."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        # Others end meanwhile.
+        with suppress(psutil.Error):
+            if "ray::RayWorker" in "".join(process.cmdline()[:1]):
+                found.append(process)
+    return found
 
 
 @contextmanager

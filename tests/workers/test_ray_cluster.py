@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import make_model
-from tests.workers.ray_nodes import ray_nodes
+from tests.workers.ray_nodes import ray_nodes, ray_workers
 from transact_core.base.errors import Cancelled
 from transact_core.data.windows import WindowSpec, read_texts
 from transact_core.experiments.bench import Choices
@@ -58,17 +57,6 @@ def spec(homes, text_file, tmp_path, monkeypatch):
     torch.set_num_threads(before)
 
 
-def workers():
-    """The processes of the cluster's workers."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        # Others end meanwhile.
-        with suppress(psutil.Error):
-            if "ray::RayWorker" in "".join(process.cmdline()[:1]):
-                found.append(process)
-    return found
-
-
 def home_of(process):
     """The home folder that a process was started with, which tells its node."""
     return Path(process.environ()["HOME"])
@@ -99,7 +87,7 @@ def test_a_curve_is_that_of_one_process_though_a_worker_is_killed(
         # Of the two that go on one is held at its first point, and the other one until the worker
         # of the second node is refused: it may start late.
         deadline = time.monotonic() + 60
-        while len(first := [each for each in workers() if home_of(each) == homes[0]]) < 2:
+        while len(first := [each for each in ray_workers() if home_of(each) == homes[0]]) < 2:
             assert time.monotonic() < deadline, "the first node's workers do not come up"
             time.sleep(0.1)
         held, other = first
@@ -115,7 +103,7 @@ def test_a_curve_is_that_of_one_process_though_a_worker_is_killed(
     assert refused(said)
     assert [each for each in said if each.endswith("has ended; its point is measured again.")]
     assert stages[-1].startswith("Measuring on Ray")
-    assert not psutil.wait_procs(workers(), timeout=30)[1]
+    assert not psutil.wait_procs(ray_workers(), timeout=30)[1]
     # Nothing of Ray's own is printed.
     assert capfd.readouterr() == ("", "")
 
@@ -132,9 +120,9 @@ def test_a_curve_is_that_of_one_process_though_a_worker_is_killed(
 
 def test_cancelled_it_leaves_no_worker(spec, address):
     def stop(stage, *_):
-        if workers():
+        if ray_workers():
             raise Cancelled
 
     with pytest.raises(Cancelled), on_cluster(address, 1, print) as cluster:
         opened(cluster, spec, stop)
-    assert not psutil.wait_procs(workers(), timeout=30)[1]
+    assert not psutil.wait_procs(ray_workers(), timeout=30)[1]

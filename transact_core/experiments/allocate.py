@@ -42,8 +42,8 @@ from transact_core.pruning.plan import (
     ByHand,
     PruningPlan,
     Widths,
-    channel_counts,
     head_counts,
+    layer_channel_counts,
     plan_of_layers,
     removed_by_hand,
     widths,
@@ -143,14 +143,14 @@ def _require_by_hand(architecture: Architecture, choices: Choices) -> None:
         )
     heads = head_counts(architecture, choices.granularity)
     dense = architecture.intermediate_size
-    channels = channel_counts(architecture, choices.multiple_of)
+    channels = layer_channel_counts(architecture, choices.multiple_of)
     for layer, (kept_heads, kept_channels) in enumerate(choices.by_hand):
         if kept_heads not in heads:
             raise TransActError(
                 f"Layer {layer} cannot keep {kept_heads} query heads by {choices.granularity}; "
                 f"possible are {', '.join(map(str, heads))}."
             )
-        if kept_channels not in channels and kept_channels != dense:
+        if kept_channels not in channels:
             raise TransActError(
                 f"Layer {layer} cannot keep {kept_channels:,} channels; possible are multiples of "
                 f"{choices.multiple_of} up to {dense:,}, and all of them."

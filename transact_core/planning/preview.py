@@ -20,9 +20,9 @@ from transact_core.pruning.plan import (
     Granularity,
     Widths,
     best_first,
-    channel_counts,
     head_counts,
     kept_heads,
+    layer_channel_counts,
     value_dim_scores,
     widths,
     widths_of_layer,
@@ -181,10 +181,9 @@ def layer_costs(
     Costs grow evenly with the units, so two numbers of units are enough to work them out.
     """
     dense, layers = architecture.intermediate_size, architecture.num_hidden_layers
-    channels = channel_counts(architecture, multiple_of)
     units_of = {
         "mha": head_counts(architecture, granularity),
-        "mlp": channels if channels[-1] == dense else [*channels, dense],
+        "mlp": layer_channel_counts(architecture, multiple_of),
     }
 
     def cost(module: str, kept: int, biased: bool) -> Cost:

@@ -25,8 +25,8 @@ from transact_core.planning.damage import Curve, Damage
 from transact_core.pruning.plan import (
     Granularity,
     Widths,
-    channel_counts,
     head_counts,
+    layer_channel_counts,
     widths_of_layer,
 )
 
@@ -115,8 +115,7 @@ class WidthTable:
 
         `kept_whole` are layers that keep all they have, and `fixed` is as the field, for others.
         """
-        dense = architecture.intermediate_size
-        channels = np.array(sorted({*channel_counts(architecture, multiple_of), dense}))
+        channels = np.array(layer_channel_counts(architecture, multiple_of))
         heads = np.array(head_counts(architecture, granularity))
 
         def module(

@@ -479,13 +479,24 @@ def channel_counts(architecture: Architecture, multiple_of: int = 1) -> Sequence
     return range(multiple_of, dense + 1, multiple_of) or [dense]
 
 
-def _nearest(dense: int, ratio: float, allowed: Sequence[int]) -> int:
-    """The nearest of ascending widths."""
-    # The decimal the user wrote, not its binary neighbour, decides a tie.
-    wanted = dense * (1 - Fraction(str(ratio)))
+def layer_channel_counts(architecture: Architecture, multiple_of: int = 1) -> Sequence[int]:
+    """The channels that a layer with a width of its own can keep, ascending: those of
+    `channel_counts`, and all of them."""
+    dense, counts = architecture.intermediate_size, channel_counts(architecture, multiple_of)
+    return counts if counts[-1] == dense else [*counts, dense]
+
+
+def nearest_width(allowed: Sequence[int], wanted: int | Fraction) -> int:
+    """The nearest of ascending widths, the larger one on a tie."""
     above = bisect_left(allowed, wanted)
     around = allowed[max(0, above - 1) : above + 1]
     return min(around, key=lambda width: (abs(width - wanted), -width))
+
+
+def _nearest(dense: int, ratio: float, allowed: Sequence[int]) -> int:
+    """The width nearest to what a ratio leaves."""
+    # The decimal the user wrote, not its binary neighbour, decides a tie.
+    return nearest_width(allowed, dense * (1 - Fraction(str(ratio))))
 
 
 def make_plan(

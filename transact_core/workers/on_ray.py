@@ -353,12 +353,15 @@ class Cluster:
         with suppress(Exception):
             self._ray.kill(worker.actor, no_restart=True)
 
-    def _drop(self, worker: _Worker, why: str) -> None:
-        """Goes on without a worker, and says why."""
+    def _remove(self, worker: _Worker) -> None:
         self._end(worker)
         self._workers.remove(worker)
         if self._curve.maker is worker:
             self._curve.maker = None
+
+    def _drop(self, worker: _Worker, why: str) -> None:
+        """Goes on without a worker, and says why."""
+        self._remove(worker)
         self._say(f"{worker.node.name} takes no part: {why}.")
         if not self._workers:
             self._give_up()
@@ -475,7 +478,6 @@ class Cluster:
     def _lost(self, worker: _Worker, error: Exception) -> None:
         """A worker has died: its point is measured by another one, and one takes its place."""
         node, pair = worker.node, worker.pair
-        self._end(worker)
         if worker.take == self._greeted and "No module named" in str(error):
             self._drop(worker, "it has no transact_core, or another version")
             return
@@ -489,9 +491,7 @@ class Cluster:
             )
         alive = {each["NodeID"] for each in self._ray.nodes() if each["Alive"]}
         if node.id in alive and node.deaths <= TRIES:
-            self._workers.remove(worker)
-            if self._curve.maker is worker:
-                self._curve.maker = None
+            self._remove(worker)
             self._add(node)
         else:
             worker.pair = None

@@ -40,7 +40,7 @@ class RayWorker:
     def __init__(self, threads: int) -> None:
         give_large_blocks_back()
         self._threads = threads
-        self._models = tasks.OpenModels()
+        self._models = OpenModels()
         self._standing: Standing = "", 0, 1
 
     def surroundings(self) -> dict[str, str]:
