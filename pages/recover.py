@@ -27,6 +27,7 @@ from pages.server.jobs import DONE, FAILED, QUEUED
 from pages.server.points import find_cut, find_point
 from pages.server.request import Cut, choices_in_name
 from pages.server.settings import settings
+from pages.server.task_runs import tasks_of_trained
 from pages.server.trainings import (
     WATCHED_TOKENS,
     TrainingChoice,
@@ -484,13 +485,16 @@ def take_away(bench: Bench, run: TrainingRun) -> None:
         help="A new or empty folder: a checkpoint that stock transformers loads. As a local folder "
         "in the sidebar it is measured, run in llama.cpp, asked and published on all pages.",
     )
+    tasks = tasks_of_trained(run.trained_cut) if run.trained_cut else None
+    if tasks:
+        st.caption("What it answered on the Tasks page goes into `report.json` and the model card.")
     about = "recover copy", visit().request
     busy = show_job(*about)
     job = visit().latest_job(about)
     if job and job.state == DONE:
         st.success(f"Written to {plain(job.result)}", icon=":material/check_circle:")
     if not busy and st.button("Write the checkpoint", disabled=not folder.strip()):
-        start_copy(run, expanded(folder.strip()))
+        start_copy(run, expanded(folder.strip()), tasks.report() if tasks else None)
         st.rerun()
 
 

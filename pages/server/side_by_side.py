@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from pages.server.jobs import Job
 from pages.server.open_models import workbench
-from pages.server.points import point_of
+from pages.server.points import point_of, subject_of
 from pages.server.request import Cut
 from pages.server.settings import require_readable_text, settings
 from pages.server.start_jobs import start
@@ -14,6 +14,7 @@ from transact_core.base.errors import Progress
 from transact_core.experiments.bench import identity
 from transact_core.experiments.side_by_side import DENSE, PRUNED, Said, TokenLosses
 from transact_core.experiments.text_damage import TextDamage
+from transact_core.experiments.trained_cut import TrainedCut
 from transact_core.forward.generation import Sampling, Token
 from transact_core.forward.in_llama_cpp import FileFigures
 from transact_core.forward.latency import LatencyPoint
@@ -69,6 +70,8 @@ class DamageRun:
 
     cut: Cut
     sources: tuple[str, ...]
+    trained: TrainedCut | None = None
+    """What the cut became by training, where that is what is compared."""
     job: Job | None = None
     texts: list[TextDamage] = field(default_factory=list)
 
@@ -130,20 +133,25 @@ def start_comparison(
     holding().found["compare"] = comparison
 
 
-def start_damage(cut: Cut, sources: Sequence[str], tokens: int) -> None:
-    """Queues the comparison of both models' predictions; each text is added once it is done."""
+def start_damage(
+    cut: Cut, sources: Sequence[str], tokens: int, trained: TrainedCut | None = None
+) -> None:
+    """Queues the comparison of both models' predictions; each text is added once it is done.
+
+    With `trained` it is what the cut became by training that is compared with the dense model.
+    """
     request, known = visit().request, points()
-    run = DamageRun(cut, tuple(sources))
+    run = DamageRun(cut, tuple(sources), trained)
 
     def comparing(report: Progress) -> None:
         for source in run.sources:
             require_readable_text(source, settings())
-        point = point_of(cut, request, known, report)
+        subject = subject_of(cut, trained, request, known, report)
         workbench().run(
             request,
             work.damage_texts,
             report,
-            point,
+            subject,
             run.sources,
             tokens,
             received=run.texts.append,

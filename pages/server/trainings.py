@@ -36,11 +36,14 @@ from transact_core.base.files import (
 )
 from transact_core.data.corpus import mixed_sources
 from transact_core.experiments.bench import Bench, Measurement
+from transact_core.experiments.trained_cut import TrainedCut
 from transact_core.export.compression import Training
+from transact_core.export.task_table import record_tasks
 from transact_core.export.tune import (
     TextFigures,
     TuneSpec,
     read_trained,
+    read_trained_cut,
     work_folder,
 )
 from transact_core.models.devices import free_memory
@@ -166,6 +169,15 @@ class TrainingRun:
         """
         return read_trained(self.trained_folder)
 
+    @cached_property
+    def trained_cut(self) -> TrainedCut | None:
+        """What the cut became, to be asked once it is done; None where nothing got better, so that
+        the weights are those of the cut, and where its folder is damaged."""
+        try:
+            return read_trained_cut(self.trained_folder) if self.outcome[1].improved else None
+        except TransActError:
+            return None
+
     def spec(self, finish: bool = False) -> TuneSpec:
         return TuneSpec(
             model=str(self.cut_folder),
@@ -227,6 +239,12 @@ class TrainingRun:
 def trainings() -> list[TrainingRun]:
     """This visitor's trainings with the model and texts in view, the latest first."""
     return sorted(_runs().values(), key=lambda run: run.began, reverse=True)
+
+
+def trained_cuts() -> list[tuple[TrainingRun, TrainedCut]]:
+    """Those of them that are done and have weights of their own, with these."""
+    done = [run for run in trainings() if run.done and not run.under_way]
+    return [(run, run.trained_cut) for run in done if run.trained_cut is not None]
 
 
 def _runs() -> dict[Path, TrainingRun]:
@@ -408,8 +426,11 @@ def remove(run: TrainingRun) -> None:
         remove_whole(run.folder.parent)
 
 
-def start_copy(run: TrainingRun, folder: Path) -> None:
-    """Queues the copying of a trained checkpoint to a folder of the visitor's choice."""
+def start_copy(run: TrainingRun, folder: Path, tasks: dict[str, Any] | None = None) -> None:
+    """Queues the copying of a trained checkpoint to a folder of the visitor's choice.
+
+    `tasks` are its scores of tasks, as `tasks.json` holds them, where there are any.
+    """
 
     def copying(report: Progress) -> Path:
         place = require_writable(folder, settings())
@@ -420,6 +441,8 @@ def start_copy(run: TrainingRun, folder: Path) -> None:
             for done, path in enumerate(files):
                 report("Copying", done, len(files))
                 shutil.copyfile(path, staging / path.name)
+            if tasks is not None:
+                record_tasks(staging, tasks)
         return place
 
     about = "recover copy", visit().request

@@ -1,10 +1,13 @@
 """The page Recover on a tiny model: trained, paused, found again, refused."""
 
 import json
+import math
 import threading
 from importlib.util import find_spec
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from pages.parts.trained_cuts import trained_frame
 from pages.server import trainings
@@ -17,6 +20,7 @@ from tests.pages.conftest import ended, exchange, workbench_inline
 from tests.pages.test_pages import button, texts, work_of
 from transact_core.base.errors import Cancelled, silent
 from transact_core.data.corpus import read_corpus
+from transact_core.experiments import tasks as tasks_module
 from transact_core.training import loop
 from transact_core.training.loop import Pace
 from transact_core.workers import work
@@ -342,3 +346,69 @@ def test_a_text_that_cannot_be_trained_on_is_refused_before_anything_is_written(
 
 def test_without_a_training_that_is_done_the_table_has_no_rows():
     assert trained_frame([]).empty
+
+
+def pick_trained(page):
+    """Chooses the trained cut, which stands last."""
+    (box,) = (each for each in page.selectbox if each.label == "Cut")
+    assert "trained on 256 tokens of mine.txt" in box.options[-1]
+    return box.set_value(len(box.options) - 1).run()
+
+
+def test_a_trained_cut_answers_tasks_and_is_compared_token_by_token(
+    open_page, mine, tmp_path, monkeypatch
+):
+    pytest.importorskip("lm_eval")
+    work_of(choose(open_page("recover", mine), 2), "Train")
+    trained = last_run(open_page("recover", mine)).trained_cut
+    blocks, score = [], tasks_module.score_continuations
+
+    def scored(model, *rest):
+        blocks.append({name: weight.clone() for name, weight in model.state_dict().items()})
+        return score(model, *rest)
+
+    monkeypatch.setattr(tasks_module, "score_continuations", scored)
+    page = open_page("tasks", mine)
+    page.number_input(key="tasks_limit_From a text").set_value(25)
+    work_of(pick_trained(page), "Run the tasks")
+    page.run()
+    assert not page.exception
+    assert "50 of 50 questions answered" in said(page)
+    assert "trained on 256 tokens of mine" in said(page).replace("\\", "")
+    run = mine.visitor.of(mine.request).found["tasks"]
+    # Two tasks, answered by the weights in the folder of the training and by the dense ones.
+    stored = load_file(trained.folder / "model.safetensors")
+    assert len(blocks) == 4
+    assert all(torch.equal(blocks[0][name], stored[name].float()) for name in stored)
+    # The cut it came from has answers of its own; the dense model's are kept.
+    (box,) = (each for each in page.selectbox if each.label == "Cut")
+    work_of(box.set_value(0).run(), "Run the tasks")
+    of_cut = mine.visitor.of(mine.request).found["tasks"]
+    assert len(blocks) == 6
+    assert of_cut.standings["continuation"].against == run.standings["continuation"].against
+    assert not all(torch.equal(blocks[-1][name], blocks[0][name]) for name in stored)
+    assert of_cut.is_of(trained.plan, trained.recovery)
+    assert not run.is_of(trained.plan, trained.recovery)
+
+    work_of(pick_trained(page), "Run the tasks")
+    assert len(blocks) == 6
+    page = open_page("recover", mine)
+    assert "What it answered on the Tasks page" in said(page)
+    folder = tmp_path / "taken"
+    next(box for box in page.text_input if box.label.startswith("Folder on")).set_value(str(folder))
+    work_of(page.run(), "Write the checkpoint")
+    assert json.loads((folder / "report.json").read_text())["tasks"] == run.report()
+    card = (folder / "README.md").read_text()
+    assert card.index("## Trained after the cut") < card.index("| dense | trained |")
+
+    page = pick_trained(open_page("damage", mine))
+    page.multiselect(key="damage_texts").set_value([mine.request.evaluation])
+    page.number_input(key="damage_tokens").set_value(256).run()
+    work_of(page, "Compare the predictions")
+    (text,) = mine.visitor.of(mine.request).found["damage"].texts
+    nll = sum(piece.pruned_nll for piece in text.pieces) / sum(
+        piece.tokens for piece in text.pieces
+    )
+    assert math.exp(nll) == pytest.approx(trained.perplexity, rel=1e-4)
+    page.run()
+    assert "trained on 256 tokens" in said(page)
