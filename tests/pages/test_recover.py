@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.gguf_frontier import trained_cuts
 from pages.parts.trained_cuts import trained_frame
 from pages.server import trainings
 from pages.server.request import Cut, Request
@@ -18,7 +19,8 @@ from pages.server.visitors import Visit, Visitor
 from tests.conftest import KINDS, make_model
 from tests.pages.conftest import ended, exchange, workbench_inline
 from tests.pages.test_pages import button, texts, work_of
-from transact_core.base.errors import Cancelled, silent
+from tests.trust.installed import require_llama_cpp_installed
+from transact_core.base.errors import Cancelled, TransActError, silent
 from transact_core.data.corpus import read_corpus
 from transact_core.experiments import tasks as tasks_module
 from transact_core.training import loop
@@ -412,3 +414,27 @@ def test_a_trained_cut_answers_tasks_and_is_compared_token_by_token(
     assert math.exp(nll) == pytest.approx(trained.perplexity, rel=1e-4)
     page.run()
     assert "trained on 256 tokens" in said(page)
+
+
+def test_a_trained_cut_is_measured_as_a_file_beside_the_cut_and_the_dense_model(open_page, mine):
+    require_llama_cpp_installed()
+    work_of(choose(open_page("recover", mine), 2), "Train")
+    trained = last_run(open_page("recover", mine)).trained_cut
+    page = open_page("deploy", mine)
+    page.multiselect(key="deploy_types").set_value(["F32"])
+    page.toggle(key="deploy_timed").set_value(False).run()
+    assert "trained on 256 tokens of mine" in page.multiselect(key="deploy_models").options[-1]
+    work_of(page, "Measure 3 files")
+    page.run()
+    assert not page.exception
+    assert button(page, "All of these are measured").disabled
+    (table,) = (each.value for each in page.dataframe if "on_frontier" in each.value)
+    rows = table.set_index("model")
+    (name,) = (each for each in rows.index if each.endswith(", trained on 256 tokens"))
+    assert set(rows.index) == {"dense", name, name.removesuffix(", trained on 256 tokens")}
+    assert rows["trained on"].notna().sum() == 1
+    assert rows.loc[name, "trained on"] == "mine.txt"
+    assert rows.loc[name, "perplexity"] == pytest.approx(trained.perplexity, rel=1e-3)
+    assert rows["perplexity"].nunique() == 3
+    with pytest.raises(TransActError, match="no cut of the built-in model"):
+        trained_cuts([trained.folder])
