@@ -176,6 +176,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"text that is trained on then: {_SOURCE} (default: {TuneSpec.text})",
     )
     prune.add_argument(
+        "--resume",
+        action="store_true",
+        help="with --tune-tokens: go on with the run that was interrupted; it is kept beside "
+        "--output",
+    )
+    prune.add_argument(
         "--gguf",
         metavar="TYPE,…",
         help="also write GGUF files for llama.cpp, DIR-TYPE.gguf beside the folder, and measure "
@@ -789,6 +795,8 @@ def _prune(chosen: argparse.Namespace) -> None:
         return
     if chosen.tune_text is not None:
         raise TransActError("--tune-text is trained on with --tune-tokens; name how many.")
+    if chosen.resume:
+        raise TransActError("--resume goes on with --tune-tokens; a cut alone is made anew.")
     with _Bar() as progress:
         bench = _open(bench_spec, progress)
         if files:
@@ -851,6 +859,7 @@ def _prune_and_tune(
         text=chosen.tune_text or TuneSpec.text,
         sequence_length=chosen.sequence_length,
         settings=Settings(tokens=chosen.tune_tokens, seed=chosen.seed),
+        resume=chosen.resume,
     )
     with _Bar() as progress:
         bench = _open(bench_spec, progress)

@@ -161,10 +161,7 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
     require_free_output(spec.output)
     work = Work(work_folder(spec.output))
     if work.begun and not spec.resume:
-        raise TransActError(
-            f"{work.folder} holds a training that was interrupted; go on with --resume, or remove "
-            "that folder."
-        )
+        raise interrupted(work.folder)
     folder = Path(spec.model)
     compression, report = _recorded(folder)
     source = spec.teacher or (compression.model.source if compression else None)
@@ -269,6 +266,13 @@ def _written_down(
 def work_folder(output: Path) -> Path:
     """Where the training that leads to an output is kept until it has ended."""
     return output.with_name(output.name + WORK_SUFFIX)
+
+
+def interrupted(work: Path) -> TransActError:
+    """The refusal of an output beside which an interrupted training is kept."""
+    return TransActError(
+        f"{work} holds a training that was interrupted; go on with --resume, or remove that folder."
+    )
 
 
 def require_same_vocabulary(student: LoadedModel, teacher: LoadedModel) -> None:
