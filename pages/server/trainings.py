@@ -7,6 +7,7 @@ and a folder for each training: what was chosen, where it stands while it is not
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -59,6 +60,7 @@ from transact_core.training.memory import models_bytes, training_bytes
 from transact_core.training.objective import LossName
 from transact_core.training.state import Work
 from transact_core.training.student import Method
+from transact_core.training.teacher_cache import TOP, WRITING, Shape, folder_in_cache
 from transact_core.workers import work
 
 TURN_SECONDS = 600.0
@@ -87,6 +89,8 @@ class TrainingChoice:
     """None for that of the method."""
     seed: int = 0
     held_out_tokens: int = WATCHED_TOKENS
+    written_down: bool = False
+    """Whether what the dense model says is written down once, and read from there."""
 
     def settings(self, tokens: int | None = None) -> Settings:
         """The same for the training loop; `tokens` where the budget is a time."""
@@ -189,6 +193,7 @@ class TrainingRun:
             settings=self.choice.settings(self.tokens),
             resume=self.work.begun,
             finish=finish and self.work.begun,
+            teacher_cache=folder_in_cache() if self.choice.written_down else None,
         )
 
     def take(self, told: Standing | str) -> None:
@@ -305,9 +310,13 @@ def pace_of(choice: TrainingChoice) -> Pace | None:
     alike = (
         run.pace
         for run in trainings()
-        if run.pace and (run.choice.method, run.choice.loss) == (choice.method, choice.loss)
+        if run.pace and _decides_pace(run.choice) == _decides_pace(choice)
     )
     return next(alike, None)
+
+
+def _decides_pace(choice: TrainingChoice) -> tuple[str, str, bool]:
+    return choice.method, choice.loss, choice.written_down
 
 
 # --- before one ------------------------------------------------------------------------------
@@ -329,11 +338,26 @@ def memory_needed(
     return needed, free_memory(device) if device.type == "cpu" else None
 
 
+def written_bytes(bench: Bench, choice: TrainingChoice) -> tuple[int | None, int]:
+    """Bytes that the dense model's predictions take on disk, at most, and those of one token.
+
+    The first is None where the number of tokens is not known.
+    """
+    length, vocab_size = visit().request.sequence_length, bench.loaded.architecture.vocab_size
+    shape = Shape(length, vocab_size, min(TOP, vocab_size))
+    windows = choice.tokens and choice.tokens // length + math.ceil(choice.watched / length)
+    return windows and shape.bytes_of(windows), shape.bytes_of_window // length
+
+
 def run_of(bench: Bench, cut: Cut, point: Measurement, choice: TrainingChoice) -> TrainingRun:
     """The training of a cut by these choices: the one there is, or a new one."""
     request = visit().request
     of_cut = _digest([asdict(request), bench.identity, repr(point.identity)])
-    folder = _own_folder() / of_cut / _digest(asdict(choice))
+    named = asdict(choice)
+    if not choice.written_down:
+        # As trainings were named before there was this choice.
+        del named["written_down"]
+    folder = _own_folder() / of_cut / _digest(named)
     new = TrainingRun(request, cut, choice, folder, choice.tokens, time.time())
     return _runs().get(folder, new)
 
@@ -396,17 +420,19 @@ def _train_for_a_turn(run: TrainingRun, report: Progress) -> None:
     def reporting(stage: str, done: int, total: int) -> None:
         nonlocal gave_up
         report(stage, done, total)
-        # Between two steps, where the worker keeps its state before it stops.
-        if stage == "Training" and done < total:
-            late = time.monotonic() > turn_ends and run.step > first
-            if (late and run.job.queue.wanted_by_others(run.job)) or (
-                run.ending and not spec.finish
-            ):
-                gave_up = True
-                raise Cancelled
+        # Between two steps, where the worker keeps its state before it stops, or between two
+        # windows that it writes down.
+        training = stage == "Training" and done < total
+        progressed = run.step > first if training else stage == WRITING and done
+        late = time.monotonic() > turn_ends and progressed
+        if (late and run.job.queue.wanted_by_others(run.job)) or (
+            training and run.ending and not spec.finish
+        ):
+            gave_up = True
+            raise Cancelled
 
     spec = run.spec(run.ending)
-    # A turn has a step at least, however long models take to load.
+    # A turn has a step, or a window, at least, however long models take to load.
     first = run.step
     try:
         workbench().run(run.request, work.train_cut, reporting, spec, received=run.take)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 from importlib.util import find_spec
 
@@ -23,7 +24,7 @@ from tests.trust.installed import require_llama_cpp_installed
 from transact_core.base.errors import Cancelled, TransActError, silent
 from transact_core.data.corpus import read_corpus
 from transact_core.experiments import tasks as tasks_module
-from transact_core.training import loop
+from transact_core.training import loop, teacher_cache
 from transact_core.training.loop import Pace
 from transact_core.workers import work
 from transact_core.workers.tasks import WorkerDied
@@ -348,6 +349,36 @@ def test_a_text_that_cannot_be_trained_on_is_refused_before_anything_is_written(
 
 def test_without_a_training_that_is_done_the_table_has_no_rows():
     assert trained_frame([]).empty
+
+
+def test_predictions_are_written_down_once_for_all_trainings_on_a_text(
+    open_page, mine, monkeypatch
+):
+    page = choose(open_page("recover", mine), 2)
+    page.toggle(key="recover_written_down").set_value(True).run()
+    told = float(re.search(r"at most ([\d.,]+) MB of disk", said(page))[1])
+    work_of(page, "Train")
+    first = last_run(page)
+    assert first.outcome[0].teacher_top == teacher_cache.TOP
+    assert any("are written down for" in notice for notice in first.notices)
+    (store,) = teacher_cache.folder_in_cache().iterdir()
+    taken = sum(path.stat().st_size for path in store.iterdir())
+    assert 0 < taken <= 1e6 * told + 5e4
+
+    def refuse(*_):
+        pytest.fail("the dense model was asked")
+
+    for name in ("scored_states", "top_of"):
+        monkeypatch.setattr(teacher_cache, name, refuse)
+    page = open_page("recover", mine)
+    assert page.toggle(key="recover_written_down").value
+    page.number_input(key="recover_rate").set_value(1e-3).run()
+    work_of(page, "Train")
+    second = last_run(page)
+    assert second is not first
+    assert second.step == 2
+    assert any("is written down already" in notice for notice in second.notices)
+    assert sum(path.stat().st_size for path in store.iterdir()) == taken
 
 
 def pick_trained(page):
