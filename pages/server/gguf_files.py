@@ -50,10 +50,8 @@ def sizes_job(plan: PruningPlan, recovery: str, name: str, with_imatrix: bool) -
 def sizes_by_widths_job(table: Structure, recovery: str, chosen: str) -> Job:
     """The job that works out what a file of one type weighs at each pair of widths; queued as
     `sizes_job` does, with the result of `work.gguf_bytes_by_widths`."""
-    sides = tuple(
-        tuple(option.widths for option in side.options) for side in (table.mha, table.mlp)
-    )
-    key = sides, recovery, chosen
+    options = (*table.mha.options, *table.mlp.options)
+    key = tuple(option.widths for option in options), recovery, chosen
     return _sizes_job(key, work.gguf_bytes_by_widths, table, recovery, chosen)
 
 

@@ -64,7 +64,7 @@ def test_a_file_is_found_among_the_widths_that_can_be_written():
     # The dense heads would keep more, but cannot be written.
     assert taken == (1, 0)
     assert found.meeting == found.of == len(widths_of)
-    with pytest.raises(TransActError, match="comes down to a file of 0.0 MB"):
+    with pytest.raises(TransActError, match=r"comes down to a file of 0\.0 MB"):
         find(Target("file", 1), table, file_bytes=widths_of)
     with pytest.raises(TransActError, match="can be written as such a file"):
         find(Target("file", 1), table, file_bytes={})
