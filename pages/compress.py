@@ -441,11 +441,9 @@ def measured_at(table: Structure, choices: Choices) -> list[Measured]:
 def prediction_of(
     bench: Bench, choices: Choices, table: Structure
 ) -> dict[tuple[int, int], Ratio] | None:
-    """Predicted perplexity by widths; None until the damage to each layer is measured, and where
-    layers are to have widths of their own."""
-    if choices.granularity == "auto" or choices.widths != "uniform":
-        return None
-    if not bench.damage_known(choices):
+    """Predicted perplexity of uniform cuts by widths; None until the damage is measured."""
+    choices = choices.of_uniform
+    if choices.granularity == "auto" or not bench.damage_known(choices):
         return None
     known = prediction_points(bench)
 
@@ -457,12 +455,17 @@ def prediction_of(
 
 
 def prediction_points(bench: Bench) -> list[Point]:
-    """This visitor's measured points of uniform widths with choices whose damage is known."""
-    made = [
-        Point.of(point, choices_of(point))
-        for point in points()
-        if point.decision.widths == "uniform"
-    ]
+    """This visitor's measured points with choices whose damage is known, and whose prices are where
+    layers have widths of their own."""
+    made = []
+    for point in points():
+        choices = choices_of(point)
+        if choices.widths == "uniform":
+            made.append(Point.of(point, choices))
+            continue
+        laws = workbench().prices(visit().request, choices)
+        if laws is not None and bench.damage_known(choices.of_uniform):
+            made.append(Point.of_own_widths(bench, point, choices, laws))
     return [point for point, _ in with_known_damage(bench, made)]
 
 
@@ -478,7 +481,7 @@ def while_same(name: str, key: Any, make: Callable[[], Any]) -> Any:
 def why_unpredicted(choices: Choices, known: bool) -> str:
     """What stands in a prediction's place where there is none."""
     if choices.widths != "uniform":
-        return "not predicted: only uniform widths are"
+        return "predicted once the widths are chosen"
     return "not predicted at widths this narrow" if known else "not predicted yet"
 
 
