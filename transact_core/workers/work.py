@@ -244,6 +244,7 @@ def export(
     point: Measurement,
     folder: Path,
     tasks: dict[str, Any] | None = None,
+    modeling_file: bool = False,
 ) -> Path:
     """Writes a checkpoint of a measured point, with its scores of tasks where there are any."""
     require_free_output(folder)
@@ -252,7 +253,7 @@ def export(
     report("Writing the checkpoint", 0, 1)
     bench = models.bench(spec, report)
     compression = describe_compression(bench, point.decision, point.recovery)
-    write_checkpoint(folder, model, bench, point, compression)
+    write_checkpoint(folder, model, bench, point, compression, modeling_file)
     if tasks is not None:
         record_tasks(folder, tasks)
     return folder
