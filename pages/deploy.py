@@ -202,8 +202,8 @@ def show_command() -> None:
 
 st.title("Deploy")
 st.caption(
-    "Which file to take to a phone or a laptop: dense and pruned, in each type, measured in "
-    "llama.cpp on this machine."
+    "Which file to take to a phone or a laptop: dense, pruned and trained, in each type, measured "
+    "in llama.cpp on this machine."
 )
 bench = require_bench()
 choose_and_start(bench)

@@ -263,7 +263,10 @@ def costs_in_words(bench: Bench, point: Measurement, choice: TrainingChoice) -> 
         size = f"{of_token:,} bytes a token"
         if whole is not None:
             size = f"at most {whole / 1e6:,.1f} MB"
-        time += f", and before that writing down what is not yet written ({size} of disk)"
+        time += (
+            ". Before that the dense model's predictions are written down, as far as they are not "
+            f"yet: {size} of disk"
+        )
     return f"{memory}. {time}. Watched: {watched_in_words(choice)}."
 
 

@@ -68,7 +68,7 @@ from transact_core.export.gguf import (
     vocabulary_for,
 )
 from transact_core.export.gguf_types import QUANTIZATIONS, quantization
-from transact_core.export.iterative import prune_and_tune
+from transact_core.export.iterative import prune_and_tune, require_resumed
 from transact_core.export.model_card import add_gguf_to_card, kept_bare
 from transact_core.export.modeling_file import FILE
 from transact_core.export.publish import publish, require_publishable
@@ -865,6 +865,8 @@ def _prune_and_tune(
             "With --tune-tokens a folder is written and no more; give it to gguf, or publish it, "
             "afterwards."
         )
+    # Looked at again where the work is done; here before a model is loaded.
+    require_resumed(chosen.output, chosen.resume)
     choices = _choices(chosen)
     spec = TuneSpec(
         model=chosen.model,

@@ -28,6 +28,8 @@ class Comparison:
     """One prompt continued by both models. A job writes it while the page reads it."""
 
     cut: Cut
+    trained: TrainedCut | None = None
+    """What the cut became by training, where that is what answers."""
     quantization: str | None = None
     """The type of the files that llama.cpp ran; None for transformers."""
     job: Job | None = None
@@ -93,6 +95,7 @@ def last_latency() -> LatencyRun | None:
 
 def start_comparison(
     cut: Cut,
+    trained: TrainedCut | None,
     text: str,
     chat: bool,
     max_new_tokens: int,
@@ -101,11 +104,12 @@ def start_comparison(
 ) -> None:
     """Queues the continuation of a prompt by both models, and then their losses on the texts.
 
-    With `chat` the text is put into the model's chat template. With a `quantization` both run as
-    files of that type in llama.cpp.
+    With `trained` the pruned model is what the cut became by training. With `chat` the text is put
+    into the model's chat template. With a `quantization` both run as files of that type in
+    llama.cpp.
     """
     request, known = visit().request, points()
-    comparison = Comparison(cut, quantization)
+    comparison = Comparison(cut, trained, quantization)
 
     def keep(thing: Said | TokenLosses) -> None:
         if isinstance(thing, TokenLosses):
@@ -118,11 +122,11 @@ def start_comparison(
         # Before the cut is measured, which may take long: the prompt may be refused.
         prompt = workbench().run(request, work.read_prompt, report, text, chat)
         comparison.prompt_tokens = len(prompt.ids)
-        point = point_of(cut, request, known, report)
-        comparing = (work.compare_files, report, point, quantization)
+        subject = subject_of(cut, trained, request, known, report)
+        comparing = (work.compare_files, report, subject, quantization)
         workbench().run(
             request,
-            *(comparing if quantization else (work.compare, report, point)),
+            *(comparing if quantization else (work.compare, report, subject)),
             prompt,
             max_new_tokens,
             sampling,

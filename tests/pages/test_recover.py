@@ -24,6 +24,9 @@ from tests.trust.installed import require_llama_cpp_installed
 from transact_core.base.errors import Cancelled, TransActError, silent
 from transact_core.data.corpus import read_corpus
 from transact_core.experiments import tasks as tasks_module
+from transact_core.experiments.side_by_side import TEXT
+from transact_core.forward.perplexity import token_losses
+from transact_core.models.load import load_model
 from transact_core.training import loop, teacher_cache
 from transact_core.training.loop import Pace
 from transact_core.workers import work
@@ -446,6 +449,16 @@ def test_a_trained_cut_answers_tasks_and_is_compared_token_by_token(
     page.run()
     assert "trained on 256 tokens" in said(page)
 
+    page = pick_trained(open_page("compare", mine))
+    page.number_input(key="new_tokens").set_value(2).run()
+    work_of(page, "Run both")
+    losses = mine.visitor.of(mine.request).found["compare"].losses[TEXT].losses
+    loaded = load_model(str(trained.folder))
+    ids = loaded.tokenizer(page.text_area[0].value, return_tensors="pt")["input_ids"][0]
+    torch.testing.assert_close(losses["pruned"], token_losses(loaded.model, ids))
+    page.run()
+    assert "trained on 256 tokens" in said(page)
+
 
 def test_a_trained_cut_is_measured_as_a_file_beside_the_cut_and_the_dense_model(open_page, mine):
     require_llama_cpp_installed()
@@ -467,5 +480,6 @@ def test_a_trained_cut_is_measured_as_a_file_beside_the_cut_and_the_dense_model(
     assert rows.loc[name, "trained on"] == "mine.txt"
     assert rows.loc[name, "perplexity"] == pytest.approx(trained.perplexity, rel=1e-3)
     assert rows["perplexity"].nunique() == 3
+    assert rows.loc[name, "MB"] == rows.loc[name.removesuffix(", trained on 256 tokens"), "MB"]
     with pytest.raises(TransActError, match="no cut of the built-in model"):
         trained_cuts([trained.folder])

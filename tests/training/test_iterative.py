@@ -13,6 +13,7 @@ from transact_core.base.generators import WithResult
 from transact_core.cli import main
 from transact_core.experiments.bench import Choices
 from transact_core.experiments.iterative import Shot, prune_and_train, shares
+from transact_core.experiments.kept_shots import KeptShots
 from transact_core.export import iterative
 from transact_core.export.compression import read_compression
 from transact_core.export.tune import work_folder
@@ -123,9 +124,11 @@ def test_killed_it_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path, c
     assert not (kept / "step-1").exists()
     assert main(arguments) == 2
     assert "go on with --resume" in capsys.readouterr().err
-    other = [*arguments, "--seed", "1", "--resume"]
-    assert main(other) == 2
-    assert "have another model, other texts or other settings" in capsys.readouterr().err
+    with pytest.raises(TransActError, match="another model, other texts or other settings"):
+        KeptShots(kept, {"bench": "another"})
+    without = arguments[: arguments.index("--tune-tokens")]
+    assert main([*without, "--resume"]) == 2
+    assert "--resume goes on with --tune-tokens" in capsys.readouterr().err
 
     trained.clear()
 

@@ -41,6 +41,7 @@ class TrainedCut:
 
     @property
     def words_with_text(self) -> str:
+        """The same with the text."""
         return f"{self.words} of {short_name(self.text)}"
 
 

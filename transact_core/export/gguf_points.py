@@ -321,7 +321,8 @@ def _measured(
     progress: Progress,
 ) -> FilePoint:
     threads = torch.get_num_threads()
-    name = model_in_words(bench, subject)
+    # The name is part of the file, which is not to be larger for having been trained.
+    name = model_in_words(bench, subject, with_training=False)
     reference = folder / f"dense-{REFERENCE}.gguf"
     if timed and not reference.exists():
         dense = bench.loaded.model
@@ -339,7 +340,7 @@ def _measured(
     shape = bench.loaded.architecture
     cut = plan.applied_to(shape) if plan else shape
     made = FilePoint(
-        model=name,
+        model=model_in_words(bench, subject),
         quantization=quantization(chosen).name,
         imatrix=imatrix,
         bytes=path.stat().st_size,
@@ -386,12 +387,13 @@ def times_in_turns(
     )
 
 
-def model_in_words(bench: Bench, subject: Subject | None) -> str:
+def model_in_words(bench: Bench, subject: Subject | None, with_training: bool = True) -> str:
     """What is left of the model, and how it was trained, in few words; `dense` for None."""
     if subject is None:
         return "dense"
     left = cut_in_words(bench.loaded.architecture, subject.plan)
-    return f"{left}, {subject.words}" if isinstance(subject, TrainedCut) else left
+    is_trained = isinstance(subject, TrainedCut)
+    return f"{left}, {subject.words}" if is_trained and with_training else left
 
 
 def cut_in_words(shape: Architecture, plan: PruningPlan) -> str:
@@ -490,7 +492,7 @@ def verdict(points: Sequence[FilePoint]) -> list[str]:
 
     good = [cut for cut in pruned if not rivals(cut)]
     if good:
-        best = min(good, key=lambda each: each.bytes)
+        best = min(good, key=lambda each: (each.bytes, each.perplexity))
         size = (
             f"For size, pruning pays in {len(good)} of {len(pruned)} pruned files, which no dense "
             f"file measured equals: such as {_weighed(best)}."

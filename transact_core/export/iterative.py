@@ -30,6 +30,16 @@ from transact_core.pruning.surgery import round_weights
 from transact_core.training.loop import Standing
 
 
+def require_resumed(output: Path, resume: bool) -> None:
+    """Refuses an output beside which an interrupted run is kept, unless it is to go on.
+
+    Raises:
+        TransActError: so; the sentence says how to go on.
+    """
+    if begun(work_folder(output)) and not resume:
+        raise interrupted(work_folder(output))
+
+
 def prune_and_tune(
     output: Path,
     bench: Bench,
@@ -44,14 +54,12 @@ def prune_and_tune(
     the folder is written, finished steps and the training under way are kept beside it.
 
     Raises:
-        TransActError: as `prune_and_train` and `write_checkpoint` do, or an interrupted run is kept
-            and it is not asked for.
+        TransActError: as `prune_and_train`, `write_checkpoint` and `require_resumed` do.
     """
     require_iterative(choices)
     require_free_output(output)
+    require_resumed(output, spec.resume)
     work = work_folder(output)
-    if begun(work) and not spec.resume:
-        raise interrupted(work)
     start = time.perf_counter()
     dense = bench.loaded
     used: dict[str, int] = {}
