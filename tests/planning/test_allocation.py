@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from transact_core.planning.allocation import (
+    CALIBRATION_SHARE,
     EXPONENTS,
     LEAST_LOSS,
     Item,
@@ -14,6 +15,7 @@ from transact_core.planning.allocation import (
     loss_law,
     loss_of,
     together,
+    weights_of_kinds,
 )
 
 
@@ -101,5 +103,12 @@ def test_the_law_goes_through_what_was_measured():
 
 def test_every_kind_of_text_counts_the_same():
     found = together(np.array([[1.0, 0.3], [3.0, 0.1]]))
-    np.testing.assert_allclose(found, [2.2 * 0.5, 2.2 * 0.5])
+    # Shares of 1/4 and 3/4 on the first kind and of 3/4 and 1/4 on the second; sums of 4 and 0.4.
+    first, second = weights_of_kinds(2)
+    assert first == CALIBRATION_SHARE
+    scale = 4 * first + 0.4 * second
+    expected = [(first + 3 * second) / 4 * scale, (3 * first + second) / 4 * scale]
+    np.testing.assert_allclose(found, expected)
+    assert weights_of_kinds(1) == [1]
+    assert weights_of_kinds(3).sum() == pytest.approx(1)
     assert together(np.array([[-1.0], [2.0]])).tolist() == [0.0, 2.0]

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from transact_core.base.files import cache_folder, cache_limit_bytes, remove_whole, staged_file
 
-ENGINE_VERSION = 4
+ENGINE_VERSION = 5
 """Version of the numbers that the library computes; part of the key of every kept result.
 
 The rule: raise it by one with every change after which a kept result (scores, plans, repaired

@@ -26,7 +26,7 @@ from transact_core.data.windows import Windows, count_used, evaluation_windows
 from transact_core.experiments.bench import Bench, Choices, require_memory
 from transact_core.forward.writing import written_texts
 from transact_core.models.architecture import Architecture, LayerWidths
-from transact_core.planning.allocation import LossLaw
+from transact_core.planning.allocation import LossLaw, weights_of_kinds
 from transact_core.planning.damage import kept_first
 from transact_core.planning.prices import (
     RIDGE,
@@ -72,7 +72,7 @@ class Allocated:
     plan: PruningPlan
     divergences: tuple[float, ...]
     """Of each trial cut from the dense model on the held-out windows, in nats a token: the
-    geometric mean over kinds of text."""
+    geometric mean over kinds of text, by their weights."""
     seconds: float
     """How long choosing took, without what was known already and without the cut itself."""
 
@@ -222,8 +222,9 @@ def allocated_plan(
         dense = bench.loaded.model
         cut, _ = repaired_cut(dense, plan, windows, choices.recovery, dense.dtype, report)
         divergence, parts = marginal_losses(bench.loaded.model, cut, held_out, report)
-        # Kinds of text count the same, on whichever of them a cut loses more.
-        tried[layers] = math.exp(float(held_out.by_kind(divergence).log().mean()))
+        # On a logarithmic scale, so that no kind on which every cut loses much decides alone.
+        by_kind = held_out.by_kind(divergence).log().numpy()
+        tried[layers] = math.exp(weights_of_kinds(len(by_kind)) @ by_kind)
         table = table.repriced(_by_kind(held_out, parts), layers)
     best = min(tried, key=tried.get)
     return Allocated(

@@ -23,6 +23,10 @@ calibration's a repair does harm at any width; but a loss that is steep at an er
 some layers whole and empty others."""
 LEAST_LOSS = 1e-7
 """Nats under which measured losses are noise; their logarithms are taken."""
+CALIBRATION_SHARE = 0.6
+"""How much losses on the calibration's kind of text count among those on all kinds. The model is
+calibrated for the texts that it will be used on; the others keep the widths from being fitted to
+one kind. docs/engine.md compares other weights."""
 HALVINGS = 100
 """Of the interval in which the multiplier is looked for, on a logarithmic scale."""
 
@@ -180,13 +184,22 @@ def loss_law(errors: Sequence[float], losses: Sequence[float]) -> LossLaw:
     return LossLaw(math.exp(float(np.mean(y - exponent * x))), exponent)
 
 
+def weights_of_kinds(kinds: int) -> np.ndarray:
+    """How much each kind of text counts, (kinds,), in all 1; the first is the calibration's."""
+    if kinds == 1:
+        return np.ones(1)
+    others = (1 - CALIBRATION_SHARE) / (kinds - 1)
+    return np.array([CALIBRATION_SHARE] + [others] * (kinds - 1))
+
+
 def together(by_kind: np.ndarray) -> np.ndarray:
-    """One loss of each cut from its losses on several kinds of text, each kind counting the same.
+    """One loss of each cut from its losses on several kinds of text, by `weights_of_kinds`.
 
     `by_kind` has shape (cuts, kinds), in nats. Losses of a kind are taken as shares of their sum,
     since a text on which all cuts lose much would otherwise decide alone; the result, (cuts,), is
-    in nats again, with the mean sum over kinds.
+    in nats again, with the weighted mean of the sums.
     """
     losses = np.maximum(by_kind, 0)
     sums = np.maximum(losses.sum(axis=0), LEAST_LOSS)
-    return (losses / sums).mean(axis=1) * sums.mean()
+    weights = weights_of_kinds(losses.shape[1])
+    return (losses / sums) @ weights * (sums @ weights)
