@@ -382,7 +382,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--device",
         default="auto",
         metavar="D",
-        help="where to compute: cpu, cuda, cuda:1, …; auto takes a GPU where there is one",
+        help="where to compute: cpu, cuda:1, …; auto takes the first GPU where there is one, and "
+        "all of them for a model that does not fit into one; cuda:0,cuda:1 lays its layers over "
+        "these two",
     )
     parser.add_argument(
         "--dtype",
@@ -854,7 +856,7 @@ def _prune_and_tune(
     )
     with _Bar() as progress:
         bench = _open(bench_spec, progress)
-        bench.loaded.require_whole("Training")
+        bench.loaded.require_one_device("Training")
         running = WithResult(prune_and_tune(chosen.output, bench, ratios, choices, spec, progress))
         for told in running:
             _tell_training(told)
@@ -956,6 +958,11 @@ def _recorded_bench(
     model = chosen.model or compression.model.source
     loaded = load_model(model, device, environment.dtype, progress, chosen.offload)
     require_same_model(compression, loaded)
+    if environment.gpu and device != "cpu" and environment.gpu != loaded.hardware:
+        _warn(
+            f"this compression was made on {environment.gpu}, and here is {loaded.hardware}; the "
+            "last bits may differ."
+        )
     compression.plan.check(loaded.architecture)
     bench = bench_with(loaded, spec, texts, compression.save_dtype, compression.seed, progress)
     require_same_text("calibration", compression.calibration, bench.calibration)

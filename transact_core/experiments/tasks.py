@@ -60,7 +60,7 @@ def contestant_of(loaded: LoadedModel) -> Contestant:
     identity = {
         "weights": sorted(loaded.weight_files.values()),
         "config": loaded.model.config.to_json_string(),
-        "device": loaded.device.type,
+        "device": loaded.hardware,
         "dtype": dtype_name(loaded.dtype),
     }
     return Contestant(identity, loaded.model.config, loaded.tokenizer, lambda _: loaded.model)

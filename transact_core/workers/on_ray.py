@@ -48,7 +48,7 @@ SAME_FOR_ALL = {
     "weights": "its model has other weights",
     "config": "its model has another configuration",
     "dtype": "it computes in another dtype",
-    "device": "it computes on another kind of device",
+    "device": "it computes on another kind of device, another GPU or with another version of CUDA",
 }
 """Fields of `Bench.identity` in which a worker may differ from the others."""
 
