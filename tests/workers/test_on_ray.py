@@ -122,19 +122,27 @@ def test_other_weights_are_refused_by_name(spec, cluster, monkeypatch):
         curve(spec)
 
 
-def test_another_configuration_is_refused_by_name(spec, cluster, monkeypatch):
-    """Its weights are the same."""
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("config", "{}", "its model has another configuration"),
+        ("device", "GPU B, CUDA 13.0", "it computes on another kind of device, another GPU or with"),
+    ],
+)
+def test_what_else_differs_is_refused_by_name(spec, cluster, monkeypatch, name, value, words):
+    """The weights are the same."""
     really = on_ray.tasks.unpacked
 
     def of_second(packed):
         got = really(packed)
         if isinstance(getattr(got, "result", None), dict) and "config" in got.result:
-            got.result["config"] = "{}"
+            got.result[name] = value
         return got
 
     monkeypatch.setattr(on_ray.tasks, "unpacked", of_second)
     _, said = curve(spec)
-    assert said == ["two (192.0.2.1) takes no part: its model has another configuration."]
+    assert len(said) == 1
+    assert said[0].startswith(f"two (192.0.2.1) takes no part: {words}")
 
 
 def test_a_worker_that_dies_costs_only_its_point(spec, cluster):
