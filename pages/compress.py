@@ -10,7 +10,7 @@ From top to bottom:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -61,14 +61,17 @@ from pages.parts.progress import (
     show_dense_end,
     show_end,
     unfinished,
+    watch,
     watch_in_one_line,
 )
+from pages.parts.runtime_picker import USUAL
 from pages.parts.texts import kind_warning, on_other_texts, text_in_words
 from pages.server.estimates import (
     cuts_seconds,
     learning_seconds,
     pace_in_words,
 )
+from pages.server.gguf_files import sizes_by_widths_job
 from pages.server.jobs import DONE, Job
 from pages.server.open_models import workbench
 from pages.server.points import find_cut, find_point, plan_at
@@ -86,6 +89,7 @@ from transact_core.experiments.prediction import (
     predict_grid,
     with_known_damage,
 )
+from transact_core.export.gguf_types import QUANTIZATIONS
 from transact_core.importance.scores import IMPORTANCES
 from transact_core.models.architecture import Architecture
 from transact_core.planning.law import MAX_DELTA, Ratio
@@ -128,6 +132,7 @@ GOALS = {
     "parameters": ("At most, in millions of parameters", 0.001, None),
     "flops": ("At most, in millions of FLOPs a token", 0.001, None),
     "kv-cache": ("At most, in % of the dense KV cache", 1.0, 100.0),
+    "file": ("At most, in MB of the GGUF file", 0.001, None),
     "perplexity": ("At most, times the dense perplexity", 1.0, None),
 }
 """What a target can limit: label of its number, least value and largest value."""
@@ -135,6 +140,7 @@ GOAL_NAMES = {
     "parameters": "Parameters",
     "flops": "FLOPs",
     "kv-cache": "KV cache",
+    "file": "GGUF file",
     "perplexity": "Perplexity",
 }
 
@@ -435,11 +441,9 @@ def measured_at(table: Structure, choices: Choices) -> list[Measured]:
 def prediction_of(
     bench: Bench, choices: Choices, table: Structure
 ) -> dict[tuple[int, int], Ratio] | None:
-    """Predicted perplexity by widths; None until the damage to each layer is measured, and where
-    layers are to have widths of their own."""
-    if choices.granularity == "auto" or choices.widths != "uniform":
-        return None
-    if not bench.damage_known(choices):
+    """Predicted perplexity of uniform cuts by widths; None until the damage is measured."""
+    choices = choices.of_uniform
+    if choices.granularity == "auto" or not bench.damage_known(choices):
         return None
     known = prediction_points(bench)
 
@@ -451,12 +455,17 @@ def prediction_of(
 
 
 def prediction_points(bench: Bench) -> list[Point]:
-    """This visitor's measured points of uniform widths with choices whose damage is known."""
-    made = [
-        Point.of(point, choices_of(point))
-        for point in points()
-        if point.decision.widths == "uniform"
-    ]
+    """This visitor's measured points with choices whose damage is known, and whose prices are where
+    layers have widths of their own."""
+    made = []
+    for point in points():
+        choices = choices_of(point)
+        if choices.widths == "uniform":
+            made.append(Point.of(point, choices))
+            continue
+        laws = workbench().prices(visit().request, choices)
+        if laws is not None and bench.damage_known(choices.of_uniform):
+            made.append(Point.of_own_widths(bench, point, choices, laws))
     return [point for point, _ in with_known_damage(bench, made)]
 
 
@@ -472,7 +481,7 @@ def while_same(name: str, key: Any, make: Callable[[], Any]) -> Any:
 def why_unpredicted(choices: Choices, known: bool) -> str:
     """What stands in a prediction's place where there is none."""
     if choices.widths != "uniform":
-        return "not predicted: only uniform widths are"
+        return "predicted once the widths are chosen"
     return "not predicted at widths this narrow" if known else "not predicted yet"
 
 
@@ -548,13 +557,14 @@ def choose_target(
     def search() -> None:
         state = st.session_state
         goal, most = state["goal"], state[f"at-most-{state['goal']}"]
-        scale = {"parameters": 1e6, "flops": 1e6, "kv-cache": 0.01, "perplexity": 1.0}[goal]
+        scale = {"kv-cache": 0.01, "perplexity": 1.0}.get(goal, 1e6)
         try:
             found = find(
                 Target(goal, most * scale, state["position"].context),
                 table,
                 prediction_of(bench, choices, table),
                 energy,
+                sizes,
             )
         except TransActError as error:
             state["target-outcome"] = (False, str(error))
@@ -576,6 +586,7 @@ def choose_target(
         "parameters": round(0.75 * dense.parameters / 1e6, 3),
         "flops": round(0.75 * flops / 1e6, 3),
         "kv-cache": 50.0,
+        "file": 1.0,
         "perplexity": 1.2,
     }
     with st.popover(
@@ -595,6 +606,12 @@ def choose_target(
             required=True,
             key="goal",
         )
+        sizes = None
+        if goal == "file":
+            sizes = file_sizes(choices, table)
+            if sizes is None:
+                return
+            usual["file"] = round(0.75 * max(sizes.values()) / 1e6, 1)
         label, least, most = GOALS[goal]
         st.number_input(
             label,
@@ -605,6 +622,26 @@ def choose_target(
             key=f"at-most-{goal}",
         )
         st.button("Find the ratios", type="primary", on_click=search)
+
+
+def file_sizes(choices: Choices, table: Structure) -> Mapping[tuple[int, int], int] | None:
+    """What a GGUF file of the chosen type weighs at each pair of widths; None until it is known."""
+    types = list(QUANTIZATIONS)
+    chosen = st.selectbox("Type", types, types.index(USUAL), key="target-type")
+    block = QUANTIZATIONS[chosen].block
+    if choices.multiple_of % block:
+        st.caption(
+            f"{chosen} takes {block} weights at a time: at an MLP width that is no multiple of "
+            f"{block}, `down_proj` gets a larger type. *Multiple of* {block} avoids that."
+        )
+    job = sizes_by_widths_job(table, choices.recovery, chosen)
+    if not job.wait(SOON):
+        watch("target-sizes", job)
+        return None
+    if job.state != DONE:
+        st.error(plain(job.error or "The sizes were not worked out."), icon=":material/error:")
+        return None
+    return job.result
 
 
 def show_target_outcome() -> bool:

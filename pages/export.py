@@ -34,6 +34,7 @@ from transact_core.experiments.bench import Bench
 from transact_core.export.compression import apply_command, describe_compression, reproduce_command
 from transact_core.export.folder import model_class_of
 from transact_core.export.gguf_types import QUANTIZATIONS
+from transact_core.export.modeling_file import FILE
 from transact_core.export.runtimes import block_advice, readings_of_cut
 from transact_core.models.llama_cpp import runtime_name
 from transact_core.models.stock_class import explanation
@@ -139,7 +140,7 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
     size = "A folder"
     if decision:
         size += f" of {bench.footprint(decision.plan, cut.recovery).weight_bytes / 1e6:,.0f} MB"
-    own = has_own_widths(bench, cut, decision)
+    own, modeling_file = has_own_widths(bench, cut, decision), False
     loads = "of safetensors" if own else "that stock `transformers` loads"
     st.write(
         f"{size} {loads}, with the tokenizer, `compression.json`, `report.json` and a model card."
@@ -151,6 +152,13 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
             "transformers' `per_layer_config`. **Stock transformers 5.23 does not load it by "
             "itself**; this program does, and a GGUF file of it runs in stock llama.cpp.",
             icon=":material/stacked_bar_chart:",
+        )
+        modeling_file = st.toggle(
+            "Add code for other programs",
+            key="modeling-file",
+            help=f"`{FILE}`, with which transformers loads the folder under "
+            "`trust_remote_code=True`. Where all layers keep as many query heads, `config.json` "
+            "also gets the `block_configs` that vLLM's DeciLM reads.",
         )
         if decision is not None:
             show(
@@ -175,7 +183,8 @@ def write_checkpoint(bench: Bench, cut: Cut) -> None:
         st.success(f"Written to {plain(job.result)}", icon=":material/check_circle:")
         st.code(loading_code(bench, job.result), language="python")
     if not busy and st.button("Write the checkpoint", type="primary", disabled=not folder.strip()):
-        start_export(cut, expanded(folder.strip()), tasks.report() if tasks else None)
+        report = tasks.report() if tasks else None
+        start_export(cut, expanded(folder.strip()), report, modeling_file)
         st.rerun()
     if not busy and (decision is None or find_point(decision.plan, cut.recovery) is None):
         seconds = cuts_seconds(bench, visit().request, [cut.ratios], cut.choices)

@@ -70,6 +70,7 @@ from transact_core.export.gguf import (
 from transact_core.export.gguf_types import QUANTIZATIONS, quantization
 from transact_core.export.iterative import prune_and_tune
 from transact_core.export.model_card import add_gguf_to_card, kept_bare
+from transact_core.export.modeling_file import FILE
 from transact_core.export.publish import publish, require_publishable
 from transact_core.export.task_table import record_tasks, require_output_folder
 from transact_core.export.tune import Tuned, TuneSpec, tune
@@ -189,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         "(default: not published)",
     )
     prune.add_argument("--public", action="store_true", help="make a new repository public")
+    _add_modeling_file(prune)
     _add_json(prune, "print what report.json holds instead of a table")
 
     apply = command(
@@ -217,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
             help=f"where the {text} text is on this machine; its SHA-256 must be the recorded one "
             f"(default: the recorded source{again})",
         )
+    _add_modeling_file(apply)
     _add_json(apply, "print what report.json holds instead of a table")
 
     measure = command("evaluate", _evaluate, "measure the perplexity of a model")
@@ -413,6 +416,16 @@ def _add_output_folder(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="new or empty folder for the pruned model; it appears whole or not at all",
+    )
+
+
+def _add_modeling_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--modeling-file",
+        action="store_true",
+        help=f"where layers have widths of their own: also write {FILE}, by which transformers "
+        "loads the folder with trust_remote_code, and where all layers keep as many query heads "
+        "the block configuration that vLLM's DeciLM reads (default: no code is written)",
     )
 
 
@@ -976,9 +989,13 @@ def _carry_out(
     bench: Bench, compression: Compression, chosen: argparse.Namespace, progress: Progress
 ) -> None:
     """Writes the output folder, and prints what was measured."""
-    measurement = compress_to_folder(chosen.output, bench, compression, progress)
+    measurement = compress_to_folder(
+        chosen.output, bench, compression, progress, chosen.modeling_file
+    )
     if unrepaired := kept_bare(measurement.fits):
         _warn(unrepaired)
+    if chosen.modeling_file and compression.plan.uniform:
+        _warn("All layers have the same widths, so no modeling file is needed or written.")
     result = report(bench, measurement)
     print(json.dumps(result, indent=1) if chosen.json else _table(result, chosen.output))
 

@@ -305,7 +305,7 @@ def live(
             "measured": [asdict(point) for point in measured],
             "waiting": waiting,
             "unpredicted": unpredicted,
-            "unpredicted_by_hand": "not predicted: only uniform widths are",
+            "unpredicted_by_hand": "predicted once the prices of layers are measured",
             "decided": decided and asdict(decided),
             "prices": prices,
             "pricing": asdict(pricing),

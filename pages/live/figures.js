@@ -53,11 +53,24 @@ function changeInWords(values, dense) {
 
 // Along the sliders, whose widths are the same in every layer.
 function predictionAt(data, view) {
-  if (!data.prediction || data.mha.length > 1) return null;
+  if (!data.prediction || data.mha.length > 1 || (data.choices.widths ?? "uniform") !== "uniform") return null;
   const row = data.mha[0].option_at[view.mha], column = data.mlp.option_at[view.mlp];
   const mid = data.prediction.mid[row]?.[column];
   if (mid === null || mid === undefined) return null;
   return { low: data.prediction.low[row][column], mid, high: data.prediction.high[row][column] };
+}
+
+// Between the widths of the options, at fractions of their places.
+function predictionBetween(data, row, column) {
+  const [top, left] = [Math.floor(row), Math.floor(column)], [down, right] = [row - top, column - left];
+  const corners = [[0, 0], [0, 1], [1, 0], [1, 1]].map(([below, beside]) => [top + below, left + beside, (below ? down : 1 - down) * (beside ? right : 1 - right)]);
+  const found = {};
+  for (const name of ["low", "mid", "high"]) {
+    const parts = corners.filter(([, , weight]) => weight > 0).map(([y, x, weight]) => [data.prediction[name][y]?.[x], weight]);
+    if (parts.some(([value]) => value == null)) return null;
+    found[name] = parts.reduce((sum, [value, weight]) => sum + weight * value, 0);
+  }
+  return found;
 }
 
 // The measured point of the bars that a hand has set.

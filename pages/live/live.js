@@ -568,7 +568,7 @@ class LiveView {
 
   writePrediction() {
     const { data, view } = this;
-    const predicted = this.byHand ? null : predictionAt(data, view);
+    const predicted = this.ownUnits() ? this.predictionOfBars() : predictionAt(data, view);
     const measured = this.byHand ? measuredByHand(data, view) : measuredAt(data, view);
     const nothing = view.mha === 0 && view.mlp === 0 && !this.byHand;
     const value = this.find('[data-figure="predicted"]'), note = this.find('[data-note="predicted"]');
@@ -589,6 +589,16 @@ class LiveView {
     value.textContent = shown != null ? (shown * scale).toFixed(2) + unit
       : data.mha.length > 1 ? "not predicted while auto is undecided" : nothing ? "nothing is cut" : this.byHand ? data.unpredicted_by_hand : data.unpredicted;
     note.textContent = parts.join("\n");
+  }
+
+  // Of widths of single layers: that of the uniform cut that would lose as much.
+  predictionOfBars() {
+    const { data, prices } = this, own = this.ownUnits();
+    if (!data.prediction || !prices || data.mha.length > 1) return null;
+    const headDim = data.mha[0].options[0].width / data.skyline.mha.most, units = (bars) => bars.map((bar) => bar.units);
+    const row = placeOfEqualLoss(prices.mha, data.mha[0].options.map((option) => option.width / headDim), units(own.mha));
+    const column = placeOfEqualLoss(prices.mlp, data.mlp.options.map((option) => option.width), units(own.mlp));
+    return row === null || column === null ? null : predictionBetween(data, row, column);
   }
 
   writeLayer(mha, mlp) {

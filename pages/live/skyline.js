@@ -114,6 +114,16 @@ class Prices {
   }
 }
 
+// The place among widths of uniform cuts, ascending in what they lose, of the one that loses as much
+// as these units of single layers; a fraction between two of them, null beyond the last.
+function placeOfEqualLoss(prices, uniform, units) {
+  const layers = units.length, sum = (of) => Array.from({ length: layers }, (_, layer) => prices.at(layer, of(layer))).reduce((total, loss) => total + loss, 0);
+  const lost = sum((layer) => units[layer]), losses = uniform.map((kept) => sum(() => kept));
+  const after = losses.findIndex((loss) => loss >= lost);
+  if (after <= 0) return after < 0 ? null : 0;
+  return after - (losses[after] - lost) / (losses[after] - losses[after - 1]);
+}
+
 // The price of a parameter at which layers that choose freely keep as many parameters as now; 0
 // where that is all of them. `groups` are modules that share one budget, `free` their layers.
 function multiplier(groups) {

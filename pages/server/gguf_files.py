@@ -1,6 +1,6 @@
 """Jobs about GGUF files: their sizes before, writing one, measuring many, publishing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pages.server.jobs import Job
@@ -15,9 +15,10 @@ from transact_core.base.errors import Progress, TransActError
 from transact_core.base.files import require_new_file
 from transact_core.experiments.bench import Bench, Measurement, identity
 from transact_core.export.gguf import WrittenFile
-from transact_core.export.gguf_points import FilePoint, PlannedFile, find_point
+from transact_core.export.gguf_points import FilePoint, find_point
 from transact_core.export.publish import Publication, publish, require_publishable
 from transact_core.models.llama_cpp import require_llama_cpp
+from transact_core.planning.preview import Structure
 from transact_core.pruning.plan import PruningPlan
 from transact_core.workers import work
 
@@ -42,15 +43,25 @@ def sizes_job(plan: PruningPlan, recovery: str, name: str, with_imatrix: bool) -
 
     It is queued at the first call, and again where it was cancelled.
     """
-    request, held = visit().request, holding().found.setdefault("gguf sizes", {})
     key = identity(plan, recovery), name, with_imatrix
+    return _sizes_job(key, work.plan_gguf, plan, recovery, name, with_imatrix)
+
+
+def sizes_by_widths_job(table: Structure, recovery: str, chosen: str) -> Job:
+    """The job that works out what a file of one type weighs at each pair of widths; queued as
+    `sizes_job` does, with the result of `work.gguf_bytes_by_widths`."""
+    options = (*table.mha.options, *table.mlp.options)
+    key = tuple(option.widths for option in options), recovery, chosen
+    return _sizes_job(key, work.gguf_bytes_by_widths, table, recovery, chosen)
+
+
+def _sizes_job(key: tuple, function: Callable, *arguments: object) -> Job:
+    request, held = visit().request, holding().found.setdefault("gguf sizes", {})
     job = held.get(key)
     if job is None or (job.finished and job.result is None and not job.refused):
 
-        def planning(report: Progress) -> list[PlannedFile]:
-            return workbench().run(
-                request, work.plan_gguf, report, plan, recovery, name, with_imatrix
-            )
+        def planning(report: Progress) -> object:
+            return workbench().run(request, function, report, *arguments)
 
         queue = workbench().lane(request).queue
         job = held[key] = queue.submit("Working out the sizes", planning, urgent=True)

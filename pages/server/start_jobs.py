@@ -213,10 +213,13 @@ def in_words(ratios: Pair) -> str:
     return f"MHA {ratios[0]:.0%}, MLP {ratios[1]:.0%}"
 
 
-def start_export(cut: Cut, folder: Path, tasks: dict[str, object] | None = None) -> None:
+def start_export(
+    cut: Cut, folder: Path, tasks: dict[str, object] | None = None, modeling_file: bool = False
+) -> None:
     """Queues the writing of a checkpoint; its cut is made and measured where that is not known.
 
-    `tasks` is what `tasks.json` would hold of this cut, for report.json and the model card.
+    `tasks` is what `tasks.json` would hold of this cut, for report.json and the model card;
+    `modeling_file` as `write_checkpoint` takes it.
     """
     mine, request, written = points(), visit().request, written_of()
 
@@ -225,7 +228,7 @@ def start_export(cut: Cut, folder: Path, tasks: dict[str, object] | None = None)
         # Looked at before the cut is measured, which may take long; the worker looks again.
         require_free_output(folder)
         point = point_of(cut, request, mine, report)
-        place = workbench().run(request, work.export, report, point, folder, tasks)
+        place = workbench().run(request, work.export, report, point, folder, tasks, modeling_file)
         written.keep_folder(point.identity, place)
         return place
 

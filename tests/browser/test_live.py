@@ -119,7 +119,7 @@ def test_figures_of_bars_are_the_footprints(view: Page, granularity: str):
         [widths_of_layer(SHAPE, granularity, *each) for each in zip(counts, kept, strict=True)]
     )
     assert_figures_are_the_footprint(view, cut)
-    expect(view.locator(".perplexity")).to_contain_text("only uniform widths are")
+    expect(view.locator(".perplexity")).to_contain_text("once the prices of layers")
     # The slider moves the bars that no hand has set.
     move(view, "MLP", 50)
     text = text.replace("140", "100")

@@ -95,6 +95,10 @@ def test_a_bar_is_dragged_the_budget_filled_and_the_cut_seen_beside_the_uniform_
     )
     expect(page.locator('.module[data-side="mlp"] [data-of="prices"]')).to_contain_text("the line")
 
+    # What uniform cuts are predicted to cost predicts it too.
+    expect(page.locator('[data-name="perplexity"]')).to_have_text("Perplexity, predicted")
+    expect(page.locator('[data-note="predicted"]')).to_contain_text("in 9 of 10 cases")
+
     # The address holds it, a reload brings it back, and it can be undone and redone.
     settle(page)
     expect(page).to_have_url(re.compile(r"channels=64h\."))
@@ -112,6 +116,7 @@ def test_a_bar_is_dragged_the_budget_filled_and_the_cut_seen_beside_the_uniform_
     shown_there = float(page.locator('[data-figure="predicted"]').inner_text())
     # The live view is sent four decimals of the ratio to the dense model.
     assert shown_there == pytest.approx(perplexity, rel=1e-4)
+    expect(page.locator('[data-note="predicted"]')).to_contain_text("in 9 of 10 cases")
     go_to(page, "Perplexity")
     chart = page.locator(".st-key-equal-parameters").locator(CHART)
     expect(chart).to_contain_text("M parameters by-hand costs")

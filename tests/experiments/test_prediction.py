@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from transact_core.experiments.allocate import loss_laws, plan_by_hand
 from transact_core.experiments.bench import Choices, compress
 from transact_core.experiments.prediction import (
     Point,
@@ -213,6 +214,37 @@ def test_the_score_compares_with_predictions_from_earlier_points(gqa_bench, meas
         assert score.measured == pytest.approx(math.exp(score.point.delta_nll))
         assert score.relative_error == pytest.approx(score.predicted.mid / score.measured - 1)
         assert score.inside == (score.predicted.low <= score.measured <= score.predicted.high)
+
+
+def test_own_widths_are_scored_by_what_their_layers_lose(gqa_bench, measured, short_texts):
+    gqa_bench.damage(CHOICES)
+    laws = loss_laws(gqa_bench, CHOICES)
+    shape = gqa_bench.loaded.architecture
+
+    def own(*widths):
+        choices = replace(CHOICES, widths="by-hand", by_hand=widths)
+        plan = plan_by_hand(gqa_bench, choices)
+        made = compress(gqa_bench, plan, CHOICES.recovery)[1]
+        return Point.of_own_widths(gqa_bench, made, choices, laws)
+
+    heads, channels = shape.num_attention_heads, shape.intermediate_size
+    layers = shape.num_hidden_layers
+    uniform = own(*[(heads // 2, channels // 2)] * layers)
+    assert uniform.choices == CHOICES
+    damage = gqa_bench.damage(CHOICES)
+    # Widths that are all alike count as the uniform cut that they are.
+    alike = Point.of(
+        compress(gqa_bench, gqa_bench.plan(0.5, 0.5, CHOICES), CHOICES.recovery)[1], CHOICES
+    )
+    assert uniform.errors(damage) == pytest.approx(alike.errors(damage))
+    uneven = own((heads, channels), *[(heads // 2, channels // 2)] * (layers - 1))
+    assert uneven.mlp_width == pytest.approx((layers + 1) / layers * channels / 2)
+    m, p = uneven.errors(damage)
+    assert 0 < m < uniform.errors(damage)[0]
+    assert 0 < p < uniform.errors(damage)[1]
+    (*_, last) = keep_score(gqa_bench, [*measured, uneven])
+    assert last.point == uneven
+    assert last.predicted.low <= last.predicted.mid <= last.predicted.high
 
 
 def test_points_whose_damage_is_not_known_are_left_out(gqa_bench, measured):

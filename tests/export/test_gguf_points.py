@@ -8,8 +8,10 @@ from tests.trust.installed import require_llama_cpp_installed
 from transact_core.experiments.bench import Choices, compress
 from transact_core.export import gguf_points
 from transact_core.export.gguf_points import (
+    NAME_ROOM,
     FilePoint,
     Times,
+    bytes_by_widths,
     kept_points,
     measure_files,
     planned_files,
@@ -17,6 +19,7 @@ from transact_core.export.gguf_points import (
     write_gguf,
 )
 from transact_core.forward.perplexity import Evaluation
+from transact_core.planning.preview import structure
 
 SHAPE = {
     "hidden_size": 64,
@@ -56,6 +59,32 @@ def test_without_a_plan_the_files_are_the_dense_models(small_bench, tmp_path):
     model = small_bench.loaded.model
     write_gguf(tmp_path / "x.gguf", small_bench, model, None, "F16", "dense")
     assert (tmp_path / "x.gguf").stat().st_size == planned.bytes
+
+
+@pytest.mark.parametrize(
+    ("granularity", "recovery", "kind"),
+    [
+        ("query-heads", "none", "Q4_K_M"),
+        ("kv-groups", "none", "Q2_K"),
+        ("head-dims", "none", "Q8_0"),
+        ("query-heads", "bias", "Q8_0"),
+    ],
+)
+def test_sizes_of_all_widths_are_those_of_files_planned_one_by_one(
+    small_bench, granularity, recovery, kind
+):
+    shape = small_bench.loaded.architecture
+    table = structure(shape, granularity, with_biases=recovery == "bias")
+    sizes = bytes_by_widths(small_bench, table, recovery, kind)
+    assert len(sizes) == len(table.mha.options) * len(table.mlp.options)
+    for mha, mlp in [(0, 0), (0, 45), (60, 0), (60, 70), (34, 33)]:
+        plan = small_bench.plan(mha / 100, mlp / 100, Choices(granularity=granularity))
+        name = "x" * NAME_ROOM
+        (file,) = planned_files(small_bench, plan, recovery, name, types=[kind])
+        left = plan.applied_to(shape)
+        # The header is filled up to a multiple of 32 bytes, with biases to another one.
+        assert abs(sizes[left.mha_width, left.intermediate_size] - file.bytes) <= 32
+        assert recovery == "bias" or sizes[left.mha_width, left.intermediate_size] == file.bytes
 
 
 def test_points_are_measured_once_and_kept(small_bench, monkeypatch):

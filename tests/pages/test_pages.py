@@ -220,6 +220,26 @@ def test_a_target_moves_the_thumbs(open_page):
     assert "No position of the sliders comes down to" in page.warning[0].value
 
 
+def test_a_target_can_be_the_bytes_of_a_file(open_page):
+    page = open_page("compress")
+    page.segmented_control(key="goal").set_value("file").run()
+    page.selectbox(key="target-type").set_value("Q8_0").run()
+    mine = page.session_state["visit"]
+    for job in mine.visitor.of(mine.request).found["gguf sizes"].values():
+        ended(job)
+    page.run()
+    assert "Q8_0 takes 32 weights at a time" in texts(page)
+    dense = page.number_input(key="at-most-file").value / 0.75
+    page.number_input(key="at-most-file").set_value(0.9 * dense).run()
+    button(page, "Find the ratios").click().run()
+    assert not page.exception
+    assert live(page)["start"]["revision"] == 2
+    assert "meet the target" in texts(page)
+    page.number_input(key="at-most-file").set_value(0.001).run()
+    button(page, "Find the ratios").click().run()
+    assert "comes down to a file of 0.0 MB" in page.warning[0].value
+
+
 def test_perplexity_is_predicted_and_the_prediction_keeps_its_score(opened, open_page):
     page = open_page("compress")
     # It begins by itself.

@@ -51,6 +51,25 @@ def test_a_size_is_met_with_the_most_parameters_or_refused(shape, granularity, s
     assert 0 < found.meeting <= found.of
 
 
+def test_a_file_is_found_among_the_widths_that_can_be_written():
+    shape = small_shape()
+    table = structure(shape, "query-heads")
+    widths_of = {
+        (mha.width, mlp.width): 1000 * mha.width + mlp.width
+        for mha, mlp in product(table.mha.options[1:], table.mlp.options)
+    }
+    largest = table.mha.options[1].width, table.mlp.options[0].width
+    found = find(Target("file", widths_of[largest]), table, file_bytes=widths_of)
+    taken = table.mha.option_at[found.mha_position], table.mlp.option_at[found.mlp_position]
+    # The dense heads would keep more, but cannot be written.
+    assert taken == (1, 0)
+    assert found.meeting == found.of == len(widths_of)
+    with pytest.raises(TransActError, match=r"comes down to a file of 0\.0 MB"):
+        find(Target("file", 1), table, file_bytes=widths_of)
+    with pytest.raises(TransActError, match="can be written as such a file"):
+        find(Target("file", 1), table, file_bytes={})
+
+
 def test_energy_decides_where_nothing_is_predicted():
     shape = small_shape()
     table = structure(shape, "query-heads")

@@ -8,12 +8,14 @@ import torch
 
 from transact_core.base.errors import TransActError
 from transact_core.models.architecture import Architecture
+from transact_core.planning.allocation import LossLaw
 from transact_core.planning.damage import Curve, Damage
 from transact_core.planning.width_table import (
     FLOOR,
     LEAST_PART,
     NONE_FIXED,
     WidthTable,
+    equal_uniform_errors,
 )
 from transact_core.pruning.plan import widths
 
@@ -158,3 +160,29 @@ def test_laws_that_were_found_before_choose_as_new_ones_do():
     priced = of.priced(losses(of, [1, 5, 1, 0.2]))
     laws = {name: module.laws for name, module in priced.modules.items()}
     assert of.with_laws(laws).layer_widths() == priced.layer_widths()
+
+
+def test_own_widths_count_as_the_uniform_cut_that_loses_as_much():
+    laws = {
+        name: [LossLaw(factor, 1.2) for factor in (1.0, 2.0, 4.0, 8.0)] for name in ("mha", "mlp")
+    }
+    uniform = {"mha": [24] * 4, "mlp": [30] * 4}
+    found = equal_uniform_errors(DAMAGE, laws, uniform)
+    assert found["mha"] == pytest.approx(DAMAGE.mha.at([24])[0])
+    assert found["mlp"] == pytest.approx(DAMAGE.mlp.at([30])[0])
+    whole = equal_uniform_errors(DAMAGE, laws, {"mha": [48] * 4, "mlp": [40] * 4})
+    assert whole == {"mha": 0, "mlp": 0}
+    # Where the dear layers keep more, the sum falls: the first uniform width that loses less
+    # than that is found by a loop.
+    own = {"mha": [24, 48, 48, 48], "mlp": [10, 28, 34, 40]}
+    found = equal_uniform_errors(DAMAGE, laws, own)
+
+    def lost(kept: list[int]) -> float:
+        errors = [float((1 - width / 40) ** 1.5) for width in kept]
+        return sum(
+            law.scale * error**law.exponent for law, error in zip(laws["mlp"], errors, strict=True)
+        )
+
+    wider = next(width for width in range(1, 41) if lost([width] * 4) <= lost(own["mlp"]))
+    assert DAMAGE.mlp.at([wider])[0] <= found["mlp"] <= DAMAGE.mlp.at([wider - 1])[0]
+    assert found["mha"] == pytest.approx(DAMAGE.mha.at([24])[0] / 15, rel=1e-6)

@@ -126,7 +126,11 @@ def test_other_weights_are_refused_by_name(spec, cluster, monkeypatch):
     ("name", "value", "words"),
     [
         ("config", "{}", "its model has another configuration"),
-        ("device", "GPU B, CUDA 13.0", "it computes on another kind of device, another GPU or with"),
+        (
+            "device",
+            "GPU B, CUDA 13.0",
+            "it computes on another kind of device, another GPU or with",
+        ),
     ],
 )
 def test_what_else_differs_is_refused_by_name(spec, cluster, monkeypatch, name, value, words):

@@ -10,7 +10,8 @@
 bench's evaluation text divided by the dense model's there. The interval should contain 90 % of the
 values that would be *measured* on that text; it says nothing about other texts.
 
-The law that maps damage to loss is `planning.law`.
+The law that maps damage to loss is `planning.law`. A cut with widths of its own for each layer
+counts as the uniform cut that would lose as much by the prices of its layers.
 """
 
 import math
@@ -19,9 +20,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from transact_core.experiments.allocate import Laws
 from transact_core.experiments.bench import Bench, Choices, Measurement
 from transact_core.planning.damage import Damage
 from transact_core.planning.law import MAX_DELTA, Fit, Ratio, far_sd
+from transact_core.planning.width_table import equal_uniform_errors
 
 GRID_SIDE = 96
 """Most positions along each side of a grid; a grid of this size takes milliseconds to predict."""
@@ -40,15 +43,21 @@ class Point:
     """A measured point: its choices, its widths in channels, and its loss."""
 
     choices: Choices
-    mha_width: int
-    mlp_width: int
+    """Those of a uniform cut, where layers have widths of their own."""
+    mha_width: float
+    mlp_width: float
+    """Means over layers."""
     delta_nll: float
     """Mean per-token difference of NLL from the dense model, in nats."""
     delta_nll_se: float = math.nan
     """Its standard error in nats, or NaN where it is not known."""
+    own_errors: tuple[float, float] | None = None
+    """Of the MHA and the MLP where layers have widths of their own: the errors of the uniform cut
+    that would lose as much."""
 
     @classmethod
     def of(cls, measurement: Measurement, choices: Choices) -> "Point":
+        """The point of a uniform cut."""
         cost = measurement.footprint
         return cls(
             choices,
@@ -57,6 +66,34 @@ class Point:
             measurement.delta_nll,
             measurement.delta_nll_se,
         )
+
+    @classmethod
+    def of_own_widths(
+        cls, bench: Bench, measurement: Measurement, choices: Choices, laws: Laws
+    ) -> "Point":
+        """The point of a cut with widths of their own, by the laws of `allocate.loss_laws` for
+        these choices."""
+        shape, choices = bench.loaded.architecture, choices.of_uniform
+        layers = measurement.plan.layer_widths(shape)
+        widths = {
+            "mha": [layer.num_attention_heads * shape.head_dim for layer in layers],
+            "mlp": [layer.intermediate_size for layer in layers],
+        }
+        errors = equal_uniform_errors(bench.damage(choices), laws, widths)
+        return cls(
+            choices,
+            sum(widths["mha"]) / len(layers),
+            sum(widths["mlp"]) / len(layers),
+            measurement.delta_nll,
+            measurement.delta_nll_se,
+            (errors["mha"], errors["mlp"]),
+        )
+
+    def errors(self, damage: Damage) -> tuple[float, float]:
+        """The errors of its MHA and MLP, by the damage for its choices."""
+        if self.own_errors is not None:
+            return self.own_errors
+        return damage.mha.at([self.mha_width])[0], damage.mlp.at([self.mlp_width])[0]
 
 
 @dataclass(frozen=True)
@@ -121,11 +158,8 @@ def keep_score(bench: Bench, points: Sequence[Point]) -> list[Scored]:
     known = with_known_damage(bench, points)
     scored = []
     for index, (point, damage) in enumerate(known):
-        predicted = _fit(known[:index]).predict(
-            _group(point.choices),
-            damage.mha.at([point.mha_width]),
-            damage.mlp.at([point.mlp_width]),
-        )
+        m, p = point.errors(damage)
+        predicted = _fit(known[:index]).predict(_group(point.choices), np.array([m]), np.array([p]))
         ratio = Ratio(*(math.exp(min(delta.item(), MAX_DELTA)) for delta in predicted))
         scored.append(Scored(point, ratio, math.exp(min(point.delta_nll, MAX_DELTA))))
     return scored
@@ -177,7 +211,11 @@ def next_points(
     weight = chance * np.minimum(mid, math.log(limit))
     covariance = covariance * np.outer(weight, weight)
     noise = (weight * np.hypot(fit.noise(group, mid) / mid, far_sd(mid))) ** 2
-    measured = {(point.mha_width, point.mlp_width) for point in points if point.choices == choices}
+    measured = {
+        (point.mha_width, point.mlp_width)
+        for point in points
+        if point.choices == choices and point.own_errors is None
+    }
     free = (chance >= MIN_CHANCE) & np.array([place not in measured for place in places])
     chosen = []
     while len(chosen) < count and free.any():
@@ -210,10 +248,11 @@ def _fit(known: Iterable[tuple[Point, Damage]]) -> "Fit":
         for point, damage in known
         if math.isfinite(point.delta_nll)
     ]
+    errors = [point.errors(damage) for _, point, damage in rows]
     return Fit(
         [group for group, _, _ in rows],
-        np.array([damage.mha.at([point.mha_width])[0] for _, point, damage in rows]),
-        np.array([damage.mlp.at([point.mlp_width])[0] for _, point, damage in rows]),
+        np.array([m for m, _ in errors]),
+        np.array([p for _, p in errors]),
         np.array([point.delta_nll for _, point, _ in rows]),
         np.array([point.delta_nll_se for _, point, _ in rows]),
     )

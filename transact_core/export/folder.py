@@ -18,6 +18,7 @@ from transact_core.experiments.bench import Bench, Measurement, measure, model_r
 from transact_core.export.compression import Compression
 from transact_core.export.licence import keep_licence
 from transact_core.export.model_card import kept_bare, model_card
+from transact_core.export.modeling_file import add_modeling_file
 from transact_core.export.runtimes import block_advice, readings_of_cut
 from transact_core.export.tokenizer_files import save_tokenizer
 from transact_core.forward.layers import weights_of
@@ -25,6 +26,7 @@ from transact_core.forward.perplexity import Evaluation
 from transact_core.models.architecture import Architecture
 from transact_core.models.checkpoint_folder import (
     open_checkpoint,
+    read_architecture,
     read_checkpoint,
     spread_checkpoint,
 )
@@ -96,8 +98,11 @@ def write_checkpoint(
     bench: Bench,
     measurement: Measurement,
     compression: Compression,
+    modeling_file: bool = False,
 ) -> None:
     """Writes the output folder of a model, whole or not at all.
+
+    With `modeling_file`, code for other programs lies beside widths of single layers.
 
     Raises:
         TransActError: the folder is not empty, cannot be written, or the disk is too full.
@@ -110,7 +115,9 @@ def write_checkpoint(
             if name != "lm_head.weight" or not model.config.tie_word_embeddings:
                 writer.add(name, tensor)
         writer.finish(model, Architecture.from_model(model))
-        _write_beside(folder, bench, measurement, compression, bench.loaded.tokenizer)
+        _write_beside(
+            folder, bench, measurement, compression, bench.loaded.tokenizer, modeling_file
+        )
 
 
 def _write_beside(
@@ -119,9 +126,11 @@ def _write_beside(
     measurement: Measurement,
     compression: Compression,
     tokenizer: PreTrainedTokenizerBase,
+    modeling_file: bool,
 ) -> None:
     """Writes everything but weights and configurations into an output folder."""
     result = report(bench, measurement)
+    by_code = add_modeling_file(folder, read_architecture(folder)) if modeling_file else ""
     save_tokenizer(tokenizer, folder, bench.loaded.folder)
     (folder / "compression.json").write_text(compression.to_json())
     (folder / "report.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -142,13 +151,18 @@ def _write_beside(
         block_advice(compression.plan, loaded.architecture),
         loaded.licence,
         loaded.model.config.model_type,
+        by_code,
     )
     keep_licence(loaded.licence, folder, loaded.folder)
     (folder / "README.md").write_text(card)
 
 
 def compress_to_folder(
-    output: Path, bench: Bench, compression: Compression, progress: Progress = silent
+    output: Path,
+    bench: Bench,
+    compression: Compression,
+    progress: Progress = silent,
+    modeling_file: bool = False,
 ) -> Measurement:
     """Carries out a compression straight into its output folder, whole or not at all.
 
@@ -156,6 +170,7 @@ def compress_to_folder(
     released before the written checkpoint is loaded and measured. Peak memory is the dense weights
     (one layer and the next where they are on disk, and so are then those of the written model), one
     layer, one residual stream and one shard. The weights are those that `bench.compress` makes.
+    `modeling_file` is as for `write_checkpoint`.
 
     Raises:
         TransActError: as `bench.compress` and `write_checkpoint` do.
@@ -184,5 +199,5 @@ def compress_to_folder(
         else:
             model = read_checkpoint(folder, dtype, device=device)
         measurement = measure(bench, model, plan, recovery, fits, start, progress)
-        _write_beside(folder, bench, measurement, compression, tokenizer)
+        _write_beside(folder, bench, measurement, compression, tokenizer, modeling_file)
     return measurement

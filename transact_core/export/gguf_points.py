@@ -7,6 +7,7 @@ temporary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -16,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from transact_core.base.cache import digest, remembered, sha256_of_tokens
-from transact_core.base.errors import Progress, silent
+from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.base.files import temporary_folder
 from transact_core.data.windows import Windows
 from transact_core.experiments import results
@@ -40,7 +41,8 @@ from transact_core.models.footprint import footprint
 from transact_core.models.llama_cpp import require_llama_cpp, runtime_name
 from transact_core.models.load import LoadedModel
 from transact_core.models.stock_class import StockModel
-from transact_core.pruning.plan import PruningPlan
+from transact_core.planning.preview import Structure
+from transact_core.pruning.plan import PruningPlan, Widths
 from transact_core.pruning.surgery import config_of_cut
 
 PROMPT, NEW = 256, 64
@@ -152,6 +154,49 @@ def planned_files(
         PlannedFile(each.quantization.name, each.bytes, each.embedding_bytes, each.fallbacks)
         for each in plans
     ]
+
+
+NAME_ROOM = 200
+"""Bytes that are left for a model's name in its file, where the sizes of many cuts are compared."""
+
+
+def bytes_by_widths(
+    bench: Bench, table: Structure, recovery: str, chosen: str
+) -> dict[tuple[int, int], int]:
+    """What a file of one type weighs at each pair of transitional widths (MHA, MLP), in bytes.
+
+    A file weighs up to `NAME_ROOM` bytes less, as its name is shorter. What llama.cpp cannot be
+    given is left out. An importance matrix is used where the type wants one.
+
+    Raises:
+        TransActError: llama.cpp cannot be given the dense model.
+    """
+    loaded, kind = bench.loaded, quantization(chosen)
+    dense, entries = loaded.architecture, vocabulary(bench)
+    imatrix = (
+        ImatrixSource(bench.calibration.source, len(bench.calibration))
+        if kind.wants_imatrix
+        else None
+    )
+
+    def weighs(widths: Widths) -> int:
+        architecture = widths.applied_to(dense, with_biases=recovery == "bias")
+        slots = range(architecture.head_dim // 2) if architecture.head_dim < dense.head_dim else ()
+        config = config_of_cut(loaded.model, architecture, tuple(slots))
+        architecture = replace(architecture, model_type=config.model_type)
+        described = describe(loaded, config, architecture, entries, "x" * NAME_ROOM)
+        return plan_file(described, kind, imatrix).bytes
+
+    # Tensors of the MLP do not depend on the heads, so that not every pair has to be planned.
+    whole, *_ = sizes = [weighs(option.widths) for option in table.mlp.options]
+    saved = [whole - size for size in sizes]
+    found = {}
+    for heads in table.mha.options:
+        with suppress(TransActError):
+            with_heads = weighs(heads.widths)
+            for channels, less in zip(table.mlp.options, saved, strict=True):
+                found[heads.width, channels.width] = with_heads - less
+    return found
 
 
 _vocabularies: WeakKeyDictionary[Bench, tuple[Entry, ...]] = WeakKeyDictionary()

@@ -32,6 +32,11 @@ class Quantization:
         return self.base in FLOATS
 
     @property
+    def block(self) -> int:
+        """Weights of a row that its base type takes at a time."""
+        return GGML_QUANT_SIZES[self.base][0]
+
+    @property
     def wants_imatrix(self) -> bool:
         """Whether an importance matrix is used by default: below Q8_0, which hardly rounds."""
         return not self.is_float and self.name != "Q8_0"

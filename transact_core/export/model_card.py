@@ -47,11 +47,13 @@ def model_card(
     blocks: str | None = None,
     licence: Licence | None = None,
     source_type: str = "llama",
+    by_code: str = "",
 ) -> str:
     """The output folder's README.md.
 
     `others` is how other runtimes read the model, `unrepaired` what `kept_bare` says of it, and
-    `blocks` what `block_advice` does. `source_type` is the dense model's `model_type`.
+    `blocks` what `block_advice` does. `source_type` is the dense model's `model_type`;
+    `by_code` how other programs load it by the code beside it.
     """
     dense, pruned = result["dense"], result["pruned"]
 
@@ -68,7 +70,7 @@ def model_card(
     why = f",\n{reason}" if reason else ""
     sentences = [reading.sentence for reading in others] + ([blocks] if blocks else [])
     read = "\n".join(f"- {sentence}" for sentence in sentences)
-    loading = _loading(model_class, why, pruned.get("layers"))
+    loading = _loading(model_class, why, pruned.get("layers"), by_code)
     keeps = compression.keep_layers
     whole = f", layers {', '.join(map(str, keeps))} kept whole" if keeps else ""
     own = "" if compression.widths == "uniform" else f"widths `{compression.widths}`{whole},\n"
@@ -126,7 +128,9 @@ Transitional Activations*, Findings of ACL 2024, arXiv 2407.05690.
 """
 
 
-def _loading(model_class: str, why: str, layers: Sequence[dict[str, int]] | None) -> str:
+def _loading(
+    model_class: str, why: str, layers: Sequence[dict[str, int]] | None, by_code: str
+) -> str:
     """How the model is loaded; `layers` are the widths of each where they differ."""
     if layers is None:
         return f"""It is a stock `{model_class}`{why}:
@@ -155,7 +159,7 @@ model, tokenizer = loaded.model, loaded.tokenizer
 ```
 
 `python -m transact_core gguf` writes it as a GGUF file of the architecture `deci`, which stock
-llama.cpp runs.
+llama.cpp runs.{by_code}
 
 | layer | query heads | key-value heads | MLP channels |
 | ---: | ---: | ---: | ---: |

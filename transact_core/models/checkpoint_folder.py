@@ -158,6 +158,11 @@ def inspect_folder(folder: Path) -> Inspection:
     return Inspection(architecture, files, dtype, tuple(notice for notice in notices if notice))
 
 
+def read_architecture(folder: Path) -> Architecture:
+    """What the `config.json` of a folder that was written here describes."""
+    return _read_architecture(folder, _read_config(folder))
+
+
 def _read_architecture(folder: Path, raw: dict) -> Architecture:
     """The architecture that `config.json` describes, after checking fields that would do harm."""
     try:

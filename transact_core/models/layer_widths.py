@@ -17,6 +17,11 @@ from transact_core.models.architecture import Architecture, LayerWidths
 from transact_core.models.families.description import Family
 
 FIELD = "per_layer_config"
+MODELING_CLASS, BLOCK_CLASS = "OwnWidthsForCausalLM", "DeciLMForCausalLM"
+"""What `architectures` names where code for other programs lies beside such a checkpoint: the class
+in that code, and the class by which vLLM knows models with block configurations."""
+FOR_OTHERS = ("auto_map", "block_configs")
+"""Fields that say the same widths to those programs."""
 WIDTH_FIELDS = tuple(LayerWidths.__dataclass_fields__)
 Overrides = Mapping[int, Mapping[str, int]]
 """The widths of a layer that are not those of the configuration, by the layer's index."""
@@ -42,6 +47,8 @@ def separated(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Overrides]:
     """
     rest = dict(raw)
     stored = rest.pop(FIELD, None) or {}
+    if stored:
+        rest = {name: value for name, value in rest.items() if name not in FOR_OTHERS}
     if not isinstance(stored, dict):
         raise ValueError(f"{FIELD} is no mapping of layers to their fields")
     overrides = {}

@@ -10,8 +10,7 @@ from transact_core.models.footprint import CONTEXT_LENGTH
 from transact_core.planning.law import Ratio
 from transact_core.planning.preview import EnergyKept, Structure
 
-Goal = Literal["parameters", "flops", "kv-cache", "perplexity"]
-
+Goal = Literal["parameters", "flops", "kv-cache", "file", "perplexity"]
 
 Prediction = Mapping[tuple[int, int], Ratio]
 """By the transitional widths (MHA, MLP)."""
@@ -21,8 +20,8 @@ Prediction = Mapping[tuple[int, int], Ratio]
 class Target:
     goal: Goal
     at_most: float
-    """Parameters and FLOPs a token as numbers; the KV cache and perplexity as multiples of the
-    dense model's."""
+    """Parameters, FLOPs a token and bytes of a file as numbers; the KV cache and perplexity as
+    multiples of the dense model's."""
     context: int = CONTEXT_LENGTH
     """Tokens of context that FLOPs are counted at."""
 
@@ -45,8 +44,12 @@ def find(
     table: Structure,
     prediction: Prediction | None = None,
     energy: EnergyKept | None = None,
+    file_bytes: Mapping[tuple[int, int], int] | None = None,
 ) -> Found:
     """Searches all pairs of widths that the sliders can take.
+
+    For the goal "file", `file_bytes` is what a file weighs by the transitional widths (MHA, MLP),
+    as `export.gguf_points.bytes_by_widths` has it; a pair that it lacks cannot be written.
 
     Among the pairs that meet a size, the one with the lowest predicted perplexity is taken; without
     a prediction the one that keeps the most activation energy, and without scores the one with the
@@ -58,7 +61,13 @@ def find(
     if target.goal == "perplexity" and not prediction:
         raise TransActError("No perplexity is predicted yet: measure a point, then ask again.")
     pairs = list(product(range(len(table.mha.options)), range(len(table.mlp.options))))
-    sizes = {pair: _size(target, table, pair, prediction) for pair in pairs}
+    if target.goal == "file":
+        pairs = [pair for pair in pairs if _widths(table, pair) in (file_bytes or {})]
+        if not pairs:
+            raise TransActError("No cut of this model can be written as such a file.")
+        sizes = {pair: float(file_bytes[_widths(table, pair)]) for pair in pairs}
+    else:
+        sizes = {pair: _size(target, table, pair, prediction) for pair in pairs}
     meeting = [pair for pair in pairs if sizes[pair] <= target.at_most]
     if not meeting:
         least = min(sizes.values())
@@ -117,4 +126,6 @@ def _in_words(goal: Goal, size: float) -> str:
         return f"{size / 1e6:,.1f} million FLOPs a token"
     if goal == "kv-cache":
         return f"{size:.0%} of the KV cache"
+    if goal == "file":
+        return f"a file of {size / 1e6:,.1f} MB"
     return f"{size:.2f} times the dense model's perplexity"

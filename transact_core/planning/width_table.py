@@ -235,6 +235,30 @@ class WidthTable:
         return replace(self, modules=repriced)
 
 
+def equal_uniform_errors(
+    damage: Damage,
+    laws: Mapping[str, Sequence[LossLaw]],
+    widths: Mapping[str, Sequence[int]],
+) -> dict[str, float]:
+    """The mean error over layers of the uniform cut that loses as much as these widths.
+
+    Both are by "mha" and "mlp"; `widths` are those of the transitional activations, one for each
+    layer. What they lose is the sum over layers by `laws`, from the errors of `damage` to nats.
+    Between two uniform widths the error is interpolated linearly in the loss.
+    """
+    found = {}
+    for name, curve in (("mha", damage.mha), ("mlp", damage.mlp)):
+        known, errors = curve.widths.numpy(), curve.errors.numpy()
+        losses = np.stack([law.at(row) for law, row in zip(laws[name], errors, strict=True)])
+        lost = sum(
+            np.interp(width, known, row) for width, row in zip(widths[name], losses, strict=True)
+        )
+        # Losses fall with the width, and np.interp wants them ascending.
+        uniform, mean = losses.sum(axis=0)[::-1], errors.mean(axis=0)[::-1]
+        found[name] = float(np.interp(lost, uniform, mean))
+    return found
+
+
 def _chosen_or_fixed(
     module: str,
     layer: int,

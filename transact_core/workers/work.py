@@ -49,6 +49,7 @@ from transact_core.export.gguf import WrittenFile
 from transact_core.export.gguf_points import (
     FilePoint,
     PlannedFile,
+    bytes_by_widths,
     measure_files,
     planned_files,
     write_gguf,
@@ -61,6 +62,7 @@ from transact_core.forward.latency import LatencyPoint, measure_latency, require
 from transact_core.forward.perplexity import token_losses
 from transact_core.models.llama_cpp import llama_cpp_version, require_llama_cpp
 from transact_core.planning.duration import Feed, evaluation_flops
+from transact_core.planning.preview import Structure
 from transact_core.pruning.plan import ByHand, PruningPlan
 from transact_core.training import loop
 from transact_core.workers.open_models import OpenModels, TaskRun
@@ -242,6 +244,7 @@ def export(
     point: Measurement,
     folder: Path,
     tasks: dict[str, Any] | None = None,
+    modeling_file: bool = False,
 ) -> Path:
     """Writes a checkpoint of a measured point, with its scores of tasks where there are any."""
     require_free_output(folder)
@@ -250,7 +253,7 @@ def export(
     report("Writing the checkpoint", 0, 1)
     bench = models.bench(spec, report)
     compression = describe_compression(bench, point.decision, point.recovery)
-    write_checkpoint(folder, model, bench, point, compression)
+    write_checkpoint(folder, model, bench, point, compression, modeling_file)
     if tasks is not None:
         record_tasks(folder, tasks)
     return folder
@@ -445,6 +448,20 @@ def plan_gguf(
     report("Working out the sizes", 0, 1)
     bench = models.bench(spec, report)
     return planned_files(bench, plan, recovery, name, with_imatrix)
+
+
+def gguf_bytes_by_widths(
+    models: OpenModels,
+    report: Progress,
+    spec: BenchSpec,
+    table: Structure,
+    recovery: str,
+    chosen: str,
+) -> dict[tuple[int, int], int]:
+    """What a file of one type weighs at each pair of widths that the sliders can take."""
+    report("Working out the sizes", 0, 1)
+    bench = models.bench(spec, report)
+    return bytes_by_widths(bench, table, recovery, chosen)
 
 
 def export_gguf(

@@ -6,6 +6,7 @@ from typing import Any
 
 from transact_core.base.errors import TransActError
 from transact_core.models.families.table import FAMILIES
+from transact_core.models.layer_widths import BLOCK_CLASS, FIELD, MODELING_CLASS
 
 EXPERT_FIELDS = (
     "num_experts",
@@ -88,7 +89,8 @@ def require_known_family(folder: Path, raw: Mapping[str, Any]) -> None:
     named = named[0] if isinstance(named, list) and named else named
     kind = raw.get("model_type", "llama")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    if family and (not named or named == family.class_name):
+    with_widths = FIELD in raw and named in (MODELING_CLASS, BLOCK_CLASS)
+    if family and (not named or named == family.class_name or with_widths):
         return
     if not named or named == "LlamaForCausalLM":
         named = f"model of the type {kind}"
