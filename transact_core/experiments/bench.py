@@ -491,6 +491,7 @@ def require_memory(bench: Bench, plan: PruningPlan, recovery: str) -> None:
     left = plan.applied_to(loaded.architecture, with_biases=recovery == "bias")
     layout = layout_of(loaded.model)
     for device in loaded.devices:
+        layers = [index for index, place in enumerate(layout) if place == device]
         needed = cut_bytes(
             loaded.architecture,
             left,
@@ -498,7 +499,7 @@ def require_memory(bench: Bench, plan: PruningPlan, recovery: str) -> None:
             bench.calibration.tokens,
             loaded.dtype.itemsize,
             layer_by_layer=loaded.offloaded,
-            layers=[index for index, place in enumerate(layout) if place == device] or None,
+            layers=layers if layout else None,
         )
         free = free_memory(device)
         if needed > free:
