@@ -2,11 +2,13 @@
 
     python -m benchmarks.gguf_frontier --output frontier.csv --markdown frontier.md --resume
     python -m benchmarks.gguf_frontier --models "dense;MLP 1024" --types F16,Q4_0 --no-latency …
+    python -m benchmarks.gguf_frontier --trained runs/6-heads-trained --trained runs/mlp-trained …
 
 A row is a file: its exact size, perplexity from llama.cpp's own logits, and, in turns with the
 dense F16 file, prefill and decode tokens a second, their ratio to that file's, peak memory and load
 time. Cuts are repaired by least squares on the calibration text; perplexity is of the evaluation
-text. With --resume the rows of an earlier run with the same settings are kept.
+text. Folders of cuts of the built-in model that were trained, as `tune` writes them, are measured
+beside the cuts. With --resume the rows of an earlier run with the same settings are kept.
 """
 
 import argparse
@@ -19,19 +21,23 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from transact_core.base.errors import TransActError
 from transact_core.base.files import staged_file
 from transact_core.data.windows import WindowSpec
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.experiments.cut_spec import BenchSpec, CutSpec, decide_spec, open_bench
-from transact_core.export.compression import describe_compression
+from transact_core.experiments.trained_cut import TrainedCut
+from transact_core.export.compression import describe_compression, read_compression
 from transact_core.export.folder import compress_to_folder
 from transact_core.export.gguf import export_gguf, vocabulary_for
 from transact_core.export.gguf_points import times_in_turns
 from transact_core.export.gguf_types import QUANTIZATIONS
+from transact_core.export.tune import read_trained_cut
 from transact_core.forward.imatrix import importance_matrix
 from transact_core.forward.in_llama_cpp import evaluate_gguf
+from transact_core.forward.perplexity import evaluate
 from transact_core.models.llama_cpp import default_threads, runtime_name
-from transact_core.models.load import load_model
+from transact_core.models.load import BUILTIN, load_model
 
 DENSE = "dense"
 CUTS: dict[str, tuple[float, float, Choices]] = {
@@ -67,6 +73,23 @@ class Row:
     load_seconds: float | None = None
 
 
+def trained_cuts(folders: list[Path]) -> dict[str, TrainedCut]:
+    """The trained cuts in these folders, by the names of their rows.
+
+    Raises:
+        TransActError: a folder holds none, or one that is not of the built-in model.
+    """
+    found = {}
+    for folder in folders:
+        trained = read_trained_cut(folder)
+        if read_compression(folder / "compression.json").model.source != BUILTIN:
+            raise TransActError(f"{folder} holds no cut of the built-in model.")
+        found[f"{folder.resolve().name}, {trained.words}"] = trained
+    if len(found) < len(folders):
+        raise TransActError("Two of the trained folders have the same name; rename one.")
+    return found
+
+
 def folder_of(name: str, place: Path, spec: BenchSpec) -> Path | None:
     """The checkpoint folder of a cut, made where it is not there yet; None for the dense model."""
     if name == DENSE:
@@ -86,10 +109,15 @@ def _slug(name: str) -> str:
 
 
 def rows_of(
-    name: str, types: list[str], place: Path, spec: BenchSpec, chosen: argparse.Namespace
+    name: str,
+    trained: TrainedCut | None,
+    types: list[str],
+    place: Path,
+    spec: BenchSpec,
+    chosen: argparse.Namespace,
 ) -> Iterator[Row]:
     """Writes and measures one model in each of these types; a row as soon as it is measured."""
-    folder = folder_of(name, place, spec)
+    folder = trained.folder if trained else folder_of(name, place, spec)
     gc.collect()
     bench = open_bench(spec)
     vocabulary = vocabulary_for(bench.loaded)
@@ -100,8 +128,13 @@ def rows_of(
         stock = bench.dense().perplexity
         loaded = bench.loaded
     else:
-        stock = json.loads((folder / "report.json").read_text())["pruned"]["perplexity"]
         loaded = load_model(str(folder))
+        # What its report says is of the text that a trained cut was measured on before.
+        stock = (
+            evaluate(loaded.model, bench.evaluation).perplexity
+            if trained
+            else json.loads((folder / "report.json").read_text())["pruned"]["perplexity"]
+        )
     imatrix = importance_matrix(loaded.model, bench.calibration)
     for kind in types:
         path = place / f"{_slug(name)}-{kind}.gguf"
@@ -174,6 +207,14 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, metavar="FILE.md")
     parser.add_argument("--folder", type=Path, required=True, help="for checkpoints and files")
     parser.add_argument("--models", default="all", metavar="NAME;NAME")
+    parser.add_argument(
+        "--trained",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a trained cut of the built-in model; given again, another one",
+    )
     parser.add_argument("--types", default=",".join(QUANTIZATIONS), metavar="TYPE,TYPE")
     parser.add_argument("--evaluation", default=defaults.evaluation, metavar="SOURCE")
     parser.add_argument("--calibration", default=defaults.calibration, metavar="SOURCE")
@@ -184,6 +225,10 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     chosen = parser.parse_args()
     names = [DENSE, *CUTS] if chosen.models == "all" else chosen.models.split(";")
+    try:
+        trained = trained_cuts(chosen.trained)
+    except TransActError as error:
+        raise SystemExit(str(error)) from None
     spec = BenchSpec(
         windows=WindowSpec(
             chosen.calibration, chosen.evaluation, evaluation_tokens=chosen.evaluation_tokens
@@ -198,18 +243,23 @@ def main() -> None:
         "runtime": runtime_name(),
     }
     beside = chosen.output.with_name(f"{chosen.output.name}.json")
+    # Two runs may have other trained cuts, but not two under one name.
+    weights = {name: cut.training for name, cut in trained.items()}
     table = pd.DataFrame(columns=list(Row.__dataclass_fields__))
     if chosen.resume and chosen.output.exists():
-        if json.loads(beside.read_text()) != settings:
+        before = json.loads(beside.read_text())
+        earlier = before.pop("trained", {})
+        if before != settings or any(earlier.get(name, it) != it for name, it in weights.items()):
             raise SystemExit(f"{chosen.output} was made with other settings; name another output.")
-        table = pd.read_csv(chosen.output)
+        table, weights = pd.read_csv(chosen.output), earlier | weights
     chosen.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(chosen.threads)
-    beside.write_text(json.dumps(settings, indent=1) + "\n")
-    for name in names:
+    beside.write_text(json.dumps({**settings, "trained": weights}, indent=1) + "\n")
+    for name in (*names, *trained):
         known = set(table.loc[table["model"] == name, "type"])
         types = [kind for kind in chosen.types.split(",") if kind not in known]
-        for row in rows_of(name, types, chosen.folder, spec, chosen) if types else ():
+        made = rows_of(name, trained.get(name), types, chosen.folder, spec, chosen)
+        for row in made if types else ():
             new = pd.DataFrame([asdict(row)])
             table = new if table.empty else pd.concat([table, new], ignore_index=True)
             with staged_file(chosen.output) as staging:

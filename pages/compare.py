@@ -2,9 +2,9 @@
 
 import streamlit as st
 
-from pages.charts.text import counted
+from pages.charts.text import counted, plain
 from pages.parts import marked_text
-from pages.parts.cut_picker import in_words, require_cut
+from pages.parts.cut_picker import model_in_words, require_cut_or_trained
 from pages.parts.progress import show_job
 from pages.parts.runtime_picker import choose_runtime, usable
 from pages.server.request import Cut
@@ -13,6 +13,7 @@ from pages.server.visits import visit
 from transact_core.data.conversations import has_chat_template
 from transact_core.experiments.bench import Bench
 from transact_core.experiments.side_by_side import CONTINUATION, DENSE, PRUNED, TEXT
+from transact_core.experiments.trained_cut import TrainedCut
 from transact_core.forward.generation import Sampling, tokens_per_second
 from transact_core.workers.process import worker_threads
 
@@ -23,7 +24,7 @@ TEXTS = {"The dense model's answer": CONTINUATION, "My text": TEXT}
 """What losses are shown of, by label."""
 
 
-def choose_and_start(bench: Bench, cut: Cut) -> None:
+def choose_and_start(bench: Bench, cut: Cut, trained: TrainedCut | None) -> None:
     prompt = st.text_area(
         "Prompt",
         PROMPT,
@@ -68,6 +69,7 @@ def choose_and_start(bench: Bench, cut: Cut) -> None:
     if st.button("Run both", type="primary", icon=":material/play_arrow:", disabled=not ready):
         start_comparison(
             cut,
+            trained,
             prompt,
             chat and has_template,
             int(count),
@@ -170,7 +172,7 @@ def show() -> None:
         return
     if comparison.prompt_tokens is None and comparison.job.finished:
         return
-    st.caption(f"Pruned: {in_words(comparison.cut)}")
+    st.caption(f"Pruned: {plain(model_in_words(comparison.cut, comparison.trained))}")
     show_answers(comparison)
     st.caption(
         f"Both models take turns, token by token, {where(comparison)} on "
@@ -183,6 +185,6 @@ def show() -> None:
 
 st.title("Compare")
 st.caption("One prompt, continued by the dense and by the pruned model, side by side.")
-bench, cut = require_cut("compare")
-choose_and_start(bench, cut)
+bench, cut, trained = require_cut_or_trained("compare")
+choose_and_start(bench, cut, trained)
 show()

@@ -7,7 +7,7 @@ import streamlit as st
 from pages.charts.damage_chart import pieces_frame, texts_chart, texts_frame
 from pages.charts.text import plain
 from pages.parts import marked_text
-from pages.parts.cut_picker import in_words, require_cut
+from pages.parts.cut_picker import model_in_words, require_cut_or_trained
 from pages.parts.figure import show
 from pages.parts.progress import show_job
 from pages.server.request import Cut
@@ -16,13 +16,14 @@ from pages.server.visits import visit
 from transact_core.data.corpus import describe, short_name
 from transact_core.experiments.bench import Bench
 from transact_core.experiments.text_damage import TextDamage
+from transact_core.experiments.trained_cut import TrainedCut
 
 USUAL_TOKENS = 1024
 WORST_SHOWN = 200
 """Rows of the table of the worst tokens; the file has all of them."""
 
 
-def choose_and_start(bench: Bench, cut: Cut) -> None:
+def choose_and_start(bench: Bench, cut: Cut, trained: TrainedCut | None) -> None:
     request = visit().request
     offered = request.texts
     evaluated = (request.evaluation, *request.others)
@@ -61,7 +62,7 @@ def choose_and_start(bench: Bench, cut: Cut) -> None:
         icon=":material/play_arrow:",
         disabled=not sources,
     ):
-        start_damage(cut, sources, int(tokens))
+        start_damage(cut, sources, int(tokens), trained)
         st.rerun()
 
 
@@ -138,7 +139,7 @@ def show_run() -> None:
             )
         return
     texts = list(run.texts)
-    st.caption(f"Pruned: {in_words(run.cut)}")
+    st.caption(f"Pruned: {plain(model_in_words(run.cut, run.trained))}")
     show_texts(texts)
     place = 0
     if len(texts) > 1:
@@ -158,6 +159,6 @@ st.caption(
     "The same text under the dense and the pruned model: each token coloured by how far the two "
     "predictions of it are apart, the Kullback–Leibler divergence in nats."
 )
-bench, cut = require_cut("damage")
-choose_and_start(bench, cut)
+bench, cut, trained = require_cut_or_trained("damage")
+choose_and_start(bench, cut, trained)
 show_run()

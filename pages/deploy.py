@@ -13,15 +13,17 @@ from pages.charts.file_charts import (
     files_table,
 )
 from pages.charts.text import counted
-from pages.parts.cut_picker import in_words
+from pages.parts.cut_picker import in_words, model_in_words
 from pages.parts.figure import show
 from pages.parts.progress import require_bench, show_job
 from pages.parts.runtime_picker import usable
 from pages.server.gguf_files import known_file, start_files
 from pages.server.request import Cut
+from pages.server.trainings import trained_cuts
 from pages.server.visits import points, visit
 from transact_core.data.corpus import short_name
-from transact_core.experiments.bench import Bench, Measurement
+from transact_core.experiments.bench import Bench
+from transact_core.experiments.trained_cut import Subject
 from transact_core.export.gguf_points import (
     NEW,
     PROMPT,
@@ -42,16 +44,21 @@ DENSE = "dense"
 def choose_and_start(bench: Bench) -> None:
     """Which models in which types, and the button that measures those that are missing."""
     shape = bench.loaded.architecture
-    cuts: dict[str, Measurement | None] = {DENSE: None}
+    cuts: dict[str, Subject | None] = {DENSE: None}
     for point in reversed(points()):
         cuts[f"{cut_in_words(shape, point.plan)} · {in_words(Cut.of(point))}"] = point
+    for run, trained in trained_cuts():
+        label = f"{cut_in_words(shape, trained.plan)} · {model_in_words(run.cut, trained)}"
+        # Trained otherwise, on as many tokens of the same text.
+        cuts[f"{label} · {run.folder.name[:6]}" if label in cuts else label] = trained
     left, right = st.columns([3, 2], vertical_alignment="bottom")
     chosen = left.multiselect(
         "Models",
         list(cuts),
         list(cuts),
         key="deploy_models",
-        help="The dense model and the cuts that you measured; the Compress page measures more.",
+        help="The dense model, and the cuts that you measured or trained; the pages Compress and "
+        "Recover make more.",
     )
     types = right.multiselect(
         "Types", list(QUANTIZATIONS), USUAL, key="deploy_types", persist_state="session"
@@ -168,7 +175,8 @@ def show_difference(kept: Sequence[FilePoint]) -> None:
     """One file against another: every figure, and the paired difference of their losses."""
     named = {
         f"{each.name} · {each.bytes / 1e6:,.1f} MB · perplexity {each.perplexity:.3f}"
-        + (f" · {each.recovery}, {each.importance}" if each.recovery else ""): each
+        + (f" · {each.recovery}, {each.importance}" if each.recovery else "")
+        + (f" · on {short_name(each.trained_on)}" if each.trained_on else ""): each
         for each in kept
     }
     left, right = st.columns(2)
@@ -194,8 +202,8 @@ def show_command() -> None:
 
 st.title("Deploy")
 st.caption(
-    "Which file to take to a phone or a laptop: dense and pruned, in each type, measured in "
-    "llama.cpp on this machine."
+    "Which file to take to a phone or a laptop: dense, pruned and trained, in each type, measured "
+    "in llama.cpp on this machine."
 )
 bench = require_bench()
 choose_and_start(bench)

@@ -27,6 +27,7 @@ from pages.server.jobs import DONE, FAILED, QUEUED
 from pages.server.points import find_cut, find_point
 from pages.server.request import Cut, choices_in_name
 from pages.server.settings import settings
+from pages.server.task_runs import tasks_of_trained
 from pages.server.trainings import (
     WATCHED_TOKENS,
     TrainingChoice,
@@ -40,6 +41,7 @@ from pages.server.trainings import (
     start_copy,
     start_training,
     trainings,
+    written_bytes,
 )
 from pages.server.visits import visit
 from transact_core.base.errors import TransActError
@@ -55,6 +57,7 @@ from transact_core.experiments.bench import Bench, Measurement
 from transact_core.export.compression import tune_command
 from transact_core.training.loop import LEARNING_RATES
 from transact_core.training.student import METHODS, require_method
+from transact_core.training.teacher_cache import TOP
 
 TOKENS, MINUTES = "Tokens", "Minutes"
 USUAL_TOKENS, MOST_TOKENS = 32_768, 1_000_000_000
@@ -171,6 +174,17 @@ def choose_training(cut: Cut) -> TrainingChoice | None:
         seed = columns[4].number_input(
             "Seed", 0, 2**31, before.seed, key="recover_seed", persist_state="session"
         )
+        written_down = st.toggle(
+            "Write the dense model's predictions down",
+            before.written_down,
+            key="recover_written_down",
+            persist_state="session",
+            help=f"Of each token the {TOP} most likely next tokens, before training begins. "
+            "Training then runs the cut alone, and a later training on the same text needs no pass "
+            "of the dense model. The divergence is that of these tokens and of all others "
+            "together. They are kept in the server's cache folder, and removed there as "
+            "measurements are: what was used least recently goes first.",
+        )
     if not chosen:
         return None
     return TrainingChoice(
@@ -183,6 +197,7 @@ def choose_training(cut: Cut) -> TrainingChoice | None:
         rate,
         int(seed),
         int(watched),
+        written_down,
     )
 
 
@@ -243,6 +258,15 @@ def costs_in_words(bench: Bench, point: Measurement, choice: TrainingChoice) -> 
     else:
         tokens = pace.tokens_in(60 * choice.minutes, choice.settings(), length, choice.watched)
         time = f"About {tokens:,} tokens, as your last training went here"
+    if choice.written_down:
+        whole, of_token = written_bytes(bench, choice)
+        size = f"{of_token:,} bytes a token"
+        if whole is not None:
+            size = f"at most {whole / 1e6:,.1f} MB"
+        time += (
+            ". Before that the dense model's predictions are written down, as far as they are not "
+            f"yet: {size} of disk"
+        )
     return f"{memory}. {time}. Watched: {watched_in_words(choice)}."
 
 
@@ -314,6 +338,7 @@ def run_in_words(run: TrainingRun) -> str:
     budget = f"{choice.minutes:g} minutes" if choice.minutes else f"{choice.tokens:,} tokens"
     rate = "" if choice.learning_rate is None else f" · rate {choice.learning_rate:g}"
     seed = f" · seed {choice.seed}" if choice.seed else ""
+    seed += " · predictions written down" if choice.written_down else ""
     return (
         f"{budget} of {short_name(choice.text)} · {choice.method} · {choice.loss}{rate}{seed} · "
         f"{'done' if run.done else 'under way' if run.under_way else 'not finished'}"
@@ -337,6 +362,8 @@ def standing_in_words(run: TrainingRun) -> str:
         parts.append(f"{plain(job.stage or 'Starting')} {job.fraction:.0%}")
     if run.seconds_left is not None and not run.ending:
         parts.append(f"about {seconds_in_words(run.seconds_left)} left")
+    elif job.stage != "Training" and job.seconds_left is not None and not job.pieces_done:
+        parts.append(f"about {seconds_in_words(job.seconds_left)} left in this step")
     elif run.curve.evaluated and not run.step:
         parts.append("time left comes after the first steps")
     return " · ".join(parts)
@@ -484,13 +511,16 @@ def take_away(bench: Bench, run: TrainingRun) -> None:
         help="A new or empty folder: a checkpoint that stock transformers loads. As a local folder "
         "in the sidebar it is measured, run in llama.cpp, asked and published on all pages.",
     )
+    tasks = tasks_of_trained(run.trained_cut) if run.trained_cut else None
+    if tasks:
+        st.caption("What it answered on the Tasks page goes into `report.json` and the model card.")
     about = "recover copy", visit().request
     busy = show_job(*about)
     job = visit().latest_job(about)
     if job and job.state == DONE:
         st.success(f"Written to {plain(job.result)}", icon=":material/check_circle:")
     if not busy and st.button("Write the checkpoint", disabled=not folder.strip()):
-        start_copy(run, expanded(folder.strip()))
+        start_copy(run, expanded(folder.strip()), tasks.report() if tasks else None)
         st.rerun()
 
 

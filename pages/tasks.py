@@ -12,7 +12,7 @@ from pages.charts.tasks_chart import (
     tasks_frame,
 )
 from pages.charts.text import counted, plain
-from pages.parts.cut_picker import in_words, require_cut
+from pages.parts.cut_picker import model_in_words, require_cut_or_trained
 from pages.parts.figure import show
 from pages.parts.progress import show_job
 from pages.server.request import Cut
@@ -25,6 +25,7 @@ from transact_core.data.own_text import OWN_TEXT_TASKS
 from transact_core.experiments.harness import require_harness
 from transact_core.experiments.task_data import DEFAULT_SUITE, PAPER_SUITE, TaskChoice
 from transact_core.experiments.tasks import Standing
+from transact_core.experiments.trained_cut import TrainedCut
 
 OWN_TEXT, SUITE, PAPER, NAMED = "From a text", "Default suite", "As the paper ran it", "By name"
 CHOICES = {
@@ -142,7 +143,7 @@ def choose_data(place: st.delta_generator.DeltaGenerator) -> str | None:
     ).strip()
 
 
-def choose_and_start(cut: Cut) -> None:
+def choose_and_start(cut: Cut, trained: TrainedCut | None) -> None:
     choice = choose_tasks()
     alone = st.toggle(
         "Dense model alone",
@@ -152,8 +153,9 @@ def choose_and_start(cut: Cut) -> None:
     )
     if show_job("tasks", visit().request):
         return
+    pruned = (None, None) if alone else (cut, trained)
     run = last_tasks()
-    again = run is not None and (run.cut, run.choice) == (None if alone else cut, choice)
+    again = run is not None and (run.cut, run.trained, run.choice) == (*pruned, choice)
     stopped = again and any(each.asked < each.total for each in run.standings.values())
     with st.container(horizontal=True, vertical_alignment="center"):
         if st.button(
@@ -162,7 +164,7 @@ def choose_and_start(cut: Cut) -> None:
             icon=":material/play_arrow:",
             disabled=choice is None,
         ):
-            start_tasks(None if alone else cut, choice)
+            start_tasks(pruned[0], choice, pruned[1])
             st.rerun()
         st.caption(
             "Stop whenever you have seen enough: every block of 25 questions is kept, and nothing "
@@ -174,7 +176,11 @@ def show_figures(run: TaskRun) -> None:
     standings = list(run.standings.values())
     asked, total = (sum(getattr(each, name) for each in standings) for name in ("asked", "total"))
     st.caption(
-        (f"Pruned: {in_words(run.cut)}" if run.cut else "The dense model alone")
+        (
+            f"Pruned: {plain(model_in_words(run.cut, run.trained))}"
+            if run.cut
+            else "The dense model alone"
+        )
         + f" · {asked:,} of {counted(total, 'question')} answered · seed {run.choice.seed}"
         + (
             f" · from {plain(describe(run.choice.text))}"
@@ -254,6 +260,6 @@ try:
 except TransActError as error:
     st.error(plain(str(error)), icon=":material/error:")
     st.stop()
-bench, cut = require_cut("tasks")
-choose_and_start(cut)
+bench, cut, trained = require_cut_or_trained("tasks")
+choose_and_start(cut, trained)
 show_run()

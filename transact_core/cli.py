@@ -75,7 +75,7 @@ from transact_core.export.gguf import (
     vocabulary_for,
 )
 from transact_core.export.gguf_types import QUANTIZATIONS, quantization
-from transact_core.export.iterative import prune_and_tune
+from transact_core.export.iterative import prune_and_tune, require_resumed
 from transact_core.export.model_card import add_gguf_to_card, kept_bare
 from transact_core.export.modeling_file import FILE
 from transact_core.export.publish import publish, require_publishable
@@ -182,6 +182,12 @@ def _parser() -> argparse.ArgumentParser:
         "--tune-text",
         metavar="SOURCE",
         help=f"text that is trained on then: {_SOURCE} (default: {TuneSpec.text})",
+    )
+    prune.add_argument(
+        "--resume",
+        action="store_true",
+        help="with --tune-tokens: go on with the run that was interrupted; it is kept beside "
+        "--output",
     )
     prune.add_argument(
         "--gguf",
@@ -816,6 +822,8 @@ def _prune(chosen: argparse.Namespace) -> None:
         return
     if chosen.tune_text is not None:
         raise TransActError("--tune-text is trained on with --tune-tokens; name how many.")
+    if chosen.resume:
+        raise TransActError("--resume goes on with --tune-tokens; a cut alone is made anew.")
     with _Bar() as progress:
         bench = _open(bench_spec, progress)
         if files:
@@ -871,6 +879,8 @@ def _prune_and_tune(
             "With --tune-tokens a folder is written and no more; give it to gguf, or publish it, "
             "afterwards."
         )
+    # Looked at again where the work is done; here before a model is loaded.
+    require_resumed(chosen.output, chosen.resume)
     choices = _choices(chosen)
     spec = TuneSpec(
         model=chosen.model,
@@ -878,6 +888,7 @@ def _prune_and_tune(
         text=chosen.tune_text or TuneSpec.text,
         sequence_length=chosen.sequence_length,
         settings=Settings(tokens=chosen.tune_tokens, seed=chosen.seed),
+        resume=chosen.resume,
     )
     with _Bar() as progress:
         bench = _open(bench_spec, progress)

@@ -8,6 +8,7 @@ from plotly.colors import qualitative
 
 from pages.charts.common import DENSE, PERPLEXITY, laid_out
 from pages.charts.curve_chart import PALETTE
+from transact_core.data.corpus import short_name
 from transact_core.export.gguf_points import FilePoint
 from transact_core.forward.perplexity import paired_difference
 from transact_core.planning.frontier import frontier
@@ -43,6 +44,7 @@ def files_table(points: Sequence[FilePoint]) -> pd.DataFrame:
             "recovery": point.recovery,
             "granularity": point.granularity,
             "importance": point.importance,
+            "trained on": point.trained_on and short_name(point.trained_on),
             "threads": point.times and point.times.threads,
             "runtime": point.runtime,
             "measured": point.measured,

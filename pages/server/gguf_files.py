@@ -14,6 +14,7 @@ from pages.server.written import written_of
 from transact_core.base.errors import Progress, TransActError
 from transact_core.base.files import require_new_file
 from transact_core.experiments.bench import Bench, Measurement, identity
+from transact_core.experiments.trained_cut import Subject
 from transact_core.export.gguf import WrittenFile
 from transact_core.export.gguf_points import FilePoint, find_point
 from transact_core.export.publish import Publication, publish, require_publishable
@@ -21,9 +22,6 @@ from transact_core.models.llama_cpp import require_llama_cpp
 from transact_core.planning.preview import Structure
 from transact_core.pruning.plan import PruningPlan
 from transact_core.workers import work
-
-Subject = tuple | None
-"""The identity of a cut; None for the dense model."""
 
 
 def llama_cpp_missing() -> str | None:
@@ -89,22 +87,23 @@ def start_gguf(cut: Cut, chosen: str, name: str, with_imatrix: bool, output: Pat
 # --- measured files --------------------------------------------------------------------------
 
 
-def known_file(bench: Bench, point: Measurement | None, chosen: str) -> FilePoint | None:
+def known_file(bench: Bench, subject: Subject | None, chosen: str) -> FilePoint | None:
     """The measurement of a cut in a type, or of the dense model: of this visit, or kept."""
-    held: dict[tuple[Subject, str], FilePoint | None]
+    held: dict[tuple[tuple | None, str], FilePoint | None]
     held = holding().found.setdefault("file points", {})
-    key = point and point.identity, chosen
+    key = subject and subject.identity, chosen
     if key not in held:
-        held[key] = find_point(bench, point, chosen)
+        held[key] = find_point(bench, subject, chosen)
     return held[key]
 
 
 def start_files(
-    subjects: Sequence[Measurement | None], types: Sequence[str], timed: bool, about: str
+    subjects: Sequence[Subject | None], types: Sequence[str], timed: bool, about: str
 ) -> None:
     """Queues in the background the measurement of each subject in each type.
 
-    A subject is a measured cut, or None for the dense model. Rows are kept as they are measured.
+    A subject is a measured or a trained cut, or None for the dense model. Rows are kept as they
+    are measured.
     """
     request, held = visit().request, holding().found.setdefault("file points", {})
     total = len(subjects) * len(types)
@@ -112,18 +111,18 @@ def start_files(
     def measuring(report: Progress) -> Iterator[tuple[int, int]]:
         done = 0
         yield done, total
-        for point in subjects:
+        for subject in subjects:
             # A type at a time, so that other jobs have their turns.
             for chosen in types:
 
-                def keep(row: FilePoint, point: Measurement | None = point) -> None:
-                    held[point and point.identity, row.quantization] = row
+                def keep(row: FilePoint, subject: Subject | None = subject) -> None:
+                    held[subject and subject.identity, row.quantization] = row
 
                 def counted(stage: str, now: int, of: int, place: int = done) -> None:
                     report(f"file {place + 1} of {total}: {stage.lower()}", now, of)
 
                 workbench().run(
-                    request, work.measure_gguf, counted, point, [chosen], timed, received=keep
+                    request, work.measure_gguf, counted, subject, [chosen], timed, received=keep
                 )
                 done += 1
                 yield done, total

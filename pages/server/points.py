@@ -12,6 +12,7 @@ from transact_core.experiments.bench import Bench, Choices, Measurement, identit
 from transact_core.experiments.results import find_decision
 from transact_core.experiments.sweep import Pair
 from transact_core.experiments.sweep import find_point as find_kept_point
+from transact_core.experiments.trained_cut import Subject, TrainedCut
 from transact_core.pruning.plan import Decision, PruningPlan
 from transact_core.workers import work
 
@@ -64,6 +65,17 @@ def point_of(cut: Cut, request: Request, known: list[Measurement], report: Progr
     point = asked_by(cut, known) or measure(cut, request, report)
     add_point(known, point)
     return point
+
+
+def subject_of(
+    cut: Cut,
+    trained: TrainedCut | None,
+    request: Request,
+    known: list[Measurement],
+    report: Progress,
+) -> Subject:
+    """The trained cut where one is named, or else the point of the cut, as `point_of` gives it."""
+    return trained or point_of(cut, request, known, report)
 
 
 def measure(cut: Cut, request: Request, report: Progress) -> Measurement:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from pages.server.jobs import Job
 from pages.server.open_models import workbench
-from pages.server.points import point_of
+from pages.server.points import point_of, subject_of
 from pages.server.request import Cut
 from pages.server.settings import require_readable_text, settings
 from pages.server.start_jobs import start
@@ -14,6 +14,7 @@ from transact_core.base.errors import Progress
 from transact_core.experiments.bench import identity
 from transact_core.experiments.side_by_side import DENSE, PRUNED, Said, TokenLosses
 from transact_core.experiments.text_damage import TextDamage
+from transact_core.experiments.trained_cut import TrainedCut
 from transact_core.forward.generation import Sampling, Token
 from transact_core.forward.in_llama_cpp import FileFigures
 from transact_core.forward.latency import LatencyPoint
@@ -27,6 +28,8 @@ class Comparison:
     """One prompt continued by both models. A job writes it while the page reads it."""
 
     cut: Cut
+    trained: TrainedCut | None = None
+    """What the cut became by training, where that is what answers."""
     quantization: str | None = None
     """The type of the files that llama.cpp ran; None for transformers."""
     job: Job | None = None
@@ -69,6 +72,8 @@ class DamageRun:
 
     cut: Cut
     sources: tuple[str, ...]
+    trained: TrainedCut | None = None
+    """What the cut became by training, where that is what is compared."""
     job: Job | None = None
     texts: list[TextDamage] = field(default_factory=list)
 
@@ -90,6 +95,7 @@ def last_latency() -> LatencyRun | None:
 
 def start_comparison(
     cut: Cut,
+    trained: TrainedCut | None,
     text: str,
     chat: bool,
     max_new_tokens: int,
@@ -98,11 +104,12 @@ def start_comparison(
 ) -> None:
     """Queues the continuation of a prompt by both models, and then their losses on the texts.
 
-    With `chat` the text is put into the model's chat template. With a `quantization` both run as
-    files of that type in llama.cpp.
+    With `trained` the pruned model is what the cut became by training. With `chat` the text is put
+    into the model's chat template. With a `quantization` both run as files of that type in
+    llama.cpp.
     """
     request, known = visit().request, points()
-    comparison = Comparison(cut, quantization)
+    comparison = Comparison(cut, trained, quantization)
 
     def keep(thing: Said | TokenLosses) -> None:
         if isinstance(thing, TokenLosses):
@@ -115,11 +122,11 @@ def start_comparison(
         # Before the cut is measured, which may take long: the prompt may be refused.
         prompt = workbench().run(request, work.read_prompt, report, text, chat)
         comparison.prompt_tokens = len(prompt.ids)
-        point = point_of(cut, request, known, report)
-        comparing = (work.compare_files, report, point, quantization)
+        subject = subject_of(cut, trained, request, known, report)
+        comparing = (work.compare_files, report, subject, quantization)
         workbench().run(
             request,
-            *(comparing if quantization else (work.compare, report, point)),
+            *(comparing if quantization else (work.compare, report, subject)),
             prompt,
             max_new_tokens,
             sampling,
@@ -130,20 +137,25 @@ def start_comparison(
     holding().found["compare"] = comparison
 
 
-def start_damage(cut: Cut, sources: Sequence[str], tokens: int) -> None:
-    """Queues the comparison of both models' predictions; each text is added once it is done."""
+def start_damage(
+    cut: Cut, sources: Sequence[str], tokens: int, trained: TrainedCut | None = None
+) -> None:
+    """Queues the comparison of both models' predictions; each text is added once it is done.
+
+    With `trained` it is what the cut became by training that is compared with the dense model.
+    """
     request, known = visit().request, points()
-    run = DamageRun(cut, tuple(sources))
+    run = DamageRun(cut, tuple(sources), trained)
 
     def comparing(report: Progress) -> None:
         for source in run.sources:
             require_readable_text(source, settings())
-        point = point_of(cut, request, known, report)
+        subject = subject_of(cut, trained, request, known, report)
         workbench().run(
             request,
             work.damage_texts,
             report,
-            point,
+            subject,
             run.sources,
             tokens,
             received=run.texts.append,

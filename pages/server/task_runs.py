@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from pages.server.jobs import Job
 from pages.server.open_models import workbench
-from pages.server.points import point_of
+from pages.server.points import subject_of
 from pages.server.request import Cut
 from pages.server.settings import require_readable, require_readable_text, settings
 from pages.server.start_jobs import start
@@ -15,6 +15,7 @@ from transact_core.base.errors import Progress
 from transact_core.experiments.bench import identity
 from transact_core.experiments.task_data import TaskChoice
 from transact_core.experiments.tasks import Standing, tasks_report
+from transact_core.experiments.trained_cut import TrainedCut
 from transact_core.pruning.plan import PruningPlan
 from transact_core.workers import work
 
@@ -26,6 +27,8 @@ class TaskRun:
     cut: Cut | None
     """None where the dense model answers alone."""
     choice: TaskChoice
+    trained: TrainedCut | None = None
+    """What the cut became by training, where that is what answers."""
     job: Job | None = None
     plan: PruningPlan | None = None
     """Of the cut, once it is made."""
@@ -44,9 +47,9 @@ class TaskRun:
             known.append(standing)
 
     def is_of(self, plan: PruningPlan, recovery: str) -> bool:
-        """Whether this cut answered."""
+        """Whether this cut answered, as it was before any training."""
         mine = self.plan and self.cut and identity(self.plan, self.cut.recovery)
-        return mine == identity(plan, recovery)
+        return self.trained is None and mine == identity(plan, recovery)
 
     def report(self) -> dict[str, object]:
         """What `tasks.json` holds."""
@@ -64,14 +67,22 @@ def tasks_of(plan: PruningPlan, recovery: str) -> TaskRun | None:
     return run if run and run.history and run.is_of(plan, recovery) else None
 
 
-def start_tasks(cut: Cut | None, choice: TaskChoice) -> None:
+def tasks_of_trained(trained: TrainedCut) -> TaskRun | None:
+    """The last run of tasks, where this trained cut answered a question in it."""
+    run = last_tasks()
+    return run if run and run.history and run.trained == trained else None
+
+
+def start_tasks(cut: Cut | None, choice: TaskChoice, trained: TrainedCut | None = None) -> None:
     """Queues a run of tasks by the dense model and a cut, or by the dense model alone.
+
+    With `trained` it is what the cut became by training that answers.
 
     Each block's standing is added as soon as it is scored. Between pieces other jobs have their
     turn. What was scored before, also by a run that was stopped, comes at once.
     """
     request, known = visit().request, points()
-    run, name = TaskRun(cut, choice), secrets.token_hex(8)
+    run, name = TaskRun(cut, choice, trained), secrets.token_hex(8)
 
     def answering(report: Progress) -> Iterator[tuple[int, int]]:
         allowed = choice
@@ -81,14 +92,14 @@ def start_tasks(cut: Cut | None, choice: TaskChoice) -> None:
             allowed = replace(choice, folder=str(folder))
         # Before the cut is measured, which may take long: the tasks may be refused.
         workbench().run(request, work.require_tasks, report, allowed)
-        point = None
+        subject = None
         if cut is not None:
-            point = point_of(cut, request, known, report)
-            run.plan = point.plan
+            subject = subject_of(cut, trained, request, known, report)
+            run.plan = subject.plan
         done, total = 0, 1
         while done < total:
             done, total = workbench().run(
-                request, work.answer, report, point, allowed, name, received=run.keep
+                request, work.answer, report, subject, allowed, name, received=run.keep
             )
             yield done, total
 

@@ -7,6 +7,7 @@ and a folder for each training: what was chosen, where it stands while it is not
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -36,11 +37,14 @@ from transact_core.base.files import (
 )
 from transact_core.data.corpus import mixed_sources
 from transact_core.experiments.bench import Bench, Measurement
+from transact_core.experiments.trained_cut import TrainedCut
 from transact_core.export.compression import Training
+from transact_core.export.task_table import record_tasks
 from transact_core.export.tune import (
     TextFigures,
     TuneSpec,
     read_trained,
+    read_trained_cut,
     work_folder,
 )
 from transact_core.models.devices import free_memory
@@ -56,6 +60,7 @@ from transact_core.training.memory import models_bytes, training_bytes
 from transact_core.training.objective import LossName
 from transact_core.training.state import Work
 from transact_core.training.student import Method
+from transact_core.training.teacher_cache import TOP, WRITING, Shape, folder_in_cache
 from transact_core.workers import work
 
 TURN_SECONDS = 600.0
@@ -84,6 +89,8 @@ class TrainingChoice:
     """None for that of the method."""
     seed: int = 0
     held_out_tokens: int = WATCHED_TOKENS
+    written_down: bool = False
+    """Whether what the dense model says is written down once, and read from there."""
 
     def settings(self, tokens: int | None = None) -> Settings:
         """The same for the training loop; `tokens` where the budget is a time."""
@@ -166,6 +173,15 @@ class TrainingRun:
         """
         return read_trained(self.trained_folder)
 
+    @cached_property
+    def trained_cut(self) -> TrainedCut | None:
+        """What the cut became, to be asked once it is done; None where nothing got better, so that
+        the weights are those of the cut, and where its folder is damaged."""
+        try:
+            return read_trained_cut(self.trained_folder) if self.outcome[1].improved else None
+        except TransActError:
+            return None
+
     def spec(self, finish: bool = False) -> TuneSpec:
         return TuneSpec(
             model=str(self.cut_folder),
@@ -177,6 +193,7 @@ class TrainingRun:
             settings=self.choice.settings(self.tokens),
             resume=self.work.begun,
             finish=finish and self.work.begun,
+            teacher_cache=folder_in_cache() if self.choice.written_down else None,
         )
 
     def take(self, told: Standing | str) -> None:
@@ -227,6 +244,12 @@ class TrainingRun:
 def trainings() -> list[TrainingRun]:
     """This visitor's trainings with the model and texts in view, the latest first."""
     return sorted(_runs().values(), key=lambda run: run.began, reverse=True)
+
+
+def trained_cuts() -> list[tuple[TrainingRun, TrainedCut]]:
+    """Those of them that are done and have weights of their own, with these."""
+    done = [run for run in trainings() if run.done and not run.under_way]
+    return [(run, run.trained_cut) for run in done if run.trained_cut is not None]
 
 
 def _runs() -> dict[Path, TrainingRun]:
@@ -287,9 +310,13 @@ def pace_of(choice: TrainingChoice) -> Pace | None:
     alike = (
         run.pace
         for run in trainings()
-        if run.pace and (run.choice.method, run.choice.loss) == (choice.method, choice.loss)
+        if run.pace and _decides_pace(run.choice) == _decides_pace(choice)
     )
     return next(alike, None)
+
+
+def _decides_pace(choice: TrainingChoice) -> tuple[str, str, bool]:
+    return choice.method, choice.loss, choice.written_down
 
 
 # --- before one ------------------------------------------------------------------------------
@@ -311,11 +338,26 @@ def memory_needed(
     return needed, free_memory(device) if device.type == "cpu" else None
 
 
+def written_bytes(bench: Bench, choice: TrainingChoice) -> tuple[int | None, int]:
+    """Bytes that the dense model's predictions take on disk, at most, and those of one token.
+
+    The first is None where the number of tokens is not known.
+    """
+    length, vocab_size = visit().request.sequence_length, bench.loaded.architecture.vocab_size
+    shape = Shape(length, vocab_size, min(TOP, vocab_size))
+    windows = choice.tokens and choice.tokens // length + math.ceil(choice.watched / length)
+    return windows and shape.bytes_of(windows), shape.bytes_of_window // length
+
+
 def run_of(bench: Bench, cut: Cut, point: Measurement, choice: TrainingChoice) -> TrainingRun:
     """The training of a cut by these choices: the one there is, or a new one."""
     request = visit().request
     of_cut = _digest([asdict(request), bench.identity, repr(point.identity)])
-    folder = _own_folder() / of_cut / _digest(asdict(choice))
+    named = asdict(choice)
+    if not choice.written_down:
+        # As trainings were named before there was this choice.
+        del named["written_down"]
+    folder = _own_folder() / of_cut / _digest(named)
     new = TrainingRun(request, cut, choice, folder, choice.tokens, time.time())
     return _runs().get(folder, new)
 
@@ -378,17 +420,19 @@ def _train_for_a_turn(run: TrainingRun, report: Progress) -> None:
     def reporting(stage: str, done: int, total: int) -> None:
         nonlocal gave_up
         report(stage, done, total)
-        # Between two steps, where the worker keeps its state before it stops.
-        if stage == "Training" and done < total:
-            late = time.monotonic() > turn_ends and run.step > first
-            if (late and run.job.queue.wanted_by_others(run.job)) or (
-                run.ending and not spec.finish
-            ):
-                gave_up = True
-                raise Cancelled
+        # Between two steps, where the worker keeps its state before it stops, or between two
+        # windows that it writes down.
+        training = stage == "Training" and done < total
+        progressed = run.step > first if training else stage == WRITING and done
+        late = time.monotonic() > turn_ends and progressed
+        if (late and run.job.queue.wanted_by_others(run.job)) or (
+            training and run.ending and not spec.finish
+        ):
+            gave_up = True
+            raise Cancelled
 
     spec = run.spec(run.ending)
-    # A turn has a step at least, however long models take to load.
+    # A turn has a step, or a window, at least, however long models take to load.
     first = run.step
     try:
         workbench().run(run.request, work.train_cut, reporting, spec, received=run.take)
@@ -408,8 +452,11 @@ def remove(run: TrainingRun) -> None:
         remove_whole(run.folder.parent)
 
 
-def start_copy(run: TrainingRun, folder: Path) -> None:
-    """Queues the copying of a trained checkpoint to a folder of the visitor's choice."""
+def start_copy(run: TrainingRun, folder: Path, tasks: dict[str, Any] | None = None) -> None:
+    """Queues the copying of a trained checkpoint to a folder of the visitor's choice.
+
+    `tasks` are its scores of tasks, as `tasks.json` holds them, where there are any.
+    """
 
     def copying(report: Progress) -> Path:
         place = require_writable(folder, settings())
@@ -420,6 +467,8 @@ def start_copy(run: TrainingRun, folder: Path) -> None:
             for done, path in enumerate(files):
                 report("Copying", done, len(files))
                 shutil.copyfile(path, staging / path.name)
+            if tasks is not None:
+                record_tasks(staging, tasks)
         return place
 
     about = "recover copy", visit().request

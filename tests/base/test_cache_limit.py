@@ -94,10 +94,12 @@ def test_what_nobody_used_for_long_is_removed_whatever_the_size(folder):
     kept = [
         entry(folder, "measured/recent.safetensors", unused=UNUSED_SECONDS - 100),
         entry(folder, "models/recent", unused=UNUSED_SECONDS - 100),
+        entry(folder, "teacher/recent", unused=UNUSED_SECONDS - 100),
     ]
     removed = [
         entry(folder, "measured/old.safetensors", unused=UNUSED_SECONDS + 100),
         entry(folder, "models/old", unused=UNUSED_SECONDS + 100),
+        entry(folder, "teacher/old", unused=UNUSED_SECONDS + 100),
         entry(folder, "results.sqlite.damaged-20260101-000000", unused=UNUSED_SECONDS + 100),
     ]
     evict()

@@ -1,11 +1,16 @@
 """The page Recover on a tiny model: trained, paused, found again, refused."""
 
 import json
+import math
+import re
 import threading
 from importlib.util import find_spec
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from benchmarks.gguf_frontier import trained_cuts
 from pages.parts.trained_cuts import trained_frame
 from pages.server import trainings
 from pages.server.request import Cut, Request
@@ -15,9 +20,14 @@ from pages.server.visitors import Visit, Visitor
 from tests.conftest import KINDS, make_model
 from tests.pages.conftest import ended, exchange, workbench_inline
 from tests.pages.test_pages import button, texts, work_of
-from transact_core.base.errors import Cancelled, silent
+from tests.trust.installed import require_llama_cpp_installed
+from transact_core.base.errors import Cancelled, TransActError, silent
 from transact_core.data.corpus import read_corpus
-from transact_core.training import loop
+from transact_core.experiments import tasks as tasks_module
+from transact_core.experiments.side_by_side import TEXT
+from transact_core.forward.perplexity import token_losses
+from transact_core.models.load import load_model
+from transact_core.training import loop, teacher_cache
 from transact_core.training.loop import Pace
 from transact_core.workers import work
 from transact_core.workers.tasks import WorkerDied
@@ -342,3 +352,134 @@ def test_a_text_that_cannot_be_trained_on_is_refused_before_anything_is_written(
 
 def test_without_a_training_that_is_done_the_table_has_no_rows():
     assert trained_frame([]).empty
+
+
+def test_predictions_are_written_down_once_for_all_trainings_on_a_text(
+    open_page, mine, monkeypatch
+):
+    page = choose(open_page("recover", mine), 2)
+    page.toggle(key="recover_written_down").set_value(True).run()
+    told = float(re.search(r"at most ([\d.,]+) MB of disk", said(page))[1])
+    work_of(page, "Train")
+    first = last_run(page)
+    assert first.outcome[0].teacher_top == teacher_cache.TOP
+    assert any("are written down for" in notice for notice in first.notices)
+    (store,) = teacher_cache.folder_in_cache().iterdir()
+    taken = sum(path.stat().st_size for path in store.iterdir())
+    assert 0 < taken <= 1e6 * told + 5e4
+
+    def refuse(*_):
+        pytest.fail("the dense model was asked")
+
+    for name in ("scored_states", "top_of"):
+        monkeypatch.setattr(teacher_cache, name, refuse)
+    page = open_page("recover", mine)
+    assert page.toggle(key="recover_written_down").value
+    page.number_input(key="recover_rate").set_value(1e-3).run()
+    work_of(page, "Train")
+    second = last_run(page)
+    assert second is not first
+    assert second.step == 2
+    assert any("is written down already" in notice for notice in second.notices)
+    assert sum(path.stat().st_size for path in store.iterdir()) == taken
+
+
+def pick_trained(page):
+    """Chooses the trained cut, which stands last."""
+    (box,) = (each for each in page.selectbox if each.label == "Cut")
+    assert "trained on 256 tokens of mine.txt" in box.options[-1]
+    return box.set_value(len(box.options) - 1).run()
+
+
+def test_a_trained_cut_answers_tasks_and_is_compared_token_by_token(
+    open_page, mine, tmp_path, monkeypatch
+):
+    pytest.importorskip("lm_eval")
+    work_of(choose(open_page("recover", mine), 2), "Train")
+    trained = last_run(open_page("recover", mine)).trained_cut
+    blocks, score = [], tasks_module.score_continuations
+
+    def scored(model, *rest):
+        blocks.append({name: weight.clone() for name, weight in model.state_dict().items()})
+        return score(model, *rest)
+
+    monkeypatch.setattr(tasks_module, "score_continuations", scored)
+    page = open_page("tasks", mine)
+    page.number_input(key="tasks_limit_From a text").set_value(25)
+    work_of(pick_trained(page), "Run the tasks")
+    page.run()
+    assert not page.exception
+    assert "50 of 50 questions answered" in said(page)
+    assert "trained on 256 tokens of mine" in said(page).replace("\\", "")
+    run = mine.visitor.of(mine.request).found["tasks"]
+    # Two tasks, answered by the weights in the folder of the training and by the dense ones.
+    stored = load_file(trained.folder / "model.safetensors")
+    assert len(blocks) == 4
+    assert all(torch.equal(blocks[0][name], stored[name].float()) for name in stored)
+    # The cut it came from has answers of its own; the dense model's are kept.
+    (box,) = (each for each in page.selectbox if each.label == "Cut")
+    work_of(box.set_value(0).run(), "Run the tasks")
+    of_cut = mine.visitor.of(mine.request).found["tasks"]
+    assert len(blocks) == 6
+    assert of_cut.standings["continuation"].against == run.standings["continuation"].against
+    assert not all(torch.equal(blocks[-1][name], blocks[0][name]) for name in stored)
+    assert of_cut.is_of(trained.plan, trained.recovery)
+    assert not run.is_of(trained.plan, trained.recovery)
+
+    work_of(pick_trained(page), "Run the tasks")
+    assert len(blocks) == 6
+    page = open_page("recover", mine)
+    assert "What it answered on the Tasks page" in said(page)
+    folder = tmp_path / "taken"
+    next(box for box in page.text_input if box.label.startswith("Folder on")).set_value(str(folder))
+    work_of(page.run(), "Write the checkpoint")
+    assert json.loads((folder / "report.json").read_text())["tasks"] == run.report()
+    card = (folder / "README.md").read_text()
+    assert card.index("## Trained after the cut") < card.index("| dense | trained |")
+
+    page = pick_trained(open_page("damage", mine))
+    page.multiselect(key="damage_texts").set_value([mine.request.evaluation])
+    page.number_input(key="damage_tokens").set_value(256).run()
+    work_of(page, "Compare the predictions")
+    (text,) = mine.visitor.of(mine.request).found["damage"].texts
+    nll = sum(piece.pruned_nll for piece in text.pieces) / sum(
+        piece.tokens for piece in text.pieces
+    )
+    assert math.exp(nll) == pytest.approx(trained.perplexity, rel=1e-4)
+    page.run()
+    assert "trained on 256 tokens" in said(page)
+
+    page = pick_trained(open_page("compare", mine))
+    page.number_input(key="new_tokens").set_value(2).run()
+    work_of(page, "Run both")
+    losses = mine.visitor.of(mine.request).found["compare"].losses[TEXT].losses
+    loaded = load_model(str(trained.folder))
+    ids = loaded.tokenizer(page.text_area[0].value, return_tensors="pt")["input_ids"][0]
+    torch.testing.assert_close(losses["pruned"], token_losses(loaded.model, ids))
+    page.run()
+    assert "trained on 256 tokens" in said(page)
+
+
+def test_a_trained_cut_is_measured_as_a_file_beside_the_cut_and_the_dense_model(open_page, mine):
+    require_llama_cpp_installed()
+    work_of(choose(open_page("recover", mine), 2), "Train")
+    trained = last_run(open_page("recover", mine)).trained_cut
+    page = open_page("deploy", mine)
+    page.multiselect(key="deploy_types").set_value(["F32"])
+    page.toggle(key="deploy_timed").set_value(False).run()
+    assert "trained on 256 tokens of mine" in page.multiselect(key="deploy_models").options[-1]
+    work_of(page, "Measure 3 files")
+    page.run()
+    assert not page.exception
+    assert button(page, "All of these are measured").disabled
+    (table,) = (each.value for each in page.dataframe if "on_frontier" in each.value)
+    rows = table.set_index("model")
+    (name,) = (each for each in rows.index if each.endswith(", trained on 256 tokens"))
+    assert set(rows.index) == {"dense", name, name.removesuffix(", trained on 256 tokens")}
+    assert rows["trained on"].notna().sum() == 1
+    assert rows.loc[name, "trained on"] == "mine.txt"
+    assert rows.loc[name, "perplexity"] == pytest.approx(trained.perplexity, rel=1e-3)
+    assert rows["perplexity"].nunique() == 3
+    assert rows.loc[name, "MB"] == rows.loc[name.removesuffix(", trained on 256 tokens"), "MB"]
+    with pytest.raises(TransActError, match="no cut of the built-in model"):
+        trained_cuts([trained.folder])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import KINDS, bench_of, make_model, same_weights, snapshot
@@ -12,10 +13,14 @@ from transact_core.base.generators import WithResult
 from transact_core.cli import main
 from transact_core.experiments.bench import Choices
 from transact_core.experiments.iterative import Shot, prune_and_train, shares
+from transact_core.experiments.kept_shots import KeptShots
+from transact_core.export import iterative
 from transact_core.export.compression import read_compression
+from transact_core.export.tune import work_folder
 from transact_core.pruning.surgery import prune
 from transact_core.training import loop
 from transact_core.training.loop import HeldOut, Settings
+from transact_core.training.state import Work
 
 
 def test_the_plan_is_that_of_what_is_left_of_the_dense_model(tokenizer, windows, tmp_path):
@@ -39,15 +44,41 @@ def test_the_plan_is_that_of_what_is_left_of_the_dense_model(tokenizer, windows,
     assert torch.equal(at_once(ids).logits, trained(ids).logits)
 
 
-def test_the_command_records_every_step(checkpoint, text_file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "EVALUATIONS", 1)
-    output = tmp_path / "out"
+def arguments_of(checkpoint, text_file, output) -> list[str]:
+    """Two steps of four windows each."""
     arguments = ["prune", "--model", str(checkpoint), "--output", str(output)]
     arguments += ["--mha-ratio", "0.5", "--mlp-ratio", "0.5", "--steps", "2"]
     arguments += ["--calibration", str(text_file), "--calibration-tokens", "512"]
     arguments += ["--evaluation", str(text_file), "--evaluation-tokens", "128"]
     arguments += ["--tune-tokens", "1024", "--tune-text", str(text_file)]
-    assert main([*arguments, "--sequence-length", "32"]) == 0
+    return [*arguments, "--sequence-length", "32"]
+
+
+@pytest.mark.usefixtures("short_texts")
+def test_the_command_records_every_step_and_can_write_later(
+    checkpoint, text_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(loop, "EVALUATIONS", 1)
+    output = tmp_path / "out"
+    arguments = arguments_of(checkpoint, text_file, output)
+
+    def fail(*_):
+        raise TransActError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(iterative, "write_checkpoint", fail)
+        assert main(arguments) == 2
+    kept = work_folder(output)
+    # The weights of the first step are needed no longer.
+    assert [path.parent.name for path in kept.glob("*/*.safetensors")] == ["shot-2"]
+    weights = load_file(kept / "shot-2" / "model.safetensors")
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "take_step", fail)
+        assert main([*arguments, "--resume"]) == 0
+    written = load_file(output / "model.safetensors")
+    assert all(
+        torch.equal(written[name], weights[name].to(written[name].dtype)) for name in written
+    )
     compression = read_compression(output / "compression.json")
     assert [step.intermediate_size for step in compression.earlier_steps] == [30, 20]
     assert [step.trained_tokens for step in compression.earlier_steps] == [512, 512]
@@ -63,6 +94,61 @@ def test_the_command_records_every_step(checkpoint, text_file, tmp_path, capsys,
 
 def second_perplexity(compression):
     return compression.earlier_steps[-1].perplexity
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a signal."""
+
+
+@pytest.mark.usefixtures("short_texts")
+def test_killed_it_goes_on_with_the_same_bits(checkpoint, text_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "EVALUATIONS", 2)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    output, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    arguments = arguments_of(checkpoint, text_file, output)
+    trained, take = [], loop.take_step
+
+    def killed(*rest):
+        if trained == [0, 1, 2, 3, 0, 1, 2]:
+            raise Killed
+        trained.append(rest[-1])
+        return take(*rest)
+
+    monkeypatch.setattr(loop, "take_step", killed)
+    with pytest.raises(Killed):
+        main(arguments)
+    assert not output.exists()
+    kept = work_folder(output)
+    assert (kept / "shot-1" / "model.safetensors").exists()
+    assert Work(kept / "step-2").standing()["step"] == 3
+    assert not (kept / "step-1").exists()
+    assert main(arguments) == 2
+    assert "go on with --resume" in capsys.readouterr().err
+    with pytest.raises(TransActError, match="another model, other texts or other settings"):
+        KeptShots(kept, {"bench": "another"})
+    without = arguments[: arguments.index("--tune-tokens")]
+    assert main([*without, "--resume"]) == 2
+    assert "--resume goes on with --tune-tokens" in capsys.readouterr().err
+
+    trained.clear()
+
+    def noted(*rest):
+        trained.append(rest[-1])
+        return take(*rest)
+
+    monkeypatch.setattr(loop, "take_step", noted)
+    assert main([*arguments, "--resume"]) == 0
+    assert trained == [3]
+    assert not kept.exists()
+    assert main(arguments_of(checkpoint, text_file, undisturbed)) == 0
+    assert trained == [3, *2 * [0, 1, 2, 3]]
+    for name in ("model.safetensors", "config.json", "report.json"):
+        assert (output / name).read_bytes() == (undisturbed / name).read_bytes()
+    one, two = (read_compression(folder / "compression.json") for folder in (output, undisturbed))
+    assert one.plan == two.plan
+    assert one.earlier_steps == two.earlier_steps
+    for mine, others in zip(one.trainings, two.trainings, strict=True):
+        assert mine.model_copy(update={"seconds": others.seconds}) == others
 
 
 def test_windows_are_split_and_none_is_in_two(windows):

@@ -1,5 +1,6 @@
 """What the teacher says, written down and read again."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -61,6 +62,23 @@ def test_known_windows_need_no_teacher(tmp_path, windows, dense):
     assert again.missing({"b": windows[1]}) == 0
     again.write(None, {"b": windows[1]})
     assert again.nll("b", [0], windows[1].ids[:1]).shape == (windows[1].sequence_length - 1,)
+
+
+def test_two_processes_write_into_one_store(tmp_path, windows, dense):
+    text, whole = windows[1], store(tmp_path / "whole", windows[1])
+    whole.write(dense, {"a": text})
+    one, other = store(tmp_path / "both", text), store(tmp_path / "both", text)
+    first = replace(text, ids=text.ids[:3])
+
+    def meanwhile(stage, done, total):
+        """The first window is known to both when the second of them is about to be written."""
+        if done == 1:
+            other.write(dense, {"a": first})
+
+    one.write(dense, {"a": text}, meanwhile)
+    other.write(None, {"a": text})
+    for path in whole.folder.iterdir():
+        assert (one.folder / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("torn", ["tokens", "windows"])

@@ -1,8 +1,9 @@
 """Measured tensors kept on disk between runs, keyed by all that determined them.
 
-The cache folder holds four kinds of entries: measured tensors (`measured/*.safetensors`), models
-converted from GGUF (`models/*/`), texts that models wrote (`generated/*.txt`), and the SQLite file
-of measured points, which `experiments.results` writes. `evict` bounds their age and their size.
+The cache folder holds five kinds of entries: measured tensors (`measured/*.safetensors`), models
+converted from GGUF (`models/*/`), texts that models wrote (`generated/*.txt`), what dense models
+say of texts that are trained on (`teacher/*/`), and the SQLite file of measured points, which
+`experiments.results` writes. `evict` bounds their age and their size.
 Uploads have a limit of their own, and cuts with their trainings (`trainings/*/*/`) have none but
 their age: hours of work are in them, and whoever began them can remove them.
 
@@ -40,8 +41,8 @@ was recorded together with this version.
 UNUSED_SECONDS = 90 * 24 * 3600
 """Entries that nobody read for this long are removed, whatever the size of the cache."""
 MODEL_IN_USE_SECONDS = 3600
-"""A model read within this time is kept even above the limit: another process may still be loading
-its files one by one. A measured file needs no such time, as it is opened once."""
+"""A folder used within this time is kept even above the limit: another process may still be loading
+a model's files one by one, or writing. A measured file needs no such time, as it is opened once."""
 _folders_in_use: set[Path] = set()
 """Models' folders that this process has opened: an export reads further files from them."""
 
@@ -179,6 +180,7 @@ def _entries() -> Iterator[tuple[Path, float, int]]:
         "measured/*.safetensors",
         "models/*",
         "generated/*.txt",
+        "teacher/*",
         "results.sqlite.damaged-*",
     )
     for path in (path for pattern in patterns for path in folder.glob(pattern)):

@@ -247,6 +247,20 @@ def remove_leftovers(folder: Path) -> None:
                 os.close(lock)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a file, which is made if it is missing, against other processes that do the same."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if fcntl is not None:
+            # Some network file systems have no locks.
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _lock(path: Path, wait: bool) -> int | None:
     """Locks a path against removal by other processes.
 

@@ -5,25 +5,22 @@ it on the calibration text and trains it by distillation from the dense model. S
 iterative pruning; repair between cut and training, and distillation as the loss, are ours.
 """
 
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-
-from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.data.windows import Windows
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.experiments.decide import schedule
+from transact_core.experiments.kept_shots import KeptShot, KeptShots
 from transact_core.forward.perplexity import evaluate
 from transact_core.importance.scores import Evidence, score
 from transact_core.models.architecture import Architecture
 from transact_core.pruning.on_disk import repaired_cut
 from transact_core.pruning.plan import LayerPlan, Step, make_plan, widths
 from transact_core.training.loop import HeldOut, Settings, Standing, Trained, identity, train
-from transact_core.training.state import Work
 from transact_core.training.student import make_student
 from transact_core.training.teacher import LiveTeacher
 
@@ -87,25 +84,37 @@ def prune_and_train(
     """Takes all steps; returns the trained model and the plan of what it keeps of the dense one.
 
     Yields where each training stands, and each shot when it is done. `settings.tokens` are split
-    over the shots; the learning rate rises over them in even parts to the one that is set. The
-    trainings under way are kept in `folder`.
+    over the shots; the learning rate rises over them in even parts to the one that is set.
+
+    Finished shots and the training under way are kept in `folder`, and it goes on from what is
+    there, with the same bits as if it had never stopped. Kept shots are yielded again.
 
     Raises:
-        TransActError: as `require_iterative`, `make_plan` and `train` do.
+        TransActError: as `require_iterative`, `make_plan`, `train` and `KeptShots` do.
     """
     require_iterative(choices)
     dense, architecture = bench.loaded.model, bench.loaded.architecture
     targets = list(schedule(architecture, mha_ratio, mlp_ratio, choices))
     teacher = LiveTeacher(dense)
-    current: PreTrainedModel = dense
-    kept = [
-        LayerPlan(
-            kept_heads=tuple(range(architecture.num_attention_heads)),
-            kept_channels=tuple(range(architecture.intermediate_size)),
-        )
-        for _ in range(architecture.num_hidden_layers)
-    ]
-    plan = None
+    teacher_files = bench.loaded.weight_files
+    same = {
+        "bench": bench.identity,
+        "ratios": [mha_ratio, mlp_ratio],
+        "choices": asdict(choices),
+        "training": identity(settings, training, held_out, {}, teacher_files),
+    }
+    shots = KeptShots(folder, same)
+    if shots.shots:
+        last_shot = shots.shots[-1]
+        current, plan, left = shots.model(dense.device), last_shot.plan, last_shot.left
+    else:
+        current, plan = dense, None
+        left = (
+            LayerPlan(
+                kept_heads=tuple(range(architecture.num_attention_heads)),
+                kept_channels=tuple(range(architecture.intermediate_size)),
+            ),
+        ) * architecture.num_hidden_layers
     for number, (target, part) in enumerate(
         zip(targets, shares(training, len(targets)), strict=True), start=1
     ):
@@ -113,6 +122,16 @@ def prune_and_train(
         def report(stage: str, done: int, total: int, number: int = number) -> None:
             progress(f"Step {number} of {len(targets)}: {stage.lower()}", done, total)
 
+        tokens = len(part) * part.sequence_length
+        shot_settings = replace(
+            settings,
+            tokens=min(tokens, settings.tokens // len(targets)),
+            learning_rate=settings.highest_rate * number / len(targets),
+        )
+        if number <= len(shots.shots):
+            known = shots.shots[number - 1]
+            yield Shot(known.step, shot_settings, part, known.trained)
+            continue
         last = number == len(targets)
         own = choices if last else replace(choices, multiple_of=1, head_dim_multiple_of=1)
         wanted = widths(architecture, *target, own.granularity, own.multiple_of)
@@ -132,19 +151,25 @@ def prune_and_train(
         model, _ = repaired_cut(
             current, plan, bench.calibration, choices.recovery, current.dtype, report
         )
-        kept = [_composed(outer, inner) for outer, inner in zip(kept, plan.layers, strict=True)]
-        before = evaluate(model, bench.evaluation, report).perplexity
-        tokens = len(part) * part.sequence_length
-        shot_settings = replace(
-            settings,
-            tokens=min(tokens, settings.tokens // len(targets)),
-            learning_rate=settings.highest_rate * number / len(targets),
+        left = tuple(
+            _composed(outer, inner) for outer, inner in zip(left, plan.layers, strict=True)
         )
+        before = evaluate(model, bench.evaluation, report).perplexity
         student = make_student(model, settings.method, settings.rank, settings.seed)
-        same = identity(shot_settings, part, held_out, {}, bench.loaded.weight_files)
-        work = Work(folder / f"step-{number}-{time.time_ns()}")
+        # The cut that it begins with follows from the rest.
+        same_training = {
+            "run": shots.same,
+            **identity(shot_settings, part, held_out, {}, teacher_files),
+        }
         trained: Trained = yield from train(
-            student, teacher, part, held_out, shot_settings, work, same, report
+            student,
+            teacher,
+            part,
+            held_out,
+            shot_settings,
+            shots.training(number),
+            same_training,
+            report,
         )
         current = student.merged()
         step = Step.of(
@@ -155,6 +180,7 @@ def prune_and_train(
             * settings.windows_per_step
             * part.sequence_length,
         )
+        shots.keep(KeptShot(step, trained, plan, left), current)
         yield Shot(step, shot_settings, part, trained)
     # The last step's plan has the widths that are left, in the places of the model before it.
     whole = plan.model_copy(
@@ -162,7 +188,7 @@ def prune_and_train(
             "mha_ratio": mha_ratio,
             "mlp_ratio": mlp_ratio,
             "head_dim_multiple_of": choices.head_dim_multiple_of,
-            "layers": tuple(kept),
+            "layers": left,
         }
     )
     whole.check(architecture)

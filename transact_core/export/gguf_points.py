@@ -21,7 +21,8 @@ from transact_core.base.errors import Progress, TransActError, silent
 from transact_core.base.files import temporary_folder
 from transact_core.data.windows import Windows
 from transact_core.experiments import results
-from transact_core.experiments.bench import Bench, Measurement
+from transact_core.experiments.bench import Bench
+from transact_core.experiments.trained_cut import Subject, TrainedCut, subject_identity
 from transact_core.export.gguf import (
     Fallback,
     ImatrixSource,
@@ -104,6 +105,9 @@ class FilePoint:
     granularity: str | None = None
     importance: str | None = None
     times: Times | None = None
+    trained_on: str | None = None
+    """The source that the cut was trained on; None for one that was not, and for the dense model.
+    With how many tokens stands in `model`."""
 
     @property
     def perplexity(self) -> float:
@@ -216,13 +220,13 @@ def write_gguf(
     output: Path,
     bench: Bench,
     model: StockModel,
-    point: Measurement | None,
+    subject: Subject | None,
     chosen: str,
     name: str,
     with_imatrix: bool = True,
     progress: Progress = silent,
 ) -> WrittenFile:
-    """Writes a pruned model of a bench, or the dense one where `point` is None, in one type.
+    """Writes a pruned model of a bench, or the dense one where `subject` is None, in one type.
 
     Raises:
         TransActError: as `export_gguf` does.
@@ -233,19 +237,19 @@ def write_gguf(
         require_llama_cpp()
     (written,) = export_gguf(
         {wanted.name: output},
-        _as_loaded(bench, model, point),
+        _as_loaded(bench, model, subject),
         bench.calibration if uses else None,
         vocabulary(bench),
         name,
         progress,
         torch.get_num_threads(),
-        imatrix=_imatrix(bench, model, point, progress) if uses else None,
+        imatrix=_imatrix(bench, model, subject, progress) if uses else None,
     )
     return written
 
 
-def _as_loaded(bench: Bench, model: StockModel, point: Measurement | None) -> LoadedModel:
-    if point is None:
+def _as_loaded(bench: Bench, model: StockModel, subject: Subject | None) -> LoadedModel:
+    if subject is None:
         return bench.loaded
     return replace(
         bench.loaded,
@@ -256,10 +260,10 @@ def _as_loaded(bench: Bench, model: StockModel, point: Measurement | None) -> Lo
 
 
 def _imatrix(
-    bench: Bench, model: StockModel, point: Measurement | None, progress: Progress
+    bench: Bench, model: StockModel, subject: Subject | None, progress: Progress
 ) -> Imatrix:
     """The importance matrix of a model, kept from an earlier run or measured now."""
-    key = {"measured": "importance matrix", "model": _model_identity(bench, point)}
+    key = {"measured": "importance matrix", "model": _model_identity(bench, subject)}
     key["tokens"] = sha256_of_tokens(bench.calibration.ids)
     found = remembered(
         key,
@@ -277,14 +281,14 @@ def _imatrix(
 def measure_files(
     bench: Bench,
     open_model: Callable[[], StockModel],
-    point: Measurement | None,
+    subject: Subject | None,
     types: Sequence[str],
     timed: bool,
     progress: Progress = silent,
 ) -> Iterator[FilePoint]:
     """Measures a model in each of these types; what is kept from earlier is not measured again.
 
-    `open_model` gives the pruned model of `point`, or the dense one where that is None; it is
+    `open_model` gives the pruned model of `subject`, or the dense one where that is None; it is
     called where there is something to measure.
 
     Raises:
@@ -292,12 +296,12 @@ def measure_files(
     """
     with temporary_folder("gguf") as folder:
         for chosen in types:
-            kept = find_point(bench, point, chosen)
+            kept = find_point(bench, subject, chosen)
             if not is_complete(kept, timed):
                 require_llama_cpp()
                 model = open_model()
-                kept = _measured(bench, model, point, chosen, timed, folder, kept, progress)
-                _keep(bench, point, kept)
+                kept = _measured(bench, model, subject, chosen, timed, folder, kept, progress)
+                _keep(bench, subject, kept)
             yield kept
 
 
@@ -309,7 +313,7 @@ def is_complete(known: FilePoint | None, timed: bool) -> bool:
 def _measured(
     bench: Bench,
     model: StockModel,
-    point: Measurement | None,
+    subject: Subject | None,
     chosen: str,
     timed: bool,
     folder: Path,
@@ -317,38 +321,40 @@ def _measured(
     progress: Progress,
 ) -> FilePoint:
     threads = torch.get_num_threads()
-    name = model_in_words(bench, point)
+    # The name is part of the file, which is not to be larger for having been trained.
+    name = model_in_words(bench, subject, with_training=False)
     reference = folder / f"dense-{REFERENCE}.gguf"
     if timed and not reference.exists():
         dense = bench.loaded.model
         write_gguf(reference, bench, dense, None, REFERENCE, "dense", progress=progress)
-    is_reference = timed and point is None and chosen == REFERENCE
+    is_reference = timed and subject is None and chosen == REFERENCE
     path = reference if is_reference else folder / f"{chosen}.gguf"
     imatrix = quantization(chosen).wants_imatrix
     if not path.exists():
-        write_gguf(path, bench, model, point, chosen, name, progress=progress)
+        write_gguf(path, bench, model, subject, chosen, name, progress=progress)
     times = None
     if timed:
         times = times_in_turns(path, reference, bench.evaluation, REPEATS, threads, progress)
     found = known.evaluation if known else evaluate_gguf(path, bench.evaluation, threads, progress)
-    plan = point and point.plan
+    plan = subject and subject.plan
     shape = bench.loaded.architecture
     cut = plan.applied_to(shape) if plan else shape
     made = FilePoint(
-        model=name,
+        model=model_in_words(bench, subject),
         quantization=quantization(chosen).name,
         imatrix=imatrix,
         bytes=path.stat().st_size,
         evaluation=found,
-        stock_perplexity=point.perplexity if point else bench.dense(progress).perplexity,
+        stock_perplexity=subject.perplexity if subject else bench.dense(progress).perplexity,
         mha_width=cut.mha_width,
         mlp_width=cut.intermediate_size,
         runtime=runtime_name(),
         measured=date.today().isoformat(),
-        recovery=point and point.recovery,
+        recovery=subject and subject.recovery,
         granularity=plan and plan.granularity,
         importance=plan and plan.importance,
         times=times,
+        trained_on=subject.text if isinstance(subject, TrainedCut) else None,
     )
     if path != reference:
         path.unlink()
@@ -381,9 +387,13 @@ def times_in_turns(
     )
 
 
-def model_in_words(bench: Bench, point: Measurement | None) -> str:
-    """What a point leaves of the model, in few words; `dense` for no point."""
-    return "dense" if point is None else cut_in_words(bench.loaded.architecture, point.plan)
+def model_in_words(bench: Bench, subject: Subject | None, with_training: bool = True) -> str:
+    """What is left of the model, and how it was trained, in few words; `dense` for None."""
+    if subject is None:
+        return "dense"
+    left = cut_in_words(bench.loaded.architecture, subject.plan)
+    is_trained = isinstance(subject, TrainedCut)
+    return f"{left}, {subject.words}" if is_trained and with_training else left
 
 
 def cut_in_words(shape: Architecture, plan: PruningPlan) -> str:
@@ -406,9 +416,9 @@ def cut_in_words(shape: Architecture, plan: PruningPlan) -> str:
 # --- keeping ---------------------------------------------------------------------------------
 
 
-def find_point(bench: Bench, point: Measurement | None, chosen: str) -> FilePoint | None:
+def find_point(bench: Bench, subject: Subject | None, chosen: str) -> FilePoint | None:
     """The kept measurement of a model in a type, or None."""
-    found = results.find_file(_key(bench, point, chosen))
+    found = results.find_file(_key(bench, subject, chosen))
     return None if found is None else _restored(*found)
 
 
@@ -427,10 +437,10 @@ def _restored(record: dict[str, Any], nll: torch.Tensor) -> FilePoint:
     return FilePoint(**record, evaluation=Evaluation(nll), times=times and Times(**times))
 
 
-def _keep(bench: Bench, point: Measurement | None, made: FilePoint) -> None:
+def _keep(bench: Bench, subject: Subject | None, made: FilePoint) -> None:
     record = asdict(replace(made, evaluation=None)) | {"group": _group(bench)}
     del record["evaluation"]
-    results.keep_file(_key(bench, point, made.quantization), record, made.evaluation.nll)
+    results.keep_file(_key(bench, subject, made.quantization), record, made.evaluation.nll)
 
 
 def _group(bench: Bench) -> str:
@@ -439,12 +449,12 @@ def _group(bench: Bench) -> str:
     return digest({"weights": _model_identity(bench, None), "evaluation": tokens})
 
 
-def _key(bench: Bench, point: Measurement | None, chosen: str) -> str:
+def _key(bench: Bench, subject: Subject | None, chosen: str) -> str:
     wanted = quantization(chosen)
     calibration = sha256_of_tokens(bench.calibration.ids)
     return digest(
         {
-            "model": _model_identity(bench, point),
+            "model": _model_identity(bench, subject),
             "type": wanted.name,
             "imatrix": calibration if wanted.wants_imatrix else None,
             "evaluation": sha256_of_tokens(bench.evaluation.ids),
@@ -454,9 +464,9 @@ def _key(bench: Bench, point: Measurement | None, chosen: str) -> str:
     )
 
 
-def _model_identity(bench: Bench, point: Measurement | None) -> dict[str, object]:
-    if point is not None:
-        return results.cut_identity(bench, point.plan, point.recovery)
+def _model_identity(bench: Bench, subject: Subject | None) -> dict[str, object]:
+    if subject is not None:
+        return subject_identity(bench, subject)
     left_out = ("calibration", "evaluation", "save_dtype", "seed")
     return {key: value for key, value in bench.identity.items() if key not in left_out}
 
@@ -482,7 +492,7 @@ def verdict(points: Sequence[FilePoint]) -> list[str]:
 
     good = [cut for cut in pruned if not rivals(cut)]
     if good:
-        best = min(good, key=lambda each: each.bytes)
+        best = min(good, key=lambda each: (each.bytes, each.perplexity))
         size = (
             f"For size, pruning pays in {len(good)} of {len(pruned)} pruned files, which no dense "
             f"file measured equals: such as {_weighed(best)}."

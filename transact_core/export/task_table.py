@@ -11,6 +11,9 @@ from transact_core.base.files import disk_trouble, read_text, staged_file
 HEADING = "## Tasks"
 NEXT = "Method: "
 """How the paragraph of the model card begins that the table comes before."""
+TRAINED_HEADING = "## Trained after the cut"
+"""Of the section of the model card that `export.tune` writes. What stands above it is about the cut
+before the training, so the table of a trained cut comes after it, at the end."""
 
 
 def require_output_folder(folder: Path) -> None:
@@ -31,9 +34,14 @@ def record_tasks(folder: Path, result: Mapping[str, Any]) -> None:
         TransActError: the folder is not an output folder, or cannot be written.
     """
     report, card = _read(folder)
-    before, _, after = card.partition(f"\n{NEXT}")
-    before = before.partition(f"\n{HEADING}\n")[0]
-    card = f"{before}\n{section(result)}\n{NEXT}{after}"
+    of_cut, heading, of_trained = card.partition(f"\n{TRAINED_HEADING}\n")
+    if heading:
+        kept = of_trained.partition(f"\n{HEADING}\n")[0]
+        card = f"{of_cut}{heading}{kept}\n{section(result, 'trained')}"
+    else:
+        before, _, after = card.partition(f"\n{NEXT}")
+        before = before.partition(f"\n{HEADING}\n")[0]
+        card = f"{before}\n{section(result)}\n{NEXT}{after}"
     text = json.dumps({**report, "tasks": result}, indent=1) + "\n"
     try:
         for name, content in (("README.md", card), ("report.json", text)):
@@ -46,12 +54,12 @@ def record_tasks(folder: Path, result: Mapping[str, Any]) -> None:
         ) from None
 
 
-def section(result: Mapping[str, Any]) -> str:
-    """The scores as a section of the model card."""
+def section(result: Mapping[str, Any], model: str = "pruned") -> str:
+    """The scores as a section of the model card; `model` is what the one that is not dense is."""
     lines = [
         HEADING,
         "",
-        "| task | metric | n | dense | pruned | pruned − dense |",
+        f"| task | metric | n | dense | {model} | {model} − dense |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for name, entry in result["tasks"].items():

@@ -17,7 +17,12 @@ import torch
 from accelerate import PartialState
 
 from transact_core.base.errors import Progress, TransActError, silent
-from transact_core.base.files import read_text, require_free_output, staged_folder
+from transact_core.base.files import (
+    read_text,
+    require_free_output,
+    sha256_of_text,
+    staged_folder,
+)
 from transact_core.data.conversations import has_chat_template
 from transact_core.data.corpus import (
     BUILTIN_TEXT,
@@ -33,6 +38,7 @@ from transact_core.data.windows import (
     count_used,
     evaluation_windows,
 )
+from transact_core.experiments.trained_cut import TrainedCut
 from transact_core.export.compression import (
     Compression,
     Evaluated,
@@ -47,6 +53,7 @@ from transact_core.export.compression import (
 )
 from transact_core.export.folder import require_room
 from transact_core.export.licence import keep_licence
+from transact_core.export.task_table import TRAINED_HEADING
 from transact_core.export.tokenizer_files import save_tokenizer
 from transact_core.forward.perplexity import evaluate
 from transact_core.forward.writing import written
@@ -76,7 +83,6 @@ WORK_SUFFIX = ".training"
 """Of the folder beside the output in which a training is kept."""
 HELD_OUT_SEED = 999_983
 """Of texts that the model writes to be watched; another one than users choose for training."""
-CARD_HEADING = "## Trained after the cut"
 
 
 @dataclass(frozen=True)
@@ -155,10 +161,7 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
     require_free_output(spec.output)
     work = Work(work_folder(spec.output))
     if work.begun and not spec.resume:
-        raise TransActError(
-            f"{work.folder} holds a training that was interrupted; go on with --resume, or remove "
-            "that folder."
-        )
+        raise interrupted(work.folder)
     folder = Path(spec.model)
     compression, report = _recorded(folder)
     source = spec.teacher or (compression.model.source if compression else None)
@@ -265,6 +268,13 @@ def _written_down(
 def work_folder(output: Path) -> Path:
     """Where the training that leads to an output is kept until it has ended."""
     return output.with_name(output.name + WORK_SUFFIX)
+
+
+def interrupted(work: Path) -> TransActError:
+    """The refusal of an output beside which an interrupted training is kept."""
+    return TransActError(
+        f"{work} holds a training that was interrupted; go on with --resume, or remove that folder."
+    )
 
 
 def require_same_vocabulary(student: LoadedModel, teacher: LoadedModel) -> None:
@@ -559,8 +569,8 @@ def _card(spec: TuneSpec, record: Training, sentence: str, result: dict[str, Any
     """The model card of the cut, with a section on the training."""
     path = Path(spec.model) / "README.md"
     before = read_text(path).rstrip() if path.is_file() else f"# {Path(spec.model).name}, trained"
-    before = before.partition(f"\n{CARD_HEADING}\n")[0].rstrip()
-    lines = [CARD_HEADING, "", sentence]
+    before = before.partition(f"\n{TRAINED_HEADING}\n")[0].rstrip()
+    lines = [TRAINED_HEADING, "", sentence]
     if result:
         lines += [
             "What stands above was measured before the training. Since then:",
@@ -627,3 +637,28 @@ def read_trained(folder: Path) -> tuple[Training, Trained, list[TextFigures]]:
     record = compression.trainings[-1]
     curve = Curve.from_json(record.model_dump(mode="json"))
     return record, Trained(curve, record.why_ended), figures_by_text(report)
+
+
+def read_trained_cut(folder: Path) -> TrainedCut:
+    """The model in a folder of a trained cut, by whatever command it was written.
+
+    Raises:
+        TransActError: the folder is damaged, or its cut was not trained.
+    """
+    compression, report = _recorded(folder)
+    if compression is None or not compression.trainings:
+        raise TransActError(f"{folder} holds no trained cut.")
+    trainings = compression.trainings
+    # How long it took decides nothing.
+    records = [
+        training.model_copy(update={"seconds": 0.0}).model_dump_json() for training in trainings
+    ]
+    return TrainedCut(
+        folder,
+        compression.plan,
+        compression.recovery,
+        report["pruned"]["perplexity"],
+        sum(training.trained_tokens for training in trainings),
+        trainings[-1].text.source,
+        sha256_of_text("\n".join(records)),
+    )

@@ -7,6 +7,7 @@ that a longer training finds those of a shorter one.
 
 A store is a folder of plain arrays that are read as memory maps. Rows are appended window by
 window, and the window's SHA-256 last, so that a process that is killed loses the row it was at.
+Several processes may write into one store.
 """
 
 import hashlib
@@ -20,13 +21,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from transact_core.base.cache import mark_used
 from transact_core.base.errors import Progress, TransActError, silent
-from transact_core.base.files import disk_trouble, require_disk_space
+from transact_core.base.files import cache_folder, disk_trouble, locked, require_disk_space
 from transact_core.data.windows import Windows
 from transact_core.training.objective import Targets, TopTargets, scored_states, top_of
 
 TOP = 64
 """Tokens that are kept of each distribution where no number is given."""
+WRITING = "Writing down the teacher"
+"""The stage of progress."""
 HASH_BYTES = 32
 SMALL_VOCABULARY = 1 << 16
 """Below it a token id takes two bytes."""
@@ -61,6 +65,11 @@ class Shape:
         return windows * self.bytes_of_window
 
 
+def folder_in_cache() -> Path:
+    """Where stores are kept in the cache folder, and go as other things do that are kept there."""
+    return cache_folder() / "teacher"
+
+
 class TeacherCache:
     """The store of one teacher for windows of one length; a `Teacher` for the windows it knows."""
 
@@ -90,6 +99,7 @@ class TeacherCache:
         Raises:
             TransActError: the disk has no room, or fails; what is written already is kept.
         """
+        self._rows = self._known()
         left = self.missing(texts)
         require_disk_space(self.folder, self.shape.bytes_of(left))
         try:
@@ -98,7 +108,8 @@ class TeacherCache:
             for windows in texts.values():
                 for ids in windows.ids:
                     if _hash(ids) not in self._rows:
-                        progress("Writing down the teacher", done, left)
+                        progress(WRITING, done, left)
+                        mark_used(self.folder)
                         self._append(ids, self._row(model, ids))
                         done += 1
         except OSError as error:
@@ -110,6 +121,7 @@ class TeacherCache:
 
     def open(self, texts: Mapping[str, Windows]) -> None:
         """Makes these texts known by name; all their windows are written down."""
+        mark_used(self.folder)
         self._rows = self._known()
         self._texts = {name: [_hash(ids) for ids in text.ids] for name, text in texts.items()}
         rows = len(self._rows)
@@ -144,11 +156,18 @@ class TeacherCache:
         }
 
     def _append(self, ids: torch.Tensor, row: Mapping[str, np.ndarray]) -> None:
-        place = len(self._rows)
-        for name, values in row.items():
-            _write_at(self._path(name), place * values.nbytes, values.tobytes())
-        _write_at(self._path("windows"), place * HASH_BYTES, _hash(ids))
-        self._rows[_hash(ids)] = place
+        path = self._path("windows")
+        with locked(path):
+            if path.stat().st_size // HASH_BYTES != len(self._rows):
+                # Another process has written meanwhile.
+                self._rows = self._known()
+            if _hash(ids) in self._rows:
+                return
+            place = len(self._rows)
+            for name, values in row.items():
+                _write_at(self._path(name), place * values.nbytes, values.tobytes())
+            _write_at(path, place * HASH_BYTES, _hash(ids))
+            self._rows[_hash(ids)] = place
 
     def _known(self) -> dict[bytes, int]:
         """The place of each window that is wholly written down."""

@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError
 from transact_core.data.windows import read_texts
-from transact_core.experiments.bench import Bench, Findings, Measurement, carry_out
+from transact_core.experiments.bench import Bench, Findings, carry_out
 from transact_core.experiments.cut_spec import BenchSpec, bench_with
 from transact_core.experiments.tasks import Standing
+from transact_core.experiments.trained_cut import Subject, TrainedCut
 from transact_core.models.load import LoadedModel, load_model
 
 MODELS_KEPT = 2
@@ -129,22 +130,35 @@ class OpenModels:
 
     # --- the last cut ------------------------------------------------------------------------
 
-    def hold(self, spec: BenchSpec, point: Measurement, model: PreTrainedModel) -> None:
-        """Keeps the pruned model of a point until the next one, for an export or a comparison."""
-        self._last_cut = (spec, point.identity, model)
+    def hold(self, spec: BenchSpec, subject: Subject, model: PreTrainedModel) -> None:
+        """Keeps a pruned model until the next one, for an export or a comparison."""
+        self._last_cut = (spec, subject.identity, model)
 
     def let_go(self) -> None:
         """Drops the last pruned model, before the next one is made."""
         self._last_cut = None
 
-    def pruned(self, spec: BenchSpec, point: Measurement, report: Progress) -> PreTrainedModel:
-        """The pruned model of a point: that of the last cut where it is the same, or made anew."""
-        asked = (spec, point.identity)
+    def pruned(self, spec: BenchSpec, subject: Subject, report: Progress) -> PreTrainedModel:
+        """A pruned model: the last one where it is the same, or a cut made anew, or a trained one
+        read from its folder.
+
+        Raises:
+            TransActError: as `carry_out` does, or the folder is gone or damaged.
+        """
+        asked = (spec, subject.identity)
         if self._last_cut is None or self._last_cut[:2] != asked:
             self.let_go()
-            model, _ = carry_out(self.bench(spec, report), point.plan, point.recovery, report)
-            self.hold(spec, point, model)
+            self.hold(spec, subject, self._opened(spec, subject, report))
         return self._last_cut[2]
+
+    def _opened(self, spec: BenchSpec, subject: Subject, report: Progress) -> PreTrainedModel:
+        if not isinstance(subject, TrainedCut):
+            model, _ = carry_out(self.bench(spec, report), subject.plan, subject.recovery, report)
+            return model
+        if not subject.folder.is_dir():
+            raise TransActError("This trained cut was removed; train it again, or choose another.")
+        _, device, dtype = _model_key(spec)
+        return load_model(str(subject.folder), device, dtype, report, spec.offload).model
 
     # --- what the other end should know ------------------------------------------------------
 

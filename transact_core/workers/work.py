@@ -41,8 +41,9 @@ from transact_core.experiments.side_by_side import (
 from transact_core.experiments.side_by_side import compare as compare_models
 from transact_core.experiments.sweep import Pair, point_at
 from transact_core.experiments.task_data import TaskChoice
-from transact_core.experiments.tasks import Standing, contestant_of, contestant_of_cut, run_tasks
+from transact_core.experiments.tasks import Standing, contestant_of, run_tasks
 from transact_core.experiments.text_damage import TextDamage, damage_of_texts
+from transact_core.experiments.trained_cut import Subject, subject_identity
 from transact_core.export.compression import describe_compression
 from transact_core.export.folder import require_room, write_checkpoint
 from transact_core.export.gguf import WrittenFile
@@ -312,13 +313,13 @@ def compare(
     models: OpenModels,
     report: Progress,
     spec: BenchSpec,
-    point: Measurement,
+    subject: Subject,
     prompt: Prompt,
     max_new_tokens: int,
     sampling: Sampling,
 ) -> Iterator[Said | TokenLosses]:
-    """Continues a prompt by the dense model and by a point's, and scores the texts by both."""
-    both = _both_models(models, report, spec, point)
+    """Continues a prompt by the dense and by a pruned model, and scores the texts by both."""
+    both = _both_models(models, report, spec, subject)
     tokenizer = models.bench(spec, report).loaded.tokenizer
     yield from compare_models(both, tokenizer, prompt, max_new_tokens, sampling, report)
 
@@ -346,9 +347,9 @@ def time_both(
 
 
 def _both_models(
-    models: OpenModels, report: Progress, spec: BenchSpec, point: Measurement
+    models: OpenModels, report: Progress, spec: BenchSpec, subject: Subject
 ) -> dict[str, PreTrainedModel]:
-    pruned = models.pruned(spec, point, report)
+    pruned = models.pruned(spec, subject, report)
     return {DENSE: models.bench(spec, report).loaded.model, PRUNED: pruned}
 
 
@@ -356,14 +357,14 @@ def damage_texts(
     models: OpenModels,
     report: Progress,
     spec: BenchSpec,
-    point: Measurement,
+    subject: Subject,
     sources: Sequence[str],
     tokens: int,
 ) -> Iterator[TextDamage]:
-    """How far a point's predictions are from the dense model's, on one text after the other."""
+    """How far a pruned model is from the dense one in its predictions, text by text."""
     # Texts are read before a cut may be made anew: a wrong name costs no wait.
     texts = [read_corpus(source) for source in sources]
-    both = _both_models(models, report, spec, point)
+    both = _both_models(models, report, spec, subject)
     yield from damage_of_texts(
         both, models.bench(spec, report).loaded, texts, tokens, spec.windows.sequence_length, report
     )
@@ -381,19 +382,19 @@ def answer(
     models: OpenModels,
     report: Progress,
     spec: BenchSpec,
-    point: Measurement | None,
+    subject: Subject | None,
     choice: TaskChoice,
     name: str,
 ) -> Iterator[Standing]:
     """Goes on with the run of that name for `PIECE_SECONDS`: the standings of one block each.
 
-    Both the point's model and the dense one answer, or the dense one alone. Where the run is not
+    Both the pruned model and the dense one answer, or the dense one alone. Where the run is not
     under way here, it begins, and its kept blocks come at once. Gives the numbers of questions
     answered by now and of all.
     """
     run = models.task_runs.pop(name, None)
     if run is None:
-        run = _begin_tasks(models, report, spec, point, choice)
+        run = _begin_tasks(models, report, spec, subject, choice)
     run.report = report
     began = time.monotonic()
     for standing in run.standings:
@@ -411,7 +412,7 @@ def _begin_tasks(
     models: OpenModels,
     report: Progress,
     spec: BenchSpec,
-    point: Measurement | None,
+    subject: Subject | None,
     choice: TaskChoice,
 ) -> TaskRun:
     bench = models.bench(spec, report)
@@ -421,12 +422,13 @@ def _begin_tasks(
         contestant_of(bench.loaded), open=lambda progress: _model_of(models, progress, spec, None)
     )
     sides = [dense]
-    if point is not None:
-        pruned = contestant_of_cut(bench, point.plan, point.recovery)
-        sides = [
-            replace(pruned, open=lambda progress: _model_of(models, progress, spec, point)),
+    if subject is not None:
+        pruned = replace(
             dense,
-        ]
+            identity=subject_identity(bench, subject),
+            open=lambda progress: _model_of(models, progress, spec, subject),
+        )
+        sides = [pruned, dense]
     run = TaskRun(iter(()), report, sum(len(task.items) for task in tasks))
     run.standings = run_tasks(tasks, *sides, progress=lambda *reported: run.report(*reported))
     return run
@@ -490,15 +492,15 @@ def measure_gguf(
     models: OpenModels,
     report: Progress,
     spec: BenchSpec,
-    point: Measurement | None,
+    subject: Subject | None,
     types: Sequence[str],
     timed: bool,
 ) -> Iterator[FilePoint]:
     """Measures a model as GGUF files of these types, kept ones without writing them again."""
     yield from measure_files(
         models.bench(spec, report),
-        lambda: _model_of(models, report, spec, point),
-        point,
+        lambda: _model_of(models, report, spec, subject),
+        subject,
         types,
         timed,
         report,
@@ -535,7 +537,7 @@ def compare_files(
     models: OpenModels,
     report: Progress,
     spec: BenchSpec,
-    point: Measurement,
+    subject: Subject,
     chosen: str,
     prompt: Prompt,
     max_new_tokens: int,
@@ -544,7 +546,7 @@ def compare_files(
     """As `compare`, of both models as GGUF files in llama.cpp."""
     loaded = models.bench(spec, report).loaded
     threads = torch.get_num_threads()
-    with _both_files(models, report, spec, point, chosen) as files:
+    with _both_files(models, report, spec, subject, chosen) as files:
         yield from compare_in_llama_cpp(
             files, loaded, prompt, max_new_tokens, sampling, threads, report
         )
@@ -552,26 +554,26 @@ def compare_files(
 
 @contextmanager
 def _both_files(
-    models: OpenModels, report: Progress, spec: BenchSpec, point: Measurement, chosen: str
+    models: OpenModels, report: Progress, spec: BenchSpec, subject: Subject, chosen: str
 ) -> Iterator[dict[str, Path]]:
-    """The dense model and a point's as temporary files of one type."""
+    """The dense and a pruned model as temporary files of one type."""
     require_llama_cpp()
-    both = _both_models(models, report, spec, point)
+    both = _both_models(models, report, spec, subject)
     bench = models.bench(spec, report)
     with temporary_folder("gguf") as folder:
         files = {name: folder / f"{name}.gguf" for name in both}
         for name, path in files.items():
-            own = point if name == PRUNED else None
+            own = subject if name == PRUNED else None
             write_gguf(path, bench, both[name], own, chosen, name, progress=report)
         yield files
 
 
 def _model_of(
-    models: OpenModels, report: Progress, spec: BenchSpec, point: Measurement | None
+    models: OpenModels, report: Progress, spec: BenchSpec, subject: Subject | None
 ) -> PreTrainedModel:
-    if point is None:
+    if subject is None:
         return models.bench(spec, report).loaded.model
-    return models.pruned(spec, point, report)
+    return models.pruned(spec, subject, report)
 
 
 # --- probes of the dense model ---------------------------------------------------------------
