@@ -83,16 +83,17 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Attention in plain operations, so that autograd sees them; a mask is one that is added."""
+    """Attention in plain operations, so that autograd sees them."""
     assert not dropout_p
     groups = query.shape[1] // key.shape[1] if enable_gqa else 1
     key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
     logits = query @ key.mT * scale
     if is_causal:
-        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-        logits = logits.masked_fill(seen.triu(1), -torch.inf)
+        later = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        logits = logits.masked_fill(later.triu(1), -torch.inf)
     if attn_mask is not None:
-        logits = logits + attn_mask
+        says_which = attn_mask.dtype == torch.bool
+        logits = logits.masked_fill(~attn_mask, -torch.inf) if says_which else logits + attn_mask
     return logits.softmax(dim=-1) @ value
 
 
