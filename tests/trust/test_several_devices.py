@@ -9,6 +9,8 @@ from tests.no_float64 import SEVERAL, Elsewhere, elsewhere, move, simulated
 from transact_core.experiments.bench import Choices, compress
 from transact_core.experiments.decide import decide
 from transact_core.experiments.head_probe import attention_pattern, without_head
+from transact_core.export import folder
+from transact_core.export.compression import describe_compression
 from transact_core.forward import stream, waists
 from transact_core.forward.continuations import Request, score_continuations
 from transact_core.forward.generation import generate
@@ -19,10 +21,12 @@ from transact_core.forward.statistics import collect
 from transact_core.forward.token_damage import measure_token_damage
 from transact_core.importance.elimination import eliminate
 from transact_core.importance.scores import IMPORTANCES
+from transact_core.models.checkpoint_folder import read_checkpoint
 from transact_core.models.placement import devices_of, hand_on, layout_of
 from transact_core.planning.prices import HeldOut, marginal_losses, single_losses
 from transact_core.pruning import narrow_heads
 from transact_core.pruning.closed_form import recover
+from transact_core.pruning.plan import Decision
 from transact_core.pruning.surgery import prune
 
 
@@ -58,7 +62,7 @@ def benches(tokenizer, there, monkeypatch):
     windows = windows_for(tokenizer, calibration_tokens=64, evaluation_tokens=64)
     on_cpu, on_devices = (bench_of(make_model(**KIND), tokenizer, windows) for _ in range(2))
     # What is measured is kept by the weights' fingerprint, and must not be shared here.
-    on_devices.loaded.weight_files["devices"] = "simulated"
+    on_devices.loaded.weight_files["devices"] = "0" * 64
     laid_over(on_devices.loaded.model)
     return on_cpu, on_devices
 
@@ -114,6 +118,23 @@ def test_a_cut_stays_where_the_dense_layers_are(benches, granularity, recovery):
         assert losses[1].mean().item() == pytest.approx(losses[0].mean().item(), rel=0.05)
     else:
         close(*losses, 1e-3)
+
+
+def test_a_written_cut_is_measured_where_the_dense_layers_were(benches, tmp_path, monkeypatch):
+    _, bench = benches
+    plan = bench.plan(*RATIOS, Choices())
+    expected = compress(bench, plan, "least-squares")[1]
+    asked = []
+
+    def read_and_lay_over(path, dtype, device, of_layers):
+        asked.append((device, of_layers))
+        return laid_over(read_checkpoint(path, dtype))
+
+    monkeypatch.setattr(folder, "spread_checkpoint", read_and_lay_over)
+    compression = describe_compression(bench, Decision(plan), "least-squares")
+    measured = folder.compress_to_folder(tmp_path / "out", bench, compression)
+    assert asked == [(SEVERAL[0], SEVERAL)]
+    assert torch.equal(measured.evaluation.nll, expected.evaluation.nll)
 
 
 def test_decisions_damage_prices_and_probes(benches):
