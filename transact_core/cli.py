@@ -47,9 +47,16 @@ from transact_core.experiments.cut_spec import (
     decide_spec,
     open_bench,
 )
+from transact_core.experiments.harness import HarnessTask
 from transact_core.experiments.sweep import MeasureAll, Pair, known_points, one_by_one, sweep
 from transact_core.experiments.task_data import open_tasks
-from transact_core.experiments.tasks import contestant_of, run_tasks, tasks_report, tasks_table
+from transact_core.experiments.tasks import (
+    Contestant,
+    contestant_of,
+    run_tasks,
+    tasks_report,
+    tasks_table,
+)
 from transact_core.export.compression import (
     Compression,
     describe_compression,
@@ -272,20 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_choices(points)
     _add_calibration(points)
     _add_evaluation(points)
-    points.add_argument(
-        "--ray",
-        metavar="ADDRESS",
-        help="share the points among the workers of a Ray cluster: auto for the one that this "
-        "machine is a node of, HOST:PORT as `ray start` names it, or local for this machine alone; "
-        "needs `make ray` (default: measured here, one after the other)",
-    )
-    points.add_argument(
-        "--ray-threads",
-        type=_positive,
-        metavar="N",
-        help="CPUs and threads of each worker, on which the last digits depend; a worker has a GPU "
-        "besides where there are any (default: 1)",
-    )
+    _add_ray(points, "points")
 
     gguf = command("gguf", _gguf, "write a model as a GGUF file, quantised, for llama.cpp")
     _add_model(gguf)
@@ -391,7 +385,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--device",
         default="auto",
         metavar="D",
-        help="where to compute: cpu, cuda, cuda:1, …; auto takes a GPU where there is one",
+        help="where to compute: cpu, cuda:1, …; auto takes the first GPU where there is one, and "
+        "all of them for a model that does not fit into one; cuda:0,cuda:1 lays its layers over "
+        "these two",
     )
     parser.add_argument(
         "--dtype",
@@ -410,6 +406,23 @@ def _add_offload(parser: argparse.ArgumentParser) -> None:
         help="leave the model's layers on disk and read them one at a time, in each pass over the "
         "model: the same results in less memory and more time (default: where the model does not "
         "fit into the free memory)",
+    )
+
+
+def _add_ray(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help=f"share the {what} among the workers of a Ray cluster: auto for the one that this "
+        "machine is a node of, HOST:PORT as `ray start` names it, or local for this machine alone; "
+        "needs `make ray` (default: measured here, one after the other)",
+    )
+    parser.add_argument(
+        "--ray-threads",
+        type=_positive,
+        metavar="N",
+        help="CPUs and threads of each worker, on which the last digits depend; a worker has a GPU "
+        "besides where there are any (default: 1)",
     )
 
 
@@ -666,6 +679,7 @@ def _add_tasks_command(command: Callable[..., argparse.ArgumentParser]) -> None:
     tasks.add_argument(
         "--output", type=Path, metavar="tasks.json", help="new file for the figures (default: none)"
     )
+    _add_ray(tasks, "questions")
     _add_seed(tasks)
     _add_json(tasks, "print what tasks.json holds instead of a table")
 
@@ -878,7 +892,7 @@ def _prune_and_tune(
     )
     with _Bar() as progress:
         bench = _open(bench_spec, progress)
-        bench.loaded.require_whole("Training")
+        bench.loaded.require_one_device("Training")
         running = WithResult(prune_and_tune(chosen.output, bench, ratios, choices, spec, progress))
         for told in running:
             _tell_training(told)
@@ -980,6 +994,11 @@ def _recorded_bench(
     model = chosen.model or compression.model.source
     loaded = load_model(model, device, environment.dtype, progress, chosen.offload)
     require_same_model(compression, loaded)
+    if environment.gpu and device != "cpu" and environment.gpu != loaded.hardware:
+        _warn(
+            f"this compression was made on {environment.gpu}, and here is {loaded.hardware}; the "
+            "last bits may differ."
+        )
     compression.plan.check(loaded.architecture)
     bench = bench_with(loaded, spec, texts, compression.save_dtype, compression.seed, progress)
     require_same_text("calibration", compression.calibration, bench.calibration)
@@ -1252,22 +1271,56 @@ def _measuring(
 ) -> Iterator[tuple[Bench, MeasureAll]]:
     """The bench of a sweep, and what measures its points: this process or a Ray cluster."""
     spec = _bench_spec(chosen)
-    if chosen.ray is None:
-        if chosen.ray_threads is not None:
-            raise TransActError("--ray-threads is for workers of a cluster; name one with --ray.")
+    if not _asks_for_ray(chosen):
         yield _open(spec, progress), one_by_one
         return
     # What is wrong with the choices or the names is found before a cluster is asked.
     require_recovery(choices.recovery)
     on_ray.require_ray()
     texts = read_texts(spec.windows)
-    progress("Fingerprinting the weights", 0, 1)
-    weights = fingerprint(spec.model)
-    progress("Looking for the Ray cluster", 0, 1)
+    weights = _fingerprints([spec.model], progress)[0]
     with on_ray.on_cluster(chosen.ray, chosen.ray_threads or 1, _warn) as cluster:
         bench = cluster.open(spec, texts, weights, choices, points, progress)
         _warn_all(bench.notices)
         yield bench, cluster.measure
+
+
+def _asks_for_ray(chosen: argparse.Namespace) -> bool:
+    """Whether a cluster is to do the work.
+
+    Raises:
+        TransActError: its workers' threads are named, and it is not.
+    """
+    if chosen.ray is None and chosen.ray_threads is not None:
+        raise TransActError("--ray-threads is for workers of a cluster; name one with --ray.")
+    return chosen.ray is not None
+
+
+def _fingerprints(sources: Sequence[str], progress: Progress) -> list[dict[str, str]]:
+    """The weight files that each model must have on every machine of a cluster."""
+    progress("Fingerprinting the weights", 0, 1)
+    found = [fingerprint(source) for source in sources]
+    progress("Looking for the Ray cluster", 0, 1)
+    return found
+
+
+@contextmanager
+def _answering(
+    chosen: argparse.Namespace, tasks: Sequence[HarnessTask], progress: Progress
+) -> Iterator[list[Contestant]]:
+    """Who answers the questions of tasks: models loaded here, or ones whose answers were kept as
+    they came from a Ray cluster."""
+    sources = [source for source in (chosen.model, chosen.against) if source is not None]
+    if not _asks_for_ray(chosen):
+        loaded = [load_model(source, chosen.device, chosen.dtype, progress) for source in sources]
+        _warn_all([notice for model in loaded for notice in model.notices])
+        yield list(map(contestant_of, loaded))
+        return
+    on_ray.require_ray()
+    weights = _fingerprints(sources, progress)
+    specs = [BenchSpec(source, chosen.device, chosen.dtype) for source in sources]
+    with on_ray.on_cluster(chosen.ray, chosen.ray_threads or 1, _warn) as cluster:
+        yield cluster.answer(specs, weights, tasks, progress)
 
 
 def _tasks(chosen: argparse.Namespace) -> None:
@@ -1285,13 +1338,11 @@ def _tasks(chosen: argparse.Namespace) -> None:
             chosen.seed,
             progress,
         )
-        sources = [source for source in (chosen.model, chosen.against) if source is not None]
-        loaded = [load_model(source, chosen.device, chosen.dtype, progress) for source in sources]
-        _warn_all([notice for model in loaded for notice in model.notices])
-        standings = {
-            standing.task: standing
-            for standing in run_tasks(tasks, *map(contestant_of, loaded), progress=progress)
-        }
+        with _answering(chosen, tasks, progress) as contestants:
+            standings = {
+                standing.task: standing
+                for standing in run_tasks(tasks, *contestants, progress=progress)
+            }
     result = tasks_report(standings, chosen.seed, chosen.limit)
     if chosen.output is not None:
         _write_file(

@@ -139,7 +139,7 @@ def test_at_most_two_layers_have_weights_at_any_time(pair, windows, alive, monke
     layers = len(bench.loaded.model.model.layers)
     collect(bench.loaded.model, windows[0])
     evaluate(bench.loaded.model, windows[1])
-    assert len(alive) == 2 * layers + 1
+    assert len(alive) == 2 * layers
     for importance in IMPORTANCES:
         bench.scores(importance)
     compress(bench, bench.plan(0.5, 0.3, Choices()), "least-squares")

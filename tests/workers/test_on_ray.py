@@ -1,11 +1,15 @@
 """How a curve is handed out to workers, with workers in this process; see `test_ray_cluster`."""
 
+import json
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.conftest import make_model
 from tests.workers.fake_ray import FakeRay
 from transact_core.base.errors import Cancelled, TransActError
 from transact_core.cli import main
@@ -122,19 +126,31 @@ def test_other_weights_are_refused_by_name(spec, cluster, monkeypatch):
         curve(spec)
 
 
-def test_another_configuration_is_refused_by_name(spec, cluster, monkeypatch):
-    """Its weights are the same."""
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("config", "{}", "its model has another configuration"),
+        (
+            "device",
+            "GPU B, CUDA 13.0",
+            "it computes on another kind of device, another GPU or with",
+        ),
+    ],
+)
+def test_what_else_differs_is_refused_by_name(spec, cluster, monkeypatch, name, value, words):
+    """The weights are the same."""
     really = on_ray.tasks.unpacked
 
     def of_second(packed):
         got = really(packed)
         if isinstance(getattr(got, "result", None), dict) and "config" in got.result:
-            got.result["config"] = "{}"
+            got.result[name] = value
         return got
 
     monkeypatch.setattr(on_ray.tasks, "unpacked", of_second)
     _, said = curve(spec)
-    assert said == ["two (192.0.2.1) takes no part: its model has another configuration."]
+    assert len(said) == 1
+    assert said[0].startswith(f"two (192.0.2.1) takes no part: {words}")
 
 
 def test_a_worker_that_dies_costs_only_its_point(spec, cluster):
@@ -285,3 +301,81 @@ def test_wrong_addresses_are_told(swept, cluster, capsys, address, words):
     status, output = swept("points.csv", "--ray", address)
     assert (status, output.exists()) == (2, False)
     assert words in capsys.readouterr().err
+
+
+# --- tasks -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(spec, text_file, tmp_path, capsys, monkeypatch):
+    """Runs `tasks` for a model against another one; what it printed, and what it told."""
+    pytest.importorskip("lm_eval")
+    # Blocks of three questions, so that there are several of each task.
+    monkeypatch.setattr("transact_core.experiments.tasks.BLOCK", 3)
+    other = tmp_path / "other"
+    make_model(num_key_value_heads=3, initializer_range=0.1).save_pretrained(other)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(spec.model) / name, other / name)
+
+    def run(*options):
+        models = ["--model", spec.model, "--against", str(other)]
+        made_of = ["--text", str(text_file), "--limit", "8", "--dtype", "float32"]
+        status = main(["tasks", *models, *made_of, *options, "--json"])
+        printed = capsys.readouterr()
+        return (json.loads(printed.out) if status == 0 else status), printed.err
+
+    return run
+
+
+def counted(cluster, name):
+    return [function for _, function in cluster.asked].count(name)
+
+
+def test_tasks_are_answered_as_here_and_kept(asked, cluster, tmp_path, monkeypatch):
+    dies = []
+
+    def once(actor, function):
+        if function == "answer_block" and not dies:
+            dies.append(actor.node)
+            return True
+        return False
+
+    cluster.dies = once
+    there, err = asked("--ray", "auto")
+    assert "has ended; its questions are put again" in err
+    # Two tasks of eight questions in blocks of three, put to two models; and one that died.
+    assert counted(cluster, "answer_block") == 2 * 3 * 2 + 1
+    nodes = {node for node, function in cluster.asked if function == "answer_block"}
+    assert nodes == {"one", "two"}
+    assert cluster.connected is None
+    assert all(actor.killed for actor in cluster.actors)
+    cluster.asked.clear()
+    # Kept as this process itself would have kept them.
+    assert asked("--ray", "auto")[0] == asked()[0] == there
+    assert counted(cluster, "answer_block") == 0
+    monkeypatch.setenv("TRANSACT_CACHE", str(tmp_path / "another"))
+    assert asked()[0] == there
+
+
+def test_a_node_with_another_model_answers_no_questions(asked, cluster, monkeypatch):
+    really, seen = on_ray.tasks.unpacked, []
+
+    def of_second(packed):
+        got = really(packed)
+        if isinstance(getattr(got, "result", None), tuple):
+            seen.append(got.result)
+            if len(seen) == 2:
+                got.result[1].identity["device"] = "GPU B, CUDA 13.0"
+        return got
+
+    monkeypatch.setattr(on_ray.tasks, "unpacked", of_second)
+    _, err = asked("--ray", "auto")
+    assert "takes no part: it computes on another kind of device" in err
+    assert len({node for node, function in cluster.asked if function == "answer_block"}) == 1
+
+
+def test_answers_that_cannot_be_kept_are_told(asked, cluster, monkeypatch):
+    monkeypatch.setattr(on_ray, "keep_answers", lambda *_: None)
+    status, err = asked("--ray", "auto")
+    assert status == 2
+    assert "What the cluster answered could not be kept" in err

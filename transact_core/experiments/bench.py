@@ -23,6 +23,7 @@ from transact_core.importance.scores import Evidence, Scores, score
 from transact_core.models.devices import dtype_name, free_memory, resolve_dtype
 from transact_core.models.footprint import Footprint, footprint
 from transact_core.models.load import LoadedModel
+from transact_core.models.placement import layout_of
 from transact_core.models.stock_class import require_biases
 from transact_core.planning.damage import (
     NARROW_RATIOS,
@@ -213,7 +214,7 @@ class Bench:
         return {
             "weights": sorted(loaded.weight_files.values()),
             "config": loaded.model.config.to_json_string(),
-            "device": loaded.device.type,
+            "device": loaded.hardware,
             "dtype": dtype_name(loaded.dtype),
         }
 
@@ -487,21 +488,26 @@ def require_memory(bench: Bench, plan: PruningPlan, recovery: str) -> None:
         TransActError: it is; the sentence says how much.
     """
     loaded = bench.loaded
-    needed = cut_bytes(
-        loaded.architecture,
-        plan.applied_to(loaded.architecture, with_biases=recovery == "bias"),
-        recovery,
-        bench.calibration.tokens,
-        loaded.dtype.itemsize,
-        layer_by_layer=loaded.offloaded,
-    )
-    free = free_memory(loaded.device)
-    if needed > free:
-        raise TransActError(
-            f"This cut takes about {needed / 1e9:.1f} GB of memory on {loaded.device} beside the "
-            f"dense model, where {free / 1e9:.1f} GB are free; free some memory, or choose fewer "
-            "calibration tokens or a smaller model."
+    left = plan.applied_to(loaded.architecture, with_biases=recovery == "bias")
+    layout = layout_of(loaded.model)
+    for device in loaded.devices:
+        layers = [index for index, place in enumerate(layout) if place == device]
+        needed = cut_bytes(
+            loaded.architecture,
+            left,
+            recovery,
+            bench.calibration.tokens,
+            loaded.dtype.itemsize,
+            layer_by_layer=loaded.offloaded,
+            layers=layers if layout else None,
         )
+        free = free_memory(device)
+        if needed > free:
+            raise TransActError(
+                f"This cut takes about {needed / 1e9:.1f} GB of memory on {device} beside the "
+                f"dense model, where {free / 1e9:.1f} GB are free; free some memory, or choose "
+                "fewer calibration tokens or a smaller model."
+            )
 
 
 def measure(

@@ -42,13 +42,13 @@ def attention_pattern(
     for layer_before in range(layer):
         progress("Reading the text", layer_before, layer)
         stream.pass_layer(layer_before)
-    with stream.layers.borrow(layer) as decoder:
+    with stream.enter(layer) as (decoder, arguments):
         scaling = decoder.self_attn.scaling
-        query, key = queries_and_keys(decoder, stream.hidden[:1], stream.arguments[layer])
+        query, key = queries_and_keys(decoder, stream.hidden[:1], arguments)
     query, key = query[0].float(), key[0].float()
     key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
     logits = query @ key.transpose(1, 2) * scaling
-    unseen = hidden_keys(stream.arguments[layer], logits.shape[1], logits.device)
+    unseen = hidden_keys(arguments, logits.shape[1], logits.device)
     return logits.masked_fill(unseen, -torch.inf).softmax(dim=-1).cpu()
 
 

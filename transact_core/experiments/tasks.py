@@ -60,7 +60,7 @@ def contestant_of(loaded: LoadedModel) -> Contestant:
     identity = {
         "weights": sorted(loaded.weight_files.values()),
         "config": loaded.model.config.to_json_string(),
-        "device": loaded.device.type,
+        "device": loaded.hardware,
         "dtype": dtype_name(loaded.dtype),
     }
     return Contestant(identity, loaded.model.config, loaded.tokenizer, lambda _: loaded.model)
@@ -257,6 +257,47 @@ def run_tasks(
     progress(STAGE, total, total)
 
 
+@dataclass(frozen=True)
+class Block:
+    """Questions that a model has still to answer, as what is sent to whoever has the model."""
+
+    key: str
+    """What the answers are kept under."""
+    side: int
+    """The place of the contestant that they are put to."""
+    groups: list[list[Request]] = field(repr=False)
+    max_length: int
+
+
+def missing_blocks(tasks: Sequence[HarnessTask], *contestants: Contestant) -> Iterator[Block]:
+    """The blocks of a run whose answers are not kept, in the order of `run_tasks`."""
+    sides = list(map(_Side, contestants))
+    longest = max((len(task.items) for task in tasks), default=0)
+    for start in range(0, longest, BLOCK):
+        for task in tasks:
+            for place, side in enumerate(sides):
+                if items := task.items[start : start + BLOCK]:
+                    block = side.block(task, items, place)
+                    if find_answers(block.key) is None:
+                        yield block
+
+
+def count_blocks(tasks: Sequence[HarnessTask], contestants: int) -> int:
+    """How many blocks a run of so many contestants has, kept ones among them."""
+    return contestants * sum(-(-len(task.items) // BLOCK) for task in tasks)
+
+
+def answers_to(
+    model: PreTrainedModel, block: Block, progress: Progress = silent
+) -> list[list[Answer]]:
+    """A model's answers to a block.
+
+    Raises:
+        TransActError: as `score_continuations` does.
+    """
+    return score_continuations(model, block.groups, block.max_length, progress, STAGE)
+
+
 def _counting(progress: Progress, before: int, questions: int, total: int) -> Progress:
     """Progress over a block's requests as progress over all questions."""
 
@@ -281,17 +322,20 @@ class _Side:
     ) -> list[Answered]:
         """The answers to a block of questions, kept or else scored now and kept."""
         progress(STAGE, 0, 1)
-        groups = [self.encoder.requests(item) for item in items]
-        key = self._key(task, items, groups)
-        answers = find_answers(key)
+        block = self.block(task, items)
+        answers = find_answers(block.key)
         if answers is None:
-            model = self.contestant.open(progress)
-            answers = score_continuations(model, groups, self.encoder.max_length, progress, STAGE)
-            keep_answers(key, answers)
+            answers = answers_to(self.contestant.open(progress), block, progress)
+            keep_answers(block.key, answers)
         return [
             Answered(tuple(given), task.values(item, given))
             for item, given in zip(items, answers, strict=True)
         ]
+
+    def block(self, task: HarnessTask, items: Sequence[Item], place: int = 0) -> Block:
+        """A block of questions as this contestant, which has that place, is asked them."""
+        groups = [self.encoder.requests(item) for item in items]
+        return Block(self._key(task, items, groups), place, groups, self.encoder.max_length)
 
     def _key(
         self, task: HarnessTask, items: Sequence[Item], groups: Sequence[Sequence[Request]]

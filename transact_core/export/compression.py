@@ -57,6 +57,8 @@ class Environment(Data):
     """Machine and software that the last bits of a result depend on."""
 
     device: str
+    gpu: str = ""
+    """Its model and the version of CUDA, of a GPU."""
     dtype: Literal["float32", "float16", "bfloat16"]
     threads: Annotated[int, Field(ge=1)]
     cpu_capability: str
@@ -198,6 +200,7 @@ def environment_of(loaded: LoadedModel) -> Environment:
     """This machine and its software, as a model computes on it."""
     return Environment(
         device=loaded.device.type,
+        gpu="" if loaded.device.type == "cpu" else loaded.hardware,
         dtype=dtype_name(loaded.dtype),
         threads=torch.get_num_threads(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),

@@ -28,9 +28,11 @@ from transact_core.models.checkpoint_folder import (
     open_checkpoint,
     read_architecture,
     read_checkpoint,
+    spread_checkpoint,
 )
 from transact_core.models.checkpoint_writer import CheckpointWriter
 from transact_core.models.footprint import Footprint
+from transact_core.models.placement import layout_of
 from transact_core.models.stock_class import StockModel, family_for
 from transact_core.pruning.on_disk import write_layers
 from transact_core.pruning.plan import PruningPlan
@@ -179,6 +181,7 @@ def compress_to_folder(
     bench.measure_dense(progress)
     start = time.perf_counter()
     device, dtype = bench.loaded.device, bench.loaded.dtype
+    of_layers = layout_of(bench.loaded.model)
     # It is written last, when the model and with it the bench's tokenizer are released.
     tokenizer = bench.loaded.tokenizer
     with staged_folder(output) as folder:
@@ -191,8 +194,10 @@ def compress_to_folder(
         bench.release_model()
         if bench.loaded.offloaded:
             model = open_checkpoint(folder, dtype, device)
+        elif of_layers:
+            model = spread_checkpoint(folder, dtype, device, of_layers)
         else:
-            model = read_checkpoint(folder, dtype).to(device).eval().requires_grad_(False)
+            model = read_checkpoint(folder, dtype, device=device)
         measurement = measure(bench, model, plan, recovery, fits, start, progress)
         _write_beside(folder, bench, measurement, compression, tokenizer, modeling_file)
     return measurement

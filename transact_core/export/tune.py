@@ -175,6 +175,8 @@ def tune(spec: TuneSpec, progress: Progress = silent) -> Iterator[Standing | str
     place = _device(spec.device)
     student_model = load_model(spec.model, place, "float32", progress)
     dense = load_model(source, place, spec.dtype, progress)
+    for loaded in (student_model, dense):
+        loaded.require_one_device("Training")
     require_same_vocabulary(student_model, dense)
     yield from [*student_model.notices, *dense.notices]
     watched = [written(text, dense, progress) for text in watched]

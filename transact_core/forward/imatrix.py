@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, silent
+from transact_core.base.linalg import in_float64
 from transact_core.data.windows import Windows
 from transact_core.models.families.table import family_of
 
@@ -62,8 +63,7 @@ def _observed(
     def observe(name: str):
         def add(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             squares = inputs[0].flatten(0, -2).float().square().sum(dim=0)
-            # In float32 where the device has no float64; windows add up on the CPU.
-            sums[name] = sums.get(name, 0) + squares.cpu().double()
+            sums[name] = sums.get(name, 0) + in_float64(squares)
 
         return add
 

@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError, silent
+from transact_core.models.placement import devices_of
 
 WARM_UP = 1
 """Repeats that are run first and not counted, since they allocate memory and choose kernels."""
@@ -134,19 +135,22 @@ def _run(
     model: PreTrainedModel, prompt: torch.Tensor, decode: int
 ) -> tuple[float, float, int | None]:
     """Seconds of the prompt, seconds per token after it, and peak bytes on top of those before."""
-    device = model.device
+    device, devices = model.device, devices_of(model)
     ids, cache = prompt.to(device), DynamicCache(config=model.config)
     before = None
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        for each in devices:
+            torch.cuda.reset_peak_memory_stats(each)
+        before = sum(map(torch.cuda.memory_allocated, devices))
     clock = [_now(device)]
     for count in (1, decode):
         for _ in range(count):
             output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             ids = output.logits[:, -1].argmax(dim=-1, keepdim=True)
         clock.append(_now(device))
-    taken = None if before is None else torch.cuda.max_memory_allocated(device) - before
+    taken = None
+    if before is not None:
+        taken = sum(map(torch.cuda.max_memory_allocated, devices)) - before
     return clock[1] - clock[0], (clock[2] - clock[1]) / decode, taken
 
 

@@ -67,9 +67,9 @@ def evaluate(
     losses = []
     for done, window in enumerate(windows.ids.to(model.device)):
         progress(stage, done, len(windows))
-        losses.append(token_losses(model, window))
+        losses.append(_losses_of_window(model, window))
     progress(stage, len(windows), len(windows))
-    return Evaluation(nll=require_losses(torch.stack(losses)))
+    return Evaluation(nll=require_losses(torch.stack(losses).cpu()))
 
 
 def require_losses(nll: torch.Tensor) -> torch.Tensor:
@@ -93,6 +93,11 @@ def token_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     `ids` has shape (tokens,) and lies on the model's device; the result has shape (tokens − 1,),
     float32 on the CPU. At most `LOGITS_AT_ONCE` logits are held at a time, one token's at least.
     """
+    return _losses_of_window(model, ids).cpu()
+
+
+def _losses_of_window(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """As `token_losses`, on the model's device: to copy them is to wait for it."""
     if on_disk(model):
         states = model.model.norm(behind_layers(model, ids[None]))[0]
     else:
@@ -108,13 +113,13 @@ def losses_behind_layers(
     `hidden` has shape (windows, sequence_length, hidden_size); the result (windows, sequence_length
     − 1), in nats, float32 on the CPU. Logits are held as in `token_losses`.
     """
-    ids = windows.ids.to(hidden.device)
+    ids = windows.ids.to(model.device)
     return torch.stack(
         [
             _losses_of_states(model, model.model.norm(states), window)
             for states, window in zip(hidden, ids, strict=True)
         ]
-    )
+    ).cpu()
 
 
 def tokens_at_once(model: PreTrainedModel) -> int:
@@ -125,13 +130,14 @@ def tokens_at_once(model: PreTrainedModel) -> int:
 def _losses_of_states(
     model: PreTrainedModel, states: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
-    """The losses of one window, from what its LM head reads, shape (tokens, hidden_size)."""
+    """The losses of one window, from what its LM head reads, shape (tokens, hidden_size); on the
+    model's device."""
     at_once = tokens_at_once(model)
     losses = []
     for start in range(0, len(ids) - 1, at_once):
         targets = ids[1:][start : start + at_once]
         logits = logits_of(model, states[start : start + len(targets)]).float()
-        losses.append(functional.cross_entropy(logits, targets, reduction="none").cpu())
+        losses.append(functional.cross_entropy(logits, targets, reduction="none"))
     return torch.cat(losses)
 
 

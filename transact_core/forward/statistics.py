@@ -13,16 +13,11 @@ import torch
 from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, silent
+from transact_core.base.linalg import in_float64
 from transact_core.data.windows import Windows
 from transact_core.forward.layers import layers_of
 from transact_core.forward.stream import Stream
-from transact_core.forward.waists import (
-    MODULES,
-    SITES,
-    output_projections,
-    require_finite,
-    windows_a_batch,
-)
+from transact_core.forward.waists import MODULES, SITES, Finite, windows_a_batch
 
 SUMS = ("sum", "sum_of_squares", "max_abs")
 CHUNK_BATCHES = 16
@@ -118,18 +113,16 @@ def collect(
         TransActError: an activation is NaN or infinite.
     """
     layers = layers_of(model)
-    with layers.borrow(0) as layer:
-        widths = {site: each.in_features for site, each in output_projections(layer).items()}
-    widths["residual"] = model.config.hidden_size
-    sums = {site: _Sums(site, len(layers), width) for site, width in widths.items()}
+    sums = {site: _Sums(site, len(layers)) for site in SITES}
     at_once = windows_a_batch(windows.sequence_length)
     done, total = 0, -(-len(windows) // at_once) * len(layers)
     for ids in windows.ids.split(at_once * CHUNK_BATCHES):
         stream = Stream(model, replace(windows, ids=ids))
         for layer_index in range(len(layers)):
-            with layers.borrow(layer_index):
+            with stream.enter(layer_index):
                 for hidden in stream.batches():
                     sums["residual"].add(layer_index, hidden)
+                sums["residual"].require_finite(layer_index)
                 for module in MODULES:
                     for transitional, *_ in stream.advance(layer_index, module):
                         # A batch may take many seconds, so each one reports in each layer.
@@ -137,6 +130,7 @@ def collect(
                             progress("Measuring activations", done, total)
                             done += 1
                         sums[module].add(layer_index, transitional)
+                    sums[module].require_finite(layer_index)
     progress("Measuring activations", total, total)
     return ActivationStatistics(
         **{site: total.finish(windows.tokens) for site, total in sums.items()}
@@ -146,26 +140,42 @@ def collect(
 class _Sums:
     """Running sums of one site over all layers."""
 
-    def __init__(self, site: str, layers: int, width: int) -> None:
+    def __init__(self, site: str, layers: int) -> None:
         self.site = site
-        # A batch is short enough to be summed in float32 on the device. The long sums need float64,
-        # which not every accelerator has, and are kept on the CPU.
-        self.sum, self.sum_of_squares, self.max_abs = torch.zeros(
-            3, layers, width, dtype=torch.float64
-        )
+        self._of_layers: list[dict[str, torch.Tensor]] = [{} for _ in range(layers)]
 
     def add(self, layer_index: int, activation: torch.Tensor) -> None:
         """Adds an activation of one layer, shape (…, width)."""
+        # A batch is short enough to be summed in float32. The long sums need float64, and are kept
+        # on the device where it has that, so that no batch waits for a copy to the CPU.
         flat = activation.reshape(-1, activation.shape[-1]).float()
-        self.sum[layer_index] += flat.sum(dim=0).cpu()
-        self.sum_of_squares[layer_index] += flat.square().sum(dim=0).cpu()
-        require_finite(self.sum_of_squares[layer_index], layer_index, self.site)
-        largest = self.max_abs[layer_index]
-        torch.maximum(largest, flat.abs().amax(dim=0).cpu().double(), out=largest)
+        found = dict(
+            zip(SUMS, (flat.sum(0), flat.square().sum(0), flat.abs().amax(0)), strict=True)
+        )
+        sums = self._of_layers[layer_index]
+        for name, values in found.items():
+            values = in_float64(values)
+            if name not in sums:
+                sums[name] = values
+            elif name == "max_abs":
+                torch.maximum(sums[name], values, out=sums[name])
+            else:
+                sums[name] += values
+
+    def require_finite(self, layer_index: int) -> None:
+        """Refuses sums that no score could be made of.
+
+        Raises:
+            TransActError: one is NaN or infinite.
+        """
+        finite = Finite(layer_index, self.site)
+        finite.add(self._of_layers[layer_index]["sum_of_squares"])
+        finite.require()
 
     def finish(self, tokens: int) -> ModuleStatistics:
         return ModuleStatistics(
-            sum=self.sum, sum_of_squares=self.sum_of_squares, max_abs=self.max_abs, tokens=tokens
+            **{name: torch.stack([sums[name].cpu() for sums in self._of_layers]) for name in SUMS},
+            tokens=tokens,
         )
 
 

@@ -12,6 +12,7 @@ projection of a shallow copy, so the model itself carries no hook.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 
 import torch
@@ -22,13 +23,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transact_core.base.linalg import inverse_rms
 from transact_core.data.windows import Windows
 from transact_core.forward.layers import Arguments, before_layers, layers_of
-from transact_core.forward.waists import (
-    MODULES,
-    output_projections,
-    require_finite,
-    windows_a_batch,
-)
+from transact_core.forward.waists import MODULES, Finite, output_projections, windows_a_batch
 from transact_core.models.families.table import family_of_layer
+from transact_core.models.placement import device_of, placed
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of the rotary embedding, each of shape (1, sequence_length, head_dim)."""
@@ -213,7 +210,8 @@ class Stream:
     """Hidden states of all windows, shape (windows, sequence_length, hidden_size).
 
     They stand before the first layer and are moved on, module by module and in place, by
-    `advance`. The model is only read.
+    `advance`. They are on the device of the layer that was entered last; see `enter`. The model is
+    only read.
     """
 
     @torch.no_grad()
@@ -233,6 +231,17 @@ class Stream:
         other.hidden = self.hidden.clone()
         return other
 
+    @contextmanager
+    def enter(self, layer_index: int) -> Iterator[tuple[nn.Module, Arguments]]:
+        """A borrowed layer and what it is called with, the hidden states handed on to its device.
+
+        Blocks may be nested, as those of `borrow`.
+        """
+        with self.layers.borrow(layer_index) as layer:
+            device = device_of(layer)
+            self.hidden = self.hidden.to(device)
+            yield layer, placed(self.arguments[layer_index], device)
+
     def batches(self) -> Iterator[torch.Tensor]:
         """The hidden states as they stand, a few windows at a time: views of `hidden`."""
         yield from self.hidden.split(self._windows_a_batch)
@@ -249,15 +258,16 @@ class Stream:
         all batches are taken; a layer's modules come in the order of the model, "mha" first.
 
         Raises:
-            TransActError: a transitional activation is NaN or infinite.
+            TransActError: a transitional activation is NaN or infinite; once all batches are taken.
         """
-        arguments = self.arguments[layer_index]
-        with self.layers.borrow(layer_index) as layer:
+        with self.enter(layer_index) as (layer, arguments):
+            seen = Finite(layer_index, module)
             for hidden in self.batches():
                 written, transitional = run_module(layer, module, hidden, arguments, change)
-                require_finite(transitional, layer_index, module)
+                seen.add(transitional)
                 hidden += added(layer, module, written)
                 yield transitional, hidden, slopes(layer, module, written)
+            seen.require()
 
     def pass_layer(self, layer_index: int, changes: Changes = MappingProxyType({})) -> None:
         """Passes every window through a layer, with those of the `changes` that are in it.
@@ -265,9 +275,9 @@ class Stream:
         Raises:
             TransActError: a transitional activation is NaN or infinite.
         """
-        if change := changes.get(("residual", layer_index)):
-            self.hidden = change(self.hidden)
-        with self.layers.borrow(layer_index):
+        with self.enter(layer_index):
+            if change := changes.get(("residual", layer_index)):
+                self.hidden = change(self.hidden)
             for module in MODULES:
                 change = changes.get((module, layer_index), unchanged)
                 for _ in self.advance(layer_index, module, change):

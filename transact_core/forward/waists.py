@@ -41,18 +41,35 @@ def head_rows(heads: Sequence[int], head_dim: int) -> torch.Tensor:
     return (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
-def require_finite(values: torch.Tensor, layer_index: int, site: str) -> None:
-    """Refuses an activation, or sums of one, that no score could be made of.
+class Finite:
+    """Whether the activations of one layer's site are numbers, looked at once for all batches.
 
-    Raises:
-        TransActError: a value is NaN or infinite.
+    To look is to wait for the device, which meanwhile gets nothing new to compute.
     """
-    # One sum is tested instead of every value; float16 alone could not hold it.
-    if not values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).isfinite():
+
+    def __init__(self, layer_index: int, site: str) -> None:
+        self._layer_index, self._site = layer_index, site
+        self._sum: torch.Tensor | None = None
+
+    def add(self, values: torch.Tensor) -> None:
+        """Notes values that are to be looked at."""
+        # One sum is tested instead of every value; float16 alone could not hold it. Once a sum is
+        # NaN or infinite, adding to it does not make it a number again.
+        part = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+        self._sum = part if self._sum is None else self._sum + part
+
+    def require(self) -> None:
+        """Refuses activations that no score could be made of.
+
+        Raises:
+            TransActError: a value is NaN or infinite.
+        """
+        if self._sum is None or self._sum.isfinite():
+            return
         what = (
-            f"residual stream that enters layer {layer_index}"
-            if site == "residual"
-            else f"transitional activation of the {site} of layer {layer_index}"
+            f"residual stream that enters layer {self._layer_index}"
+            if self._site == "residual"
+            else f"transitional activation of the {self._site} of layer {self._layer_index}"
         )
         raise TransActError(
             f"The {what} is NaN or infinite; compute in float32, and if it stays so the weights "

@@ -126,7 +126,7 @@ def generated_path(wanted: GeneratedText, loaded: LoadedModel) -> Path:
         "prompts": PROMPTS,
         "lengths": [DOCUMENT_TOKENS, _at_once(loaded)],
         "weights": sorted(loaded.weight_files.values()),
-        "device": loaded.device.type,
+        "device": loaded.hardware,
         "dtype": dtype_name(loaded.dtype),
     }
     return cache_folder() / "generated" / f"{digest(key)}.txt"

@@ -108,9 +108,10 @@ def collect_saliences(
                 stream.pass_layer(layer_index)
         for layer_index in reversed(segment):
             progress(stage, 2 * layers - 1 - layer_index, 2 * layers)
-            with stream.layers.borrow(layer_index) as layer:
-                arguments = stream.arguments[layer_index]
-                sums = _through_layer(layer, inputs.pop(), gradient, arguments, architecture)
+            stream.hidden = inputs.pop()
+            with stream.enter(layer_index) as (layer, arguments):
+                gradient = gradient.to(stream.hidden.device)
+                sums = _through_layer(layer, stream.hidden, gradient, arguments, architecture)
             for module, saliences in sums.items():
                 if not saliences.isfinite().all():
                     # A bad loss spoils all gradients; a forward pass finds the layer it began in.
@@ -131,7 +132,7 @@ def _of_hidden(model: PreTrainedModel, hidden: torch.Tensor, windows: Windows) -
     """
     at_once = tokens_at_once(model)
     gradients = []
-    for states, window in zip(hidden, windows.ids.to(hidden.device), strict=True):
+    for states, window in zip(hidden, windows.ids.to(model.device), strict=True):
         pieces: list[torch.Tensor] = []
         # Each token's loss depends on its own state alone, so the pieces have nothing in common.
         for start in range(0, len(window), at_once):

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, silent
+from transact_core.base.linalg import in_float64
 from transact_core.data.windows import Windows
 from transact_core.forward.layers import Arguments
 from transact_core.forward.stream import Stream, queries_and_keys
@@ -73,8 +74,8 @@ def measure_pairs(
     rows = []
     for layer_index in range(layers):
         progress("Measuring rotary pairs", layer_index, layers)
-        with stream.layers.borrow(layer_index) as layer:
-            rows.append(_effects_of_layer(layer, stream, stream.arguments[layer_index]))
+        with stream.enter(layer_index) as (layer, arguments):
+            rows.append(_effects_of_layer(layer, stream, arguments))
             stream.pass_layer(layer_index)
     progress("Measuring rotary pairs", layers, layers)
     effects = torch.stack(rows)
@@ -101,8 +102,8 @@ def _effects_of_layer(layer: nn.Module, stream: Stream, arguments: Arguments) ->
             + 2 * to_x * to_y * (xy - mean_x * mean_y)
         )
         by_head = variance.clamp_min(0).sum(dim=(0, 2))
-        total = total + by_head.unflatten(0, (-1, queries_per_group)).sum(dim=1).cpu().double()
-    return total
+        total = total + in_float64(by_head.unflatten(0, (-1, queries_per_group)).sum(dim=1))
+    return total.cpu()
 
 
 def _sampled_attention(

@@ -8,12 +8,13 @@ Weights come from safetensors files only; nothing is unpickled and no remote cod
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -31,8 +32,9 @@ from transact_core.models.layer_widths import (
     separated,
     with_overrides,
 )
+from transact_core.models.placement import hand_on
 from transact_core.models.stock_class import StockConfig, StockModel
-from transact_core.models.stored_layers import StoredLayers
+from transact_core.models.stored_layers import Places, StoredLayers, give_weights, read_weights
 
 disable_progress_bar()  # progress is reported through our own callback
 set_verbosity_error()  # our errors and notices say what is wrong with a model
@@ -61,6 +63,7 @@ MOST_LABELS = 100_000
 """Largest accepted `num_labels`, which transformers expands to a table of names."""
 COMPARED_BYTES = 1 << 26
 """Bytes of each of two matrices that are compared at a time."""
+CPU = torch.device("cpu")
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes of weights that can be pruned, by their names in safetensors files."""
 
@@ -444,28 +447,58 @@ def _stored_tensors(files: list[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_checkpoint(folder: Path, dtype: torch.dtype, tied: bool | None = None) -> StockModel:
+def read_checkpoint(
+    folder: Path, dtype: torch.dtype, tied: bool | None = None, device: torch.device = CPU
+) -> StockModel:
     """The model that transformers loads from a folder, from safetensors files only.
 
     So are those whose layers have widths of their own, which stock transformers refuses.
 
     `tied` replaces `tie_word_embeddings` where the configuration contradicts the weights. A
-    `quantization_config` is dropped: quantised weights were refused before.
+    `quantization_config` is dropped: quantised weights were refused before. Each tensor is put on
+    the device as it is read.
     """
     config, own_widths = _stock_config(folder, tied)
-    return _from_pretrained(folder, config, dtype, own_widths)
+    return _from_pretrained(folder, config, dtype, device, own_widths)
+
+
+def spread_checkpoint(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    of_layers: Sequence[torch.device],
+    tied: bool | None = None,
+) -> StockModel:
+    """As `read_checkpoint`, with each layer on a device of its own (`placement`); `device` is that
+    of all outside of the layers."""
+    model, layers, places = _without_layers(folder, dtype, device, tied)
+    for layer, of_layer, of_weights in zip(layers, of_layers, places, strict=True):
+        give_weights(layer, read_weights(of_weights, dtype, of_layer))
+    model.model.layers = nn.ModuleList(layers)
+    hand_on(model)
+    return model.eval()
 
 
 def open_checkpoint(
     folder: Path, dtype: torch.dtype, device: torch.device, tied: bool | None = None
 ) -> StockModel:
-    """As `read_checkpoint`, on a device, but for the decoder layers: those stay in the files and
-    are read when they are borrowed (`stored_layers`)."""
+    """As `read_checkpoint`, but for the decoder layers: those stay in the files and are read when
+    they are borrowed (`stored_layers`)."""
+    model, layers, places = _without_layers(folder, dtype, device, tied)
+    model.model.layers = StoredLayers(layers, places, dtype, device)
+    return model.eval().requires_grad_(False)
+
+
+def _without_layers(
+    folder: Path, dtype: torch.dtype, device: torch.device, tied: bool | None
+) -> tuple[StockModel, list[nn.Module], list[Places]]:
+    """A model without decoder layers, on a device; its layers, which have no weights yet; and where
+    those of each one are."""
     config, own_widths = _stock_config(folder, tied)
     files = _safetensors_files(folder, getattr(config, "transformers_weights", None))
     layers = config.num_hidden_layers
     config.num_hidden_layers = 0  # The rest of the model is what transformers loads then.
-    model = _from_pretrained(folder, config, dtype).to(device)
+    model = _from_pretrained(folder, config, dtype, device)
     config = model.config
     config.num_hidden_layers = layers
     with torch.device("meta"):
@@ -482,8 +515,7 @@ def open_checkpoint(
         }
         for layer_index, layer in enumerate(empty)
     ]
-    model.model.layers = StoredLayers(empty, places, dtype, device)
-    return model.eval().requires_grad_(False)
+    return model, empty, places
 
 
 def _stock_config(folder: Path, tied: bool | None) -> tuple[StockConfig, Architecture | None]:
@@ -497,7 +529,11 @@ def _stock_config(folder: Path, tied: bool | None) -> tuple[StockConfig, Archite
 
 
 def _from_pretrained(
-    folder: Path, config: StockConfig, dtype: torch.dtype, own_widths: Architecture | None = None
+    folder: Path,
+    config: StockConfig,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    own_widths: Architecture | None = None,
 ) -> StockModel:
     family = family_of(config.model_type)
     model_class = family.model_class
@@ -510,10 +546,12 @@ def _from_pretrained(
         use_safetensors=True,
         local_files_only=True,
         attn_implementation=ATTENTION,
+        # On the CPU weights of this dtype are views of the files, which a map would copy.
+        device_map=None if device == CPU else {"": device},
     )
     # What made its layers is done; the object is one of the stock class.
     model.__class__ = family.model_class
-    return model
+    return model.eval().requires_grad_(False)
 
 
 def _read_model_config(folder: Path) -> tuple[StockConfig, Architecture | None]:
@@ -534,23 +572,27 @@ def _read_model_config(folder: Path) -> tuple[StockConfig, Architecture | None]:
 def load_folder(
     folder: Path,
     dtype: torch.dtype,
-    tied: bool | None = None,
-    offload_for: torch.device | None = None,
+    tied: bool | None,
+    device: torch.device,
+    of_layers: Sequence[torch.device] = (),
+    offload: bool = False,
 ) -> tuple[StockModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder that was inspected; `tied` as in `read_checkpoint`.
 
-    With `offload_for` the layers stay on disk, and the rest is on that device (`open_checkpoint`).
+    The model is on the device. `of_layers` are the devices of its layers where those are on several
+    (`spread_checkpoint`); with `offload` they stay on disk (`open_checkpoint`).
 
     Raises:
         TransActError: transformers cannot load one of the two.
     """
     tokenizer = _load_tokenizer(folder)
     try:
-        model = (
-            read_checkpoint(folder, dtype, tied)
-            if offload_for is None
-            else open_checkpoint(folder, dtype, offload_for, tied)
-        )
+        if offload:
+            model = open_checkpoint(folder, dtype, device, tied)
+        elif of_layers:
+            model = spread_checkpoint(folder, dtype, device, of_layers, tied)
+        else:
+            model = read_checkpoint(folder, dtype, tied, device)
     except Exception as error:
         raise TransActError(f"transformers could not load {folder}: {first_line(error)}.") from None
     return model, tokenizer

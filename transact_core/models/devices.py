@@ -1,6 +1,8 @@
 """Devices, dtypes, and whether a model's weights fit into the memory."""
 
 import math
+import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +15,39 @@ from transact_core.models.architecture import Architecture
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """The device of a name; `auto` is the first GPU, or the CPU where there is none.
+    """The device of a name; `auto` is the first GPU, or the CPU where there is none. Of several
+    names it is the first one.
 
     Raises:
-        TransActError: the device is unknown or not present.
+        TransActError: as `resolve_devices`.
     """
+    return resolve_devices(name)[0]
+
+
+def resolve_devices(name: str = "auto") -> tuple[torch.device, ...]:
+    """The devices over which a model's layers may be laid: those that are named, with commas
+    between them, or all GPUs for `auto` and `cuda`; the CPU for `auto` where there is no GPU.
+
+    Raises:
+        TransActError: a device is unknown or not present, or several are named that are not
+            different GPUs.
+    """
+    if "," in name:
+        devices = tuple(_present(each.strip()) for each in name.split(","))
+        if len(set(devices)) < len(devices) or any(device.index is None for device in devices):
+            raise TransActError(
+                f"The devices {name!r} are not different GPUs; name them as cuda:0,cuda:1."
+            )
+        return devices
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _present(name)
+    if name != "cuda" or torch.cuda.device_count() < 2:
+        return (device,)
+    return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+
+
+def _present(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -28,6 +56,36 @@ def resolve_device(name: str = "auto") -> torch.device:
             f"The device {name!r} is not available here; use cpu or auto."
         ) from None
     return device
+
+
+def hardware(devices: Sequence[torch.device]) -> str:
+    """What of these devices the last bits of a result depend on, for the keys of kept results.
+
+    That is the type of a device, and of GPUs their model and the version of CUDA. It stays the same
+    where layers are laid over several GPUs of one model.
+    """
+    kinds = [
+        f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+        if device.type == "cuda"
+        else device.type
+        for device in devices
+    ]
+    return " and ".join(dict.fromkeys(kinds))
+
+
+def require_same_bits(device: torch.device) -> None:
+    """On a GPU, has torch use algorithms that give the same bits each time, where it has them.
+
+    For the whole process, and before its first product on the GPU: cuBLAS reads the size of its
+    workspace then. An operation without such an algorithm warns and goes on. On a CPU nothing is
+    set: there the same number of threads gives the same bits.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # All that is read was written before, so this would only take time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -104,6 +162,23 @@ def estimate_memory(
     return MemoryEstimate(needed=needed, available=free_memory(device), device=str(device))
 
 
+TENSORS_ON_THE_WAY = 4
+"""Tensors that transformers reads at a time, each by a thread."""
+
+
+def estimate_host(architecture: Architecture, stored: torch.dtype, gguf: bool) -> MemoryEstimate:
+    """Peak memory of the CPU while weights of the dtype `stored` are read straight to a GPU: the
+    tensors on their way, or with `gguf` the whole model while it is converted."""
+    if gguf:
+        needed = architecture.parameters * (4 + stored.itemsize)
+    else:
+        layers = range(1 if architecture.uniform else architecture.num_hidden_layers)
+        tensors = [architecture.outer_tensors(), *map(architecture.layer_tensors, layers)]
+        largest = max(math.prod(shape) for each in tensors for shape in each.values())
+        needed = TENSORS_ON_THE_WAY * largest * stored.itemsize
+    return MemoryEstimate(needed=needed, available=available_memory(), device="cpu")
+
+
 def estimate_offloaded(
     architecture: Architecture, dtype: torch.dtype, device: torch.device
 ) -> MemoryEstimate:
@@ -118,7 +193,9 @@ def estimate_offloaded(
 def free_memory(device: torch.device) -> int:
     """Free memory of a device in bytes."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What this process was given and does not use is free for it alone.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return available_memory()
 
 

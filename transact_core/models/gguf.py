@@ -212,11 +212,11 @@ def _huggingface_shapes(
     return zeros | shapes
 
 
-def require_plausible_size(path: Path, device: torch.device) -> None:
+def require_plausible_size(path: Path) -> None:
     """Refuses a file that cannot fit into memory, before all of it is read for its SHA-256."""
     # Its weights are converted to float32, which takes no less than any GGUF type.
     size = path.stat().st_size
-    MemoryEstimate(needed=size, available=available_memory(), device=str(device)).verdict()
+    MemoryEstimate(needed=size, available=available_memory(), device="cpu").verdict()
 
 
 def converted_folder(fingerprint: str) -> Path:

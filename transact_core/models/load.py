@@ -6,6 +6,7 @@ cannot become a dense model of a known family is refused in one sentence before 
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -28,9 +29,12 @@ from transact_core.models.checkpoint_folder import (
 from transact_core.models.devices import (
     MemoryEstimate,
     dtype_name,
+    estimate_host,
     estimate_memory,
     estimate_offloaded,
-    resolve_device,
+    hardware,
+    require_same_bits,
+    resolve_devices,
     resolve_dtype,
 )
 from transact_core.models.gguf import (
@@ -42,6 +46,7 @@ from transact_core.models.gguf import (
 )
 from transact_core.models.hub import download
 from transact_core.models.licence import Licence, read_licence
+from transact_core.models.placement import devices_of, lay_out
 from transact_core.models.stored_layers import WHY_NOT_WHOLE
 
 BUILTIN = "builtin"
@@ -86,7 +91,18 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
+        """Where it computes; of several devices the first, where token ids go to and logits are."""
         return self.model.device
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices that its layers are on; see `placement`."""
+        return (self.device,) if self.released else devices_of(self.model)
+
+    @property
+    def hardware(self) -> str:
+        """As `devices.hardware`, for the keys of what is measured on this model."""
+        return self.model.hardware if self.released else hardware(self.devices)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,11 +121,24 @@ class LoadedModel:
         if self.offloaded:
             raise TransActError(f"{what} needs the whole model in memory, and {WHY_NOT_WHOLE}.")
 
+    def require_one_device(self, what: str) -> None:
+        """Refuses work that needs all layers on one device, as `require_whole`.
+
+        Raises:
+            TransActError: the layers are on several, or on disk.
+        """
+        self.require_whole(what)
+        if len(self.devices) > 1:
+            raise TransActError(
+                f"{what} needs the whole model on one device, and its layers are laid over "
+                f"{', '.join(map(str, self.devices))}; choose a smaller model or a larger GPU."
+            )
+
     def release(self) -> "LoadedModel":
         """The same without the weights and the tokenizer, which can then be freed."""
         if self.released:
             return self
-        shell = ReleasedModel(self.model.config, self.model.device, self.model.dtype)
+        shell = ReleasedModel(self.model.config, self.model.device, self.model.dtype, self.hardware)
         tokenizer = ReleasedTokenizer(
             *(getattr(self.tokenizer, name, None) for name in ("chat_template", "unk_token"))
         )
@@ -123,6 +152,8 @@ class ReleasedModel:
     config: PreTrainedConfig
     device: torch.device
     dtype: torch.dtype
+    hardware: str
+    """Of the process that had the weights; this one may have no such device."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +173,17 @@ def load_model(
 ) -> LoadedModel:
     """Loads `builtin`, a checkpoint folder, a `.gguf` file or a hub id.
 
-    A model whose layers stay on disk gives the same numbers in more time; see `stored_layers`.
+    A model whose layers stay on disk gives the same numbers in more time; see `stored_layers`. On
+    several GPUs its layers are laid over those that are named, or over all of them for `auto` and
+    `cuda` where the first one is too small; see `placement`.
 
     Raises:
         TransActError: the source is missing, damaged, of another architecture or kind, or too
             large for the memory.
     """
-    target = resolve_device(device)
+    devices = resolve_devices(device)
+    target = devices[0]
+    require_same_bits(target)
     compute_dtype = resolve_dtype(dtype, target)
     source = source.strip()
     progress("Finding the model", 0, 3)
@@ -157,7 +192,7 @@ def load_model(
     if path.is_dir():
         found = inspect_folder(path)
     else:
-        require_plausible_size(path, target)
+        require_plausible_size(path)
         # A GGUF file is converted once to a checkpoint folder, which then loads in a second.
         fingerprints[path] = sha256_of_file(path)
         folder = converted_folder(fingerprints[path])
@@ -165,11 +200,18 @@ def load_model(
         found = inspect_converted(folder, path) or inspect_gguf(path)
 
     converts = not folder.is_dir()
+    on_cpu = target.type == "cpu"
     needed = (found.architecture, compute_dtype, target)
+    if not on_cpu:
+        estimate_host(found.architecture, found.dtype, converts).verdict()
     # A GGUF file is converted in memory, and its layers can be read from then on.
-    whole = estimate_memory(*needed, gguf=converts)
-    offloaded = offload == "always" or (offload == "auto" and not (whole.fits or converts))
-    tight = whole.verdict() if converts or not offloaded else None
+    with_conversion = converts and on_cpu
+    whole = estimate_memory(*needed, gguf=with_conversion)
+    of_layers: tuple[torch.device, ...] = ()
+    if offload != "always" and len(devices) > 1 and ("," in device or not whole.fits):
+        whole, of_layers = lay_out(found.architecture, compute_dtype, devices)
+    offloaded = offload == "always" or (offload == "auto" and not (whole.fits or with_conversion))
+    tight = whole.verdict() if with_conversion or not offloaded else None
     if offloaded:
         estimate_offloaded(*needed).verdict()
         tight = _offloading(estimate_memory(*needed), found)
@@ -182,11 +224,7 @@ def load_model(
         convert_gguf(path, found, folder)
         evict()
     tied = found.architecture.tie_word_embeddings
-    if offloaded:
-        model, tokenizer = load_folder(folder, compute_dtype, tied, offload_for=target)
-    else:
-        model, tokenizer = load_folder(folder, compute_dtype, tied)
-        model = model.to(target).eval().requires_grad_(False)
+    model, tokenizer = load_folder(folder, compute_dtype, tied, target, of_layers, offloaded)
     progress("Loading the weights", 3, 3)
     return LoadedModel(
         model=model,
@@ -200,7 +238,12 @@ def load_model(
         offloaded=offloaded,
         notices=tuple(
             notice
-            for notice in (tight, *found.notices, _rounding(found.dtype, compute_dtype))
+            for notice in (
+                tight,
+                _laid_over(devices_of(model)),
+                *found.notices,
+                _rounding(found.dtype, compute_dtype),
+            )
             if notice
         ),
     )
@@ -250,6 +293,13 @@ def _offloading(whole: MemoryEstimate, found: Inspection) -> str:
         "same and take longer: by the time that the disk takes to read "
         f"{read / 1e9:.1f} GB, for each pass over the model."
     )
+
+
+def _laid_over(devices: Sequence[torch.device]) -> str | None:
+    """A notice of layers on several devices."""
+    if len(devices) < 2:
+        return None
+    return f"The model's layers are laid over {', '.join(map(str, devices))}."
 
 
 def _rounding(stored: torch.dtype, computed: torch.dtype) -> str | None:

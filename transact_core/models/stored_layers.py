@@ -19,6 +19,9 @@ from torch import nn
 
 from transact_core.base.errors import TransActError
 
+Places = Mapping[str, tuple[Path, str]]
+"""Of each of a layer's parameters the safetensors file that it is in, and its name there."""
+
 WHY_NOT_WHOLE = (
     "the layers of this model are read from disk one at a time, as the model does not fit into the "
     "free memory or as --offload asks for it; choose a smaller model, a 16-bit dtype or a machine "
@@ -37,14 +40,14 @@ class StoredLayers(nn.ModuleList):
     def __init__(
         self,
         empty: Sequence[nn.Module],
-        places: Sequence[Mapping[str, tuple[Path, str]]],
+        places: Sequence[Places],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """
         Args:
             empty: The layers, on the meta device.
-            places: For each layer, the safetensors file of each parameter and its name there.
+            places: Where the weights of each layer are.
             dtype: What the weights are converted to.
             device: Where they are put.
         """
@@ -76,7 +79,7 @@ class StoredLayers(nn.ModuleList):
         layer = self[layer_index]
         with self._lock:
             if not self._borrowers[layer_index]:
-                _give(layer, self._weights(layer_index))
+                give_weights(layer, self._weights(layer_index))
             self._borrowers[layer_index] += 1
         try:
             yield layer
@@ -84,7 +87,7 @@ class StoredLayers(nn.ModuleList):
             with self._lock:
                 self._borrowers[layer_index] -= 1
                 if not self._borrowers[layer_index]:
-                    _give(layer, self._empty[layer_index])
+                    give_weights(layer, self._empty[layer_index])
 
     def _weights(self, layer_index: int) -> dict[str, nn.Parameter]:
         """The weights of a layer; begins to read the one that a pass in the same direction takes
@@ -109,29 +112,39 @@ class StoredLayers(nn.ModuleList):
             reading.exception()  # waits, so that no third layer is in memory
 
     def _read(self, layer_index: int) -> dict[str, nn.Parameter]:
-        # Copies: a view of the file would be read again wherever its pages were given up meanwhile.
-        # A pass without gradients may run inside one with them, so no tensor of inference mode.
-        weights = {}
         places = self._places[layer_index]
-        with torch.inference_mode(False), ExitStack() as stack:
-            try:
-                files = {
-                    file: stack.enter_context(safe_open(file, framework="pt"))
-                    for file in {file for file, _ in places.values()}
-                }
-                for name, (file, stored) in places.items():
-                    tensor = files[file].get_tensor(stored)
-                    copied = tensor.to(self._device, self._dtype, copy=True)
-                    weights[name] = nn.Parameter(copied, requires_grad=False)
-            except (OSError, SafetensorError) as error:
-                file, _ = next(iter(places.values()))
-                raise TransActError(
-                    f"Layer {layer_index} cannot be read from {file.parent} any more ({error})."
-                ) from None
-        return weights
+        try:
+            return read_weights(places, self._dtype, self._device)
+        except (OSError, SafetensorError) as error:
+            file, _ = next(iter(places.values()))
+            raise TransActError(
+                f"Layer {layer_index} cannot be read from {file.parent} any more ({error})."
+            ) from None
 
 
-def _give(layer: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+def read_weights(
+    places: Places, dtype: torch.dtype, device: torch.device
+) -> dict[str, nn.Parameter]:
+    """The weights of a layer, each put on the device as it is read.
+
+    Raises:
+        OSError, SafetensorError: a file cannot be read.
+    """
+    # Copies: a view of the file would be read again wherever its pages were given up meanwhile. A
+    # pass without gradients may run inside one with them, so no tensor of inference mode.
+    weights = {}
+    with torch.inference_mode(False), ExitStack() as stack:
+        files = {
+            file: stack.enter_context(safe_open(file, framework="pt"))
+            for file in {file for file, _ in places.values()}
+        }
+        for name, (file, stored) in places.items():
+            copied = files[file].get_tensor(stored).to(device, dtype, copy=True)
+            weights[name] = nn.Parameter(copied, requires_grad=False)
+    return weights
+
+
+def give_weights(layer: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
     """Gives a layer these parameters in place of its own."""
     for name, weight in weights.items():
         place, _, own_name = name.rpartition(".")

@@ -388,13 +388,14 @@ def _trailing(
     `moments` are H with the constant last, `products` is WᵀW; with `mean`, H is taken about it.
     """
     added = products.new_empty(len(products))
+    tokens = 0.0 if mean is None else moments[-1, -1].item()
     for start in range(0, len(products), ROWS_AT_ONCE):
         block = slice(start, start + ROWS_AT_ONCE)
         h = moments[:-1, :-1][block, start:].clone()
         if mean is not None:
             sums = moments[:-1, -1]
             h.addr_(sums[block], mean[start:], alpha=-1).addr_(mean[block], sums[start:], alpha=-1)
-            h.addr_(mean[block], mean[start:], alpha=moments[-1, -1].item())
+            h.addr_(mean[block], mean[start:], alpha=tokens)
         h.mul_(products[block, start:])
         diagonal = h.diagonal().clone()
         added[block] = diagonal + 2 * h.triu_(1).sum(dim=1)

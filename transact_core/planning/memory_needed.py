@@ -6,6 +6,7 @@ activations on them; and the second moments of its features. `benchmarks.cost --
 the estimate against what was measured.
 """
 
+from collections.abc import Iterable
 from math import prod
 
 from transact_core.models.architecture import Architecture
@@ -26,13 +27,16 @@ def cut_bytes(
     calibration_tokens: int,
     itemsize: int,
     layer_by_layer: bool = False,
+    layers: Iterable[int] | None = None,
 ) -> int:
     """Peak bytes of cutting and repairing. `cut` is what is left, `itemsize` that of a weight.
 
     With `layer_by_layer` each layer of the cut is written and let go of before the next is made.
+    `layers` are those of one device where the layers are on several; what a repair holds at once is
+    on each of them at some time.
     """
     own_of_layers = []
-    for layer_index in range(dense.num_hidden_layers):
+    for layer_index in range(dense.num_hidden_layers) if layers is None else layers:
         before = dense.layer_tensors(layer_index)
         after = cut.layer_tensors(layer_index)
         # All projections of a cut module are its own, also those that keep their width.

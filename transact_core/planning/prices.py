@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transact_core.base.errors import Progress, silent
 from transact_core.base.linalg import (
     factored_in_place,
+    in_float64,
     inverse_rms,
     second_moments,
     solve_factored,
@@ -31,6 +32,7 @@ from transact_core.data.windows import Windows
 from transact_core.forward.layers import layers_of, logits_of
 from transact_core.forward.stream import Stream, added, run_module
 from transact_core.forward.waists import MODULES, output_projections
+from transact_core.models.placement import device_of, placed
 from transact_core.pruning.ridge import FLOOR
 
 RIDGE = 0.3
@@ -127,7 +129,8 @@ def single_losses(
                         pass
                 continue
             moments = _advanced(calibrated, layer_index, module, model)
-            before = [hidden.clone() for hidden in seen.batches()]
+            with seen.enter(layer_index):
+                before = [hidden.clone() for hidden in seen.batches()]
             waists = [waist for waist, _, _ in seen.advance(layer_index, module)]
             for level, kept in enumerate(levels):
                 cut = seen.fork()
@@ -248,25 +251,25 @@ def marginal_losses(
         progress("Pricing the cut", len(layers) - 1 - layer_index, len(layers))
         with (
             layers.borrow(layer_index) as dense_layer,
-            stream.layers.borrow(layer_index) as pruned_layer,
+            stream.enter(layer_index) as (pruned_layer, arguments),
         ):
+            device = device_of(dense_layer)
+            wanted_by = placed(dense_arguments[layer_index], device)
+            gradient = gradient.to(device)
             for module in reversed(MODULES):
-                whole = states.pop()
+                whole, found = states.pop().to(device), []
                 for window in range(len(whole)):
                     before = whole[window : window + 1].detach().requires_grad_()
                     own = gradient[window : window + 1]
                     with torch.enable_grad():
-                        entering = _entering(
-                            pruned_layer, module, before, stream.arguments[layer_index]
-                        )
+                        entering = _entering(pruned_layer, module, before, arguments)
                     (through,) = torch.autograd.grad(entering, before, own)
                     with torch.no_grad():
-                        wanted = _entering(
-                            dense_layer, module, before, dense_arguments[layer_index]
-                        )
-                        share = ((entering.detach() - wanted) * own).double().sum() / 2
-                    shares[module][layer_index, window] = share
+                        wanted = _entering(dense_layer, module, before, wanted_by)
+                        share = in_float64((entering.detach() - wanted) * own).sum() / 2
+                    found.append(share)
                     gradient[window : window + 1] = own + through
+                shares[module][layer_index] = torch.stack(found)
     progress("Pricing the cut", len(layers), len(layers))
     return torch.stack(losses).double().cpu(), shares
 

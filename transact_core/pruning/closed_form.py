@@ -41,11 +41,12 @@ from transact_core.forward.stream import (
 )
 from transact_core.forward.waists import (
     MODULES,
+    Finite,
     head_rows,
     output_projections,
-    require_finite,
     windows_a_batch,
 )
+from transact_core.models.placement import device_of, placed
 from transact_core.pruning.narrow_heads import fit_narrow_heads
 from transact_core.pruning.plan import LayerPlan, PruningPlan
 from transact_core.pruning.ridge import FoldedRidge, energy
@@ -245,10 +246,13 @@ class _Repair:
         """Index of the ridge chosen last for each kind of module, where the search begins."""
 
     def enter_layer(self, layer_index: int, dense: nn.Module, pruned: nn.Module) -> None:
-        """Turns to a layer, whose modules `advance` then passes in the order of the model."""
+        """Turns to a layer, whose modules `advance` then passes in the order of the model, and
+        hands the stream on to its device. The pruned layer is on that of the dense one."""
         self.layer_index = layer_index
-        self.dense = _Side(dense, self.dense_arguments[layer_index])
-        self.pruned = _Side(pruned, self.pruned_arguments[layer_index])
+        device = device_of(dense)
+        self.hidden = self.hidden.to(device)
+        self.dense = _Side(dense, placed(self.dense_arguments[layer_index], device))
+        self.pruned = _Side(pruned, placed(self.pruned_arguments[layer_index], device))
 
     def leave_layer(self) -> None:
         """Lets go of the layer."""
@@ -382,10 +386,12 @@ class _Repair:
     def _error(self, module: str, lost: torch.Tensor, tokens: _Tokens) -> float:
         """The weighted squared error where the pruned module does not write `lost`."""
         if tokens.written is None:
-            return energy(lost, tokens.judge)
-        return sum(
-            energy(self._not_added(module, lost, tokens, batch), tokens.judge[batch])
-            for batch in self._places()
+            return energy(lost, tokens.judge).item()
+        return float(
+            sum(
+                energy(self._not_added(module, lost, tokens, batch), tokens.judge[batch])
+                for batch in self._places()
+            )
         )
 
     def _not_added(
@@ -473,17 +479,19 @@ class _Repair:
             whole = whole or [part.new_empty(len(self.hidden), *part.shape[1:]) for part in parts]
             for target, part in zip(whole, parts, strict=True):
                 target[batch] = part
-        return tokens, scale or 1.0, whole
+        return tokens, float(scale) or 1.0, whole
 
     def _batches(
         self, side: _Side, module: str, hidden: torch.Tensor
     ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """A few windows at a time: which, what the module's output projection writes on this
         stream, and its transitional activation."""
+        seen = Finite(self.layer_index, module)
         for batch in self._places():
             written, transitional = run_module(side.layer, module, hidden[batch], side.arguments)
-            require_finite(transitional, self.layer_index, module)
+            seen.add(transitional)
             yield batch, written, transitional
+        seen.require()
 
     def _places(self) -> Iterator[slice]:
         """Where in the stream the windows are that are run at a time."""

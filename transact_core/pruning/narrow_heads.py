@@ -218,7 +218,7 @@ def _fit_query(query_map: torch.Tensor, key_map: torch.Tensor, sample: _Sample) 
         lambda x: ((sample.query @ x.T)[:, None] * key).sum(dim=-1),
         lambda left: (left[..., None] * key).sum(dim=1).T @ sample.query,
         sample.target,
-        RIDGE * curvature.item(),
+        _ridge(curvature),
     )
 
 
@@ -239,8 +239,13 @@ def _fit_key(
         lambda x: _centred((query * (key @ x.T)).sum(dim=-1)),
         lambda left: (_centred(left)[..., None] * query).flatten(0, 1).T @ key.flatten(0, 1),
         target,
-        RIDGE * curvature.item(),
+        _ridge(curvature),
     )
+
+
+def _ridge(curvature: torch.Tensor) -> torch.Tensor:
+    """A single number, which stays on the device: to read it is to wait for what made it."""
+    return (RIDGE * in_float64(curvature)).float()
 
 
 def _least_squares(
@@ -248,7 +253,7 @@ def _least_squares(
     forward: Callable[[torch.Tensor], torch.Tensor],
     adjoint: Callable[[torch.Tensor], torch.Tensor],
     target: torch.Tensor,
-    ridge: float,
+    ridge: torch.Tensor,
 ) -> torch.Tensor:
     """Minimises `|forward(x) − target|² + ridge |x − start|²` by conjugate gradients from `start`.
 

@@ -25,6 +25,8 @@ trace of second moments, which needs no rows. The second is cheaper everywhere e
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 
 import torch
 
@@ -46,16 +48,17 @@ COMPARED_TOKENS = 4096
 ridge's error, and what the windows are left with, are those of all folds."""
 
 
-def energy(values: torch.Tensor, weights: torch.Tensor) -> float:
-    """Weighted sum of squares, a number.
+def energy(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted sum of squares, a single number in float64, where `in_float64` puts it.
 
     `values` has shape (windows, sequence_length, width), the tokens' `weights` (windows,
-    sequence_length).
+    sequence_length). To make a Python number of it is to wait for the device.
     """
-    total = 0.0
-    for window, weight in zip(values, weights, strict=True):
-        total += in_float64(window.float().square().sum(dim=-1) * weight).sum().item()
-    return total
+    parts = [
+        in_float64(window.float().square().sum(dim=-1) * weight).sum()
+        for window, weight in zip(values, weights, strict=True)
+    ]
+    return reduce(add, parts)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class FoldedRidge:
         self.compared = _spread(folds, math.ceil(COMPARED_TOKENS / features.shape[1]))
         """Numbers of the folds that ridges are compared on."""
         self._share = 1 - 1 / len(folds)
-        self.energy = energy(missing, weights)
+        self.energy = energy(missing, weights).item()
         """Weighted sum of squares of `missing`: the error without any change."""
         self._units = _units(features, weights)
         self._mixed = combinations(outputs).to(features.device)
@@ -172,7 +175,8 @@ class FoldedRidge:
             change = solve_factored(factor, self._cross - self._of_folds[number][1])
             x, y = self._rows(fold)
             error += self._leave(left, fold, y.addmm_(x, change, alpha=-1))
-        return solve_factored(self._factored(self._gram, chosen.ridge), self._cross), error
+        change = solve_factored(self._factored(self._gram, chosen.ridge), self._cross)
+        return change, float(error)
 
     def _fit_at_once(self, chosen: Chosen, left: torch.Tensor) -> tuple[torch.Tensor, float]:
         """As `_fit_by_folds`, by the factor of all windows."""
@@ -187,9 +191,9 @@ class FoldedRidge:
                 factor = _unexplained(whole, x)
             del x
             error += self._leave(left, fold, solve_factored(factor, y))
-        return change, error
+        return change, float(error)
 
-    def _leave(self, left: torch.Tensor, fold: torch.Tensor, rows: torch.Tensor) -> float:
+    def _leave(self, left: torch.Tensor, fold: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Fills in what the windows of a fold are left with, from weighted rows; their energy."""
         left[fold] = (rows / self._roots(fold)).unflatten(0, (len(fold), -1))
         return _sum_of_squares(rows)
@@ -213,9 +217,9 @@ class FoldedRidge:
             # |Y − XC|² by second moments alone.
             products = ((gram @ change - 2 * cross) * change).sum(dim=0)
             error += _sum_of_squares(self._judged(self._rows(self.folds[number])[1]))
-            error += in_float64(products).sum().item()
+            error += in_float64(products).sum()
         # Rounding could make the error of a perfect fit negative.
-        return max(error, 0.0), factors
+        return max(float(error), 0.0), factors
 
     def _at_once(self, ridge: float) -> tuple[float, dict[int, torch.Tensor]]:
         """The error under a ridge, and for each compared fold the factor of `_unexplained`."""
@@ -227,7 +231,7 @@ class FoldedRidge:
             y = torch.addmm(self._judged(y), x, change, alpha=-1)
             factors[number] = _unexplained(whole, x)
             error += _sum_of_squares(solve_factored(factors[number], y))
-        return error, factors
+        return float(error), factors
 
     def _factor_without(self, number: int, ridge: float) -> torch.Tensor:
         """The factor of the penalised second moments of all folds but this one."""
@@ -322,5 +326,6 @@ def random_signs(*shape: int) -> torch.Tensor:
     return 2.0 * torch.randint(0, 2, shape, generator=generator) - 1
 
 
-def _sum_of_squares(values: torch.Tensor) -> float:
-    return in_float64(values.square().sum(dim=-1)).sum().item()
+def _sum_of_squares(values: torch.Tensor) -> torch.Tensor:
+    """A single number in float64, where `in_float64` puts it."""
+    return in_float64(values.square().sum(dim=-1)).sum()

@@ -18,6 +18,7 @@ from transact_core.models.architecture import Architecture
 from transact_core.models.families.description import Block
 from transact_core.models.families.table import family_of
 from transact_core.models.layer_widths import narrow_layers
+from transact_core.models.placement import hand_on, layout_of
 from transact_core.models.stock_class import StockConfig, StockModel, config_for
 from transact_core.pruning.plan import LayerPlan, PruningPlan, kept_groups
 from transact_core.pruning.rope import narrowed_rope, require_narrowable
@@ -133,6 +134,9 @@ def _empty_like(
         pruned.get_submodule(place)._buffers[own_name] = model.get_buffer(name)
     pruned.model.rotary_emb = rotary
     pruned.generation_config = copy.deepcopy(model.generation_config)
+    if layout_of(model):
+        # Each layer is cut where the dense one lies.
+        hand_on(pruned)
     return pruned
 
 

@@ -1,9 +1,10 @@
-"""Points of a curve on a Ray cluster: handed out here, measured by workers on its nodes.
+"""Points of a curve, or questions of tasks, on a Ray cluster: handed out here, measured by workers.
 
 A worker (`workers.ray_worker`) opens the model once, which is named by its source and must have the
 same fingerprint on every node. Texts need not be there: token ids, scores, statistics and the dense
 model's losses come to every worker from the one that made them first. This process holds no model;
-it keeps the points under the keys that they would have had if they had been measured here.
+it keeps the points under the keys that they would have had if they had been measured here. So it
+does with the answers to blocks of questions, whose token ids are all that is sent.
 
 A worker that dies costs the time of its point, which another worker measures again. Where the
 cluster's head goes away, Ray itself ends this process after a minute. Ray is imported when it is
@@ -17,22 +18,26 @@ import socket
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from transact_core.base.errors import Progress, TransActError, first_line, silent
 from transact_core.data.windows import Texts
 from transact_core.experiments.bench import Bench, Choices, Measurement
 from transact_core.experiments.cut_spec import BenchSpec
-from transact_core.experiments.results import keep, keep_decision
+from transact_core.experiments.harness import HarnessTask
+from transact_core.experiments.results import keep, keep_answers, keep_decision
 from transact_core.experiments.sweep import Pair
+from transact_core.experiments.tasks import Block, Contestant, count_blocks, missing_blocks
 from transact_core.models.devices import dtype_name
-from transact_core.workers import ray_worker, tasks, work
+from transact_core.workers import ray_worker, tasks
+from transact_core.workers import work as curve_work
 from transact_core.workers.ray_worker import RayWorker, Standing, surroundings
 from transact_core.workers.tasks import Outcome, Task
 
@@ -48,7 +53,7 @@ SAME_FOR_ALL = {
     "weights": "its model has other weights",
     "config": "its model has another configuration",
     "dtype": "it computes in another dtype",
-    "device": "it computes on another kind of device",
+    "device": "it computes on another kind of device, another GPU or with another version of CUDA",
 }
 """Fields of `Bench.identity` in which a worker may differ from the others."""
 
@@ -185,8 +190,8 @@ class _Worker:
     """Whether its model is open, and that of the others."""
     ready: bool = False
     """Whether it has what all points have in common."""
-    pair: Pair | None = None
-    """The point that it measures."""
+    piece: Any = None
+    """The point that it measures, or the block of questions that it answers."""
     asked: Any = None
     """The reference to the answer to where it stands."""
     standing: Standing = ("", 0, 1)
@@ -196,9 +201,24 @@ class _Worker:
     """Estimate of how much of its task is done, from 0 to 1."""
 
 
-@dataclass
-class _Curve:
-    """What is measured now."""
+@dataclass(kw_only=True)
+class _Work:
+    """What the workers do now, piece by piece."""
+
+    device: str
+    """`cpu`, or `cuda` for a GPU each."""
+    maker: _Worker | None = None
+    """The worker that makes what all of them have in common."""
+    waiting: deque[Any] = field(default_factory=deque)
+    """The pieces that nobody has."""
+    tries: Counter[Any] = field(default_factory=Counter)
+    found: deque[tuple[Any, Any]] = field(default_factory=deque)
+    """Pieces with their results, as they came."""
+
+
+@dataclass(kw_only=True)
+class _Curve(_Work):
+    """A curve; its pieces are points, by their pairs of ratios."""
 
     spec: BenchSpec
     choices: Choices
@@ -209,11 +229,18 @@ class _Curve:
     """With all that the points have in common, once a worker has made it."""
     packed_bench: Any = None
     """The reference to it, from which workers take it."""
-    maker: _Worker | None = None
-    """The worker that makes it."""
-    waiting: deque[Pair] = field(default_factory=deque)
-    tries: Counter[Pair] = field(default_factory=Counter)
-    found: deque[Measurement] = field(default_factory=deque)
+
+
+@dataclass(kw_only=True)
+class _Questions(_Work):
+    """Questions of tasks; their pieces are blocks, by their numbers."""
+
+    specs: Sequence[BenchSpec]
+    fingerprints: Sequence[Mapping[str, str]]
+    """The `weight_files` of each model on every node."""
+    introduced: tuple[ray_worker.Introduced, ...] = ()
+    """The models, once a worker has loaded them."""
+    blocks: list[Block] = field(default_factory=list)
 
 
 class Cluster:
@@ -223,7 +250,7 @@ class Cluster:
         self._ray, self._address, self._threads = ray, address, threads
         self._told, self._sentences = told, []
         self._workers: list[_Worker] = []
-        self._curve: _Curve | None = None
+        self._work: _Curve | _Questions | None = None
 
     def open(
         self,
@@ -244,19 +271,20 @@ class Cluster:
             TransActError: no node can take part, or as `open_bench` and `prepare` do.
         """
         nodes = self._nodes()
-        kind = spec.device.partition(":")[0]
-        if kind == "auto":
-            kind = "cuda" if any(node.gpus for node in nodes) else "cpu"
+        kind = _kind(spec.device, nodes)
         if isinstance(given, Bench):
             given = given.without_model()
             kind = given.loaded.device.type
             spec = replace(spec, dtype=dtype_name(given.loaded.dtype))
-        self._curve = _Curve(replace(spec, device=kind), choices, given, fingerprint)
+        spec = replace(spec, device=kind)
+        self._work = work = _Curve(
+            device=kind, spec=spec, choices=choices, given=given, fingerprint=fingerprint
+        )
         self._start(nodes, points)
-        while self._curve.bench is None:
+        while work.bench is None:
             self._advance()
             progress(*self._opening())
-        return self._curve.bench
+        return work.bench
 
     def measure(
         self, bench: Bench, pairs: list[Pair], choices: Choices, progress: Progress = silent
@@ -268,25 +296,66 @@ class Cluster:
         Raises:
             TransActError: a point was given up, or no worker is left; or as `point_at` does.
         """
-        curve = self._curve
-        curve.waiting.extend(pairs)
-        missing = len(pairs)
+        for _, point in self._results(pairs, "Measuring on Ray", progress):
+            keep(bench, point)
+            if not choices.single_pass:
+                ratios = point.plan.mha_ratio, point.plan.mlp_ratio
+                keep_decision(bench, *ratios, choices, point.decision)
+            yield point
+
+    def answer(
+        self,
+        specs: Sequence[BenchSpec],
+        fingerprints: Sequence[Mapping[str, str]],
+        harness_tasks: Sequence[HarnessTask],
+        progress: Progress = silent,
+    ) -> list[Contestant]:
+        """Has the models of `specs` answer the questions of tasks, and keeps their answers, which
+        `run_tasks` then finds with the contestants that this gives.
+
+        `fingerprints` are the `weight_files` that each model must have everywhere. A worker holds
+        all of them, whole.
+
+        Raises:
+            TransActError: a block was given up, no worker is left, or the answers cannot be kept;
+                or as `score_continuations` does.
+        """
+        nodes = self._nodes()
+        kind = _kind(specs[0].device, nodes)
+        specs = [replace(spec, device=kind, offload="never") for spec in specs]
+        self._work = work = _Questions(device=kind, specs=specs, fingerprints=fingerprints)
+        self._start(nodes, count_blocks(harness_tasks, len(specs)))
+        while not work.introduced:
+            self._advance()
+            progress(*self._opening())
+        contestants = [
+            Contestant(each.identity, each.config, each.tokenizer, _not_kept)
+            for each in work.introduced
+        ]
+        work.blocks = list(missing_blocks(harness_tasks, *contestants))
+        numbers = range(len(work.blocks))
+        for number, answers in self._results(numbers, "Answering on Ray", progress):
+            keep_answers(work.blocks[number].key, answers)
+        return contestants
+
+    def _results(
+        self, pieces: Sequence[Any], stage: str, progress: Progress
+    ) -> Iterator[tuple[Any, Any]]:
+        """Each of these pieces with its result, as soon as a worker has it."""
+        work = self._work
+        work.waiting.extend(pieces)
+        missing = len(pieces)
         while missing:
             self._advance()
-            while curve.found:
-                point = curve.found.popleft()
-                keep(bench, point)
-                if not choices.single_pass:
-                    ratios = point.plan.mha_ratio, point.plan.mlp_ratio
-                    keep_decision(bench, *ratios, choices, point.decision)
+            while work.found:
                 missing -= 1
-                yield point
-            under_way = sum(worker.share for worker in self._workers if worker.pair)
+                yield work.found.popleft()
+            under_way = sum(worker.share for worker in self._workers if worker.piece is not None)
             workers = len([worker for worker in self._workers if worker.ready])
-            stage = f"Measuring on Ray, {workers} worker" + "s" * (workers != 1)
-            # In hundredths of a point.
-            done = 100 * (len(pairs) - missing) + int(100 * under_way)
-            progress(stage, done, 100 * len(pairs))
+            # In hundredths of a piece.
+            done = 100 * (len(pieces) - missing) + int(100 * under_way)
+            told = f"{stage}, {workers} worker" + "s" * (workers != 1)
+            progress(told, done, 100 * len(pieces))
 
     def close(self) -> None:
         """Ends all workers, whatever they do."""
@@ -322,7 +391,7 @@ class Cluster:
 
     def _room(self, node: _Node) -> int:
         """How many workers a node has room for."""
-        on_gpus = self._curve.spec.device == "cuda"
+        on_gpus = self._work.device == "cuda"
         if node.cpus == 0:
             return 0  # A node that was started to compute nothing.
         if on_gpus and not node.gpus:
@@ -339,7 +408,7 @@ class Cluster:
         strategy = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         actor = self._ray.remote(RayWorker).options(
             num_cpus=self._threads,
-            num_gpus=1 if self._curve.spec.device == "cuda" else 0,
+            num_gpus=1 if self._work.device == "cuda" else 0,
             # One thread works, and another one tells where it stands.
             max_concurrency=2,
             max_restarts=0,
@@ -356,8 +425,8 @@ class Cluster:
     def _remove(self, worker: _Worker) -> None:
         self._end(worker)
         self._workers.remove(worker)
-        if self._curve.maker is worker:
-            self._curve.maker = None
+        if self._work.maker is worker:
+            self._work.maker = None
 
     def _drop(self, worker: _Worker, why: str) -> None:
         """Goes on without a worker, and says why."""
@@ -390,18 +459,24 @@ class Cluster:
             self._look(worker)
 
     def _hand_out(self, worker: _Worker) -> None:
-        curve = self._curve
-        if worker.loaded and curve.bench is None and curve.maker is None:
-            curve.maker = worker
-            arguments = curve.spec, curve.given, curve.choices
-            self._ask(worker, self._shared, ray_worker.share, *arguments)
-        elif worker.loaded and not worker.ready and curve.bench is not None:
-            worker.take = self._took_over
-            worker.answer = worker.actor.run.remote(curve.packed_bench)
-        elif worker.ready and curve.waiting:
-            worker.pair = curve.waiting.popleft()
-            arguments = curve.spec, worker.pair, curve.choices
-            self._ask(worker, self._measured, work.curve_point, *arguments)
+        work = self._work
+        if worker.ready and work.waiting:
+            worker.piece = work.waiting.popleft()
+            if isinstance(work, _Curve):
+                arguments = work.spec, worker.piece, work.choices
+                self._ask(worker, self._done, curve_work.curve_point, *arguments)
+            else:
+                block = work.blocks[worker.piece]
+                arguments = work.specs[block.side], block
+                self._ask(worker, self._done, ray_worker.answer_block, *arguments)
+        elif isinstance(work, _Curve) and worker.loaded and not worker.ready:
+            if work.bench is not None:
+                worker.take = self._took_over
+                worker.answer = worker.actor.run.remote(work.packed_bench)
+            elif work.maker is None:
+                work.maker = worker
+                arguments = work.spec, work.given, work.choices
+                self._ask(worker, self._shared, ray_worker.share, *arguments)
 
     def _ask(
         self,
@@ -433,18 +508,38 @@ class Cluster:
             ]
             self._drop(worker, f"it has {' and '.join(different)}")
             return
-        self._ask(worker, self._loaded, ray_worker.load, self._curve.spec)
+        work = self._work
+        if isinstance(work, _Curve):
+            self._ask(worker, self._loaded, ray_worker.load, work.spec)
+        else:
+            self._ask(worker, self._introduced, ray_worker.introduce, work.specs)
 
     def _loaded(self, worker: _Worker, outcome: Outcome) -> None:
         if outcome.state != tasks.DONE:
             self._drop(worker, _as_clause(outcome.words))
-        elif outcome.result != dict(self._curve.fingerprint):
+        elif outcome.result != dict(self._work.fingerprint):
             self._drop(worker, f"{SAME_FOR_ALL['weights']} (SHA-256)")
         else:
             worker.loaded = True
 
+    def _introduced(self, worker: _Worker, outcome: Outcome) -> None:
+        work = self._work
+        if outcome.state != tasks.DONE:
+            self._drop(worker, _as_clause(outcome.words))
+            return
+        theirs = [each.identity for each in outcome.result]
+        mine = [each.identity for each in work.introduced]
+        weights = [sorted(files.values()) for files in work.fingerprints]
+        if [each["weights"] for each in theirs] != weights:
+            self._drop(worker, f"{SAME_FOR_ALL['weights']} (SHA-256)")
+        elif mine and theirs != mine:
+            self._drop(worker, _differences(zip(theirs, mine, strict=True)))
+        else:
+            work.introduced = work.introduced or outcome.result
+            worker.loaded = worker.ready = True
+
     def _shared(self, worker: _Worker, outcome: Outcome) -> None:
-        curve = self._curve
+        curve = self._work
         if outcome.state == tasks.NO_MEMORY:
             self._drop(worker, _as_clause(outcome.words))
             return
@@ -458,55 +553,56 @@ class Cluster:
         if outcome.state != tasks.DONE:
             self._drop(worker, _as_clause(outcome.words))
             return
-        mine = self._curve.bench.identity
-        different = [
-            words for name, words in SAME_FOR_ALL.items() if outcome.result[name] != mine[name]
-        ]
-        if different:
-            self._drop(worker, " and ".join(different))
+        if different := _differences([(outcome.result, self._work.bench.identity)]):
+            self._drop(worker, different)
         else:
             worker.ready = True
 
-    def _measured(self, worker: _Worker, outcome: Outcome) -> None:
-        pair, worker.pair = worker.pair, None
+    def _done(self, worker: _Worker, outcome: Outcome) -> None:
+        piece, worker.piece = worker.piece, None
         if outcome.state == tasks.DONE:
-            self._curve.found.append(outcome.result)
+            self._work.found.append((piece, outcome.result))
         # Another node may have more memory.
-        elif self._tried(pair):
+        elif self._tried(piece):
             tasks.result_of(outcome)
 
     def _lost(self, worker: _Worker, error: Exception) -> None:
-        """A worker has died: its point is measured by another one, and one takes its place."""
-        node, pair = worker.node, worker.pair
+        """A worker has died: another one does its piece, and one takes its place."""
+        node, piece = worker.node, worker.piece
         if worker.take == self._greeted and "No module named" in str(error):
             self._drop(worker, "it has no transact_core, or another version")
             return
         node.deaths += 1
         self._say_ended(worker)
-        if pair is not None and self._tried(pair):
+        if piece is not None and self._tried(piece):
+            what = "A block of questions"
+            if isinstance(self._work, _Curve):
+                what = f"The point at MHA {piece[0]:g} and MLP {piece[1]:g}"
             raise TransActError(
-                f"The point at MHA {pair[0]:g} and MLP {pair[1]:g} was given up: each of the "
-                f"{TRIES} workers that measured it ended before it was done, the last one on "
-                f"{node.name}. Their machines may have too little memory."
+                f"{what} was given up: each of the {TRIES} workers that had it ended before it was "
+                f"done, the last one on {node.name}. Their machines may have too little memory."
             )
         alive = {each["NodeID"] for each in self._ray.nodes() if each["Alive"]}
         if node.id in alive and node.deaths <= TRIES:
             self._remove(worker)
             self._add(node)
         else:
-            worker.pair = None
+            worker.piece = None
             self._drop(worker, "its workers end before they are done")
 
     def _say_ended(self, worker: _Worker) -> None:
-        doing = "its point is measured again" if worker.pair else "another one is started"
+        doing = "another one is started"
+        if worker.piece is not None:
+            curve = isinstance(self._work, _Curve)
+            doing = "its point is measured again" if curve else "its questions are put again"
         self._told(f"A worker on {worker.node.name} has ended; {doing}.")
 
-    def _tried(self, pair: Pair) -> bool:
-        """Notes that a point was not measured; whether it is given up. Else it is the next one."""
-        self._curve.tries[pair] += 1
-        given_up = self._curve.tries[pair] >= TRIES
+    def _tried(self, piece: Any) -> bool:
+        """Notes that a piece was not done; whether it is given up. Else it is the next one."""
+        self._work.tries[piece] += 1
+        given_up = self._work.tries[piece] >= TRIES
         if not given_up:
-            self._curve.waiting.appendleft(pair)
+            self._work.waiting.appendleft(piece)
         return given_up
 
     # --- progress ------------------------------------------------------------------------------
@@ -533,8 +629,8 @@ class Cluster:
 
     def _opening(self) -> Standing:
         """Where the opening stands."""
-        if self._curve.maker is not None and self._curve.maker.standing[0]:
-            return self._curve.maker.standing
+        if self._work.maker is not None and self._work.maker.standing[0]:
+            return self._work.maker.standing
         if all(worker.take == self._greeted for worker in self._workers):
             return "Waiting for workers of the Ray cluster", 0, len(self._workers)
         loaded = len([worker for worker in self._workers if worker.loaded])
@@ -543,6 +639,32 @@ class Cluster:
 
 def _packed(function: Callable, *arguments: Any) -> bytes:
     return tasks.packed(Task(f"{function.__module__}:{function.__qualname__}", arguments))
+
+
+def _kind(device: str, nodes: Sequence[_Node]) -> str:
+    """The kind of device that workers compute on; `auto` is a GPU each where a node has one."""
+    kind = device.partition(":")[0]
+    if kind == "auto":
+        kind = "cuda" if any(node.gpus for node in nodes) else "cpu"
+    return kind
+
+
+def _differences(pairs: Iterable[tuple[Mapping[str, object], Mapping[str, object]]]) -> str:
+    """In what identities differ from those that they should be, as a clause; empty in nothing."""
+    different = [
+        words
+        for theirs, mine in pairs
+        for name, words in SAME_FOR_ALL.items()
+        if theirs[name] != mine[name]
+    ]
+    return " and ".join(dict.fromkeys(different))
+
+
+def _not_kept(_: Progress) -> PreTrainedModel:
+    """In place of opening a model whose answers came from the cluster."""
+    raise TransActError(
+        "What the cluster answered could not be kept; see that the cache folder can be written."
+    )
 
 
 def _name(node: Mapping[str, Any]) -> str:

@@ -5,8 +5,12 @@ Nothing here imports Ray: the driver (`workers.on_ray`) makes an actor of the cl
 the cluster finds the class in its own installation of this package.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import transformers
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from transact_core import __version__
 from transact_core.base.cache import ENGINE_VERSION
@@ -15,6 +19,8 @@ from transact_core.base.memory import give_large_blocks_back
 from transact_core.data.windows import Texts
 from transact_core.experiments.bench import Bench, Choices
 from transact_core.experiments.cut_spec import BenchSpec, bench_with
+from transact_core.experiments.tasks import Block, answers_to, contestant_of
+from transact_core.forward.continuations import Answer
 from transact_core.workers import tasks
 from transact_core.workers.open_models import OpenModels
 
@@ -106,3 +112,27 @@ def take_over(
     """Adopts a bench that another worker opened, with this worker's model; gives its identity."""
     models.adopt(spec, bench)
     return models.bench(spec, report).identity
+
+
+@dataclass(frozen=True)
+class Introduced:
+    """What is known of a contestant without its weights."""
+
+    identity: dict[str, object]
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+def introduce(
+    models: OpenModels, report: Progress, specs: Sequence[BenchSpec]
+) -> tuple[Introduced, ...]:
+    """Loads the models of a run of tasks, and says what they are."""
+    contestants = [contestant_of(models.load(spec, report)) for spec in specs]
+    return tuple(Introduced(each.identity, each.config, each.tokenizer) for each in contestants)
+
+
+def answer_block(
+    models: OpenModels, report: Progress, spec: BenchSpec, block: Block
+) -> list[list[Answer]]:
+    """The answers of a model to a block of a task's questions."""
+    return answers_to(models.load(spec, report).model, block, report)
