@@ -29,7 +29,7 @@ SETUP_RAY := $(VENV)/.setup-ray
 STOCK_LLAMA_CPP := $(VENV)/stock-llama-cpp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup llama-cpp tune ray app test runtimes stock-llama-cpp benchmark example screenshots lint format lock audit licences clean distclean
+.PHONY: help setup llama-cpp tune ray app test runtimes extras stock-llama-cpp benchmark example screenshots lint format lock audit licences clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,8 +57,12 @@ test: lint runtimes ## check the code and run the tests (PYTEST_ARGS="-k name")
 
 # In CI a runtime that cannot be installed fails the run; elsewhere its tests are skipped.
 runtimes: $(SETUP_DEV) ## install the other runtimes that exported models are tried in
-	$(MAKE) --no-print-directory $(SETUP_LLAMA_CPP) $(SETUP_TUNE) $(RUNTIMES)/.setup $(TRANSFORMERS_4)/.setup || \
+	$(MAKE) --no-print-directory extras $(RUNTIMES)/.setup $(TRANSFORMERS_4)/.setup || \
 		{ [ -z "$$CI" ] && echo "Going on without them: their tests will be skipped." >&2; }
+
+# One after the other also under `make -j`, since both are installed into the same environment.
+extras:
+	$(MAKE) --no-print-directory -j 1 $(SETUP_LLAMA_CPP) $(SETUP_TUNE)
 
 # Its quantiser is what tests/trust/stored/stock-quantiser.json was made with.
 stock-llama-cpp: $(STOCK_LLAMA_CPP)/.setup ## fetch another build of llama.cpp for tests (Linux x86-64, needs npm)
