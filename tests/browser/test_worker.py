@@ -43,7 +43,7 @@ def test_a_worker_killed_in_the_middle_of_a_cut_costs_that_cut_alone(
             page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
             page.set_default_timeout(TIMEOUT_MS)
             place = f"{address}/compress?mha=0&mlp={mlp}"
-            open_with_few_tokens(page, place, folder, 4_000, 128)
+            open_with_few_tokens(page, place, folder, 2_000, 128)
             at(page, 0, mlp)
             pages.append(page)
         mine, other = pages
