@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ import numpy as np
 import psutil
 import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
 from tests.browser.driving import (
     CALIBRATION_TOKENS,
@@ -58,6 +59,8 @@ PIECES_WAITED_AT_MOST = 2
 requested, and one more, as another visitor's cut may come first."""
 ROUND_SECONDS = 1800
 """Seconds after which a round of cuts counts as stuck."""
+SOON_MS = 2_000
+"""Milliseconds for a button to be pressed that may be gone."""
 REST_SECONDS = 5
 """Seconds of rest before the memory at rest is read."""
 LARGE = {
@@ -278,7 +281,10 @@ def go_through(
         ask_for_cuts(seen, address, turn)
 
     if button(first.page, "Cancel").first.is_visible():
-        sidebar(first.page).get_by_role("button", name="close").click()
+        # The curve may end before it can be cancelled.
+        with suppress(PlaywrightTimeoutError):
+            close = sidebar(first.page).get_by_role("button", name="close")
+            close.click(timeout=SOON_MS)
     expect(
         sidebar(first.page).get_by_text(re.compile("Curve .* · (cancelled|done)"))
     ).to_be_visible()
