@@ -18,7 +18,7 @@ MODELS = {
     "long": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8},
     **{f"small-{layers}": {"num_hidden_layers": layers} for layers in (2, 3)},
 }
-TEXTS = 4_000, 128
+TEXTS = 2_400, 128
 """Evaluation tokens and sequence length."""
 
 
