@@ -102,13 +102,15 @@ def test_the_law_goes_through_what_was_measured():
 
 
 def test_every_kind_of_text_counts_the_same():
-    found = together(np.array([[1.0, 0.3], [3.0, 0.1]]))
+    weights = weights_of_kinds(["own", "other"], "own")
+    found = together(np.array([[1.0, 0.3], [3.0, 0.1]]), weights)
     # Shares of 1/4 and 3/4 on the first kind and of 3/4 and 1/4 on the second; sums of 4 and 0.4.
-    first, second = weights_of_kinds(2)
+    first, second = weights
     assert first == CALIBRATION_SHARE
     scale = 4 * first + 0.4 * second
     expected = [(first + 3 * second) / 4 * scale, (3 * first + second) / 4 * scale]
     np.testing.assert_allclose(found, expected)
-    assert weights_of_kinds(1) == [1]
-    assert weights_of_kinds(3).sum() == pytest.approx(1)
-    assert together(np.array([[-1.0], [2.0]])).tolist() == [0.0, 2.0]
+    assert weights_of_kinds(["own"], "own") == [1]
+    assert weights_of_kinds(["other", "own", "third"], "own") == pytest.approx([0.2, 0.6, 0.2])
+    assert weights_of_kinds(["other", "third"], "own") == pytest.approx([0.5, 0.5])
+    assert together(np.array([[-1.0], [2.0]]), np.ones(1)).tolist() == [0.0, 2.0]

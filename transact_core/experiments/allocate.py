@@ -223,9 +223,9 @@ def allocated_plan(
         cut, _ = repaired_cut(dense, plan, windows, choices.recovery, dense.dtype, report)
         divergence, parts = marginal_losses(bench.loaded.model, cut, held_out, report)
         # On a logarithmic scale, so that no kind on which every cut loses much decides alone.
-        by_kind = held_out.by_kind(divergence).log().numpy()
-        tried[layers] = math.exp(weights_of_kinds(len(by_kind)) @ by_kind)
-        table = table.repriced(_by_kind(held_out, parts), layers)
+        weights = _weights(bench, held_out)
+        tried[layers] = math.exp(weights @ held_out.by_kind(divergence).log().numpy())
+        table = table.repriced(_by_kind(held_out, parts), layers, weights)
     best = min(tried, key=tried.get)
     return Allocated(
         plan_of_layers(uniform, scores, best, architecture),
@@ -245,7 +245,11 @@ def _priced(
         name: _alone(bench, held_out, windows, by_module[name], name, table, choices, progress)
         for name in table.modules
     }
-    return table.priced(_by_kind(held_out, singles))
+    return table.priced(_by_kind(held_out, singles), _weights(bench, held_out))
+
+
+def _weights(bench: Bench, held_out: HeldOut) -> np.ndarray:
+    return weights_of_kinds(list(dict.fromkeys(held_out.kinds)), bench.calibration.source)
 
 
 # --- what every width would lose, before one is chosen ---------------------------------------

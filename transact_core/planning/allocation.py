@@ -184,15 +184,16 @@ def loss_law(errors: Sequence[float], losses: Sequence[float]) -> LossLaw:
     return LossLaw(math.exp(float(np.mean(y - exponent * x))), exponent)
 
 
-def weights_of_kinds(kinds: int) -> np.ndarray:
-    """How much each kind of text counts, (kinds,), in all 1; the first is the calibration's."""
-    if kinds == 1:
-        return np.ones(1)
-    others = (1 - CALIBRATION_SHARE) / (kinds - 1)
-    return np.array([CALIBRATION_SHARE] + [others] * (kinds - 1))
+def weights_of_kinds(kinds: Sequence[str], calibration: str) -> np.ndarray:
+    """How much each kind of text counts, (kinds,), in all 1; `calibration` is the one of that text,
+    which may be missing."""
+    own = np.array([kind == calibration for kind in kinds])
+    if own.all() or not own.any():
+        return np.full(len(own), 1 / len(own))
+    return np.where(own, CALIBRATION_SHARE, (1 - CALIBRATION_SHARE) / (len(own) - 1))
 
 
-def together(by_kind: np.ndarray) -> np.ndarray:
+def together(by_kind: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """One loss of each cut from its losses on several kinds of text, by `weights_of_kinds`.
 
     `by_kind` has shape (cuts, kinds), in nats. Losses of a kind are taken as shares of their sum,
@@ -201,5 +202,4 @@ def together(by_kind: np.ndarray) -> np.ndarray:
     """
     losses = np.maximum(by_kind, 0)
     sums = np.maximum(losses.sum(axis=0), LEAST_LOSS)
-    weights = weights_of_kinds(losses.shape[1])
     return (losses / sums) @ weights * (sums @ weights)

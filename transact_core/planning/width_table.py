@@ -183,10 +183,13 @@ class WidthTable:
         }
         return replace(self, modules=known)
 
-    def priced(self, losses: Mapping[str, np.ndarray]) -> "WidthTable":
-        """With the losses of each module cut alone at its `levels`: (layers, levels, kinds)."""
+    def priced(self, losses: Mapping[str, np.ndarray], weights: np.ndarray) -> "WidthTable":
+        """With the losses of each module cut alone at its `levels`: (layers, levels, kinds).
+
+        `weights` are those of the kinds of text, (kinds,).
+        """
         flat = [losses[name].reshape(-1, losses[name].shape[-1]) for name in self.modules]
-        single = together(np.concatenate(flat))
+        single = together(np.concatenate(flat), weights)
         ends = np.cumsum([len(part) for part in flat])[:-1]
         priced = {}
         for (name, module), part in zip(self.modules.items(), np.split(single, ends), strict=True):
@@ -199,11 +202,14 @@ class WidthTable:
         return replace(self, modules=priced)
 
     def repriced(
-        self, parts: Mapping[str, np.ndarray], layers: Sequence[LayerWidths]
+        self,
+        parts: Mapping[str, np.ndarray],
+        layers: Sequence[LayerWidths],
+        weights: np.ndarray,
     ) -> "WidthTable":
         """With the parts, (layers, kinds), that the modules have in the divergence of a cut to
-        these widths."""
-        whole = together(np.concatenate([parts[name] for name in self.modules]))
+        these widths; `weights` as for `priced`."""
+        whole = together(np.concatenate([parts[name] for name in self.modules]), weights)
         of_module = dict(zip(self.modules, np.split(whole, len(self.modules)), strict=True))
         errors, alone = {}, {}
         for name, module in self.modules.items():
