@@ -77,7 +77,7 @@ from pages.server.open_models import workbench
 from pages.server.points import find_cut, find_point, plan_at
 from pages.server.request import Cut, first_look, layers_in_words, what_to_learn, what_to_price
 from pages.server.start_jobs import start_cut, start_pricing
-from pages.server.visits import points, visit
+from pages.server.visits import holding, points, visit
 from transact_core.base.errors import TransActError
 from transact_core.experiments.allocate import require_allocatable
 from transact_core.experiments.bench import Bench, Choices, Measurement
@@ -457,15 +457,21 @@ def prediction_of(
 def prediction_points(bench: Bench) -> list[Point]:
     """This visitor's measured points with choices whose damage is known, and whose prices are where
     layers have widths of their own."""
-    made = []
-    for point in points():
-        choices = choices_of(point)
+    request, made = visit().request, []
+    own: dict[tuple, Point] = holding().found.setdefault("points of own widths", {})
+    for measured in points():
+        choices = choices_of(measured)
         if choices.widths == "uniform":
-            made.append(Point.of(point, choices))
+            made.append(Point.of(measured, choices))
             continue
-        laws = workbench().prices(visit().request, choices)
-        if laws is not None and bench.damage_known(choices.of_uniform):
-            made.append(Point.of_own_widths(bench, point, choices, laws))
+        laws = workbench().prices(request, choices)
+        if laws is None or not bench.damage_known(choices.of_uniform):
+            continue
+        # All widths of all layers are looked at for it, so it is made once.
+        key = measured.identity, choices
+        if key not in own:
+            own[key] = Point.of_own_widths(bench, measured, choices, laws)
+        made.append(own[key])
     return [point for point, _ in with_known_damage(bench, made)]
 
 

@@ -7,7 +7,7 @@ numbers. `simulated()` must be active, for factories such as `torch.zeros(..., d
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
@@ -15,6 +15,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+
+from transact_core.experiments.bench import Bench
+from transact_core.importance.scores import IMPORTANCES
 
 DEVICE = torch.device("meta")
 """What code sees as the device of such a tensor where there is one such device."""
@@ -216,3 +219,15 @@ def simulated(has_float64: bool = False) -> Iterator[None]:
                 name = f"transact_core.{module}.FLOAT64_DEVICES"
                 stack.enter_context(patch(name, ("cpu", DEVICE.type)))
             yield
+
+
+def measured_alike(
+    ours: Bench, on_cpu: Bench, close: Callable[[torch.Tensor, torch.Tensor], None]
+) -> None:
+    """Asserts that statistics and all importances are those of the CPU, as `close` compares."""
+    for name, sums in ours.statistics().to_tensors().items():
+        close(sums, on_cpu.statistics().to_tensors()[name])
+    for importance in IMPORTANCES:
+        found, expected = (bench.scores(importance) for bench in (ours, on_cpu))
+        for unit in ("heads", "head_channels", "channels"):
+            close(getattr(found, unit), getattr(expected, unit))

@@ -76,6 +76,22 @@ class Prices {
     this.units = table.units;
     this.losses = floatsOf(table.losses);
     this.perUnit = perUnit;
+    this.layers = this.losses.length / this.units.length;
+    this.uniform = { widths: "", losses: [] };
+  }
+
+  // What all layers lose that keep these units each, in nats a token.
+  sum(unitsOf) {
+    let lost = 0;
+    for (let layer = 0; layer < this.layers; layer++) lost += this.at(layer, unitsOf(layer));
+    return lost;
+  }
+
+  // What uniform cuts to these widths lose; kept, since it stays while bars are dragged.
+  uniformLosses(widths) {
+    const name = widths.join();
+    if (this.uniform.widths !== name) this.uniform = { widths: name, losses: widths.map((units) => this.sum(() => units)) };
+    return this.uniform.losses;
   }
 
   at(layer, units) {
@@ -117,8 +133,7 @@ class Prices {
 // The place among widths of uniform cuts, ascending in what they lose, of the one that loses as much
 // as these units of single layers; a fraction between two of them, null beyond the last.
 function placeOfEqualLoss(prices, uniform, units) {
-  const layers = units.length, sum = (of) => Array.from({ length: layers }, (_, layer) => prices.at(layer, of(layer))).reduce((total, loss) => total + loss, 0);
-  const lost = sum((layer) => units[layer]), losses = uniform.map((kept) => sum(() => kept));
+  const lost = prices.sum((layer) => units[layer]), losses = prices.uniformLosses(uniform);
   const after = losses.findIndex((loss) => loss >= lost);
   if (after <= 0) return after < 0 ? null : 0;
   return after - (losses[after] - lost) / (losses[after] - losses[after - 1]);

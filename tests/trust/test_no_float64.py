@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from tests.conftest import KINDS, bench_of, make_model, windows_for
-from tests.no_float64 import Elsewhere, elsewhere, move, simulated
+from tests.no_float64 import Elsewhere, elsewhere, measured_alike, move, simulated
 from transact_core.base.linalg import in_float64
 from transact_core.experiments.bench import Choices, compress
 from transact_core.experiments.head_probe import attention_pattern, without_head
 from transact_core.experiments.premise import DISTURBANCES, disturb_all_layers
 from transact_core.forward.perplexity import evaluate
-from transact_core.importance.scores import IMPORTANCES
 from transact_core.pruning import narrow_heads
 
 
@@ -65,12 +64,7 @@ def benches(request, tokenizer, there):
 
 def test_statistics_and_importances_are_measured(benches):
     on_cpu, on_device = benches
-    for name, sums in on_device.statistics().to_tensors().items():
-        close(sums, on_cpu.statistics().to_tensors()[name])
-    for importance in IMPORTANCES:
-        ours, expected = (bench.scores(importance) for bench in (on_device, on_cpu))
-        for unit in ("heads", "head_channels", "channels"):
-            close(getattr(ours, unit), getattr(expected, unit))
+    measured_alike(on_device, on_cpu, close)
 
 
 @pytest.mark.parametrize("recovery", ["least-squares", "bias"])

@@ -5,7 +5,7 @@ import torch
 
 from tests import no_float64
 from tests.conftest import KINDS, bench_of, make_model, windows_for
-from tests.no_float64 import SEVERAL, Elsewhere, elsewhere, move, simulated
+from tests.no_float64 import SEVERAL, Elsewhere, elsewhere, measured_alike, move, simulated
 from transact_core.experiments.bench import Choices, compress
 from transact_core.experiments.decide import decide
 from transact_core.experiments.head_probe import attention_pattern, without_head
@@ -20,7 +20,6 @@ from transact_core.forward.perplexity import evaluate
 from transact_core.forward.statistics import collect
 from transact_core.forward.token_damage import measure_token_damage
 from transact_core.importance.elimination import eliminate
-from transact_core.importance.scores import IMPORTANCES
 from transact_core.models.checkpoint_folder import read_checkpoint
 from transact_core.models.placement import devices_of, hand_on, layout_of
 from transact_core.planning.prices import HeldOut, marginal_losses, single_losses
@@ -94,12 +93,7 @@ def test_it_is_measured_as_on_one_device(benches):
     on_cpu, bench = benches
     model = bench.loaded.model
     assert devices_of(model) == layout_of(model) == bench.loaded.devices == SEVERAL
-    for name, sums in bench.statistics().to_tensors().items():
-        close(sums, on_cpu.statistics().to_tensors()[name])
-    for importance in IMPORTANCES:
-        ours, expected = (each.scores(importance) for each in (bench, on_cpu))
-        for unit in ("heads", "head_channels", "channels"):
-            close(getattr(ours, unit), getattr(expected, unit))
+    measured_alike(bench, on_cpu, close)
     close(bench.pairs().effects, on_cpu.pairs().effects)
 
 

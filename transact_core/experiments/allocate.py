@@ -207,7 +207,7 @@ def allocated_plan(
     table.layer_widths()  # refuses what does not fit before anything is priced
     held_out = HeldOut.of(bench.loaded.model, *price_windows(bench, progress))
     table = _priced(bench, table, held_out, choices, progress)
-    windows = fitted_on(bench.calibration)
+    windows, weights = fitted_on(bench.calibration), _weights(bench, held_out)
     tried: dict[tuple[LayerWidths, ...], float] = {}
     for trial in range(TRIALS):
         layers = table.layer_widths()
@@ -223,7 +223,6 @@ def allocated_plan(
         cut, _ = repaired_cut(dense, plan, windows, choices.recovery, dense.dtype, report)
         divergence, parts = marginal_losses(bench.loaded.model, cut, held_out, report)
         # On a logarithmic scale, so that no kind on which every cut loses much decides alone.
-        weights = _weights(bench, held_out)
         tried[layers] = math.exp(weights @ held_out.by_kind(divergence).log().numpy())
         table = table.repriced(_by_kind(held_out, parts), layers, weights)
     best = min(tried, key=tried.get)

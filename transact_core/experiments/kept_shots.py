@@ -102,9 +102,7 @@ class KeptShots:
         require_disk_space(place, sum(4 * tensor.numel() for tensor in tensors.values()))
         with staged_folder(place) as staging:
             writer = CheckpointWriter(staging, torch.float32)
-            for name, tensor in tensors.items():
-                if name != "lm_head.weight" or not model.config.tie_word_embeddings:
-                    writer.add(name, tensor)
+            writer.add_weights(tensors.items(), model)
             writer.finish(model, Architecture.from_model(model))
             (staging / RECORD).write_text(json.dumps(record) + "\n")
         self.shots.append(shot)

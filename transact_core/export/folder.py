@@ -111,9 +111,7 @@ def write_checkpoint(
     require_room(output, measurement.footprint)
     with staged_folder(output) as folder:
         writer = CheckpointWriter(folder, getattr(torch, compression.save_dtype))
-        for name, tensor in weights_of(model):
-            if name != "lm_head.weight" or not model.config.tie_word_embeddings:
-                writer.add(name, tensor)
+        writer.add_weights(weights_of(model), model)
         writer.finish(model, Architecture.from_model(model))
         _write_beside(
             folder, bench, measurement, compression, bench.loaded.tokenizer, modeling_file

@@ -24,7 +24,9 @@ from transact_core.experiments import results
 from transact_core.experiments.bench import Bench
 from transact_core.experiments.trained_cut import Subject, TrainedCut, subject_identity
 from transact_core.export.gguf import (
+    Description,
     Fallback,
+    FilePlan,
     ImatrixSource,
     WrittenFile,
     describe,
@@ -32,7 +34,7 @@ from transact_core.export.gguf import (
     plan_file,
     vocabulary_for,
 )
-from transact_core.export.gguf_types import QUANTIZATIONS, quantization
+from transact_core.export.gguf_types import QUANTIZATIONS, Quantization, quantization
 from transact_core.export.gguf_vocabulary import Entry
 from transact_core.forward.imatrix import Imatrix, importance_matrix
 from transact_core.forward.in_llama_cpp import evaluate_gguf, measure_gguf_latency
@@ -143,21 +145,34 @@ def planned_files(
         TransActError: llama.cpp cannot be given this model.
     """
     loaded = bench.loaded
-    config, architecture = loaded.model.config, loaded.architecture
-    if plan is not None:
-        architecture = plan.applied_to(architecture, with_biases=recovery == "bias")
-        config = config_of_cut(loaded.model, architecture, plan.slots)
-        architecture = replace(architecture, model_type=config.model_type)
-    description = describe(loaded, config, architecture, vocabulary(bench), name)
-    source = ImatrixSource(bench.calibration.source, len(bench.calibration))
-    plans = [
-        plan_file(description, chosen, source if with_imatrix and chosen.wants_imatrix else None)
-        for chosen in map(quantization, types)
-    ]
+    if plan is None:
+        entries = vocabulary(bench)
+        description = describe(loaded, loaded.model.config, loaded.architecture, entries, name)
+    else:
+        left = plan.applied_to(loaded.architecture, with_biases=recovery == "bias")
+        description = _description_of_cut(bench, left, plan.slots, name)
+    plans = [_planned(bench, description, quantization(each), with_imatrix) for each in types]
     return [
         PlannedFile(each.quantization.name, each.bytes, each.embedding_bytes, each.fallbacks)
         for each in plans
     ]
+
+
+def _description_of_cut(
+    bench: Bench, left: Architecture, slots: tuple[int, ...], name: str
+) -> Description:
+    """What the file of a cut says of it that leaves these widths and rotary pairs."""
+    config = config_of_cut(bench.loaded.model, left, slots)
+    left = replace(left, model_type=config.model_type)
+    return describe(bench.loaded, config, left, vocabulary(bench), name)
+
+
+def _planned(
+    bench: Bench, description: Description, chosen: Quantization, with_imatrix: bool
+) -> FilePlan:
+    """The file, with an importance matrix of the calibration where that is wanted."""
+    source = ImatrixSource(bench.calibration.source, len(bench.calibration))
+    return plan_file(description, chosen, source if with_imatrix and chosen.wants_imatrix else None)
 
 
 NAME_ROOM = 200
@@ -175,21 +190,14 @@ def bytes_by_widths(
     Raises:
         TransActError: llama.cpp cannot be given the dense model.
     """
-    loaded, kind = bench.loaded, quantization(chosen)
-    dense, entries = loaded.architecture, vocabulary(bench)
-    imatrix = (
-        ImatrixSource(bench.calibration.source, len(bench.calibration))
-        if kind.wants_imatrix
-        else None
-    )
+    dense, kind = bench.loaded.architecture, quantization(chosen)
 
     def weighs(widths: Widths) -> int:
-        architecture = widths.applied_to(dense, with_biases=recovery == "bias")
-        slots = range(architecture.head_dim // 2) if architecture.head_dim < dense.head_dim else ()
-        config = config_of_cut(loaded.model, architecture, tuple(slots))
-        architecture = replace(architecture, model_type=config.model_type)
-        described = describe(loaded, config, architecture, entries, "x" * NAME_ROOM)
-        return plan_file(described, kind, imatrix).bytes
+        left = widths.applied_to(dense, with_biases=recovery == "bias")
+        # Which pairs stay is not known yet, and no matter: the file holds as many numbers.
+        slots = tuple(range(left.head_dim // 2)) if left.head_dim < dense.head_dim else ()
+        described = _description_of_cut(bench, left, slots, "x" * NAME_ROOM)
+        return _planned(bench, described, kind, with_imatrix=True).bytes
 
     # Tensors of the MLP do not depend on the heads, so that not every pair has to be planned.
     whole, *_ = sizes = [weighs(option.widths) for option in table.mlp.options]

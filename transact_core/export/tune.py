@@ -523,9 +523,7 @@ def _write(
     sentence = trained.sentence
     with staged_folder(spec.output) as folder:
         writer = CheckpointWriter(folder, dtype)
-        for name, tensor in model.state_dict().items():
-            if name != "lm_head.weight" or not model.config.tie_word_embeddings:
-                writer.add(name, tensor)
+        writer.add_weights(model.state_dict().items(), model)
         writer.finish(model, loaded.architecture)
         save_tokenizer(loaded.tokenizer, folder, loaded.folder)
         keep_licence(loaded.licence, folder, loaded.folder)

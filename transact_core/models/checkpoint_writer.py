@@ -1,6 +1,7 @@
 """Checkpoint files written tensor by tensor, so that the whole model is never in memory at once."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -48,6 +49,14 @@ class CheckpointWriter:
         self._waiting_bytes += stored.nbytes
         if self._waiting_bytes >= self.shard_bytes:
             self._write_shard()
+
+    def add_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]], model: PreTrainedModel
+    ) -> None:
+        """Takes all weights of a model, but for an LM head that is tied to the embedding."""
+        for name, tensor in weights:
+            if name != "lm_head.weight" or not model.config.tie_word_embeddings:
+                self.add(name, tensor)
 
     def _write_shard(self) -> None:
         self._shards.append(list(self._waiting))
